@@ -1,0 +1,70 @@
+//! Files that appear whole or not at all.
+
+use crate::error::{Error, Result};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// Writes a file beside its place, flushes it to disk and renames it there.
+pub fn write_atomic(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> Result<()> {
+    write_atomic_at(path, |temporary| {
+        let file = File::options().write(true).open(temporary)?;
+        let mut out = BufWriter::with_capacity(1 << 20, file);
+        write(&mut out)?;
+        out.flush()
+    })
+}
+
+/// [`write_atomic`] for writers that want a path: `write` fills the file at the path it is given.
+pub fn write_atomic_at(
+    path: &Path,
+    write: impl FnOnce(&Path) -> std::io::Result<()>,
+) -> Result<()> {
+    let folder = match path.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    };
+    let file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(path, "create"))?;
+    write(file.path()).and_then(|()| file.as_file().sync_all()).map_err(Error::io(path, "write"))?;
+    #[cfg(unix)]
+    {
+        // temporary files are private; the result gets the mode any new file would have
+        use std::os::unix::fs::PermissionsExt;
+        let mode = 0o666 & !umask();
+        let _ = file.as_file().set_permissions(std::fs::Permissions::from_mode(mode));
+    }
+    file.persist(path).map_err(|e| Error::io(path, "write")(e.error))?;
+    Ok(())
+}
+
+/// Fills a folder under a temporary name and renames it to `path`, which must not exist yet.
+pub fn write_folder(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    if path.exists() {
+        return Err(Error::file(path, "exists already; choose another name or remove it"));
+    }
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".partial-{}", std::process::id()));
+    let partial: PathBuf = path.with_file_name(name);
+    let result = std::fs::create_dir_all(&partial)
+        .map_err(Error::io(&partial, "create"))
+        .and_then(|()| fill(&partial))
+        .and_then(|()| std::fs::rename(&partial, path).map_err(Error::io(path, "create")));
+    if result.is_err() {
+        let _ = std::fs::remove_dir_all(&partial);
+    }
+    result
+}
+
+#[cfg(unix)]
+fn umask() -> u32 {
+    // SAFETY: umask cannot fail. It can only be read by setting it; setting it back at once
+    // leaves the process as it was.
+    unsafe {
+        let mask = libc::umask(0o022);
+        libc::umask(mask);
+        mask as u32
+    }
+}

@@ -1,0 +1,38 @@
+//! The library's error: one line that names what, where, what was expected and the remedy.
+
+use std::path::{Path, PathBuf};
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io {
+        path: PathBuf,
+        action: &'static str,
+        source: std::io::Error,
+    },
+    /// A file's content is not what it should be.
+    #[error("{}: {message}", path.display())]
+    File { path: PathBuf, message: String },
+    /// A request or a value that cannot be served.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+impl Error {
+    pub fn file(path: impl AsRef<Path>, message: impl Into<String>) -> Error {
+        Error::File { path: path.as_ref().to_path_buf(), message: message.into() }
+    }
+
+    pub fn invalid(message: impl Into<String>) -> Error {
+        Error::Invalid(message.into())
+    }
+
+    /// For `map_err` on input and output.
+    pub fn io(path: impl AsRef<Path>, action: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.as_ref().to_path_buf();
+        move |source| Error::Io { path, action, source }
+    }
+}

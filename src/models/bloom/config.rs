@@ -1,0 +1,298 @@
+//! `config.json` of a BLOOM checkpoint.
+
+use crate::error::{Error, Result};
+use serde_json::{Map, Value, json};
+use std::path::Path;
+
+/// Sizes and switches that change what the model computes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BloomConfig {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub layer_norm_epsilon: f32,
+    /// The residual branches off after the layer norm instead of before it.
+    pub residual_post_layer_norm: bool,
+    /// The head shares the embedding's weights.
+    pub tied: bool,
+    /// Most positions of a sequence. ALiBi itself has no limit.
+    pub context: usize,
+    pub bos_token_id: u32,
+    pub eos_token_id: u32,
+    pub pad_token_id: u32,
+    /// `torch_dtype` / `dtype` as written, for information.
+    pub stored_dtype: Option<String>,
+}
+
+/// Name (with the `transformer.` prefix) and shape of one tensor of the model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Parameter {
+    pub name: String,
+    pub shape: Vec<usize>,
+}
+
+impl Parameter {
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Matrices decay; biases and layer norms do not.
+    pub fn decays(&self) -> bool {
+        self.shape.len() > 1
+    }
+}
+
+/// Largest value accepted for any size in `config.json`: far above every model, and small
+/// enough that products of two sizes cannot overflow.
+const MOST: u64 = 1 << 24;
+
+impl BloomConfig {
+    /// A model of the given sizes with BLOOM's usual switches.
+    pub fn new(vocab_size: usize, hidden_size: usize, layers: usize, heads: usize) -> BloomConfig {
+        BloomConfig {
+            vocab_size,
+            hidden_size,
+            layers,
+            heads,
+            layer_norm_epsilon: 1e-5,
+            residual_post_layer_norm: false,
+            tied: true,
+            context: 2048,
+            bos_token_id: 1,
+            eos_token_id: 2,
+            pad_token_id: 3,
+            stored_dtype: None,
+        }
+    }
+
+    /// The shapes of the published checkpoints, by name: `bloom-560m` to `bloom-7b1`.
+    pub fn published(name: &str) -> Option<BloomConfig> {
+        let (hidden, layers, heads) = match name {
+            "bloom-560m" => (1024, 24, 16),
+            "bloom-1b1" => (1536, 24, 16),
+            "bloom-1b7" => (2048, 24, 16),
+            "bloom-3b" => (2560, 30, 32),
+            "bloom-7b1" => (4096, 30, 32),
+            _ => return None,
+        };
+        Some(BloomConfig::new(250_880, hidden, layers, heads))
+    }
+
+    pub fn head_size(&self) -> usize {
+        self.hidden_size / self.heads
+    }
+
+    /// Reads and checks `config.json`.
+    pub fn read(path: &Path) -> Result<BloomConfig> {
+        let text = std::fs::read(path).map_err(Error::io(path, "read"))?;
+        BloomConfig::parse(&text).map_err(|e| Error::file(path, e))
+    }
+
+    /// Parses the text of a `config.json`; the error says what is wrong with it.
+    pub fn parse(text: &[u8]) -> std::result::Result<BloomConfig, String> {
+        let value: Value = serde_json::from_slice(text).map_err(|e| format!("not JSON: {e}"))?;
+        let object = value.as_object().ok_or("expected a JSON object")?;
+        match object.get("model_type") {
+            Some(Value::String(t)) if t == "bloom" => {}
+            Some(other) => return Err(format!("model_type is {other}, expected \"bloom\"")),
+            None => {
+                let bloom = object.get("architectures").is_some_and(|a| a.to_string().contains("Bloom"));
+                if !bloom {
+                    return Err("no model_type, expected \"bloom\"".into());
+                }
+            }
+        }
+        let hidden_size = size(object, &["hidden_size", "n_embed"], None)?;
+        let config = BloomConfig {
+            vocab_size: size(object, &["vocab_size"], None)?,
+            hidden_size,
+            layers: size(object, &["n_layer", "num_hidden_layers"], None)?,
+            heads: size(object, &["n_head", "num_attention_heads"], None)?,
+            layer_norm_epsilon: match object.get("layer_norm_epsilon") {
+                None => 1e-5,
+                Some(v) => match v.as_f64() {
+                    Some(e) if e > 0.0 && e < 1.0 => e as f32,
+                    _ => return Err(format!("layer_norm_epsilon is {v}, expected a number in (0, 1)")),
+                },
+            },
+            residual_post_layer_norm: flag(object, "apply_residual_connection_post_layernorm", false)?,
+            tied: flag(object, "tie_word_embeddings", true)?,
+            context: size(object, &["seq_length", "n_positions", "max_position_embeddings"], Some(2048))?,
+            bos_token_id: id(object, "bos_token_id", 1)?,
+            eos_token_id: id(object, "eos_token_id", 2)?,
+            pad_token_id: id(object, "pad_token_id", 3)?,
+            stored_dtype: ["dtype", "torch_dtype"]
+                .iter()
+                .find_map(|k| object.get(*k)?.as_str().map(str::to_owned)),
+        };
+        if !config.hidden_size.is_multiple_of(config.heads) {
+            return Err(format!(
+                "hidden_size {} is not divisible by n_head {}",
+                config.hidden_size, config.heads
+            ));
+        }
+        Ok(config)
+    }
+
+    /// `config.json` as Hugging Face writes it.
+    pub fn to_json(&self, dtype: &str) -> Value {
+        json!({
+            "architectures": ["BloomForCausalLM"],
+            "model_type": "bloom",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "n_layer": self.layers,
+            "n_head": self.heads,
+            "layer_norm_epsilon": self.layer_norm_epsilon as f64 as f32,
+            "apply_residual_connection_post_layernorm": self.residual_post_layer_norm,
+            "tie_word_embeddings": self.tied,
+            "seq_length": self.context,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "pretraining_tp": 1,
+            "slow_but_exact": false,
+            "use_cache": true,
+            "torch_dtype": dtype,
+        })
+    }
+
+    /// Every tensor, in the order of the forward pass.
+    pub fn parameters(&self) -> Vec<Parameter> {
+        let h = self.hidden_size;
+        let mut list = Vec::new();
+        let mut add = |name: String, shape: &[usize]| list.push(Parameter { name, shape: shape.to_vec() });
+        let norm = |add: &mut dyn FnMut(String, &[usize]), name: &str| {
+            add(format!("{name}.weight"), &[h]);
+            add(format!("{name}.bias"), &[h]);
+        };
+        add("transformer.word_embeddings.weight".into(), &[self.vocab_size, h]);
+        norm(&mut add, "transformer.word_embeddings_layernorm");
+        for i in 0..self.layers {
+            let layer = format!("transformer.h.{i}");
+            norm(&mut add, &format!("{layer}.input_layernorm"));
+            for (name, rows, cols) in [
+                ("self_attention.query_key_value", 3 * h, h),
+                ("self_attention.dense", h, h),
+            ] {
+                add(format!("{layer}.{name}.weight"), &[rows, cols]);
+                add(format!("{layer}.{name}.bias"), &[rows]);
+            }
+            norm(&mut add, &format!("{layer}.post_attention_layernorm"));
+            for (name, rows, cols) in [("mlp.dense_h_to_4h", 4 * h, h), ("mlp.dense_4h_to_h", h, 4 * h)] {
+                add(format!("{layer}.{name}.weight"), &[rows, cols]);
+                add(format!("{layer}.{name}.bias"), &[rows]);
+            }
+        }
+        norm(&mut add, "transformer.ln_f");
+        if !self.tied {
+            add("lm_head.weight".into(), &[self.vocab_size, h]);
+        }
+        list
+    }
+
+    pub fn parameter_count(&self) -> usize {
+        self.parameters().iter().map(Parameter::len).sum()
+    }
+
+    /// Bytes of keys and values that one token adds to the cache, with elements of `element` bytes.
+    pub fn kv_bytes_per_token(&self, element: usize) -> usize {
+        2 * self.layers * self.hidden_size * element
+    }
+}
+
+fn size(object: &Map<String, Value>, keys: &[&str], default: Option<usize>) -> std::result::Result<usize, String> {
+    for key in keys {
+        match object.get(*key) {
+            None | Some(Value::Null) => {}
+            Some(v) => match v.as_u64() {
+                Some(n) if (1..=MOST).contains(&n) => return Ok(n as usize),
+                _ => return Err(format!("{key} is {v}, expected a whole number from 1 to {MOST}")),
+            },
+        }
+    }
+    default.ok_or_else(|| format!("{} is missing", keys.join(" or ")))
+}
+
+fn flag(object: &Map<String, Value>, key: &str, default: bool) -> std::result::Result<bool, String> {
+    match object.get(key) {
+        None | Some(Value::Null) => Ok(default),
+        Some(Value::Bool(b)) => Ok(*b),
+        Some(v) => Err(format!("{key} is {v}, expected true or false")),
+    }
+}
+
+fn id(object: &Map<String, Value>, key: &str, default: u32) -> std::result::Result<u32, String> {
+    match object.get(key) {
+        None | Some(Value::Null) => Ok(default),
+        Some(v) => match v.as_u64() {
+            Some(n) if n <= MOST => Ok(n as u32),
+            _ => Err(format!("{key} is {v}, expected a token id")),
+        },
+    }
+}
+
+/// ALiBi slopes, one a head (arXiv 2108.12409; for head counts that are no power of two BLOOM takes the
+/// slopes of the power below, then every other slope of the power above).
+pub fn alibi_slopes(heads: usize) -> Vec<f32> {
+    let below = 1usize << heads.ilog2();
+    let base = 2f64.powf(-8.0 / below as f64);
+    let base_above = 2f64.powf(-8.0 / (2 * below) as f64);
+    let odd = (0..heads - below).map(|i| base_above.powi(2 * i as i32 + 1));
+    (1..=below).map(|i| base.powi(i as i32)).chain(odd).map(|s| s as f32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slopes_of_six_heads_interpolate() {
+        let slopes = alibi_slopes(6);
+        let expected = [0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125];
+        assert_eq!(slopes, expected);
+        assert_eq!(alibi_slopes(16)[0], 2f32.powf(-0.5));
+    }
+
+    #[test]
+    fn published_sizes() {
+        let c = BloomConfig::published("bloom-1b1").unwrap();
+        assert_eq!(c.parameter_count(), 1_065_314_304);
+        assert_eq!(c.kv_bytes_per_token(2), 147_456);
+        assert_eq!(c.head_size(), 96);
+    }
+
+    #[test]
+    fn both_spellings_and_written_configs_read_back() {
+        let old = br#"{"model_type":"bloom","n_embed":64,"num_hidden_layers":2,"num_attention_heads":3,"vocab_size":9}"#;
+        let e = BloomConfig::parse(old).unwrap_err();
+        assert!(e.contains("not divisible"), "{e}");
+        let mut c = BloomConfig::new(100, 96, 2, 3);
+        c.residual_post_layer_norm = true;
+        let text = serde_json::to_vec(&c.to_json("float32")).unwrap();
+        let mut back = BloomConfig::parse(&text).unwrap();
+        assert_eq!(back.stored_dtype.take().as_deref(), Some("float32"));
+        assert_eq!(back, c);
+    }
+
+    #[test]
+    fn wrong_values_are_named() {
+        for (text, word) in [
+            (&b"{"[..], "JSON"),
+            (br#"{"model_type":"gpt2"}"#, "gpt2"),
+            (br#"{"model_type":"bloom","hidden_size":0}"#, "hidden_size"),
+            (br#"{"model_type":"bloom","hidden_size":64}"#, "vocab_size"),
+            (br#"{"model_type":"bloom","hidden_size":64,"vocab_size":1e30}"#, "vocab_size"),
+        ] {
+            let e = BloomConfig::parse(text).unwrap_err();
+            assert!(e.contains(word), "{e}");
+        }
+    }
+}

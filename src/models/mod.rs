@@ -1,0 +1,3 @@
+//! Model definitions: weights and forward passes, written in the operations of [`crate::ops`].
+
+pub mod bloom;

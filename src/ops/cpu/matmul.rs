@@ -1,0 +1,136 @@
+//! C = A B for training: large products of f32 matrices with any strides.
+//!
+//! Two ways to compute: f32 (crate `gemm` on blocks of C), and bf16 with f32 accumulation
+//! ([`super::matmul_bf16`]) where the machine has BF16 dot products. Each element of C is summed in
+//! an order that depends on the shapes alone, so that runs repeat bit for bit on any number of threads.
+
+use super::Cpu;
+use super::threads::Disjoint;
+
+/// How training products are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    F32,
+    /// Operands rounded to bf16, sums in f32. Without BF16 dot products this is the same as `F32`.
+    Bf16,
+}
+
+/// A matrix in somebody's memory: element (i, j) is `data[i * row_stride + j * col_stride]`.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    pub data: &'a [f32],
+    pub rows: usize,
+    pub cols: usize,
+    pub row_stride: usize,
+    pub col_stride: usize,
+}
+
+impl<'a> View<'a> {
+    /// Row-major, dense.
+    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        View::strided(data, rows, cols, cols)
+    }
+
+    /// Row-major with `stride` elements from one row to the next.
+    pub fn strided(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        assert!(rows == 0 || cols == 0 || (rows - 1) * stride + cols <= data.len());
+        View { data, rows, cols, row_stride: stride, col_stride: 1 }
+    }
+
+    /// The transposed matrix.
+    pub fn t(self) -> Self {
+        View {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self
+        }
+    }
+}
+
+/// Rows and columns of the blocks of C that threads take in the f32 path.
+const BLOCK: (usize, usize) = (256, 512);
+
+/// C = A B, or C += A B with `accumulate`. `c` is row-major with `c_stride` elements a row.
+pub fn matmul(
+    cpu: &Cpu,
+    precision: Precision,
+    c: &mut [f32],
+    c_stride: usize,
+    a: View,
+    b: View,
+    accumulate: bool,
+) {
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    assert_eq!(k, b.rows, "inner sizes differ");
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!((m - 1) * c_stride + n <= c.len());
+    #[cfg(target_arch = "x86_64")]
+    if precision == Precision::Bf16 && cpu.isa == super::simd::Isa::Avx512Bf16 {
+        return super::matmul_bf16::matmul(cpu, c, c_stride, a, b, accumulate);
+    }
+    let _ = precision;
+    let (blocks_m, blocks_n) = (m.div_ceil(BLOCK.0), n.div_ceil(BLOCK.1));
+    let out = Disjoint::new(c);
+    cpu.threads.run(blocks_m * blocks_n, |block| {
+        let (i, j) = (block / blocks_n * BLOCK.0, block % blocks_n * BLOCK.1);
+        let (bm, bn) = (BLOCK.0.min(m - i), BLOCK.1.min(n - j));
+        let a = View {
+            data: &a.data[i * a.row_stride..],
+            rows: bm,
+            ..a
+        };
+        let b = View {
+            data: &b.data[j * b.col_stride..],
+            cols: bn,
+            ..b
+        };
+        let c = out.tile(i * c_stride + j, (bm - 1) * c_stride + bn);
+        // SAFETY: blocks of C share no element.
+        unsafe { matmul_tile(c, c_stride, a, b, accumulate) }
+    });
+}
+
+/// C = A B on the calling thread alone, in f32: for the many small products of attention.
+pub fn matmul_small(c: &mut [f32], c_stride: usize, a: View, b: View, accumulate: bool) {
+    assert!(a.rows == 0 || (a.rows - 1) * c_stride + b.cols <= c.len());
+    // SAFETY: C is all ours, and large enough.
+    unsafe { matmul_tile(c.as_mut_ptr(), c_stride, a, b, accumulate) }
+}
+
+/// [`matmul_small`] into a tile of a larger matrix.
+///
+/// # Safety
+/// `c` must be valid for `a.rows` rows of `b.cols` elements, `c_stride` apart, that no other thread uses.
+pub unsafe fn matmul_tile(c: *mut f32, c_stride: usize, a: View, b: View, accumulate: bool) {
+    assert_eq!(a.cols, b.rows, "inner sizes differ");
+    if a.rows == 0 || b.cols == 0 || a.cols == 0 {
+        return;
+    }
+    unsafe {
+        gemm::gemm(
+            a.rows,
+            b.cols,
+            a.cols,
+            c,
+            1,
+            c_stride as isize,
+            accumulate,
+            a.data.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}

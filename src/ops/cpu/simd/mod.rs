@@ -1,0 +1,229 @@
+//! Vectors of sixteen f32 lanes with one meaning on every instruction set.
+//!
+//! Kernels are written once, generic over [`Simd`], and compiled three times: AVX-512, AVX2 (two
+//! 8-lane halves) and portable Rust. Sixteen lanes everywhere keep one reduction order, so that
+//! a kernel's result never depends on how many rows share the call.
+
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+pub use x86::{Avx2, Avx512};
+
+use half::{bf16, f16};
+
+/// Lanes of a vector.
+pub const LANES: usize = 16;
+
+/// The instruction set that kernels run with; chosen once at start by [`Isa::detect`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    Portable,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// [`Isa::Avx512`] with BF16 dot products and VNNI.
+    Avx512Bf16,
+}
+
+impl Isa {
+    /// Every set, slowest first.
+    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+
+    /// The fastest set of this machine.
+    pub fn detect() -> Isa {
+        *Self::ALL.iter().rev().find(|isa| isa.available()).unwrap_or(&Isa::Portable)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+            Isa::Avx512Bf16 => "avx512-bf16",
+        }
+    }
+
+    /// Whether this machine has it.
+    #[cfg(target_arch = "x86_64")]
+    pub fn available(self) -> bool {
+        let avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        let avx512 = avx2
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl");
+        match self {
+            Isa::Portable => true,
+            Isa::Avx2 => avx2,
+            Isa::Avx512 => avx512,
+            Isa::Avx512Bf16 => {
+                avx512
+                    && is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512vnni")
+            }
+        }
+    }
+
+    /// Whether this machine has it.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn available(self) -> bool {
+        self == Isa::Portable
+    }
+}
+
+/// Sixteen f32 lanes and what kernels do with them.
+///
+/// # Safety
+/// Every function needs the instruction set of the implementing type, and pointers that are valid
+/// for as many elements as the function's name or count says. No alignment is required.
+#[allow(clippy::missing_safety_doc)] // one contract for the whole trait, stated above
+pub trait Simd: Copy + 'static {
+    type V: Copy;
+
+    unsafe fn splat(x: f32) -> Self::V;
+    unsafe fn load(p: *const f32) -> Self::V;
+    /// The first `n <= 16` elements, zero in the other lanes.
+    unsafe fn load_partial(p: *const f32, n: usize) -> Self::V;
+    unsafe fn load_f16(p: *const f16) -> Self::V;
+    unsafe fn load_bf16(p: *const bf16) -> Self::V;
+    unsafe fn store(p: *mut f32, v: Self::V);
+    unsafe fn store_partial(p: *mut f32, v: Self::V, n: usize);
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sqrt(a: Self::V) -> Self::V;
+    /// a * b + c.
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// Nearest integer, ties to even.
+    unsafe fn round(a: Self::V) -> Self::V;
+    /// a * 2^n for integral n in [-126, 127].
+    unsafe fn scale_by_power(a: Self::V, n: Self::V) -> Self::V;
+    /// Sum of the lanes: lane i + lane i+8, then +4, +2, +1.
+    unsafe fn sum(v: Self::V) -> f32;
+    unsafe fn max_lane(v: Self::V) -> f32;
+
+    /// Sixteen sums, each in the order of [`Simd::sum`].
+    #[inline(always)]
+    unsafe fn sum16(v: &[Self::V; 16]) -> Self::V {
+        let mut sums = [0f32; 16];
+        for (s, v) in sums.iter_mut().zip(v) {
+            *s = unsafe { Self::sum(*v) };
+        }
+        unsafe { Self::load(sums.as_ptr()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16_partial(p: *const f16, n: usize) -> Self::V {
+        let mut a = [f16::ZERO; LANES];
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, a.as_mut_ptr(), n);
+            Self::load_f16(a.as_ptr())
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_partial(p: *const bf16, n: usize) -> Self::V {
+        let mut a = [bf16::ZERO; LANES];
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, a.as_mut_ptr(), n);
+            Self::load_bf16(a.as_ptr())
+        }
+    }
+
+    /// e^x within 2 ulp for x in [-87, 88]; saturates outside.
+    #[inline(always)]
+    unsafe fn exp(x: Self::V) -> Self::V {
+        unsafe {
+            let x = Self::max(Self::min(x, Self::splat(88.0)), Self::splat(-87.0));
+            let n = Self::round(Self::mul(x, Self::splat(std::f32::consts::LOG2_E)));
+            // x - n ln 2 in two steps, so that the product with the high part is exact
+            let r = Self::fma(n, Self::splat(-0.693_359_4), x);
+            let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
+            let mut p = Self::splat(1.987_569_2e-4);
+            for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+                p = Self::fma(p, r, Self::splat(c));
+            }
+            let p = Self::fma(Self::mul(p, r), r, Self::add(r, Self::splat(1.0)));
+            Self::scale_by_power(p, n)
+        }
+    }
+
+    /// GELU in BLOOM's tanh form, written as x / (1 + exp(-2u)), u = sqrt(2/pi)(x + 0.044715 x^3).
+    #[inline(always)]
+    unsafe fn gelu(x: Self::V) -> Self::V {
+        unsafe {
+            let x2 = Self::mul(x, x);
+            let inner = Self::fma(x2, Self::splat(0.044715), Self::splat(1.0));
+            let u2 = Self::mul(Self::mul(x, inner), Self::splat(-2.0 * GELU_SCALE));
+            Self::div(x, Self::add(Self::splat(1.0), Self::exp(u2)))
+        }
+    }
+
+    /// d gelu(x) / dx times `g`.
+    #[inline(always)]
+    unsafe fn gelu_backward(x: Self::V, g: Self::V) -> Self::V {
+        unsafe {
+            let one = Self::splat(1.0);
+            let x2 = Self::mul(x, x);
+            let inner = Self::fma(x2, Self::splat(0.044715), one);
+            let u2 = Self::mul(Self::mul(x, inner), Self::splat(-2.0 * GELU_SCALE));
+            let s = Self::div(one, Self::add(one, Self::exp(u2)));
+            // gelu = x s(2u): derivative s + x s (1 - s) 2 u'
+            let du = Self::mul(
+                Self::fma(x2, Self::splat(3.0 * 0.044715), one),
+                Self::splat(2.0 * GELU_SCALE),
+            );
+            let t = Self::mul(Self::mul(x, Self::sub(one, s)), du);
+            Self::mul(g, Self::fma(s, t, s))
+        }
+    }
+}
+
+/// sqrt(2 / pi) as BLOOM writes it.
+pub const GELU_SCALE: f32 = 0.797_884_6;
+
+/// Defines a function generic over [`Simd`] and a dispatcher of the same name whose first
+/// argument is the [`Isa`]; each instance is compiled with its own target features.
+#[macro_export]
+macro_rules! simd_fn {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident<$S:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        $vis fn $name(isa: $crate::ops::cpu::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            unsafe fn generic<$S: $crate::ops::cpu::simd::Simd>($($arg: $ty),*) $(-> $ret)? {
+                #[allow(unused_unsafe)]
+                unsafe { $body }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+            unsafe fn avx512($($arg: $ty),*) $(-> $ret)? {
+                unsafe { generic::<$crate::ops::cpu::simd::Avx512>($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            unsafe fn avx2($($arg: $ty),*) $(-> $ret)? {
+                unsafe { generic::<$crate::ops::cpu::simd::Avx2>($($arg),*) }
+            }
+            debug_assert!(isa.available());
+            // SAFETY: an Isa is only used where `available` said so; slices carry their lengths.
+            unsafe {
+                match isa {
+                    #[cfg(target_arch = "x86_64")]
+                    $crate::ops::cpu::simd::Isa::Avx512 | $crate::ops::cpu::simd::Isa::Avx512Bf16 => avx512($($arg),*),
+                    #[cfg(target_arch = "x86_64")]
+                    $crate::ops::cpu::simd::Isa::Avx2 => avx2($($arg),*),
+                    _ => generic::<$crate::ops::cpu::simd::Portable>($($arg),*),
+                }
+            }
+        }
+    };
+}

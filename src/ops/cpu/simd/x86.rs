@@ -1,0 +1,283 @@
+//! AVX-512 and AVX2.
+
+use super::Simd;
+use half::{bf16, f16};
+use std::arch::x86_64::*;
+
+#[derive(Clone, Copy)]
+pub struct Avx512;
+
+#[inline(always)]
+fn lane_mask(n: usize) -> __mmask16 {
+    ((1u32 << n) - 1) as __mmask16
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_partial(p: *const f32, n: usize) -> __m512 {
+        unsafe { _mm512_maskz_loadu_ps(lane_mask(n), p) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const f16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const bf16) -> __m512 {
+        unsafe { expand_bf16_512(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16_partial(p: *const f16, n: usize) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane_mask(n), p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_partial(p: *const bf16, n: usize) -> __m512 {
+        unsafe { expand_bf16_512(_mm256_maskz_loadu_epi16(lane_mask(n), p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: __m512) {
+        unsafe { _mm512_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn store_partial(p: *mut f32, v: __m512, n: usize) {
+        unsafe { _mm512_mask_storeu_ps(p, lane_mask(n), v) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn min(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sqrt(a: __m512) -> __m512 {
+        unsafe { _mm512_sqrt_ps(a) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn round(a: __m512) -> __m512 {
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+    #[inline(always)]
+    unsafe fn scale_by_power(a: __m512, n: __m512) -> __m512 {
+        unsafe { _mm512_scalef_ps(a, n) }
+    }
+    #[inline(always)]
+    unsafe fn sum(v: __m512) -> f32 {
+        unsafe {
+            let halves = _mm256_add_ps(
+                _mm512_castps512_ps256(v),
+                _mm512_extractf32x8_ps::<1>(v),
+            );
+            sum_256(halves)
+        }
+    }
+    #[inline(always)]
+    unsafe fn max_lane(v: __m512) -> f32 {
+        unsafe { _mm512_reduce_max_ps(v) }
+    }
+    #[inline(always)]
+    unsafe fn sum16(v: &[__m512; 16]) -> __m512 {
+        // Each step adds the halves of two vectors and keeps both sums side by side: 16 vectors
+        // become 8, 4, 2, 1. Order within a sum: +8, +4, +2, +1, as in `sum`.
+        unsafe {
+            let mut a = [_mm512_setzero_ps(); 8];
+            for (i, a) in a.iter_mut().enumerate() {
+                let (x, y) = (v[i], v[i + 8]);
+                let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(x, y);
+                let high = _mm512_shuffle_f32x4::<0b11_10_11_10>(x, y);
+                *a = _mm512_add_ps(low, high);
+            }
+            // a[i] = [x_i: 2 quarters, x_{i+8}: 2 quarters]
+            let mut b = [_mm512_setzero_ps(); 4];
+            for (i, b) in b.iter_mut().enumerate() {
+                let (x, y) = (a[i], a[i + 4]);
+                let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(x, y);
+                let odd = _mm512_shuffle_f32x4::<0b11_01_11_01>(x, y);
+                *b = _mm512_add_ps(even, odd);
+            }
+            // b[i] quarters: x_i, x_{i+8}, x_{i+4}, x_{i+12}
+            let mut c = [_mm512_setzero_ps(); 2];
+            for (i, c) in c.iter_mut().enumerate() {
+                let (x, y) = (b[i], b[i + 2]);
+                let low = _mm512_shuffle_ps::<0b01_00_01_00>(x, y);
+                let high = _mm512_shuffle_ps::<0b11_10_11_10>(x, y);
+                *c = _mm512_add_ps(low, high);
+            }
+            // c[i] quarter q: [x_k, x_k, x_{k+2}, x_{k+2}] with k = i + (0, 8, 4, 12)[q]
+            let even = _mm512_shuffle_ps::<0b10_00_10_00>(c[0], c[1]);
+            let odd = _mm512_shuffle_ps::<0b11_01_11_01>(c[0], c[1]);
+            let d = _mm512_add_ps(even, odd);
+            // d quarter q: x_k for k = base_q + (0, 2, 1, 3), base = 0, 8, 4, 12
+            let order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+            _mm512_permutexvar_ps(order, d)
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn expand_bf16_512(v: __m256i) -> __m512 {
+    unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(v))) }
+}
+
+#[inline(always)]
+unsafe fn sum_256(v: __m256) -> f32 {
+    unsafe {
+        let q = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let d = _mm_add_ps(q, _mm_movehl_ps(q, q));
+        _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps::<1>(d, d)))
+    }
+}
+
+#[derive(Clone, Copy)]
+pub struct Avx2;
+
+#[derive(Clone, Copy)]
+pub struct V2(__m256, __m256);
+
+macro_rules! both {
+    ($f:ident($($arg:ident),*)) => { unsafe { V2($f($($arg.0),*), $f($($arg.1),*)) } };
+}
+
+impl Simd for Avx2 {
+    type V = V2;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> V2 {
+        unsafe { V2(_mm256_set1_ps(x), _mm256_set1_ps(x)) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> V2 {
+        unsafe { V2(_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))) }
+    }
+    #[inline(always)]
+    unsafe fn load_partial(p: *const f32, n: usize) -> V2 {
+        let mut a = [0f32; 16];
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, a.as_mut_ptr(), n);
+            Self::load(a.as_ptr())
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const f16) -> V2 {
+        unsafe {
+            V2(
+                _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const bf16) -> V2 {
+        unsafe {
+            let expand = |v: __m128i| {
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(v)))
+            };
+            V2(expand(_mm_loadu_si128(p.cast())), expand(_mm_loadu_si128(p.add(8).cast())))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: V2) {
+        unsafe {
+            _mm256_storeu_ps(p, v.0);
+            _mm256_storeu_ps(p.add(8), v.1);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_partial(p: *mut f32, v: V2, n: usize) {
+        let mut a = [0f32; 16];
+        unsafe {
+            Self::store(a.as_mut_ptr(), v);
+            std::ptr::copy_nonoverlapping(a.as_ptr(), p, n);
+        }
+    }
+    #[inline(always)]
+    unsafe fn add(a: V2, b: V2) -> V2 {
+        both!(_mm256_add_ps(a, b))
+    }
+    #[inline(always)]
+    unsafe fn sub(a: V2, b: V2) -> V2 {
+        both!(_mm256_sub_ps(a, b))
+    }
+    #[inline(always)]
+    unsafe fn mul(a: V2, b: V2) -> V2 {
+        both!(_mm256_mul_ps(a, b))
+    }
+    #[inline(always)]
+    unsafe fn div(a: V2, b: V2) -> V2 {
+        both!(_mm256_div_ps(a, b))
+    }
+    #[inline(always)]
+    unsafe fn max(a: V2, b: V2) -> V2 {
+        both!(_mm256_max_ps(a, b))
+    }
+    #[inline(always)]
+    unsafe fn min(a: V2, b: V2) -> V2 {
+        both!(_mm256_min_ps(a, b))
+    }
+    #[inline(always)]
+    unsafe fn sqrt(a: V2) -> V2 {
+        both!(_mm256_sqrt_ps(a))
+    }
+    #[inline(always)]
+    unsafe fn fma(a: V2, b: V2, c: V2) -> V2 {
+        both!(_mm256_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    unsafe fn round(a: V2) -> V2 {
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        unsafe { V2(_mm256_round_ps::<NEAREST>(a.0), _mm256_round_ps::<NEAREST>(a.1)) }
+    }
+    #[inline(always)]
+    unsafe fn scale_by_power(a: V2, n: V2) -> V2 {
+        unsafe {
+            let power = |n: __m256| {
+                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+            };
+            V2(_mm256_mul_ps(a.0, power(n.0)), _mm256_mul_ps(a.1, power(n.1)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(v: V2) -> f32 {
+        unsafe { sum_256(_mm256_add_ps(v.0, v.1)) }
+    }
+    #[inline(always)]
+    unsafe fn max_lane(v: V2) -> f32 {
+        unsafe {
+            let m = _mm256_max_ps(v.0, v.1);
+            let q = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps::<1>(m));
+            let d = _mm_max_ps(q, _mm_movehl_ps(q, q));
+            _mm_cvtss_f32(_mm_max_ss(d, _mm_shuffle_ps::<1>(d, d)))
+        }
+    }
+}

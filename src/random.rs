@@ -1,0 +1,118 @@
+//! Random numbers that depend on a key and a counter alone: Philox 4x32-10 (Salmon et al., SC 2011).
+//!
+//! The same numbers come out on every machine and device, in any order, on any number of threads.
+
+/// Four 32-bit words for `counter` under `key`.
+pub fn philox(key: u64, counter: [u32; 4]) -> [u32; 4] {
+    const M0: u64 = 0xD251_1F53;
+    const M1: u64 = 0xCD9E_8D57;
+    let (mut k0, mut k1) = (key as u32, (key >> 32) as u32);
+    let [mut c0, mut c1, mut c2, mut c3] = counter;
+    for _ in 0..10 {
+        let (p0, p1) = (M0 * c0 as u64, M1 * c2 as u64);
+        (c0, c1, c2, c3) = ((p1 >> 32) as u32 ^ c1 ^ k0, p1 as u32, (p0 >> 32) as u32 ^ c3 ^ k1, p0 as u32);
+        k0 = k0.wrapping_add(0x9E37_79B9);
+        k1 = k1.wrapping_add(0xBB67_AE85);
+    }
+    [c0, c1, c2, c3]
+}
+
+/// A number in the open interval (0, 1) from 32 random bits; 23 of them count.
+pub fn uniform(bits: u32) -> f32 {
+    ((bits >> 9) as f32 + 0.5) * (1.0 / 8_388_608.0)
+}
+
+/// A stream of words under a key; `stream` keeps streams of one key apart.
+pub struct Words {
+    key: u64,
+    stream: u64,
+    block: u64,
+    words: [u32; 4],
+    used: usize,
+}
+
+impl Words {
+    pub fn new(key: u64, stream: u64) -> Words {
+        Words { key, stream, block: 0, words: [0; 4], used: 4 }
+    }
+
+    pub fn next(&mut self) -> u32 {
+        if self.used == 4 {
+            let c = [self.block as u32, (self.block >> 32) as u32, self.stream as u32, (self.stream >> 32) as u32];
+            self.words = philox(self.key, c);
+            self.block += 1;
+            self.used = 0;
+        }
+        self.used += 1;
+        self.words[self.used - 1]
+    }
+
+    /// A whole number below `n`, without bias that matters (n is far below 2^32).
+    pub fn below(&mut self, n: usize) -> usize {
+        ((self.next() as u64 * n as u64) >> 32) as usize
+    }
+
+    /// A number in (0, 1).
+    pub fn uniform(&mut self) -> f32 {
+        uniform(self.next())
+    }
+
+    /// Puts `items` into a random order.
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        for i in (1..items.len()).rev() {
+            items.swap(i, self.below(i + 1));
+        }
+    }
+}
+
+/// Standard normal numbers (Box-Muller).
+pub struct Normal {
+    words: Words,
+    spare: Option<f32>,
+}
+
+impl Normal {
+    pub fn new(key: u64, stream: u64) -> Normal {
+        Normal { words: Words::new(key, stream), spare: None }
+    }
+
+    #[allow(clippy::should_implement_trait)] // an endless stream; iterator adaptors would not help
+    pub fn next(&mut self) -> f32 {
+        if let Some(z) = self.spare.take() {
+            return z;
+        }
+        let radius = (-2.0 * self.words.uniform().ln()).sqrt();
+        let (sin, cos) = (std::f32::consts::TAU * self.words.uniform()).sin_cos();
+        self.spare = Some(radius * sin);
+        radius * cos
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn philox_matches_the_published_vectors() {
+        // known-answer vectors of Random123 1.14 (kat_vectors, philox4x32 10)
+        assert_eq!(philox(0, [0; 4]), [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]);
+        assert_eq!(
+            philox(u64::MAX, [u32::MAX; 4]),
+            [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd]
+        );
+        assert_eq!(
+            philox(0x299f31d0_a4093822, [0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344]),
+            [0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1]
+        );
+    }
+
+    #[test]
+    fn uniform_stays_inside_and_normal_has_unit_moments() {
+        assert!(uniform(0) > 0.0 && uniform(u32::MAX) < 1.0);
+        let mut n = Normal::new(7, 1);
+        let x: Vec<f32> = (0..100_000).map(|_| n.next()).collect();
+        let mean = x.iter().sum::<f32>() / x.len() as f32;
+        let var = x.iter().map(|v| v * v).sum::<f32>() / x.len() as f32;
+        assert!(mean.abs() < 0.01 && (var - 1.0).abs() < 0.02, "{mean} {var}");
+    }
+}

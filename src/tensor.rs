@@ -1,0 +1,141 @@
+//! Named numbers in somebody's memory: a mapped file, the program itself, or our own.
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// How an element is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    F32,
+    F16,
+    Bf16,
+    /// 8-bit integers with one f32 scale per output row.
+    Int8,
+}
+
+impl DType {
+    pub fn size(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::F16 | DType::Bf16 => 2,
+            DType::Int8 => 1,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            DType::Bf16 => "bf16",
+            DType::Int8 => "int8",
+        }
+    }
+
+    /// As `config.json` spells it.
+    pub fn torch_name(self) -> &'static str {
+        match self {
+            DType::F32 => "float32",
+            DType::F16 => "float16",
+            DType::Bf16 => "bfloat16",
+            DType::Int8 => "int8",
+        }
+    }
+}
+
+/// Read-only bytes that outlive whoever holds them, without a copy where they were mapped.
+#[derive(Clone)]
+pub enum Bytes {
+    Mapped(Arc<Mmap>, Range<usize>),
+    Static(&'static [u8]),
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Bytes::Mapped(map, range) => &map[range.clone()],
+            Bytes::Static(bytes) => bytes,
+        }
+    }
+}
+
+impl Bytes {
+    /// A part of these bytes; `range` must lie inside them.
+    pub fn slice(&self, range: Range<usize>) -> Bytes {
+        match self {
+            Bytes::Mapped(map, outer) => {
+                assert!(range.start <= range.end && outer.start + range.end <= outer.end);
+                Bytes::Mapped(map.clone(), outer.start + range.start..outer.start + range.end)
+            }
+            Bytes::Static(bytes) => Bytes::Static(&bytes[range]),
+        }
+    }
+}
+
+/// A dense row-major tensor as a checkpoint stores it.
+#[derive(Clone)]
+pub struct Tensor {
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+    pub bytes: Bytes,
+}
+
+impl Tensor {
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// All elements as f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let pairs = || self.bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+        match self.dtype {
+            DType::F32 => self
+                .bytes
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                .collect(),
+            DType::F16 => pairs().map(|b| f16::from_bits(b).to_f32()).collect(),
+            DType::Bf16 => pairs().map(|b| bf16::from_bits(b).to_f32()).collect(),
+            DType::Int8 => self.bytes.iter().map(|&b| b as i8 as f32).collect(),
+        }
+    }
+}
+
+/// Elements of a plain type, either our own or inside [`Bytes`].
+#[derive(Clone)]
+pub enum Buffer<T: bytemuck::Pod> {
+    Owned(Arc<Vec<T>>),
+    Shared(Bytes, std::marker::PhantomData<T>),
+}
+
+impl<T: bytemuck::Pod> Buffer<T> {
+    pub fn owned(v: Vec<T>) -> Self {
+        Buffer::Owned(Arc::new(v))
+    }
+
+    /// A view of `bytes` where they are aligned for `T`, else a copy.
+    pub fn from_bytes(bytes: Bytes) -> Self {
+        match bytemuck::try_cast_slice::<u8, T>(&bytes) {
+            Ok(_) => Buffer::Shared(bytes, std::marker::PhantomData),
+            Err(_) => Buffer::owned(bytemuck::pod_collect_to_vec(&bytes)),
+        }
+    }
+}
+
+impl<T: bytemuck::Pod> std::ops::Deref for Buffer<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match self {
+            Buffer::Owned(v) => v,
+            Buffer::Shared(bytes, _) => bytemuck::cast_slice(bytes),
+        }
+    }
+}
