@@ -1,11 +1,14 @@
 //! BeautifulPrompt's engine: rewrites plain text-to-image prompts with BLOOM, and trains it.
 
 pub mod checkpoint;
+pub mod cli;
+pub mod data;
 pub mod error;
 pub mod models;
 pub mod ops;
 pub mod random;
 pub mod tensor;
+pub mod text;
 pub mod train;
 
 pub use error::{Error, Result};

@@ -1,3 +1,4 @@
 //! Model definitions: weights and forward passes, written in the operations of [`crate::ops`].
 
 pub mod bloom;
+pub mod embedded;

@@ -1,4 +1,8 @@
 //! Training loops and what they are made of.
 
+pub mod examples;
 pub mod optimizer;
+pub mod report;
 pub mod schedule;
+pub mod sft;
+pub mod state;

@@ -128,6 +128,7 @@ pub struct Workspace {
     final_norm: Normed,
     labelled: Vec<f32>,
     dlabelled: Vec<f32>,
+    logits: Vec<f32>,
     dx: Vec<f32>,
     dnorm: Vec<f32>,
     dresidual: Vec<f32>,
@@ -209,12 +210,12 @@ impl TrainModel {
         let targets: Vec<u32> = labels.iter().map(|l| l.1).collect();
         let head = &w[self.layout.head.clone()];
         let Some((scale, grads)) = gradients else {
-            return ops::cross_entropy(cpu, precision, labelled, head, &targets, None);
+            return ops::cross_entropy(cpu, precision, labelled, head, &targets, &mut space.logits, None);
         };
         let dlabelled = sized(&mut space.dlabelled, labels.len() * h);
         let dhead = &mut grads[self.layout.head.clone()];
         let out = Some((scale, &mut *dlabelled, dhead));
-        let loss = ops::cross_entropy(cpu, precision, labelled, head, &targets, out);
+        let loss = ops::cross_entropy(cpu, precision, labelled, head, &targets, &mut space.logits, out);
         // the final norm's output gradient is zero but at labelled positions
         let dnorm = sized(&mut space.dnorm, batch.ids.len() * h);
         dnorm.fill(0.0);

@@ -464,13 +464,14 @@ pub fn embed_backward(cpu: &Cpu, ids: &[u32], dx: &[f32], dtable: &mut [f32]) {
 
 /// Cross-entropy of `rows` of the hidden states against `targets` through the head `[vocabulary, hidden]`,
 /// in chunks that never hold more than [`LOGITS`] logits. Returns the summed loss. With `gradients`,
-/// writes `scale` * d loss / d x into rows of `dx` and adds that of the head.
+/// writes `scale` * d loss / d x into rows of `dx` and adds that of the head. `logits` is scratch.
 pub fn cross_entropy(
     cpu: &Cpu,
     precision: Precision,
     x: &[f32],
     head: &[f32],
     targets: &[u32],
+    logits: &mut Vec<f32>,
     gradients: Option<(f32, &mut [f32], &mut [f32])>,
 ) -> f64 {
     let rows = targets.len();
@@ -480,7 +481,7 @@ pub fn cross_entropy(
     let h = x.len() / rows;
     let vocab = head.len() / h;
     let chunk = (LOGITS / vocab).clamp(16, rows.max(16));
-    let mut logits = vec![0f32; chunk.min(rows) * vocab];
+    logits.resize(chunk.min(rows) * vocab, 0.0);
     let mut losses = vec![0f64; rows];
     let head_view = View::new(head, vocab, h);
     let mut gradients = gradients;
@@ -500,8 +501,7 @@ pub fn cross_entropy(
             let (most, sum) = exp_sum(cpu.isa, row, scale.is_some());
             loss[0] = (most as f64 - logit as f64) + (sum as f64).ln();
             if let Some(scale) = scale {
-                let factor = scale / sum;
-                row.iter_mut().for_each(|p| *p *= factor);
+                scale_slice(cpu.isa, row, scale / sum);
                 row[target] -= scale;
             }
         });
@@ -512,6 +512,18 @@ pub fn cross_entropy(
         }
     }
     losses.iter().sum()
+}
+
+simd_fn! {
+    fn scale_slice<S>(x: &mut [f32], factor: f32) {
+        let factor_v = S::splat(factor);
+        let full = x.len() / 16 * 16;
+        for i in (0..full).step_by(16) {
+            let p = x.as_mut_ptr().add(i);
+            S::store(p, S::mul(S::load(p), factor_v));
+        }
+        x[full..].iter_mut().for_each(|v| *v *= factor);
+    }
 }
 
 simd_fn! {

@@ -1,0 +1,101 @@
+//! `bprompt data`: training data.
+
+use crate::data::pairs::{PairOptions, make_pairs};
+use crate::data::phrases::StylePhrases;
+use crate::data::records::{read_prompts, write_pairs};
+use crate::text::Tokenizer;
+use clap::{Args, Subcommand};
+use std::path::PathBuf;
+
+#[derive(Subcommand)]
+pub enum DataCommand {
+    /// Make (plain, rich) pairs from a list of prompts.
+    Pairs(PairsArgs),
+}
+
+#[derive(Args)]
+pub struct PairsArgs {
+    /// Prompts: .jsonl or .json records with "prompt", or text with one a line.
+    #[arg(long, value_name = "FILE")]
+    input: PathBuf,
+    /// Training pairs, as JSON lines (or a JSON array if the name ends in .json).
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+    /// Held-out pairs; by default the output's name with `.validation` before its ending.
+    #[arg(long, value_name = "FILE")]
+    validation_output: Option<PathBuf>,
+    /// Lists of style phrases, artists, movements or mediums, one a line, or the first column of a .tsv.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    styles: Vec<PathBuf>,
+    /// Tokenizer that counts the targets' tokens.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Most plain sides made of one rich prompt.
+    #[arg(long, default_value_t = 3)]
+    variants: usize,
+    /// Leave plain prompts out instead of letting them borrow style phrases of similar rich ones.
+    #[arg(long)]
+    no_borrowing: bool,
+    /// Drop targets of fewer tokens.
+    #[arg(long, default_value_t = 25)]
+    min_tokens: usize,
+    /// Part of the prompts that is held out.
+    #[arg(long, default_value_t = 0.02)]
+    validation: f32,
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// Replace existing output files.
+    #[arg(long)]
+    force: bool,
+}
+
+impl DataCommand {
+    pub fn run(self) -> anyhow::Result<()> {
+        let DataCommand::Pairs(args) = self;
+        args.run()
+    }
+}
+
+impl PairsArgs {
+    fn run(self) -> anyhow::Result<()> {
+        anyhow::ensure!((0.0..1.0).contains(&self.validation), "--validation {} is outside [0, 1)", self.validation);
+        let validation_output = self.validation_output.clone().unwrap_or_else(|| {
+            let ending = self.output.extension().unwrap_or("jsonl".as_ref()).to_string_lossy().into_owned();
+            self.output.with_extension(format!("validation.{ending}"))
+        });
+        for path in [&self.output, &validation_output] {
+            anyhow::ensure!(self.force || !path.exists(), "{}: exists already; --force replaces it", path.display());
+        }
+        let prompts = read_prompts(&self.input)?;
+        let mut styles = StylePhrases::default();
+        for file in &self.styles {
+            styles.add_file(file)?;
+        }
+        let tokenizer = match &self.tokenizer {
+            Some(path) => Tokenizer::open(path)?,
+            None => crate::models::embedded::tokenizer(),
+        };
+        let options = PairOptions {
+            variants: self.variants,
+            borrow: !self.no_borrowing,
+            min_tokens: self.min_tokens,
+            validation: self.validation,
+            seed: self.seed,
+            ..PairOptions::default()
+        };
+        let made = make_pairs(&prompts, &styles, &tokenizer, &options);
+        anyhow::ensure!(
+            !made.train.is_empty(),
+            "{}: no pairs could be made of its {} prompts; rich prompts have a subject, a comma and style phrases",
+            self.input.display(),
+            prompts.len()
+        );
+        write_pairs(&self.output, &made.train)?;
+        write_pairs(&validation_output, &made.validation)?;
+        for (what, count) in &made.counts {
+            println!("{count:>8}  {what}");
+        }
+        println!("wrote {} and {}", self.output.display(), validation_output.display());
+        Ok(())
+    }
+}

@@ -1,0 +1,70 @@
+//! The program's subcommands: arguments, files and printing.
+
+mod data;
+mod train;
+
+use crate::ops::cpu::Cpu;
+use crate::ops::cpu::simd::Isa;
+use clap::{Args, Parser, Subcommand};
+
+/// Rewrites plain text-to-image prompts into rich ones, with BLOOM on kernels of its own.
+#[derive(Parser)]
+#[command(name = "bprompt", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make training data.
+    #[command(subcommand)]
+    Data(data::DataCommand),
+    /// Train a tokenizer or a model.
+    #[command(subcommand)]
+    Train(Box<train::TrainCommand>),
+}
+
+/// Where and how to compute.
+#[derive(Args, Clone, Debug)]
+pub struct DeviceArgs {
+    /// Threads to compute with; 0 takes every core.
+    #[arg(long, default_value_t = 0, env = "BPROMPT_THREADS")]
+    pub threads: usize,
+    /// Instruction set: the best of this machine, or a lesser one for comparison.
+    #[arg(long, value_enum, default_value_t = IsaChoice::Auto, env = "BPROMPT_ISA", hide = true)]
+    pub isa: IsaChoice,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum IsaChoice {
+    Auto,
+    Portable,
+    Avx2,
+    Avx512,
+    Avx512Bf16,
+}
+
+impl DeviceArgs {
+    pub fn cpu(&self) -> anyhow::Result<Cpu> {
+        anyhow::ensure!(self.threads <= 1024, "--threads {} is too many; 1024 at most", self.threads);
+        let isa = match self.isa {
+            IsaChoice::Auto => Isa::detect(),
+            IsaChoice::Portable => Isa::Portable,
+            IsaChoice::Avx2 => Isa::Avx2,
+            IsaChoice::Avx512 => Isa::Avx512,
+            IsaChoice::Avx512Bf16 => Isa::Avx512Bf16,
+        };
+        anyhow::ensure!(isa.available(), "--isa {}: this machine does not have it; best is {}", isa.name(), Isa::detect().name());
+        Ok(Cpu::new(self.threads, isa))
+    }
+}
+
+impl Cli {
+    pub fn run(self) -> anyhow::Result<()> {
+        match self.command {
+            Command::Data(c) => c.run(),
+            Command::Train(c) => c.run(),
+        }
+    }
+}

@@ -1,0 +1,358 @@
+//! `bprompt train`: vocabularies and models.
+
+use super::DeviceArgs;
+use crate::checkpoint::{Checkpoint, save_model, write_atomic};
+use crate::data::records::{read_pairs, read_prompts};
+use crate::models::bloom::BloomConfig;
+use crate::models::bloom::train::TrainModel;
+use crate::models::embedded;
+use crate::ops::cpu::matmul::Precision;
+use crate::tensor::DType;
+use crate::text::template::Template;
+use crate::text::{Tokenizer, train_tokenizer};
+use crate::train::examples::{Example, example};
+use crate::train::optimizer::AdamWOptions;
+use crate::train::report::StepMetrics;
+use crate::train::schedule::Schedule;
+use crate::train::sft::{Observer, Outcome, Sft, SftOptions};
+use anyhow::{Context, ensure};
+use clap::{Args, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+#[derive(Subcommand)]
+pub enum TrainCommand {
+    /// Learn a byte-level BPE vocabulary with BLOOM's pre-tokenizer.
+    Tokenizer(TokenizerArgs),
+    /// Supervised fine-tuning on pairs.
+    Sft(SftArgs),
+}
+
+#[derive(Args)]
+pub struct TokenizerArgs {
+    /// Texts: prompts or pairs (.jsonl, .json), or text with one a line.
+    #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+    input: Vec<PathBuf>,
+    /// The tokenizer.json to write.
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+    #[arg(long, default_value_t = 8192)]
+    vocab_size: usize,
+    /// Replace an existing file.
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PrecisionChoice {
+    F32,
+    Bf16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum SaveDtype {
+    F32,
+    F16,
+    Bf16,
+}
+
+#[derive(Args)]
+pub struct SftArgs {
+    /// Training pairs: records with "raw_prompt" and "prompt" (.jsonl or a .json array).
+    #[arg(long, value_name = "FILE")]
+    train: PathBuf,
+    /// Held-out pairs.
+    #[arg(long, value_name = "FILE")]
+    validation: Option<PathBuf>,
+    /// Folder of the run: the trained model, checkpoints, metrics.jsonl, loss.svg.
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Checkpoint to start from; the embedded model if neither this nor --config is given.
+    #[arg(long, value_name = "DIR", conflicts_with = "config")]
+    model: Option<PathBuf>,
+    /// Start from random weights of this config.json; needs --tokenizer.
+    #[arg(long, value_name = "FILE", requires = "tokenizer")]
+    config: Option<PathBuf>,
+    /// tokenizer.json; by default the one of the model folder.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// v1, v2 or a file with {raw} in it; by default the model's own, else v1.
+    #[arg(long, value_name = "NAME|FILE")]
+    template: Option<String>,
+    #[arg(long, default_value_t = 2e-5)]
+    learning_rate: f64,
+    #[arg(long, value_enum, default_value_t = Schedule::Cosine)]
+    schedule: Schedule,
+    /// Part of the steps that warms up.
+    #[arg(long, default_value_t = 0.03)]
+    warmup: f64,
+    #[arg(long, default_value_t = 0.9)]
+    beta1: f32,
+    #[arg(long, default_value_t = 0.95)]
+    beta2: f32,
+    #[arg(long, default_value_t = 1e-8)]
+    epsilon: f32,
+    #[arg(long, default_value_t = 0.0)]
+    weight_decay: f32,
+    /// Largest norm of the gradient.
+    #[arg(long, default_value_t = 1.0)]
+    clip: f32,
+    #[arg(long, default_value_t = 4.0)]
+    epochs: f64,
+    /// End after this many steps; 0 for no limit.
+    #[arg(long, default_value_t = 0)]
+    max_steps: u64,
+    /// Sequences of an optimizer step.
+    #[arg(long, default_value_t = 64)]
+    batch: usize,
+    /// Most tokens of one forward and backward pass; gradients accumulate over as many as the batch needs.
+    #[arg(long, default_value_t = 8192)]
+    micro_tokens: usize,
+    /// Longer sequences are cut on the right.
+    #[arg(long, default_value_t = 384)]
+    max_tokens: usize,
+    /// How products are computed; bf16 rounds their operands, weights and sums stay f32.
+    #[arg(long, value_enum, default_value_t = PrecisionChoice::Bf16)]
+    precision: PrecisionChoice,
+    /// How the trained model is stored.
+    #[arg(long, value_enum, default_value_t = SaveDtype::Bf16)]
+    save_dtype: SaveDtype,
+    /// Steps between checkpoints.
+    #[arg(long, default_value_t = 500)]
+    save_every: u64,
+    /// Checkpoints to keep.
+    #[arg(long, default_value_t = 2)]
+    keep: usize,
+    /// Steps between validations.
+    #[arg(long, default_value_t = 500)]
+    validate_every: u64,
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// Go on from the newest checkpoint in the output folder.
+    #[arg(long)]
+    resume: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+impl TrainCommand {
+    pub fn run(self) -> anyhow::Result<()> {
+        match self {
+            TrainCommand::Tokenizer(args) => args.run(),
+            TrainCommand::Sft(args) => args.run(),
+        }
+    }
+}
+
+impl TokenizerArgs {
+    fn run(self) -> anyhow::Result<()> {
+        ensure!(self.force || !self.output.exists(), "{}: exists already; --force replaces it", self.output.display());
+        let mut texts = Vec::new();
+        for file in &self.input {
+            texts.extend(read_prompts(file)?);
+        }
+        train_tokenizer(&texts, self.vocab_size, &self.output)?;
+        let tokenizer = Tokenizer::open(&self.output)?;
+        let bytes: usize = texts.iter().map(String::len).sum();
+        let tokens: usize = texts.iter().map(|t| tokenizer.encode_literal(t).map_or(0, |ids| ids.len())).sum();
+        println!(
+            "{}: {} tokens, {:.2} bytes a token on its {} texts",
+            self.output.display(),
+            tokenizer.vocab_size(),
+            bytes as f64 / tokens.max(1) as f64,
+            texts.len()
+        );
+        Ok(())
+    }
+}
+
+/// What training starts from.
+struct Start {
+    model: TrainModel,
+    tokenizer: Tokenizer,
+    /// The text of its tokenizer.json, to be kept beside the trained model.
+    tokenizer_json: Vec<u8>,
+    template: Template,
+}
+
+impl SftArgs {
+    fn start(&self) -> anyhow::Result<Start> {
+        let own_template = self.model.as_ref().map(|m| m.join("template.txt")).filter(|p| p.exists());
+        let template = match (&self.template, own_template) {
+            (Some(name), _) => Template::named(name)?,
+            (None, Some(file)) => Template::read(&file)?,
+            (None, None) if self.model.is_none() && self.config.is_none() => embedded::template(),
+            (None, None) => Template::named("v1")?,
+        };
+        let (model, default_tokenizer) = match (&self.model, &self.config) {
+            (_, Some(file)) => (TrainModel::random(BloomConfig::read(file)?, self.seed), None),
+            (Some(folder), None) => {
+                let c = Checkpoint::open(folder)?;
+                let values = c.to_f32()?;
+                (TrainModel::new(c.config, values), Some(folder.join("tokenizer.json")))
+            }
+            (None, None) => {
+                let c = embedded::checkpoint();
+                let values = c.to_f32()?;
+                (TrainModel::new(c.config, values), None)
+            }
+        };
+        let path = self.tokenizer.clone().or(default_tokenizer);
+        let (tokenizer, tokenizer_json) = match &path {
+            Some(path) => {
+                let tokenizer = Tokenizer::open(path)?;
+                tokenizer.check(model.config.vocab_size, path)?;
+                (tokenizer, std::fs::read(path).with_context(|| format!("{}: cannot read", path.display()))?)
+            }
+            None => (embedded::tokenizer(), embedded::TOKENIZER.to_vec()),
+        };
+        Ok(Start { model, tokenizer, tokenizer_json, template })
+    }
+
+    fn examples(&self, path: &Path, start: &Start) -> anyhow::Result<Vec<Example>> {
+        let eos = start.model.config.eos_token_id;
+        let mut examples = Vec::new();
+        for pair in read_pairs(path)? {
+            let e = example(&pair, &start.template, &start.tokenizer, eos, self.max_tokens)?;
+            // a sequence whose target was cut off whole teaches nothing
+            if e.loss_from < e.ids.len() {
+                examples.push(e);
+            }
+        }
+        ensure!(!examples.is_empty(), "{}: no pair fits into --max-tokens {}", path.display(), self.max_tokens);
+        Ok(examples)
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        ensure!(self.batch > 0 && self.micro_tokens > 0, "--batch and --micro-tokens must be at least 1");
+        ensure!(self.max_tokens > 1, "--max-tokens must be at least 2");
+        ensure!(self.epochs > 0.0, "--epochs must be above 0");
+        ensure!((0.0..=1.0).contains(&self.warmup), "--warmup {} is outside [0, 1]", self.warmup);
+        ensure!(self.learning_rate > 0.0, "--learning-rate must be above 0");
+        ensure!(
+            self.resume || !self.output.exists(),
+            "{}: exists already; --resume goes on with it, or choose another --output",
+            self.output.display()
+        );
+        Ok(())
+    }
+
+    fn run(self) -> anyhow::Result<()> {
+        self.check()?;
+        let cpu = self.device.cpu()?;
+        let start = self.start()?;
+        let train = self.examples(&self.train, &start)?;
+        let validation = match &self.validation {
+            Some(path) => self.examples(path, &start)?,
+            None => vec![],
+        };
+        let optimizer = AdamWOptions {
+            beta1: self.beta1,
+            beta2: self.beta2,
+            epsilon: self.epsilon,
+            weight_decay: self.weight_decay,
+        };
+        let settings = json!({
+            "examples": train.len(),
+            "tokens": train.iter().map(|e| e.ids.len()).sum::<usize>(),
+            "parameters": start.model.values.len(),
+            "optimizer": optimizer,
+            "learning_rate": self.learning_rate,
+            "schedule": self.schedule,
+            "warmup": self.warmup,
+            "clip": self.clip,
+            "epochs": self.epochs,
+            "max_steps": self.max_steps,
+            "batch": self.batch,
+            "micro_tokens": self.micro_tokens,
+            "precision": format!("{:?}", self.precision),
+            "seed": self.seed,
+        });
+        std::fs::create_dir_all(&self.output).with_context(|| format!("{}: cannot create", self.output.display()))?;
+        let precision = match self.precision {
+            PrecisionChoice::F32 => Precision::F32,
+            PrecisionChoice::Bf16 => Precision::Bf16,
+        };
+        let options = SftOptions {
+            optimizer,
+            learning_rate: self.learning_rate,
+            schedule: self.schedule,
+            warmup: self.warmup,
+            clip: self.clip,
+            epochs: self.epochs,
+            max_steps: self.max_steps,
+            batch: self.batch,
+            micro_tokens: self.micro_tokens,
+            precision,
+            seed: self.seed,
+            save_every: self.save_every,
+            validate_every: self.validate_every,
+            keep: self.keep,
+            output: self.output.clone(),
+            settings,
+        };
+        let Start { model, tokenizer_json, template, .. } = start;
+        let mut sft = Sft { cpu: &cpu, model, train, validation, options };
+        eprintln!(
+            "{} parameters, {} examples, {} steps",
+            sft.model.values.len(),
+            sft.train.len(),
+            sft.total_steps()
+        );
+        let stop = Arc::new(AtomicBool::new(false));
+        let flag = stop.clone();
+        ctrlc::set_handler(move || {
+            if flag.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+        })?;
+        let mut bar = Bar::new(sft.total_steps());
+        let outcome = sft.run(self.resume, &stop, &mut bar);
+        bar.bar.finish_and_clear();
+        match outcome? {
+            Outcome::Stopped(folder) => {
+                eprintln!("stopped; saved {}; the same command with --resume goes on", folder.display());
+                std::process::exit(130);
+            }
+            Outcome::Finished { validation_loss } => {
+                let dtype = match self.save_dtype {
+                    SaveDtype::F32 => DType::F32,
+                    SaveDtype::F16 => DType::F16,
+                    SaveDtype::Bf16 => DType::Bf16,
+                };
+                save_model(&self.output, &sft.model.config, &sft.model.values, dtype)?;
+                write_atomic(&self.output.join("tokenizer.json"), |w| w.write_all(&tokenizer_json))?;
+                write_atomic(&self.output.join("template.txt"), |w| writeln!(w, "{}", template.text()))?;
+                match validation_loss {
+                    Some(loss) => println!("{}: validation loss {loss:.4}", self.output.display()),
+                    None => println!("{}: trained", self.output.display()),
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+struct Bar {
+    bar: ProgressBar,
+}
+
+impl Bar {
+    fn new(total: u64) -> Bar {
+        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta} left").expect("a fixed template");
+        Bar { bar: ProgressBar::new(total).with_style(style) }
+    }
+}
+
+impl Observer for Bar {
+    fn step(&mut self, _total: u64, m: &StepMetrics) {
+        self.bar.set_position(m.step);
+        self.bar.set_message(format!("loss {:.3}  {:.0} tokens/s", m.loss, m.tokens_per_second));
+        if let Some(loss) = m.validation_loss {
+            self.bar.println(format!("step {}: validation loss {loss:.4}", m.step));
+        }
+    }
+}

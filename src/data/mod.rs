@@ -1,0 +1,6 @@
+//! Prompt pairs: records, and how they are made from plain lists of prompts.
+
+pub mod near_duplicates;
+pub mod pairs;
+pub mod phrases;
+pub mod records;

@@ -1,0 +1,90 @@
+//! Reading and writing lists of prompts and of pairs: JSON arrays, JSON lines and plain text.
+
+use crate::checkpoint::write_atomic;
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// A training pair in the reference's format; scores and other fields are carried along.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Pair {
+    pub raw_prompt: String,
+    pub prompt: String,
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// The values of a JSON array or of JSON lines, with the line (from 1) or the index of each.
+fn values(path: &Path) -> Result<Vec<(String, Value)>> {
+    let bytes = std::fs::read(path).map_err(Error::io(path, "read"))?;
+    let text = String::from_utf8(bytes).map_err(|e| {
+        let line = e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|&&b| b == b'\n').count() + 1;
+        Error::file(path, format!("line {line} is not UTF-8"))
+    })?;
+    let text = text.trim_start_matches('\u{feff}');
+    if text.trim_start().starts_with('[') {
+        let list: Vec<Value> =
+            serde_json::from_str(text).map_err(|e| Error::file(path, format!("not a JSON array: {e}")))?;
+        return Ok(list.into_iter().enumerate().map(|(i, v)| (format!("element {}", i + 1), v)).collect());
+    }
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    lines
+        .map(|(i, line)| {
+            let place = format!("line {}", i + 1);
+            let value = serde_json::from_str(line);
+            value.map(|v| (place.clone(), v)).map_err(|e| Error::file(path, format!("{place} is not JSON: {e}")))
+        })
+        .collect()
+}
+
+/// Pairs with `raw_prompt` and `prompt`.
+pub fn read_pairs(path: &Path) -> Result<Vec<Pair>> {
+    let pairs: Vec<Pair> = values(path)?
+        .into_iter()
+        .map(|(place, v)| {
+            serde_json::from_value(v).map_err(|e| {
+                Error::file(path, format!("{place}: {e}; expected {{\"raw_prompt\": …, \"prompt\": …}}"))
+            })
+        })
+        .collect::<Result<_>>()?;
+    if pairs.is_empty() {
+        return Err(Error::file(path, "holds no pairs"));
+    }
+    Ok(pairs)
+}
+
+/// Prompts: one a line in a text file, else the `prompt` of each record (or the strings themselves).
+pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
+    let json = path.extension().is_some_and(|e| e == "json" || e == "jsonl");
+    if !json {
+        let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
+        return Ok(text.lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_owned).collect());
+    }
+    values(path)?
+        .into_iter()
+        .map(|(place, v)| match &v {
+            Value::String(s) => Ok(s.clone()),
+            Value::Object(o) => match o.get("prompt") {
+                Some(Value::String(s)) => Ok(s.clone()),
+                _ => Err(Error::file(path, format!("{place} has no text under \"prompt\""))),
+            },
+            _ => Err(Error::file(path, format!("{place} is neither text nor an object with \"prompt\""))),
+        })
+        .collect()
+}
+
+/// Writes a JSON array if the name ends in `.json`, else JSON lines.
+pub fn write_pairs(path: &Path, pairs: &[Pair]) -> Result<()> {
+    write_atomic(path, |w| {
+        if path.extension().is_some_and(|e| e == "json") {
+            serde_json::to_writer_pretty(&mut *w, pairs)?;
+            return writeln!(w);
+        }
+        for pair in pairs {
+            serde_json::to_writer(&mut *w, pair)?;
+            writeln!(w)?;
+        }
+        Ok(())
+    })
+}

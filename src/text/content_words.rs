@@ -1,0 +1,90 @@
+//! Which words carry a prompt's meaning, and how many of them a rewrite keeps.
+
+use rust_stemmers::{Algorithm, Stemmer};
+use std::collections::HashSet;
+
+/// Words that say nothing about the picture by themselves.
+const STOP_WORDS: &str = "a about after all also am an and any are as at be because been being both but by can could did \
+do does doing during each few for from further get gets had has have having he her here hers him his how i if in into \
+is it its itself just like made make me more most my of off on once only or other our out over own same she should so \
+some such than that the their theirs them then there these they this those through to too under until up upon very \
+was we were what when where which while who whom why will with would you your";
+
+/// The words of `text` in lower case: runs of letters and digits, with inner apostrophes.
+pub fn words(text: &str) -> Vec<String> {
+    let text = text.to_lowercase().replace('’', "'");
+    text.split(|c: char| !c.is_alphanumeric() && c != '\'')
+        .map(|w| w.trim_matches('\'').trim_end_matches("'s"))
+        .filter(|w| !w.is_empty())
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Finds content words: everything but stop words, stemmed (Snowball English).
+pub struct ContentWords {
+    stemmer: Stemmer,
+    stop: HashSet<&'static str>,
+}
+
+impl Default for ContentWords {
+    fn default() -> Self {
+        ContentWords { stemmer: Stemmer::create(Algorithm::English), stop: STOP_WORDS.split(' ').collect() }
+    }
+}
+
+impl ContentWords {
+    pub fn is_stop_word(&self, word: &str) -> bool {
+        self.stop.contains(word)
+    }
+
+    pub fn stem(&self, word: &str) -> String {
+        self.stemmer.stem(word).into_owned()
+    }
+
+    /// Stems of the content words of `text`, each once, in order.
+    pub fn stems(&self, text: &str) -> Vec<String> {
+        let mut seen = HashSet::new();
+        words(text)
+            .into_iter()
+            .filter(|w| !self.stop.contains(w.as_str()))
+            .map(|w| self.stem(&w))
+            .filter(|s| seen.insert(s.clone()))
+            .collect()
+    }
+
+    /// Part of the content words of `input` that `output` keeps, from 0 to 1; 1 if there are none.
+    pub fn kept(&self, input: &str, output: &str) -> f64 {
+        let wanted = self.stems(input);
+        if wanted.is_empty() {
+            return 1.0;
+        }
+        let have: HashSet<String> = words(output).iter().map(|w| self.stem(w)).collect();
+        wanted.iter().filter(|w| have.contains(*w)).count() as f64 / wanted.len() as f64
+    }
+}
+
+/// How often the most frequent run of `n` words occurs in `text`.
+pub fn most_repeated(text: &str, n: usize) -> usize {
+    let words = words(text);
+    let mut counts = std::collections::HashMap::new();
+    words.windows(n).map(|w| *counts.entry(w).and_modify(|c| *c += 1).or_insert(1)).max().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kept_words_are_stemmed_and_stop_words_do_not_count() {
+        let c = ContentWords::default();
+        assert_eq!(c.stems("The cats are sitting in the RAIN, a cat's tail"), ["cat", "sit", "rain", "tail"]);
+        assert_eq!(c.kept("two cats sitting in the rain", "a cat sits, 8k, rain"), 0.75);
+        assert_eq!(c.kept("in the", "anything"), 1.0);
+    }
+
+    #[test]
+    fn repeated_runs_are_counted() {
+        assert_eq!(most_repeated("a b c d a b c d, A B C D", 4), 3);
+        assert_eq!(most_repeated("a b c", 4), 0);
+    }
+}

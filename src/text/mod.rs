@@ -1,0 +1,9 @@
+//! Text in and out of the model: tokenizer, templates, content words.
+
+pub mod content_words;
+pub mod template;
+mod tokenizer;
+mod tokenizer_training;
+
+pub use tokenizer::{Decoder, Tokenizer};
+pub use tokenizer_training::{PRE_TOKENIZER_PATTERN, train_tokenizer};

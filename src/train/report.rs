@@ -1,0 +1,96 @@
+//! What a training run leaves to look at: `metrics.jsonl` and the loss curve.
+
+use crate::checkpoint::{write_atomic, write_atomic_at};
+use crate::error::{Error, Result};
+use plotters::prelude::*;
+use serde::{Deserialize, Serialize};
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// One line of `metrics.jsonl`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StepMetrics {
+    /// Optimizer steps taken, this one included.
+    pub step: u64,
+    pub epoch: f64,
+    /// Mean cross-entropy a label, in nats.
+    pub loss: f64,
+    pub learning_rate: f64,
+    pub gradient_norm: f64,
+    pub tokens: usize,
+    pub tokens_per_second: f64,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub validation_loss: Option<f64>,
+}
+
+pub struct Metrics {
+    path: PathBuf,
+    file: File,
+    pub steps: Vec<StepMetrics>,
+}
+
+impl Metrics {
+    /// Opens the file of a run that has taken `done` steps; lines of later steps are taken away.
+    pub fn open(path: &Path, done: u64) -> Result<Metrics> {
+        let mut steps: Vec<StepMetrics> = Vec::new();
+        if done > 0 && path.exists() {
+            let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
+            steps = text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect();
+            steps.retain(|s| s.step <= done);
+        }
+        write_atomic(path, |w| {
+            for s in &steps {
+                serde_json::to_writer(&mut *w, s)?;
+                writeln!(w)?;
+            }
+            Ok(())
+        })?;
+        let file = OpenOptions::new().append(true).open(path).map_err(Error::io(path, "open"))?;
+        Ok(Metrics { path: path.into(), file, steps })
+    }
+
+    pub fn push(&mut self, step: StepMetrics) -> Result<()> {
+        let mut line = serde_json::to_string(&step).expect("numbers are JSON");
+        line.push('\n');
+        self.file.write_all(line.as_bytes()).map_err(Error::io(&self.path, "write"))?;
+        self.steps.push(step);
+        Ok(())
+    }
+
+    /// Draws training and validation loss over steps.
+    pub fn draw(&self, path: &Path) -> Result<()> {
+        write_atomic_at(path, |file| draw(&self.steps, file).map_err(std::io::Error::other))
+    }
+}
+
+fn draw(steps: &[StepMetrics], path: &Path) -> std::result::Result<(), String> {
+    let points: Vec<(f64, f64)> = steps.iter().map(|s| (s.step as f64, s.loss)).collect();
+    let held_out = steps.iter().filter_map(|s| Some((s.step as f64, s.validation_loss?)));
+    let held_out: Vec<(f64, f64)> = held_out.collect();
+    let most = points.iter().chain(&held_out).map(|p| p.1).fold(0.1, f64::max) * 1.05;
+    let last = points.last().map_or(1.0, |p| p.0).max(1.0);
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    let area = SVGBackend::new(path, (900, 500)).into_drawing_area();
+    area.fill(&WHITE).map_err(|e| text(&e))?;
+    let mut chart = ChartBuilder::on(&area)
+        .caption("cross-entropy a token", ("sans-serif", 20))
+        .margin(12)
+        .x_label_area_size(36)
+        .y_label_area_size(48)
+        .build_cartesian_2d(0.0..last, 0.0..most)
+        .map_err(|e| text(&e))?;
+    chart.configure_mesh().x_desc("step").y_desc("nats").draw().map_err(|e| text(&e))?;
+    for (name, points, color) in [("training", points, BLUE), ("validation", held_out, RED)] {
+        if points.is_empty() {
+            continue;
+        }
+        chart
+            .draw_series(LineSeries::new(points, color))
+            .map_err(|e| text(&e))?
+            .label(name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color));
+    }
+    chart.configure_series_labels().border_style(BLACK).draw().map_err(|e| text(&e))?;
+    area.present().map_err(|e| text(&e))
+}

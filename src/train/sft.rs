@@ -1,0 +1,185 @@
+//! Supervised fine-tuning: cross-entropy on the target and `</s>`, AdamW, resumable bit for bit.
+
+use super::examples::{Example, epoch_order, pack};
+use super::optimizer::{AdamW, AdamWOptions, clip_gradients};
+use super::report::{Metrics, StepMetrics};
+use super::schedule::Schedule;
+use super::state::{self, RunState};
+use crate::error::{Error, Result};
+use crate::models::bloom::train::{TrainModel, Workspace};
+use crate::ops::cpu::Cpu;
+use crate::ops::cpu::matmul::Precision;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+#[derive(Clone, Debug)]
+pub struct SftOptions {
+    pub optimizer: AdamWOptions,
+    pub learning_rate: f64,
+    pub schedule: Schedule,
+    /// Part of all steps that warms up.
+    pub warmup: f64,
+    /// Largest norm of the gradient.
+    pub clip: f32,
+    pub epochs: f64,
+    /// Ends the run earlier; 0 for no limit.
+    pub max_steps: u64,
+    /// Sequences of one optimizer step.
+    pub batch: usize,
+    /// Most tokens of one forward and backward pass; a step takes as many passes as it needs.
+    pub micro_tokens: usize,
+    pub precision: Precision,
+    pub seed: u64,
+    /// Steps between checkpoints and between validations; 0 for none but at the end.
+    pub save_every: u64,
+    pub validate_every: u64,
+    pub keep: usize,
+    /// Folder of the run.
+    pub output: PathBuf,
+    /// Settings that a resumed run must share.
+    pub settings: serde_json::Value,
+}
+
+/// Told about each step; used for the progress bar.
+pub trait Observer {
+    fn step(&mut self, total: u64, metrics: &StepMetrics);
+}
+
+/// How a run ended.
+#[derive(Debug, PartialEq)]
+pub enum Outcome {
+    Finished { validation_loss: Option<f64> },
+    /// Somebody asked to stop; the state was saved there.
+    Stopped(PathBuf),
+}
+
+pub struct Sft<'a> {
+    pub cpu: &'a Cpu,
+    pub model: TrainModel,
+    pub train: Vec<Example>,
+    pub validation: Vec<Example>,
+    pub options: SftOptions,
+}
+
+impl Sft<'_> {
+    fn steps_per_epoch(&self) -> u64 {
+        self.train.len().div_ceil(self.options.batch) as u64
+    }
+
+    /// All optimizer steps of the run.
+    pub fn total_steps(&self) -> u64 {
+        let steps = ((self.steps_per_epoch() as f64 * self.options.epochs).ceil() as u64).max(1);
+        if self.options.max_steps > 0 { steps.min(self.options.max_steps) } else { steps }
+    }
+
+    /// Runs to the end, from the newest checkpoint if `resume`.
+    pub fn run(&mut self, resume: bool, stop: &AtomicBool, observer: &mut dyn Observer) -> Result<Outcome> {
+        let checkpoints = self.options.output.join("checkpoints");
+        let mut optimizer = AdamW::new(&self.model.config, self.options.optimizer);
+        let mut done = 0;
+        if resume && let Some((_, folder)) = state::list(&checkpoints)?.pop() {
+            let saved = state::load(&folder, &mut self.model, &mut optimizer)?;
+            if saved.settings != self.options.settings {
+                return Err(Error::file(
+                    &folder,
+                    format!(
+                        "was trained with other settings ({}); --resume needs the same ones",
+                        difference(&saved.settings, &self.options.settings)
+                    ),
+                ));
+            }
+            done = saved.step;
+        }
+        let mut metrics = Metrics::open(&self.options.output.join("metrics.jsonl"), done)?;
+        let curve = self.options.output.join("loss.svg");
+        let total = self.total_steps();
+        let warmup = (total as f64 * self.options.warmup).ceil() as u64;
+        let per_epoch = self.steps_per_epoch();
+        let mut grads = vec![0f32; self.model.values.len()];
+        let mut space = Workspace::default();
+        let mut order = (u64::MAX, Vec::new());
+        let mut validation_loss = None;
+        while done < total {
+            let started = Instant::now();
+            let epoch = done / per_epoch;
+            if order.0 != epoch {
+                order = (epoch, epoch_order(self.train.len(), self.options.seed, epoch));
+            }
+            let first = (done % per_epoch) as usize * self.options.batch;
+            let chosen = &order.1[first..(first + self.options.batch).min(order.1.len())];
+            let batches = pack(chosen.iter().map(|&i| &self.train[i]), self.options.micro_tokens);
+            let labels: usize = batches.iter().map(|b| b.labels.len()).sum();
+            let tokens: usize = batches.iter().map(|b| b.ids.len()).sum();
+            grads.fill(0.0);
+            let mut sum = 0.0;
+            for batch in &batches {
+                let out = Some((1.0 / labels.max(1) as f32, &mut grads[..]));
+                sum += self.model.loss(self.cpu, self.options.precision, batch, &mut space, out);
+            }
+            let loss = sum / labels.max(1) as f64;
+            let norm = clip_gradients(self.cpu, &mut grads, self.options.clip);
+            if !loss.is_finite() || !norm.is_finite() {
+                metrics.draw(&curve)?;
+                return Err(Error::invalid(self.diverged(done + 1, loss, norm)?));
+            }
+            let rate = self.options.learning_rate * self.options.schedule.factor(done, warmup, total);
+            optimizer.step(self.cpu, &mut self.model.values, &grads, rate as f32);
+            done += 1;
+            let due = |every: u64| done == total || (every > 0 && done.is_multiple_of(every));
+            if due(self.options.validate_every) && !self.validation.is_empty() {
+                validation_loss = Some(self.validation_loss(&mut space));
+            }
+            let stepped = StepMetrics {
+                step: done,
+                epoch: done as f64 / per_epoch as f64,
+                loss,
+                learning_rate: rate,
+                gradient_norm: norm,
+                tokens,
+                tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
+                validation_loss: if due(self.options.validate_every) { validation_loss } else { None },
+            };
+            observer.step(total, &stepped);
+            metrics.push(stepped)?;
+            let stopping = stop.load(Ordering::Relaxed);
+            if stopping || due(self.options.save_every) {
+                let state = RunState { step: done, settings: self.options.settings.clone() };
+                let folder = state::save(&checkpoints, &self.model, &optimizer, &state, self.options.keep)?;
+                metrics.draw(&curve)?;
+                if stopping && done < total {
+                    return Ok(Outcome::Stopped(folder));
+                }
+            }
+        }
+        metrics.draw(&curve)?;
+        Ok(Outcome::Finished { validation_loss })
+    }
+
+    /// Mean cross-entropy a label over the held-out examples.
+    fn validation_loss(&self, space: &mut Workspace) -> f64 {
+        let (mut sum, mut labels) = (0.0, 0);
+        for batch in pack(self.validation.iter(), self.options.micro_tokens) {
+            labels += batch.labels.len();
+            sum += self.model.loss(self.cpu, self.options.precision, &batch, space, None);
+        }
+        sum / labels.max(1) as f64
+    }
+
+    fn diverged(&self, step: u64, loss: f64, norm: f64) -> Result<String> {
+        let kept = match state::list(&self.options.output.join("checkpoints"))?.pop() {
+            Some((_, folder)) => format!("the last good checkpoint is {}", folder.display()),
+            None => "no checkpoint had been written yet".into(),
+        };
+        Ok(format!(
+            "step {step}: loss {loss}, gradient norm {norm}; {kept}; lower --learning-rate or --clip, or raise --warmup"
+        ))
+    }
+}
+
+/// The names of settings whose values differ.
+fn difference(a: &serde_json::Value, b: &serde_json::Value) -> String {
+    let (Some(a), Some(b)) = (a.as_object(), b.as_object()) else { return "all".into() };
+    let names = a.keys().chain(b.keys().filter(|k| !a.contains_key(*k))).filter(|k| a.get(*k) != b.get(*k));
+    names.map(String::as_str).collect::<Vec<_>>().join(", ")
+}
