@@ -1,1 +1,117 @@
+//! The fused operations that models are written in.
+//!
+//! [`Backend`] is a list of what BLOOM needs, not a tensor library. A batch is ragged: the tokens of all spans
+//! one after the other, without padding; prefill, chunked prefill, decoding and scoring are the same calls.
+
 pub mod cpu;
+
+use crate::error::Result;
+use crate::tensor::{DType, Tensor};
+
+/// Positions of one block of the KV cache.
+pub const BLOCK: usize = 16;
+
+/// A sequence's part of a batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Span {
+    /// First token of the span in the batch, and how many there are.
+    pub start: usize,
+    pub len: usize,
+    /// Positions of the sequence that are in the KV cache already.
+    pub past: usize,
+    /// Blocks of the sequence, in order; they have room for `past + len` positions.
+    pub blocks: Vec<u32>,
+}
+
+/// All tokens of one forward pass.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    pub ids: Vec<u32>,
+    pub spans: Vec<Span>,
+}
+
+impl Batch {
+    /// Adds a span of `ids` to a sequence that has `past` positions in `blocks`.
+    pub fn push(&mut self, ids: &[u32], past: usize, blocks: &[u32]) {
+        assert!(!ids.is_empty() && (past + ids.len()).div_ceil(BLOCK) <= blocks.len());
+        self.spans.push(Span { start: self.ids.len(), len: ids.len(), past, blocks: blocks.to_vec() });
+        self.ids.extend_from_slice(ids);
+    }
+}
+
+/// What a product does with its sums before it writes them.
+#[derive(Clone, Copy)]
+pub enum Epilogue<'a, Buffer> {
+    /// y = x W^T + b
+    Bias,
+    /// y = gelu(x W^T + b), tanh form
+    BiasGelu,
+    /// y = x W^T + b + residual
+    BiasResidual(&'a Buffer),
+}
+
+/// Gain and shift of a layer norm.
+pub struct LayerNorm<V> {
+    pub weight: V,
+    pub bias: V,
+}
+
+/// A matrix `[outputs, inputs]` and its bias.
+pub struct Linear<M, V> {
+    pub weight: M,
+    pub bias: V,
+}
+
+/// Sizes of attention.
+#[derive(Clone, Debug)]
+pub struct Heads {
+    pub count: usize,
+    pub size: usize,
+    /// ALiBi slopes, one a head.
+    pub slopes: Vec<f32>,
+}
+
+/// Where a model's memory lives and its operations run. Activations are `[tokens, width]`, row-major, in f32.
+pub trait Backend {
+    /// A matrix ready for products.
+    type Matrix;
+    /// A vector of parameters.
+    type Vector;
+    /// Activations; grows as needed.
+    type Buffer: Default;
+    /// Keys and values of all layers, in blocks of [`BLOCK`] positions: `[block, head, position, head size]`.
+    type Cache;
+
+    /// Prepares a weight; `None` keeps the stored type.
+    fn matrix(&self, tensor: &Tensor, dtype: Option<DType>) -> Result<Self::Matrix>;
+    fn vector(&self, tensor: &Tensor) -> Result<Self::Vector>;
+    fn cache(&self, dtype: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<Self::Cache>;
+    /// Copies a block's keys and values in all layers.
+    fn copy_block(&self, cache: &mut Self::Cache, from: u32, to: u32);
+
+    /// Layer norm of the rows of `table` for `ids`.
+    fn embed_norm(&self, ids: &[u32], table: &Self::Matrix, norm: &LayerNorm<Self::Vector>, eps: f32, out: &mut Self::Buffer);
+    fn layer_norm(&self, x: &Self::Buffer, norm: &LayerNorm<Self::Vector>, eps: f32, out: &mut Self::Buffer);
+    fn linear(
+        &self,
+        x: &Self::Buffer,
+        linear: &Linear<Self::Matrix, Self::Vector>,
+        epilogue: Epilogue<Self::Buffer>,
+        out: &mut Self::Buffer,
+    );
+    /// Writes keys and values of `qkv` (`[tokens, head, 3, head size]`) to the cache, then lets each query
+    /// attend to its own and all earlier positions. `out` is `[tokens, head, head size]`.
+    fn attention(
+        &self,
+        batch: &Batch,
+        layer: usize,
+        heads: &Heads,
+        qkv: &Self::Buffer,
+        cache: &mut Self::Cache,
+        out: &mut Self::Buffer,
+    );
+    /// The chosen rows of `x`.
+    fn gather(&self, x: &Self::Buffer, rows: &[usize], width: usize, out: &mut Self::Buffer);
+    /// Products with every row of the head: `[rows, vocabulary]`, on the host.
+    fn logits(&self, x: &Self::Buffer, head: &Self::Matrix, out: &mut Vec<f32>);
+}

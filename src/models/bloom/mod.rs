@@ -1,6 +1,8 @@
 //! BLOOM (arXiv 2211.05100): ALiBi attention, layer norm after the embedding, tanh GELU, tied head.
 
 mod config;
+mod model;
 pub mod train;
 
+pub use model::{Bloom, Scratch};
 pub use config::{BloomConfig, Parameter, alibi_slopes};

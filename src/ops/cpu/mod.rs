@@ -1,14 +1,23 @@
-//! The CPU backend.
+//! The CPU backend: native Rust with AVX-512, AVX2 and portable paths chosen at run time.
 
+pub mod attention;
 pub mod matmul;
 #[cfg(target_arch = "x86_64")]
 mod matmul_bf16;
+pub mod product;
+pub mod rows;
 pub mod simd;
 pub mod threads;
 pub mod training;
 
+use super::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear};
+use crate::error::Result;
+use crate::simd_fn;
+use crate::tensor::{DType, Tensor};
+use attention::Cache;
+use product::Matrix;
 use simd::Isa;
-use threads::Threads;
+use threads::{Disjoint, Threads};
 
 /// The machine's processor: its threads and the instruction set to use.
 pub struct Cpu {
@@ -20,5 +29,118 @@ impl Cpu {
     /// `threads` as for [`Threads::new`].
     pub fn new(threads: usize, isa: Isa) -> Cpu {
         Cpu { threads: Threads::new(threads), isa }
+    }
+}
+
+impl Backend for Cpu {
+    type Matrix = Matrix;
+    type Vector = Vec<f32>;
+    type Buffer = Vec<f32>;
+    type Cache = Cache;
+
+    fn matrix(&self, tensor: &Tensor, dtype: Option<DType>) -> Result<Matrix> {
+        Matrix::new(tensor, dtype)
+    }
+
+    fn vector(&self, tensor: &Tensor) -> Result<Vec<f32>> {
+        Ok(tensor.to_f32())
+    }
+
+    fn cache(&self, dtype: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<Cache> {
+        Cache::new(dtype, layers, heads, blocks)
+    }
+
+    fn copy_block(&self, cache: &mut Cache, from: u32, to: u32) {
+        cache.copy_block(from, to);
+    }
+
+    fn embed_norm(&self, ids: &[u32], table: &Matrix, norm: &LayerNorm<Vec<f32>>, eps: f32, out: &mut Vec<f32>) {
+        let h = table.cols();
+        out.resize(ids.len() * h, 0.0);
+        let rows = Disjoint::new(out);
+        self.threads.run_ranges(ids.len(), 8, |r| {
+            let mut row = vec![0f32; h];
+            for t in r {
+                table.read_row(ids[t] as usize, &mut row);
+                // SAFETY: every token's row is written once.
+                let out = unsafe { rows.slice(t * h..(t + 1) * h) };
+                rows::layer_norm_row(self.isa, &row, &norm.weight, &norm.bias, eps, out);
+            }
+        });
+    }
+
+    fn layer_norm(&self, x: &Vec<f32>, norm: &LayerNorm<Vec<f32>>, eps: f32, out: &mut Vec<f32>) {
+        let h = norm.weight.len();
+        out.resize(x.len(), 0.0);
+        let rows = Disjoint::new(out);
+        self.threads.run_ranges(x.len() / h, 8, |r| {
+            for t in r {
+                let row = t * h..(t + 1) * h;
+                // SAFETY: every token's row is written once.
+                let out = unsafe { rows.slice(row.clone()) };
+                rows::layer_norm_row(self.isa, &x[row], &norm.weight, &norm.bias, eps, out);
+            }
+        });
+    }
+
+    fn linear(
+        &self,
+        x: &Vec<f32>,
+        linear: &Linear<Matrix, Vec<f32>>,
+        epilogue: Epilogue<Vec<f32>>,
+        out: &mut Vec<f32>,
+    ) {
+        let n = linear.weight.rows();
+        out.resize(x.len() / linear.weight.cols() * n, 0.0);
+        let rows = Disjoint::new(out);
+        product::product(self, x, &linear.weight, &|token, first, sums| {
+            let at = token * n + first..token * n + first + sums.len();
+            // SAFETY: every output is finished once.
+            let out = unsafe { rows.slice(at.clone()) };
+            let bias = &linear.bias[first..first + sums.len()];
+            match epilogue {
+                Epilogue::Bias => out.iter_mut().zip(sums).zip(bias).for_each(|((o, s), b)| *o = *s + b),
+                Epilogue::BiasGelu => {
+                    out.iter_mut().zip(sums).zip(bias).for_each(|((o, s), b)| *o = *s + b);
+                    gelu_in_place(self.isa, out);
+                }
+                Epilogue::BiasResidual(residual) => {
+                    let terms = sums.iter().zip(bias).zip(&residual[at]);
+                    out.iter_mut().zip(terms).for_each(|(o, ((s, b), r))| *o = s + b + r);
+                }
+            }
+        });
+    }
+
+    fn attention(&self, batch: &Batch, layer: usize, heads: &Heads, qkv: &Vec<f32>, cache: &mut Cache, out: &mut Vec<f32>) {
+        out.resize(qkv.len() / 3, 0.0);
+        cache.attend(self, batch, layer, heads, qkv, out);
+    }
+
+    fn gather(&self, x: &Vec<f32>, rows: &[usize], width: usize, out: &mut Vec<f32>) {
+        out.clear();
+        for &row in rows {
+            out.extend_from_slice(&x[row * width..(row + 1) * width]);
+        }
+    }
+
+    fn logits(&self, x: &Vec<f32>, head: &Matrix, out: &mut Vec<f32>) {
+        let n = head.rows();
+        out.resize(x.len() / head.cols() * n, 0.0);
+        let rows = Disjoint::new(out);
+        product::product(self, x, head, &|token, first, sums| {
+            // SAFETY: every output is finished once.
+            unsafe { rows.slice(token * n + first..token * n + first + sums.len()) }.copy_from_slice(sums);
+        });
+    }
+}
+
+simd_fn! {
+    fn gelu_in_place<S>(x: &mut [f32]) {
+        for i in (0..x.len()).step_by(16) {
+            let lanes = 16.min(x.len() - i);
+            let p = x.as_mut_ptr().add(i);
+            S::store_partial(p, S::gelu(S::load_partial(p, lanes)), lanes);
+        }
     }
 }

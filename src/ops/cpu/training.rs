@@ -4,6 +4,7 @@
 //! tokens run in the order of the tokens whatever the number of threads, so gradients repeat bit for bit.
 
 use super::Cpu;
+use super::rows::{exp_sum, layer_norm_row};
 use super::matmul::{Precision, View, matmul, matmul_small, matmul_tile};
 use super::threads::Disjoint;
 use crate::simd_fn;
@@ -38,45 +39,6 @@ pub fn layer_norm(
             (m[0], s[0]) = layer_norm_row(cpu.isa, &x[t * h..(t + 1) * h], weight, bias, eps, y);
         }
     });
-}
-
-simd_fn! {
-    /// Layer norm of one row; returns its mean and reciprocal deviation.
-    pub fn layer_norm_row<S>(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, y: &mut [f32]) -> (f32, f32) {
-        let n = x.len();
-        assert!(weight.len() == n && bias.len() == n && y.len() == n);
-        let full = n / 16 * 16;
-        let rest = n - full;
-        let mut sum = S::splat(0.0);
-        for i in (0..full).step_by(16) {
-            sum = S::add(sum, S::load(x.as_ptr().add(i)));
-        }
-        if rest > 0 {
-            sum = S::add(sum, S::load_partial(x.as_ptr().add(full), rest));
-        }
-        let mean = S::sum(sum) / n as f32;
-        let m = S::splat(mean);
-        let mut square = S::splat(0.0);
-        for i in (0..full).step_by(16) {
-            let d = S::sub(S::load(x.as_ptr().add(i)), m);
-            square = S::fma(d, d, square);
-        }
-        let mut square = S::sum(square);
-        for v in &x[full..] {
-            square += (v - mean) * (v - mean);
-        }
-        let rstd = 1.0 / (square / n as f32 + eps).sqrt();
-        let r = S::splat(rstd);
-        for i in (0..full).step_by(16) {
-            let d = S::mul(S::sub(S::load(x.as_ptr().add(i)), m), r);
-            let v = S::fma(d, S::load(weight.as_ptr().add(i)), S::load(bias.as_ptr().add(i)));
-            S::store(y.as_mut_ptr().add(i), v);
-        }
-        for i in full..n {
-            y[i] = (x[i] - mean) * rstd * weight[i] + bias[i];
-        }
-        (mean, rstd)
-    }
 }
 
 /// Adds the gradient of the input to `dx` and those of weight and bias to `dw` and `db`.
@@ -523,35 +485,5 @@ simd_fn! {
             S::store(p, S::mul(S::load(p), factor_v));
         }
         x[full..].iter_mut().for_each(|v| *v *= factor);
-    }
-}
-
-simd_fn! {
-    /// The largest element and the sum of exp(x - largest); with `keep`, the row becomes those exponentials.
-    pub fn exp_sum<S>(row: &mut [f32], keep: bool) -> (f32, f32) {
-        let full = row.len() / 16 * 16;
-        let mut m = S::splat(f32::NEG_INFINITY);
-        for j in (0..full).step_by(16) {
-            m = S::max(m, S::load(row.as_ptr().add(j)));
-        }
-        let most = row[full..].iter().fold(S::max_lane(m), |a, &b| if b > a { b } else { a });
-        let m = S::splat(most);
-        let mut sum = S::splat(0.0);
-        for j in (0..full).step_by(16) {
-            let e = S::exp(S::sub(S::load(row.as_ptr().add(j)), m));
-            if keep {
-                S::store(row.as_mut_ptr().add(j), e);
-            }
-            sum = S::add(sum, e);
-        }
-        let mut sum = S::sum(sum);
-        for s in &mut row[full..] {
-            let e = (*s - most).exp();
-            sum += e;
-            if keep {
-                *s = e;
-            }
-        }
-        (most, sum)
     }
 }

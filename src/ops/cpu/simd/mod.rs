@@ -85,6 +85,8 @@ impl Isa {
 #[allow(clippy::missing_safety_doc)] // one contract for the whole trait, stated above
 pub trait Simd: Copy + 'static {
     type V: Copy;
+    /// Vectors [`Simd::V`] that the registers hold.
+    const REGISTERS: usize;
 
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;

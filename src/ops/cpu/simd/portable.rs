@@ -15,6 +15,7 @@ fn map(a: V, b: V, f: impl Fn(f32, f32) -> f32) -> V {
 
 impl Simd for Portable {
     type V = V;
+    const REGISTERS: usize = 4;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> V {

@@ -14,6 +14,7 @@ fn lane_mask(n: usize) -> __mmask16 {
 
 impl Simd for Avx512 {
     type V = __m512;
+    const REGISTERS: usize = 32;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
@@ -170,6 +171,7 @@ macro_rules! both {
 
 impl Simd for Avx2 {
     type V = V2;
+    const REGISTERS: usize = 8;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> V2 {

@@ -1,0 +1,149 @@
+//! BLOOM for inference, over any [`Backend`].
+
+use super::{BloomConfig, alibi_slopes};
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+use crate::models::bloom::Parameter;
+use crate::ops::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear};
+use crate::tensor::DType;
+
+pub struct Bloom<B: Backend> {
+    pub config: BloomConfig,
+    heads: Heads,
+    embedding: B::Matrix,
+    embedding_norm: LayerNorm<B::Vector>,
+    layers: Vec<Layer<B>>,
+    final_norm: LayerNorm<B::Vector>,
+    /// `None` if the head is the embedding.
+    head: Option<B::Matrix>,
+    /// What keys and values are cached in.
+    cache_dtype: DType,
+}
+
+struct Layer<B: Backend> {
+    input_norm: LayerNorm<B::Vector>,
+    qkv: Linear<B::Matrix, B::Vector>,
+    dense: Linear<B::Matrix, B::Vector>,
+    post_norm: LayerNorm<B::Vector>,
+    up: Linear<B::Matrix, B::Vector>,
+    down: Linear<B::Matrix, B::Vector>,
+}
+
+/// Activations, kept from pass to pass.
+pub struct Scratch<B: Backend> {
+    x: B::Buffer,
+    normed: B::Buffer,
+    qkv: B::Buffer,
+    attention: B::Buffer,
+    x2: B::Buffer,
+    wide: B::Buffer,
+    chosen: B::Buffer,
+}
+
+impl<B: Backend> Default for Scratch<B> {
+    fn default() -> Self {
+        Scratch {
+            x: Default::default(),
+            normed: Default::default(),
+            qkv: Default::default(),
+            attention: Default::default(),
+            x2: Default::default(),
+            wide: Default::default(),
+            chosen: Default::default(),
+        }
+    }
+}
+
+impl<B: Backend> Bloom<B> {
+    /// Prepares the weights of a checkpoint in `dtype`; `None` keeps what is stored, without a copy.
+    pub fn load(backend: &B, checkpoint: &Checkpoint, dtype: Option<DType>) -> Result<Bloom<B>> {
+        let config = checkpoint.config.clone();
+        let tensor = |name: &str, shape: &[usize]| {
+            checkpoint.parameter(&Parameter { name: name.to_owned(), shape: shape.to_vec() })
+        };
+        let h = config.hidden_size;
+        let norm = |name: &str| -> Result<_> {
+            Ok(LayerNorm {
+                weight: backend.vector(tensor(&format!("{name}.weight"), &[h])?)?,
+                bias: backend.vector(tensor(&format!("{name}.bias"), &[h])?)?,
+            })
+        };
+        let linear = |name: String, rows: usize, cols: usize| -> Result<_> {
+            Ok(Linear {
+                weight: backend.matrix(tensor(&format!("{name}.weight"), &[rows, cols])?, dtype)?,
+                bias: backend.vector(tensor(&format!("{name}.bias"), &[rows])?)?,
+            })
+        };
+        let embedding = tensor("transformer.word_embeddings.weight", &[config.vocab_size, h])?;
+        let cache_dtype = match dtype.unwrap_or(embedding.dtype) {
+            DType::Int8 => DType::Bf16,
+            plain => plain,
+        };
+        let layers = (0..config.layers).map(|i| {
+            let at = |part: &str| format!("transformer.h.{i}.{part}");
+            Ok(Layer {
+                input_norm: norm(&at("input_layernorm"))?,
+                qkv: linear(at("self_attention.query_key_value"), 3 * h, h)?,
+                dense: linear(at("self_attention.dense"), h, h)?,
+                post_norm: norm(&at("post_attention_layernorm"))?,
+                up: linear(at("mlp.dense_h_to_4h"), 4 * h, h)?,
+                down: linear(at("mlp.dense_4h_to_h"), h, 4 * h)?,
+            })
+        });
+        Ok(Bloom {
+            heads: Heads { count: config.heads, size: config.head_size(), slopes: alibi_slopes(config.heads) },
+            embedding: backend.matrix(embedding, dtype)?,
+            embedding_norm: norm("transformer.word_embeddings_layernorm")?,
+            layers: layers.collect::<Result<_>>()?,
+            final_norm: norm("transformer.ln_f")?,
+            head: if config.tied {
+                None
+            } else {
+                Some(backend.matrix(tensor("lm_head.weight", &[config.vocab_size, h])?, dtype)?)
+            },
+            cache_dtype,
+            config,
+        })
+    }
+
+    /// A KV cache of `blocks` blocks.
+    pub fn cache(&self, backend: &B, blocks: usize) -> Result<B::Cache> {
+        backend.cache(self.cache_dtype, self.config.layers, &self.heads, blocks)
+    }
+
+    /// Bytes of the KV cache that one token takes.
+    pub fn cache_bytes_per_token(&self) -> usize {
+        self.config.kv_bytes_per_token(self.cache_dtype.size())
+    }
+
+    pub fn head(&self) -> &B::Matrix {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// Runs all tokens of `batch` through the layers and extends the cache. The final hidden states
+    /// stay in `scratch` for [`Bloom::logits`].
+    pub fn forward(&self, backend: &B, batch: &Batch, cache: &mut B::Cache, s: &mut Scratch<B>) {
+        let eps = self.config.layer_norm_epsilon;
+        let post_norm = self.config.residual_post_layer_norm;
+        backend.embed_norm(&batch.ids, &self.embedding, &self.embedding_norm, eps, &mut s.x);
+        for (i, layer) in self.layers.iter().enumerate() {
+            backend.layer_norm(&s.x, &layer.input_norm, eps, &mut s.normed);
+            backend.linear(&s.normed, &layer.qkv, Epilogue::Bias, &mut s.qkv);
+            backend.attention(batch, i, &self.heads, &s.qkv, cache, &mut s.attention);
+            let residual = if post_norm { &s.normed } else { &s.x };
+            backend.linear(&s.attention, &layer.dense, Epilogue::BiasResidual(residual), &mut s.x2);
+            backend.layer_norm(&s.x2, &layer.post_norm, eps, &mut s.normed);
+            backend.linear(&s.normed, &layer.up, Epilogue::BiasGelu, &mut s.wide);
+            let residual = if post_norm { &s.normed } else { &s.x2 };
+            backend.linear(&s.wide, &layer.down, Epilogue::BiasResidual(residual), &mut s.x);
+        }
+    }
+
+    /// Logits `[rows.len(), vocabulary]` of chosen tokens of the last forward pass.
+    pub fn logits(&self, backend: &B, rows: &[usize], s: &mut Scratch<B>, out: &mut Vec<f32>) {
+        let h = self.config.hidden_size;
+        backend.gather(&s.x, rows, h, &mut s.chosen);
+        backend.layer_norm(&s.chosen, &self.final_norm, self.config.layer_norm_epsilon, &mut s.normed);
+        backend.logits(&s.normed, self.head(), out);
+    }
+}
