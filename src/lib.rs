@@ -3,6 +3,7 @@
 pub mod checkpoint;
 pub mod cli;
 pub mod data;
+pub mod engine;
 pub mod error;
 pub mod models;
 pub mod ops;

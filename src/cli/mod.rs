@@ -1,6 +1,10 @@
 //! The program's subcommands: arguments, files and printing.
 
+mod batch;
 mod data;
+mod generate;
+mod model;
+mod rewrite;
 mod train;
 
 use crate::ops::cpu::Cpu;
@@ -17,6 +21,10 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Rewrite plain prompts into rich ones.
+    Rewrite(Box<rewrite::RewriteArgs>),
+    /// Continue a text as it is, without a template.
+    Generate(Box<generate::GenerateArgs>),
     /// Make training data.
     #[command(subcommand)]
     Data(data::DataCommand),
@@ -63,6 +71,8 @@ impl DeviceArgs {
 impl Cli {
     pub fn run(self) -> anyhow::Result<()> {
         match self.command {
+            Command::Rewrite(c) => c.run(),
+            Command::Generate(c) => c.run(),
             Command::Data(c) => c.run(),
             Command::Train(c) => c.run(),
         }

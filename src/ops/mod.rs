@@ -5,6 +5,7 @@
 
 pub mod cpu;
 
+use crate::engine::{Chosen, SampleRow};
 use crate::error::Result;
 use crate::tensor::{DType, Tensor};
 
@@ -114,4 +115,7 @@ pub trait Backend {
     fn gather(&self, x: &Self::Buffer, rows: &[usize], width: usize, out: &mut Self::Buffer);
     /// Products with every row of the head: `[rows, vocabulary]`, on the host.
     fn logits(&self, x: &Self::Buffer, head: &Self::Matrix, out: &mut Vec<f32>);
+    /// Chooses tokens from the head's products: for each `(row of x, what to choose)` one, in order.
+    /// `scratch` may hold logits.
+    fn sample(&self, x: &Self::Buffer, head: &Self::Matrix, rows: &[(usize, &SampleRow)], scratch: &mut Vec<f32>) -> Vec<Chosen>;
 }

@@ -2,6 +2,7 @@
 
 use super::{BloomConfig, alibi_slopes};
 use crate::checkpoint::Checkpoint;
+use crate::engine::{Chosen, SampleRow};
 use crate::error::Result;
 use crate::models::bloom::Parameter;
 use crate::ops::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear};
@@ -145,5 +146,28 @@ impl<B: Backend> Bloom<B> {
         backend.gather(&s.x, rows, h, &mut s.chosen);
         backend.layer_norm(&s.chosen, &self.final_norm, self.config.layer_norm_epsilon, &mut s.normed);
         backend.logits(&s.normed, self.head(), out);
+    }
+
+    /// Chooses a token for each row of the last forward pass. `logits` is scratch.
+    pub fn sample(
+        &self,
+        backend: &B,
+        rows: &[SampleRow],
+        s: &mut Scratch<B>,
+        logits: &mut Vec<f32>,
+    ) -> Vec<Chosen> {
+        if rows.is_empty() {
+            return vec![];
+        }
+        // candidates of one prompt share a row
+        let mut tokens: Vec<usize> = rows.iter().map(|r| r.row).collect();
+        tokens.sort_unstable();
+        tokens.dedup();
+        let at = |r: &SampleRow| tokens.binary_search(&r.row).expect("taken from the rows above");
+        let rows: Vec<(usize, &SampleRow)> = rows.iter().map(|r| (at(r), r)).collect();
+        let h = self.config.hidden_size;
+        backend.gather(&s.x, &tokens, h, &mut s.chosen);
+        backend.layer_norm(&s.chosen, &self.final_norm, self.config.layer_norm_epsilon, &mut s.normed);
+        backend.sample(&s.normed, self.head(), &rows, logits)
     }
 }

@@ -123,7 +123,7 @@ impl<E: Element + Attend> Blocks<E> {
 }
 
 /// One head of one sequence in the cache.
-struct View<'a, E> {
+pub struct View<'a, E> {
     keys: &'a [E],
     values: &'a [E],
     blocks: &'a [u32],
@@ -133,7 +133,7 @@ struct View<'a, E> {
     size: usize,
 }
 
-trait Attend: Sized {
+pub trait Attend: Sized {
     /// Attention of the query at `position`.
     fn attend(isa: super::simd::Isa, q: &[f32], position: usize, slope: f32, view: &View<Self>, out: &mut [f32]);
 }

@@ -11,6 +11,7 @@ pub mod threads;
 pub mod training;
 
 use super::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear};
+use crate::engine::{Chosen, SampleRow, choose};
 use crate::error::Result;
 use crate::simd_fn;
 use crate::tensor::{DType, Tensor};
@@ -132,6 +133,27 @@ impl Backend for Cpu {
             // SAFETY: every output is finished once.
             unsafe { rows.slice(token * n + first..token * n + first + sums.len()) }.copy_from_slice(sums);
         });
+    }
+
+    fn sample(&self, x: &Vec<f32>, head: &Matrix, rows: &[(usize, &SampleRow)], scratch: &mut Vec<f32>) -> Vec<Chosen> {
+        self.logits(x, head, scratch);
+        let vocab = head.rows();
+        let mut chosen = vec![Chosen::default(); rows.len()];
+        // rows of one token stand together where a prompt has just split; each group is one task
+        let groups: Vec<Vec<usize>> = (0..scratch.len() / vocab)
+            .map(|g| (0..rows.len()).filter(|&i| rows[i].0 == g).collect())
+            .collect();
+        let (logits, out) = (Disjoint::new(scratch), Disjoint::new(&mut chosen));
+        self.threads.run(groups.len(), |g| {
+            // SAFETY: a group's logits and choices are one task's.
+            let logits = unsafe { logits.slice(g * vocab..(g + 1) * vocab) };
+            let (most, sum) = rows::exp_sum(self.isa, logits, false);
+            let lse = most + sum.ln();
+            for &i in &groups[g] {
+                unsafe { out.slice(i..i + 1)[0] = choose(logits, lse, rows[i].1) };
+            }
+        });
+        chosen
     }
 }
 

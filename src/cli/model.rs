@@ -1,0 +1,183 @@
+//! The arguments that choose a model, a device and how to sample, and what they load.
+
+use super::DeviceArgs;
+use crate::checkpoint::Checkpoint;
+use crate::engine::Sampling;
+use crate::engine::session::{GenerateOptions, Length};
+use crate::models::bloom::Bloom;
+use crate::models::embedded;
+use crate::models::generation_config::GenerationDefaults;
+use crate::ops::cpu::Cpu;
+use crate::tensor::DType;
+use crate::text::Tokenizer;
+use crate::text::template::Template;
+use anyhow::{bail, ensure};
+use clap::{Args, ValueEnum};
+use std::path::PathBuf;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DTypeChoice {
+    /// As stored.
+    Auto,
+    F32,
+    F16,
+    Bf16,
+    /// Quantized at load, one scale per output row.
+    Int8,
+}
+
+impl DTypeChoice {
+    pub fn dtype(self) -> Option<DType> {
+        match self {
+            DTypeChoice::Auto => None,
+            DTypeChoice::F32 => Some(DType::F32),
+            DTypeChoice::F16 => Some(DType::F16),
+            DTypeChoice::Bf16 => Some(DType::Bf16),
+            DTypeChoice::Int8 => Some(DType::Int8),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceChoice {
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct ModelArgs {
+    /// Model folder as Hugging Face writes it; the embedded demonstration model if not given.
+    #[arg(long, value_name = "DIR", env = "BPROMPT_MODEL")]
+    pub model: Option<PathBuf>,
+    /// How weights are held for computing.
+    #[arg(long, value_enum, default_value_t = DTypeChoice::Auto)]
+    pub dtype: DTypeChoice,
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto, env = "BPROMPT_DEVICE")]
+    pub device: DeviceChoice,
+    #[command(flatten)]
+    pub compute: DeviceArgs,
+}
+
+/// A model ready to run.
+pub struct Loaded {
+    pub cpu: Cpu,
+    pub model: Bloom<Cpu>,
+    pub tokenizer: Tokenizer,
+    /// The template that comes with the model.
+    pub template: Option<Template>,
+    pub defaults: GenerationDefaults,
+}
+
+impl ModelArgs {
+    pub fn load(&self) -> anyhow::Result<Loaded> {
+        let cpu = self.cpu()?;
+        let (checkpoint, tokenizer, template, defaults) = match &self.model {
+            None => (
+                embedded::checkpoint(),
+                embedded::tokenizer(),
+                Some(embedded::template()),
+                GenerationDefaults::parse(embedded::GENERATION_CONFIG).expect("the embedded settings are whole"),
+            ),
+            Some(folder) => {
+                let checkpoint = Checkpoint::open(folder)?;
+                let path = folder.join("tokenizer.json");
+                let tokenizer = Tokenizer::open(&path)?;
+                tokenizer.check(checkpoint.config.vocab_size, &path)?;
+                let template = folder.join("template.txt");
+                let template = if template.exists() { Some(Template::read(&template)?) } else { None };
+                let defaults = GenerationDefaults::read(&folder.join("generation_config.json"))?;
+                (checkpoint, tokenizer, template, defaults)
+            }
+        };
+        let model = Bloom::load(&cpu, &checkpoint, self.dtype.dtype())?;
+        Ok(Loaded { cpu, model, tokenizer, template, defaults })
+    }
+
+    pub fn cpu(&self) -> anyhow::Result<Cpu> {
+        if self.device == DeviceChoice::Cuda {
+            bail!("--device cuda: this build has no CUDA kernels yet; use --device cpu");
+        }
+        self.compute.cpu()
+    }
+}
+
+/// Sampling flags; what is not given comes from the model's recommendation.
+#[derive(Args, Clone, Debug)]
+pub struct SamplingArgs {
+    /// 0 always takes the most likely token.
+    #[arg(long)]
+    pub temperature: Option<f32>,
+    /// Choose among the k most likely tokens; 0 for all.
+    #[arg(long)]
+    pub top_k: Option<usize>,
+    /// Choose among the most likely tokens that together have this probability.
+    #[arg(long)]
+    pub top_p: Option<f32>,
+    /// Leave out tokens less likely than this part of the most likely one.
+    #[arg(long)]
+    pub min_p: Option<f32>,
+    /// Above 1, makes tokens that occurred less likely.
+    #[arg(long)]
+    pub repetition_penalty: Option<f32>,
+    /// What the repetition penalty counts; transformers counts the prompt too.
+    #[arg(long, value_enum, default_value_t = PenaltyScope::All)]
+    pub penalty_scope: PenaltyScope,
+    /// Most new tokens.
+    #[arg(long)]
+    pub max_tokens: Option<usize>,
+    /// Makes the result repeatable; random if not given.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// End at this text, which is left out; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Go on after the end-of-sequence token.
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PenaltyScope {
+    All,
+    Output,
+}
+
+impl SamplingArgs {
+    /// The settings, with `defaults` where flags are silent, and a seed of the moment if none is given.
+    pub fn options(&self, defaults: &GenerationDefaults, candidates: u32) -> anyhow::Result<GenerateOptions> {
+        let d = defaults.sampling;
+        let s = Sampling {
+            temperature: self.temperature.unwrap_or(d.temperature),
+            top_k: self.top_k.unwrap_or(d.top_k),
+            top_p: self.top_p.unwrap_or(d.top_p),
+            min_p: self.min_p.unwrap_or(d.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(d.repetition_penalty),
+            penalize_prompt: self.penalty_scope == PenaltyScope::All,
+            seed: self.seed.unwrap_or_else(random_seed),
+        };
+        ensure!((0.0..=100.0).contains(&s.temperature), "--temperature {} is outside [0, 100]", s.temperature);
+        ensure!(s.top_p > 0.0 && s.top_p <= 1.0, "--top-p {} is outside (0, 1]", s.top_p);
+        ensure!((0.0..=1.0).contains(&s.min_p), "--min-p {} is outside [0, 1]", s.min_p);
+        ensure!(
+            s.repetition_penalty > 0.0 && s.repetition_penalty <= 100.0,
+            "--repetition-penalty {} is outside (0, 100]",
+            s.repetition_penalty
+        );
+        ensure!(self.max_tokens != Some(0), "--max-tokens must be at least 1");
+        ensure!((1..=1024).contains(&candidates), "-n {candidates} is outside [1, 1024]");
+        Ok(GenerateOptions {
+            candidates,
+            sampling: s,
+            length: self.max_tokens.map_or(defaults.length, Length::New),
+            ignore_eos: self.ignore_eos,
+            prompt_logprobs: false,
+        })
+    }
+}
+
+/// A seed that fits a double, so that every JSON reader keeps it.
+fn random_seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(std::time::SystemTime::now()) >> 11
+}

@@ -1,0 +1,257 @@
+//! Choosing the next token: penalties, temperature, filters, Gumbel-max.
+//!
+//! Order and meaning are transformers': repetition penalty, temperature, top-k (ties stay), top-p, min-p. The noise
+//! is a function of (seed, candidate, position, token) alone, so a seed gives the same tokens in any company.
+
+use crate::random::{philox, uniform};
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 takes the most likely token.
+    pub temperature: f32,
+    /// 0 for no limit.
+    pub top_k: usize,
+    /// 1 for no limit.
+    pub top_p: f32,
+    /// 0 for no limit.
+    pub min_p: f32,
+    /// 1 for none. Positive logits of seen tokens are divided by it, negative ones multiplied.
+    pub repetition_penalty: f32,
+    /// Whether the prompt's tokens count as seen, as in transformers.
+    pub penalize_prompt: bool,
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Sampling {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            penalize_prompt: true,
+            seed: 0,
+        }
+    }
+}
+
+/// One choice to make.
+pub struct SampleRow<'a> {
+    /// Token of the batch whose logits count.
+    pub row: usize,
+    pub sampling: &'a Sampling,
+    /// Tokens that the repetition penalty counts, each once.
+    pub seen: &'a [u32],
+    pub candidate: u32,
+    /// Position that the token will have.
+    pub position: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Default)]
+pub struct Chosen {
+    pub token: u32,
+    /// Of the model itself, before penalties and temperature.
+    pub logprob: f32,
+}
+
+/// log softmax(logits)[token].
+pub fn logprob(logits: &[f32], token: u32) -> f32 {
+    let most = logits.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+    let sum: f64 = logits.iter().map(|v| (v - most).exp() as f64).sum();
+    ((logits[token as usize] - most) as f64 - sum.ln()) as f32
+}
+
+/// Chooses among `logits`, whose log-sum-exp is `lse`. `logits` come back as they were.
+pub fn choose(logits: &mut [f32], lse: f32, row: &SampleRow) -> Chosen {
+    let s = row.sampling;
+    let mut before = Vec::new();
+    if s.repetition_penalty != 1.0 {
+        for &t in row.seen {
+            let v = &mut logits[t as usize];
+            before.push(*v);
+            *v = if *v > 0.0 { *v / s.repetition_penalty } else { *v * s.repetition_penalty };
+        }
+    }
+    let token = if s.temperature <= 0.0 { argmax(logits) } else { sample(logits, row) };
+    for (&t, v) in row.seen.iter().zip(before) {
+        logits[t as usize] = v;
+    }
+    Chosen { token, logprob: logits[token as usize] - lse }
+}
+
+/// The first of the largest.
+fn argmax(logits: &[f32]) -> u32 {
+    let mut best = (0, f32::NEG_INFINITY);
+    for (c, chunk) in logits.chunks(64).enumerate() {
+        let most = chunk.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+        if most > best.1 {
+            let i = chunk.iter().position(|&v| v == most).unwrap_or(0);
+            best = (c * 64 + i, most);
+        }
+    }
+    best.0 as u32
+}
+
+fn sample(logits: &[f32], row: &SampleRow) -> u32 {
+    let s = row.sampling;
+    let mut noise = Noise::new(row);
+    let filtered = (s.top_k > 0 && s.top_k < logits.len()) || s.top_p < 1.0 || s.min_p > 0.0;
+    let inverse = 1.0 / s.temperature;
+    let mut best = (0u32, f32::NEG_INFINITY);
+    let mut consider = |token: u32, logit: f32| {
+        let score = logit * inverse + noise.gumbel(token);
+        if score > best.1 {
+            best = (token, score);
+        }
+    };
+    if filtered {
+        let mut kept = filter(logits, s);
+        kept.sort_unstable_by_key(|k| k.0); // in order of tokens, so that noise comes in fours
+        kept.iter().for_each(|&(t, v)| consider(t, v));
+    } else {
+        logits.iter().enumerate().for_each(|(t, &v)| consider(t as u32, v));
+    }
+    best.0
+}
+
+/// Tokens that the filters leave, with their logits.
+fn filter(logits: &[f32], s: &Sampling) -> Vec<(u32, f32)> {
+    let least = if s.top_k > 0 && s.top_k < logits.len() { kth_largest(logits, s.top_k) } else { f32::NEG_INFINITY };
+    let most = logits.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+    let inverse = 1.0 / s.temperature;
+    let weight = |v: f32| (((v - most) * inverse) as f64).exp();
+    let mut kept: Vec<(u32, f32)> =
+        logits.iter().enumerate().filter(|(_, v)| **v >= least).map(|(t, &v)| (t as u32, v)).collect();
+    if s.top_p < 1.0 {
+        let total: f64 = kept.iter().map(|k| weight(k.1)).sum();
+        // what is lighter than this adds up to less than 1 - top_p and falls away in any case
+        let light = total * (1.0 - s.top_p as f64) / kept.len() as f64;
+        kept.retain(|k| weight(k.1) >= light || k.1 == most);
+        kept.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        let mut before = 0.0;
+        let keep = kept.iter().take_while(|k| {
+            let inside = before < s.top_p as f64 * total;
+            before += weight(k.1);
+            inside
+        });
+        let keep = keep.count().max(1);
+        kept.truncate(keep);
+    }
+    if s.min_p > 0.0 {
+        kept.retain(|k| weight(k.1) >= s.min_p as f64);
+    }
+    kept
+}
+
+fn kth_largest(logits: &[f32], k: usize) -> f32 {
+    // a short list of the largest so far: almost all logits fail one comparison
+    if k <= 256 {
+        let mut top: Vec<f32> = Vec::with_capacity(k + 1);
+        let mut least = f32::NEG_INFINITY;
+        for &v in logits {
+            if v > least || top.len() < k {
+                let at = top.partition_point(|&t| t >= v);
+                top.insert(at, v);
+                top.truncate(k);
+                if top.len() == k {
+                    least = top[k - 1];
+                }
+            }
+        }
+        return top[k - 1];
+    }
+    let mut copy = logits.to_vec();
+    let (_, v, _) = copy.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
+    *v
+}
+
+/// Gumbel noise for the tokens of one choice; four tokens share a Philox block.
+struct Noise {
+    seed: u64,
+    candidate: u32,
+    position: u32,
+    block: u32,
+    words: [u32; 4],
+}
+
+impl Noise {
+    fn new(row: &SampleRow) -> Noise {
+        Noise {
+            seed: row.sampling.seed,
+            candidate: row.candidate,
+            position: row.position,
+            block: u32::MAX,
+            words: [0; 4],
+        }
+    }
+
+    fn gumbel(&mut self, token: u32) -> f32 {
+        if token / 4 != self.block {
+            self.block = token / 4;
+            self.words = philox(self.seed, [self.block, self.position, self.candidate, 0]);
+        }
+        let u = uniform(self.words[(token % 4) as usize]);
+        -(-u.ln()).ln()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(sampling: &Sampling, position: u32) -> SampleRow<'_> {
+        SampleRow { row: 0, sampling, seen: &[], candidate: 0, position }
+    }
+
+    #[test]
+    fn frequencies_follow_the_softmax() {
+        let logits: Vec<f32> = vec![2.0, 1.0, 0.0, -1.0, 0.5];
+        let s = Sampling { temperature: 0.8, seed: 11, ..Default::default() };
+        let n = 40_000;
+        let mut counts = [0; 5];
+        for p in 0..n {
+            counts[choose(&mut logits.clone(), 0.0, &row(&s, p)).token as usize] += 1;
+        }
+        let total: f64 = logits.iter().map(|v| (*v as f64 / 0.8).exp()).sum();
+        for (c, v) in counts.iter().zip(&logits) {
+            let expected = (*v as f64 / 0.8).exp() / total;
+            // four deviations of a binomial share
+            let tolerance = 4.0 * (expected * (1.0 - expected) / n as f64).sqrt();
+            assert!((*c as f64 / n as f64 - expected).abs() < tolerance, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn filters_keep_what_transformers_keeps() {
+        let logits = [3.0, 3.0, 2.0, 1.0, 0.0, -5.0];
+        let s = Sampling { temperature: 1.0, ..Default::default() };
+        let kept = |s: Sampling| {
+            let mut k: Vec<u32> = filter(&logits, &s).iter().map(|k| k.0).collect();
+            k.sort();
+            k
+        };
+        assert_eq!(kept(Sampling { top_k: 1, ..s }), [0, 1], "ties with the k-th stay");
+        assert_eq!(kept(Sampling { top_k: 3, ..s }), [0, 1, 2]);
+        // probabilities 0.391, 0.391, 0.144, 0.053, 0.0195, 0.0001
+        assert_eq!(kept(Sampling { top_p: 0.39, ..s }), [0]);
+        assert_eq!(kept(Sampling { top_p: 0.8, ..s }), [0, 1, 2]);
+        assert_eq!(kept(Sampling { top_p: 0.98, ..s }), [0, 1, 2, 3, 4]);
+        assert_eq!(kept(Sampling { min_p: 0.3, ..s }), [0, 1, 2]);
+        assert_eq!(kept(Sampling { top_k: 4, top_p: 0.5, min_p: 0.9, ..s }), [0, 1]);
+        let large: Vec<f32> = (0..1000).map(|i| ((i * 7919) % 1000) as f32).collect();
+        assert_eq!(kth_largest(&large, 3), 997.0);
+        assert_eq!(kth_largest(&large, 500), 500.0);
+    }
+
+    #[test]
+    fn penalties_push_seen_tokens_down_and_leave_logits_alone() {
+        let mut logits = [1.0, 0.9, -0.1, -0.2];
+        let s = Sampling { repetition_penalty: 1.2, ..Default::default() };
+        let r = SampleRow { seen: &[0], ..row(&s, 0) };
+        assert_eq!(choose(&mut logits, 0.0, &r).token, 1);
+        assert_eq!(logits, [1.0, 0.9, -0.1, -0.2]);
+        let mut negative = [-0.1, -0.11];
+        assert_eq!(choose(&mut negative, 0.0, &r).token, 1);
+    }
+}

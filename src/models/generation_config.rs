@@ -1,0 +1,74 @@
+//! `generation_config.json`: the sampling settings a model recommends.
+
+use crate::engine::Sampling;
+use crate::engine::session::Length;
+use crate::error::{Error, Result};
+use serde::Deserialize;
+use std::path::Path;
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Stored {
+    do_sample: Option<bool>,
+    temperature: Option<f32>,
+    top_k: Option<usize>,
+    top_p: Option<f32>,
+    min_p: Option<f32>,
+    repetition_penalty: Option<f32>,
+    max_new_tokens: Option<usize>,
+    max_length: Option<usize>,
+}
+
+/// Sampling and length that hold where a user says nothing.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GenerationDefaults {
+    pub sampling: Sampling,
+    pub length: Length,
+}
+
+impl Default for GenerationDefaults {
+    /// What BeautifulPrompt's model card recommends.
+    fn default() -> Self {
+        GenerationDefaults {
+            sampling: Sampling {
+                temperature: 1.0,
+                top_k: 50,
+                top_p: 0.95,
+                repetition_penalty: 1.2,
+                ..Sampling::default()
+            },
+            length: Length::Total(384),
+        }
+    }
+}
+
+impl GenerationDefaults {
+    /// Those of a file, if it exists; what it leaves out is as in BeautifulPrompt's card.
+    pub fn read(path: &Path) -> Result<GenerationDefaults> {
+        match std::fs::read(path) {
+            Ok(text) => GenerationDefaults::parse(&text).map_err(|e| Error::file(path, e)),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(GenerationDefaults::default()),
+            Err(e) => Err(Error::io(path, "read")(e)),
+        }
+    }
+
+    pub fn parse(text: &[u8]) -> std::result::Result<GenerationDefaults, String> {
+        let s: Stored = serde_json::from_slice(text).map_err(|e| format!("not a generation config: {e}"))?;
+        let d = GenerationDefaults::default();
+        let greedy = s.do_sample == Some(false);
+        Ok(GenerationDefaults {
+            sampling: Sampling {
+                temperature: if greedy { 0.0 } else { s.temperature.unwrap_or(d.sampling.temperature) },
+                top_k: s.top_k.unwrap_or(d.sampling.top_k),
+                top_p: s.top_p.unwrap_or(d.sampling.top_p),
+                min_p: s.min_p.unwrap_or(d.sampling.min_p),
+                repetition_penalty: s.repetition_penalty.unwrap_or(d.sampling.repetition_penalty),
+                ..d.sampling
+            },
+            length: match (s.max_new_tokens, s.max_length) {
+                (Some(n), _) => Length::New(n.max(1)),
+                (None, Some(n)) if n > 20 => Length::Total(n), // 20 is what transformers writes for "not set"
+                _ => d.length,
+            },
+        })
+    }
+}
