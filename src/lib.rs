@@ -1,9 +1,11 @@
 //! BeautifulPrompt's engine: rewrites plain text-to-image prompts with BLOOM, and trains it.
 
+pub mod bench;
 pub mod checkpoint;
 pub mod cli;
 pub mod data;
 pub mod engine;
+pub mod eval;
 pub mod error;
 pub mod models;
 pub mod ops;

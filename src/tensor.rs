@@ -49,6 +49,7 @@ impl DType {
 pub enum Bytes {
     Mapped(Arc<Mmap>, Range<usize>),
     Static(&'static [u8]),
+    Owned(Arc<Vec<u8>>, Range<usize>),
 }
 
 impl std::ops::Deref for Bytes {
@@ -58,6 +59,7 @@ impl std::ops::Deref for Bytes {
         match self {
             Bytes::Mapped(map, range) => &map[range.clone()],
             Bytes::Static(bytes) => bytes,
+            Bytes::Owned(bytes, range) => &bytes[range.clone()],
         }
     }
 }
@@ -71,6 +73,10 @@ impl Bytes {
                 Bytes::Mapped(map.clone(), outer.start + range.start..outer.start + range.end)
             }
             Bytes::Static(bytes) => Bytes::Static(&bytes[range]),
+            Bytes::Owned(bytes, outer) => {
+                assert!(range.start <= range.end && outer.start + range.end <= outer.end);
+                Bytes::Owned(bytes.clone(), outer.start + range.start..outer.start + range.end)
+            }
         }
     }
 }

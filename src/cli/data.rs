@@ -33,9 +33,13 @@ pub struct PairsArgs {
     /// Most plain sides made of one rich prompt.
     #[arg(long, default_value_t = 3)]
     variants: usize,
-    /// Leave plain prompts out instead of letting them borrow style phrases of similar rich ones.
+    /// How many targets a prompt gets with style phrases borrowed from similar rich prompts: a plain prompt
+    /// this many, a rich one those beyond the first; 0 leaves plain prompts out.
+    #[arg(long, default_value_t = 1)]
+    borrow: usize,
+    /// Leave details out of targets that the plain side does not name: small models cannot invent sensible ones.
     #[arg(long)]
-    no_borrowing: bool,
+    style_only: bool,
     /// Drop targets of fewer tokens.
     #[arg(long, default_value_t = 25)]
     min_tokens: usize,
@@ -77,7 +81,8 @@ impl PairsArgs {
         };
         let options = PairOptions {
             variants: self.variants,
-            borrow: !self.no_borrowing,
+            borrow: self.borrow,
+            style_only: self.style_only,
             min_tokens: self.min_tokens,
             validation: self.validation,
             seed: self.seed,

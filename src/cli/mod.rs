@@ -1,8 +1,11 @@
 //! The program's subcommands: arguments, files and printing.
 
 mod batch;
+mod bench;
 mod data;
+mod eval;
 mod generate;
+mod inspect;
 mod model;
 mod rewrite;
 mod train;
@@ -25,6 +28,13 @@ enum Command {
     Rewrite(Box<rewrite::RewriteArgs>),
     /// Continue a text as it is, without a template.
     Generate(Box<generate::GenerateArgs>),
+    /// Show what a model folder holds, or what is wrong with it.
+    Inspect(inspect::InspectArgs),
+    /// Measure rewrites on held-out prompts: words kept, words added, repetition, time.
+    Eval(Box<eval::EvalArgs>),
+    /// Measure speed beside the machine's floors.
+    #[command(subcommand)]
+    Bench(Box<bench::BenchCommand>),
     /// Make training data.
     #[command(subcommand)]
     Data(data::DataCommand),
@@ -73,6 +83,9 @@ impl Cli {
         match self.command {
             Command::Rewrite(c) => c.run(),
             Command::Generate(c) => c.run(),
+            Command::Inspect(c) => c.run(),
+            Command::Eval(c) => c.run(),
+            Command::Bench(c) => c.run(),
             Command::Data(c) => c.run(),
             Command::Train(c) => c.run(),
         }

@@ -9,7 +9,7 @@ use super::phrases::StylePhrases;
 use super::records::Pair;
 use crate::random::Words;
 use crate::text::Tokenizer;
-use crate::text::content_words::{ContentWords, words};
+use crate::text::content_words::{ContentWords, most_repeated, words};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -17,8 +17,11 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 pub struct PairOptions {
     /// Most plain sides of one rich prompt.
     pub variants: usize,
-    /// Lets plain prompts borrow style phrases.
-    pub borrow: bool,
+    /// How many rich sides a prompt gets with style phrases of others: a plain prompt all of them, a rich one
+    /// those beyond the first beside its own.
+    pub borrow: usize,
+    /// Leaves details out of a target that its plain side does not name: small models cannot invent sensible ones.
+    pub style_only: bool,
     /// Fewest style phrases of a rich prompt.
     pub min_style: usize,
     /// Targets shorter than this many tokens are dropped, and `drop_share` of those below `short_tokens`.
@@ -38,7 +41,8 @@ impl Default for PairOptions {
     fn default() -> Self {
         PairOptions {
             variants: 3,
-            borrow: true,
+            borrow: 1,
+            style_only: false,
             min_style: 2,
             min_tokens: 25,
             short_tokens: 35,
@@ -61,9 +65,12 @@ pub struct MadePairs {
 /// A prompt taken apart at its commas.
 struct Parsed {
     text: String,
+    head: String,
     subject: String,
-    details: Vec<String>,
-    style: Vec<String>,
+    /// What follows the head, and whether it speaks of style.
+    parts: Vec<(String, bool)>,
+    /// Style phrases; a medium or an artist in the head counts as one.
+    style_count: usize,
 }
 
 /// Makes pairs of `prompts`; the same input gives the same output.
@@ -108,7 +115,7 @@ pub fn make_pairs(prompts: &[String], styles: &StylePhrases, tokenizer: &Tokeniz
     }
     counts.add("dropped: near duplicate", duplicate.iter().filter(|d| **d).count());
 
-    let is_rich = |p: &Parsed| p.style.len() >= options.min_style;
+    let is_rich = |p: &Parsed| p.style_count >= options.min_style;
     let held_out = |groups: &mut Groups, i: usize| {
         let group = groups.find(i) as u64;
         Words::new(options.seed, group).uniform() < options.validation
@@ -116,47 +123,38 @@ pub fn make_pairs(prompts: &[String], styles: &StylePhrases, tokenizer: &Tokeniz
     // a plain prompt may only borrow from the training side, or validation would leak into it
     let lenders: Vec<usize> =
         (0..parsed.len()).filter(|&i| !duplicate[i] && is_rich(&parsed[i]) && !held_out(&mut groups, i)).collect();
-    let borrowing = options.borrow.then(|| Lenders::new(&parsed, &lenders));
+    let lenders = Lenders::new(&parsed, &lenders, styles, options.min_added);
 
     let mut made = MadePairs { train: vec![], validation: vec![], counts: vec![] };
     for i in (0..parsed.len()).filter(|&i| !duplicate[i]) {
         let p = &parsed[i];
         let mut rng = Words::new(options.seed ^ 0x5061_6972, i as u64);
-        let (kind, target, raws) = if is_rich(p) {
-            ("derived", p.text.clone(), plain_sides(p, options.variants, &mut rng))
-        } else if let Some(lenders) = &borrowing {
-            let Some(style) = lenders.style_for(p, styles, options.min_added, &mut rng) else {
+        let mut sides = Vec::new();
+        let rich = is_rich(p);
+        if rich {
+            sides.extend(derived_sides(p, options, &mut rng).into_iter().map(|(raw, t)| ("derived", raw, t)));
+            if sides.is_empty() {
+                counts.add("dropped: no subject left", 1);
+            }
+        }
+        let borrowed = if rich { options.borrow.saturating_sub(1) } else { options.borrow };
+        let own = if rich { p.subject.as_str() } else { p.text.trim_end_matches(['.', ',', ' ']) };
+        if borrowed > 0 && !own.is_empty() {
+            let styles = lenders.styles_for(own, i, borrowed, &mut rng);
+            if styles.is_empty() && !rich {
                 counts.add("dropped: plain, and nothing similar to borrow from", 1);
-                continue;
-            };
-            let own = p.text.trim_end_matches(['.', ',', ' ']);
-            ("borrowed", format!("{own}, {}", style.join(", ")), vec![own.to_owned()])
-        } else {
+            }
+            let sides_of = |style: Vec<String>| ("borrowed", own.to_owned(), format!("{own}, {}", style.join(", ")));
+            sides.extend(styles.into_iter().map(sides_of));
+        } else if !rich {
             counts.add("dropped: plain", 1);
-            continue;
-        };
-        if raws.is_empty() {
-            counts.add("dropped: no subject left", 1);
-            continue;
-        }
-        let most = words(&target).len().saturating_sub(options.min_added);
-        let raws: Vec<String> = raws.into_iter().filter(|r| words(r).len() <= most).collect();
-        if raws.is_empty() {
-            counts.add("dropped: target adds too few words", 1);
-            continue;
-        }
-        let tokens = tokenizer.encode_literal(&target).map_or(0, |ids| ids.len());
-        if tokens < options.min_tokens {
-            counts.add("dropped: target below the least tokens", 1);
-            continue;
-        }
-        if tokens < options.short_tokens && rng.uniform() < options.drop_share {
-            counts.add("dropped: short target, by chance", 1);
-            continue;
         }
         let validation = held_out(&mut groups, i);
-        let list = if validation { &mut made.validation } else { &mut made.train };
-        for raw in raws {
+        for (kind, raw, target) in sides {
+            if let Some(reason) = refuse(&raw, &target, tokenizer, options, &mut rng) {
+                counts.add(reason, 1);
+                continue;
+            }
             let name = match (validation, kind) {
                 (true, _) => "validation pairs",
                 (_, "derived") => "training pairs, derived",
@@ -164,11 +162,28 @@ pub fn make_pairs(prompts: &[String], styles: &StylePhrases, tokenizer: &Tokeniz
             };
             counts.add(name, 1);
             let other = Map::from_iter([("kind".to_owned(), Value::from(kind))]);
-            list.push(Pair { raw_prompt: raw, prompt: target.clone(), other });
+            let list = if validation { &mut made.validation } else { &mut made.train };
+            list.push(Pair { raw_prompt: raw, prompt: target, other });
         }
     }
     made.counts = counts.0;
     made
+}
+
+/// Why a pair is no good, if it is not.
+fn refuse(raw: &str, target: &str, tokenizer: &Tokenizer, options: &PairOptions, rng: &mut Words) -> Option<&'static str> {
+    if words(target).len() < words(raw).len() + options.min_added {
+        return Some("dropped: target adds too few words");
+    }
+    if most_repeated(target, 2) > 2 {
+        return Some("dropped: target repeats itself");
+    }
+    let tokens = tokenizer.encode_literal(target).map_or(0, |ids| ids.len());
+    if tokens < options.min_tokens {
+        return Some("dropped: target below the least tokens");
+    }
+    let unlucky = tokens < options.short_tokens && rng.uniform() < options.drop_share;
+    unlucky.then_some("dropped: short target, by chance")
 }
 
 #[derive(Default)]
@@ -210,96 +225,101 @@ fn clean(prompt: &str) -> String {
 
 fn parse(text: String, styles: &StylePhrases) -> Parsed {
     let mut parts = text.split([',', ';', '|']).flat_map(|p| p.split(". ")).map(str::trim).filter(|p| !p.is_empty());
-    let head = parts.next().unwrap_or_default();
-    let subject = styles.subject(head);
-    // what the head itself says of style counts as one phrase
-    let mut style = Vec::new();
-    if words(&subject).len() < words(head).len() {
-        style.push(head.to_owned());
-    }
-    let (mut style_parts, mut details) = (Vec::new(), Vec::new());
-    for part in parts {
-        if styles.is_style(part) { style_parts.push(part.to_owned()) } else { details.push(part.to_owned()) }
-    }
-    let count = style_parts.len();
-    style.extend(style_parts);
-    if count == 0 {
-        style.clear();
-    }
-    Parsed { subject, details, style, text }
+    let head = parts.next().unwrap_or_default().to_owned();
+    let parts: Vec<(String, bool)> = parts.map(|p| (p.to_owned(), styles.is_style(p))).collect();
+    let subject = styles.subject(&head);
+    let own = parts.iter().filter(|p| p.1).count();
+    let in_head = usize::from(own > 0 && words(&subject).len() < words(&head).len());
+    Parsed { subject, head, parts, style_count: own + in_head, text }
 }
 
-/// Up to `most` different plain sides: the bare subject, with its details, reworded, shortened.
-fn plain_sides(p: &Parsed, most: usize, rng: &mut Words) -> Vec<String> {
+/// Up to `options.variants` plain sides of a rich prompt with their targets: the bare subject, with its details,
+/// reworded, shortened.
+fn derived_sides(p: &Parsed, options: &PairOptions, rng: &mut Words) -> Vec<(String, String)> {
     if words(&p.subject).is_empty() {
         return vec![];
     }
-    let mut sides = vec![p.subject.clone()];
-    let details: Vec<&str> = p.details.iter().map(String::as_str).filter(|d| words(d).len() <= 8).collect();
+    let short = |&i: &usize| !p.parts[i].1 && words(&p.parts[i].0).len() <= 8;
+    let details: Vec<usize> = (0..p.parts.len()).filter(short).collect();
+    let text = |i: usize| p.parts[i].0.as_str();
+    let mut sides = vec![(p.subject.clone(), vec![])];
     if !details.is_empty() {
-        let count = details.len().min(4);
-        sides.push(format!("{}, {}", p.subject, details[..count].join(", ")));
+        let first = &details[..details.len().min(4)];
+        let listed: Vec<&str> = first.iter().map(|&i| text(i)).collect();
+        sides.push((format!("{}, {}", p.subject, listed.join(", ")), first.to_vec()));
         let one = details[rng.below(details.len())];
-        sides.push(match rng.below(3) {
-            0 => format!("{one}, {}", p.subject),
-            1 => format!("{} {one}", p.subject),
-            _ => format!("{}, {one}", p.subject),
-        });
+        let reworded = match rng.below(3) {
+            0 => format!("{}, {}", text(one), p.subject),
+            1 => format!("{} {}", p.subject, text(one)),
+            _ => format!("{}, {}", p.subject, text(one)),
+        };
+        sides.push((reworded, vec![one]));
     }
     let lower = p.subject.to_lowercase();
     let bare = ["a ", "an ", "the "].iter().find_map(|a| lower.strip_prefix(a)).unwrap_or(&lower);
-    sides.push(bare.to_owned());
+    sides.push((bare.to_owned(), vec![]));
     let mut seen = HashSet::new();
-    sides.retain(|s| (1..=40).contains(&words(s).len()) && seen.insert(s.clone()));
-    sides.truncate(most);
-    sides
+    sides.retain(|s| (1..=40).contains(&words(&s.0).len()) && seen.insert(s.0.clone()));
+    sides.truncate(options.variants);
+    let target = |used: &[usize]| {
+        if !options.style_only {
+            return p.text.clone();
+        }
+        let kept = (0..p.parts.len()).filter(|i| p.parts[*i].1 || used.contains(i)).map(text);
+        std::iter::once(p.head.as_str()).chain(kept).collect::<Vec<_>>().join(", ")
+    };
+    sides.into_iter().map(|(raw, used)| (raw, target(&used))).collect()
 }
 
-/// Rich prompts by the content words of their subjects.
-struct Lenders<'a> {
-    parsed: &'a [Parsed],
-    lenders: &'a [usize],
+/// Rich prompts by their content words, with the style phrases they can lend.
+struct Lenders {
     content: ContentWords,
+    /// Phrases that fit any subject, of every prompt that has enough of them.
+    phrases: BTreeMap<usize, Vec<String>>,
     index: BTreeMap<String, Vec<usize>>,
 }
 
-impl<'a> Lenders<'a> {
-    fn new(parsed: &'a [Parsed], lenders: &'a [usize]) -> Self {
+/// Most phrases lent at once, and how many similar prompts are looked at for each loan.
+const LENT: usize = 12;
+const CHOICE: usize = 4;
+
+impl Lenders {
+    fn new(parsed: &[Parsed], lenders: &[usize], styles: &StylePhrases, least: usize) -> Self {
         let content = ContentWords::default();
-        let mut index: BTreeMap<String, Vec<usize>> = BTreeMap::new();
-        for &i in lenders.iter().filter(|&&i| parsed[i].style.len() >= 4) {
+        let (mut index, mut phrases): (BTreeMap<String, Vec<usize>>, BTreeMap<usize, Vec<String>>) = Default::default();
+        for &i in lenders {
+            let fit = parsed[i].parts.iter().filter(|(t, style)| *style && styles.is_plain_style(t));
+            let fit: Vec<String> = fit.map(|p| p.0.clone()).take(LENT).collect();
+            if fit.iter().map(|t| words(t).len()).sum::<usize>() < least {
+                continue;
+            }
+            phrases.insert(i, fit);
             for stem in content.stems(&parsed[i].text) {
                 index.entry(stem).or_default().push(i);
             }
         }
-        Lenders { parsed, lenders, content, index }
+        Lenders { content, phrases, index }
     }
 
-    /// Style phrases of the prompt that shares the most telling words with `p`: at least `least` words, at most 12 phrases.
-    fn style_for(&self, p: &Parsed, styles: &StylePhrases, least: usize, rng: &mut Words) -> Option<Vec<String>> {
+    /// Style phrases of `count` prompts among those that share the most telling words with `text` (but not of `but`).
+    fn styles_for(&self, text: &str, but: usize, count: usize, rng: &mut Words) -> Vec<Vec<String>> {
         let mut scores: BTreeMap<usize, f32> = BTreeMap::new();
-        for stem in self.content.stems(&p.text) {
+        for stem in self.content.stems(text) {
             if let Some(list) = self.index.get(&stem) {
-                let weight = (self.lenders.len() as f32 / list.len() as f32).ln();
+                let weight = (self.phrases.len() as f32 / list.len() as f32).ln();
                 list.iter().for_each(|&i| *scores.entry(i).or_default() += weight);
             }
         }
+        scores.remove(&but);
         let mut ranked: Vec<(usize, f32)> = scores.into_iter().collect();
         ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        // one of the closest few, so that a popular neighbour does not lend to everybody
-        ranked.truncate(4);
-        let own: HashSet<Vec<String>> = p.text.split(',').map(words).collect();
+        // a few of the closest, so that a popular neighbour does not lend to everybody
+        ranked.truncate(CHOICE * count);
         let mut order: Vec<usize> = ranked.iter().map(|r| r.0).collect();
         rng.shuffle(&mut order);
-        order.into_iter().find_map(|i| {
-            let lender = &self.parsed[i];
-            let phrases = lender.style.iter().filter(|s| {
-                // the head phrase speaks of the lender's own subject, a listed phrase may too
-                !s.contains(lender.subject.as_str()) && styles.is_plain_style(s) && !own.contains(&words(s))
-            });
-            let phrases: Vec<String> = phrases.take(12).cloned().collect();
-            let count: usize = phrases.iter().map(|s| words(s).len()).sum();
-            (count >= least).then_some(phrases)
-        })
+        let own: HashSet<Vec<String>> = text.split(',').map(words).collect();
+        order.truncate(count);
+        let phrases = order.into_iter().map(|i| self.phrases[&i].iter().filter(|s| !own.contains(&words(s))).cloned());
+        phrases.map(Iterator::collect).collect()
     }
 }

@@ -1,0 +1,150 @@
+//! What the machine can do, measured in the same run as whatever is compared with it.
+
+use crate::ops::cpu::Cpu;
+use crate::ops::cpu::simd::Isa;
+use crate::simd_fn;
+use std::hint::black_box;
+use std::time::Instant;
+
+/// Bytes a second that all threads together read from memory: the best of several passes over `bytes` bytes.
+pub fn read_bandwidth(cpu: &Cpu, bytes: usize, passes: usize) -> f64 {
+    let data = vec![1f32; bytes / 4];
+    let mut best = 0f64;
+    for _ in 0..passes {
+        let started = Instant::now();
+        // chunks as large as a task of a product
+        cpu.threads.run_ranges(data.len(), 1 << 16, |r| {
+            black_box(sum(cpu.isa, &data[r]));
+        });
+        best = best.max((data.len() * 4) as f64 / started.elapsed().as_secs_f64());
+    }
+    best
+}
+
+simd_fn! {
+    fn sum<S>(x: &[f32]) -> f32 {
+        let mut sums = [S::splat(0.0); 8];
+        for i in (0..x.len() / 128 * 128).step_by(128) {
+            for (j, s) in sums.iter_mut().enumerate() {
+                *s = S::add(*s, S::load(x.as_ptr().add(i + 16 * j)));
+            }
+        }
+        let mut total = 0.0;
+        for s in sums {
+            total += S::sum(s);
+        }
+        total
+    }
+}
+
+/// FLOP/s of f32 multiply-adds on all threads, from registers.
+pub fn peak_f32(cpu: &Cpu) -> f64 {
+    const STEPS: usize = 2_000_000;
+    // 12 sums of 16 lanes
+    rate(cpu, (STEPS * 12 * 16 * 2) as f64, |isa| {
+        black_box(fma_loop(isa, STEPS, 1.0 + 1e-9));
+    })
+}
+
+/// Operations a second of the dot products that bf16 weights run on.
+pub fn peak_bf16(cpu: &Cpu) -> f64 {
+    dot_peak(cpu, DotKind::Bf16)
+}
+
+/// Operations a second of the dot products that int8 weights run on.
+pub fn peak_int8(cpu: &Cpu) -> f64 {
+    dot_peak(cpu, DotKind::Int8)
+}
+
+enum DotKind {
+    Bf16,
+    Int8,
+}
+
+fn rate(cpu: &Cpu, operations: f64, body: impl Fn(Isa) + Sync) -> f64 {
+    let threads = cpu.threads.count();
+    let mut best = 0f64;
+    for _ in 0..3 {
+        let started = Instant::now();
+        cpu.threads.run(threads, |_| body(cpu.isa));
+        best = best.max(operations * threads as f64 / started.elapsed().as_secs_f64());
+    }
+    best
+}
+
+#[cfg(target_arch = "x86_64")]
+fn dot_peak(cpu: &Cpu, kind: DotKind) -> f64 {
+    use std::arch::x86_64::*;
+    const STEPS: usize = 4_000_000;
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn bf16() -> f32 {
+        let mut sums = [_mm512_setzero_ps(); 12];
+        // SAFETY: same size, every bit pattern is valid.
+        let x: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi32(black_box(0x3f80_3f80))) };
+        for _ in 0..STEPS {
+            for s in &mut sums {
+                *s = _mm512_dpbf16_ps(*s, x, x);
+            }
+        }
+        sums.iter().map(|s| _mm512_reduce_add_ps(*s)).sum()
+    }
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    fn int8() -> i32 {
+        let mut sums = [_mm512_setzero_si512(); 12];
+        let x = _mm512_set1_epi32(black_box(0x0101_0101));
+        for _ in 0..STEPS {
+            for s in &mut sums {
+                *s = _mm512_dpbusd_epi32(*s, x, x);
+            }
+        }
+        sums.iter().fold(0, |a, s| a.wrapping_add(_mm512_reduce_add_epi32(*s)))
+    }
+    if cpu.isa != Isa::Avx512Bf16 {
+        return peak_f32(cpu);
+    }
+    // SAFETY: the instruction set was checked above.
+    match kind {
+        DotKind::Bf16 => rate(cpu, (STEPS * 12 * 32 * 2) as f64, |_| unsafe {
+            black_box(bf16());
+        }),
+        DotKind::Int8 => rate(cpu, (STEPS * 12 * 64 * 2) as f64, |_| unsafe {
+            black_box(int8());
+        }),
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn dot_peak(cpu: &Cpu, _: DotKind) -> f64 {
+    peak_f32(cpu)
+}
+
+simd_fn! {
+    fn fma_loop<S>(steps: usize, factor: f32) -> f32 {
+        let mut sums = [S::splat(0.0); 12];
+        let x = S::splat(black_box(factor));
+        for _ in 0..steps {
+            for s in &mut sums {
+                *s = S::fma(x, x, *s);
+            }
+        }
+        let mut total = 0.0;
+        for s in sums {
+            total += S::sum(s);
+        }
+        total
+    }
+}
+
+/// The most memory this process has held, in bytes, where the system tells.
+pub fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+}
+
+/// Name of the processor, where the system tells.
+pub fn processor() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": "));
+    name.map_or_else(|| std::env::consts::ARCH.to_owned(), |n| n.1.to_owned())
+}

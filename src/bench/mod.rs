@@ -1,0 +1,4 @@
+//! What `bprompt bench` measures, and the floors it compares with.
+
+pub mod llm;
+pub mod machine;

@@ -1,0 +1,108 @@
+//! `bprompt bench`: measures beside the machine's floors.
+
+use super::model::{DTypeChoice, ModelArgs};
+use crate::bench::llm::{LlmOptions, LlmReport, Phase, random_checkpoint, run};
+use crate::checkpoint::Checkpoint;
+use crate::models::bloom::{Bloom, BloomConfig};
+use crate::models::embedded;
+use crate::tensor::DType;
+use anyhow::{Context, ensure};
+use clap::{Args, Subcommand};
+
+#[derive(Subcommand)]
+pub enum BenchCommand {
+    /// Prefill and decode of a language model.
+    Llm(LlmArgs),
+}
+
+#[derive(Args)]
+pub struct LlmArgs {
+    /// Random weights of this shape (bloom-560m, bloom-1b1, bloom-1b7, bloom-3b, bloom-7b1) instead of a model.
+    #[arg(long, conflicts_with = "model")]
+    shape: Option<String>,
+    #[arg(long, default_value_t = 128)]
+    prompt_tokens: usize,
+    #[arg(long, default_value_t = 32)]
+    new_tokens: usize,
+    /// Sequences at once.
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+    #[arg(long, default_value_t = 3)]
+    repeats: usize,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+impl BenchCommand {
+    pub fn run(self) -> anyhow::Result<()> {
+        let BenchCommand::Llm(args) = self;
+        args.run()
+    }
+}
+
+impl LlmArgs {
+    fn run(self) -> anyhow::Result<()> {
+        ensure!(
+            self.prompt_tokens > 0 && self.new_tokens > 0 && self.batch > 0,
+            "--prompt-tokens, --new-tokens and --batch must be at least 1"
+        );
+        let cpu = self.model.cpu()?;
+        let dtype = self.model.dtype.dtype();
+        let checkpoint = match (&self.shape, &self.model.model) {
+            (Some(shape), _) => {
+                let config = BloomConfig::published(shape)
+                    .with_context(|| format!("--shape {shape} is unknown; try bloom-560m, bloom-1b1, bloom-1b7, bloom-3b or bloom-7b1"))?;
+                random_checkpoint(config, dtype.unwrap_or(DType::Bf16))
+            }
+            (None, Some(folder)) => Checkpoint::open(folder)?,
+            (None, None) => embedded::checkpoint(),
+        };
+        let dtype = if self.model.dtype == DTypeChoice::Auto { None } else { dtype };
+        let model = Bloom::load(&cpu, &checkpoint, dtype)?;
+        drop(checkpoint);
+        let options = LlmOptions {
+            prompt_tokens: self.prompt_tokens,
+            new_tokens: self.new_tokens,
+            batch: self.batch,
+            repeats: self.repeats,
+        };
+        let report = run(&cpu, &model, options)?;
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&report)?);
+        } else {
+            print(&report);
+        }
+        Ok(())
+    }
+}
+
+fn print(r: &LlmReport) {
+    println!(
+        "{} parameters in {}, {} threads of {} ({})",
+        r.parameters, r.weights, r.threads, r.processor, r.isa
+    );
+    println!(
+        "measured: read {:.1} GB/s, {} peak {:.0} GFLOP/s",
+        r.read_gigabytes_per_second, r.weights, r.peak_gigaflops
+    );
+    println!("{:28}{:>10}{:>11}{:>10}{:>10}{:>11}{:>10}", "", "tokens/s", "ms", "MB", "GFLOP", "floor ms", "fraction");
+    let line = |name: String, p: &Phase| {
+        println!(
+            "{name:28}{:>10.1}{:>11.2}{:>10.1}{:>10.2}{:>11.2}{:>9.0}%",
+            p.tokens_per_second,
+            p.milliseconds,
+            p.bytes / 1e6,
+            p.flops / 1e9,
+            p.floor_milliseconds,
+            100.0 * p.fraction
+        );
+    };
+    line(format!("prefill {} x {}", r.batch, r.prompt_tokens), &r.prefill);
+    line(format!("decode {} x {}", r.batch, r.new_tokens), &r.decode);
+    if let Some(bytes) = r.peak_memory_bytes {
+        println!("peak memory {:.0} MB", bytes as f64 / 1e6);
+    }
+}

@@ -1,0 +1,113 @@
+//! `bprompt eval`: measures rewrites.
+
+use super::generate::options_tokens;
+use super::model::{ModelArgs, SamplingArgs};
+use super::rewrite::Rewriter;
+use crate::data::records::{read_pairs, read_prompts};
+use crate::engine::EngineOptions;
+use crate::eval::{Rewrite, report};
+use crate::text::content_words::words;
+use crate::text::template::Template;
+use anyhow::ensure;
+use clap::Args;
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::time::Instant;
+
+#[derive(Args)]
+pub struct EvalArgs {
+    /// Held-out prompts: pairs with "raw_prompt", records with "prompt", text with one a line, or the first
+    /// column of a .tsv with a heading.
+    #[arg(long, value_name = "FILE")]
+    input: PathBuf,
+    /// Take only pairs of this kind.
+    #[arg(long)]
+    kind: Option<String>,
+    /// Most prompts.
+    #[arg(long, default_value_t = 300)]
+    limit: usize,
+    /// Leave out longer prompts.
+    #[arg(long, default_value_t = 20)]
+    max_words: usize,
+    /// Print the outputs too.
+    #[arg(long)]
+    show: bool,
+    /// Print the report as one JSON object.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+}
+
+impl EvalArgs {
+    fn prompts(&self) -> anyhow::Result<Vec<String>> {
+        let ending = self.input.extension().and_then(|e| e.to_str()).unwrap_or_default();
+        let all: Vec<String> = if ending == "tsv" {
+            let column = |l: &String| l.split('\t').next().unwrap_or_default().trim().to_owned();
+            read_prompts(&self.input)?.iter().skip(1).map(column).collect()
+        } else if let Some(kind) = &self.kind {
+            let pairs = read_pairs(&self.input)?;
+            let of_kind = pairs.into_iter().filter(|p| p.other.get("kind").and_then(|k| k.as_str()) == Some(kind));
+            of_kind.map(|p| p.raw_prompt).collect()
+        } else if let Ok(pairs) = read_pairs(&self.input) {
+            pairs.into_iter().map(|p| p.raw_prompt).collect()
+        } else {
+            read_prompts(&self.input)?
+        };
+        let mut seen = HashSet::new();
+        let fits = |p: &String| (1..=self.max_words).contains(&words(p).len());
+        Ok(all.into_iter().filter(|p| fits(p) && seen.insert(p.clone())).take(self.limit).collect())
+    }
+
+    pub fn run(self) -> anyhow::Result<()> {
+        let prompts = self.prompts()?;
+        ensure!(!prompts.is_empty(), "{}: holds no prompts of up to {} words", self.input.display(), self.max_words);
+        let loaded = self.model.load()?;
+        let options = self.sampling.options(&loaded.defaults, 1)?;
+        let template = match &loaded.template {
+            Some(t) => t.clone(),
+            None => Template::named("v1")?,
+        };
+        let rewriter = Rewriter { loaded, template, options };
+        let mut rewrites = Vec::new();
+        for prompt in prompts {
+            let started = Instant::now();
+            let ids = rewriter.encode(&prompt)?;
+            let cache_tokens = ids.len() + options_tokens(rewriter.options.length, ids.len()) + 32;
+            let engine = EngineOptions { cache_tokens, ..EngineOptions::default() };
+            let mut session = rewriter.session(&self.sampling.stop, engine)?;
+            session.submit(0, ids, &rewriter.options)?;
+            let mut done = Vec::new();
+            while !session.is_idle() {
+                done.extend(session.step(&mut |_, _, _| {})?);
+            }
+            let candidate = &done[0].candidates[0];
+            let rewrite = Rewrite {
+                seconds: started.elapsed().as_secs_f64(),
+                output: candidate.text.trim().to_owned(),
+                tokens: candidate.token_ids.len(),
+                input: prompt,
+            };
+            if self.show {
+                eprintln!("{}\n  {}", rewrite.input, rewrite.output);
+            }
+            rewrites.push(rewrite);
+        }
+        let r = report(&rewrites);
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&r)?);
+            return Ok(());
+        }
+        println!("prompts                         {}", r.prompts);
+        println!("content words kept              {:.1} %", 100.0 * r.kept_content_words);
+        println!("outputs that keep all           {:.1} %", 100.0 * r.kept_all);
+        println!("outputs adding 8 or more words  {:.1} %", 100.0 * r.adds_eight_words);
+        println!("outputs repeating 4 words thrice {:.1} %", 100.0 * r.repeats_four_words);
+        println!("words in, out                   {:.1}, {:.1}", r.mean_words_in, r.mean_words_out);
+        println!("tokens a rewrite                {:.1}", r.mean_tokens);
+        println!("seconds a rewrite               {:.3} median, {:.3} slowest", r.median_seconds, r.slowest_seconds);
+        Ok(())
+    }
+}

@@ -1,0 +1,116 @@
+//! `bprompt inspect`: what a model folder holds, or what is wrong with it.
+
+use crate::checkpoint::Checkpoint;
+use crate::tensor::DType;
+use crate::text::Tokenizer;
+use anyhow::Context;
+use clap::Args;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+#[derive(Args)]
+pub struct InspectArgs {
+    /// Model folder.
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+impl InspectArgs {
+    pub fn run(self) -> anyhow::Result<()> {
+        let checkpoint = Checkpoint::open(&self.folder)?;
+        let c = &checkpoint.config;
+        let mut dtypes: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+        let mut element = DType::F32;
+        for p in c.parameters() {
+            let t = checkpoint.parameter(&p)?;
+            element = t.dtype;
+            let sum = dtypes.entry(t.dtype.name()).or_default();
+            *sum = (sum.0 + p.len(), sum.1 + t.bytes.len());
+        }
+        let bytes: usize = dtypes.values().map(|d| d.1).sum();
+        let path = self.folder.join("tokenizer.json");
+        let tokenizer = if path.exists() {
+            let t = Tokenizer::open(&path)?;
+            t.check(c.vocab_size, &path)?;
+            Some(t)
+        } else {
+            None
+        };
+        let special = special_tokens(&self.folder)?;
+        let files: Vec<String> =
+            checkpoint.files.iter().filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned())).collect();
+        let unused = checkpoint.unused();
+        let kv = c.kv_bytes_per_token(element.size());
+        if self.json {
+            let object = json!({
+                "architecture": "bloom",
+                "layers": c.layers,
+                "hidden_size": c.hidden_size,
+                "heads": c.heads,
+                "head_size": c.head_size(),
+                "vocab_size": c.vocab_size,
+                "context": c.context,
+                "tied_head": c.tied,
+                "residual_post_layer_norm": c.residual_post_layer_norm,
+                "layer_norm_epsilon": c.layer_norm_epsilon,
+                "parameters": c.parameter_count(),
+                "dtypes": dtypes.iter().map(|(k, v)| (k.to_string(), v.0)).collect::<BTreeMap<_, _>>(),
+                "weight_bytes": bytes,
+                "kv_bytes_per_token": kv,
+                "files": files,
+                "unused_tensors": unused,
+                "tokenizer_vocab_size": tokenizer.as_ref().map(Tokenizer::vocab_size),
+                "special_tokens": special,
+            });
+            println!("{}", serde_json::to_string_pretty(&object)?);
+            return Ok(());
+        }
+        println!("architecture  BLOOM, {} layers, hidden {}, {} heads of {}", c.layers, c.hidden_size, c.heads, c.head_size());
+        println!("vocabulary    {}, context {}, head {}", c.vocab_size, c.context, if c.tied { "tied" } else { "its own" });
+        if c.residual_post_layer_norm {
+            println!("residual      after the layer norms");
+        }
+        println!("parameters    {}", c.parameter_count());
+        for (name, (count, bytes)) in &dtypes {
+            println!("  {name:<10}  {count} ({:.1} MB)", *bytes as f64 / 1e6);
+        }
+        println!("memory        {:.1} MB of weights, {kv} bytes of KV cache a token", bytes as f64 / 1e6);
+        println!("files         {}", files.join(", "));
+        if !unused.is_empty() {
+            println!("unused        {} tensors: {}", unused.len(), unused.iter().take(4).copied().collect::<Vec<_>>().join(", "));
+        }
+        match &tokenizer {
+            Some(t) => println!("tokenizer     {} tokens", t.vocab_size()),
+            None => println!("tokenizer     none: put the model's tokenizer.json into the folder"),
+        }
+        for (name, token) in special {
+            let id = tokenizer.as_ref().and_then(|t| t.token_id(&token));
+            println!("  {name:<10}  {token} = {}", id.map_or("not in the vocabulary".into(), |i| i.to_string()));
+        }
+        Ok(())
+    }
+}
+
+/// The special tokens that `tokenizer_config.json` names.
+fn special_tokens(folder: &std::path::Path) -> anyhow::Result<BTreeMap<String, String>> {
+    let path = folder.join("tokenizer_config.json");
+    if !path.exists() {
+        return Ok(BTreeMap::new());
+    }
+    let text = std::fs::read(&path).with_context(|| format!("{}: cannot read", path.display()))?;
+    let value: serde_json::Value =
+        serde_json::from_slice(&text).with_context(|| format!("{}: not JSON", path.display()))?;
+    let mut found = BTreeMap::new();
+    for name in ["bos_token", "eos_token", "pad_token", "unk_token"] {
+        // either the text or an object that holds it
+        let token = value.get(name).and_then(|t| t.as_str().or_else(|| t.get("content")?.as_str()));
+        if let Some(token) = token {
+            found.insert(name.to_owned(), token.to_owned());
+        }
+    }
+    Ok(found)
+}

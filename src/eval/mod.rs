@@ -1,0 +1,51 @@
+//! How well a rewriter does: what it keeps, adds and repeats.
+
+use crate::text::content_words::{ContentWords, most_repeated, words};
+use serde::Serialize;
+
+/// One prompt and its rewrite.
+pub struct Rewrite {
+    pub input: String,
+    pub output: String,
+    pub seconds: f64,
+    pub tokens: usize,
+}
+
+#[derive(Debug, Serialize)]
+pub struct RewriteReport {
+    pub prompts: usize,
+    /// Mean part of the input's content words that the output has.
+    pub kept_content_words: f64,
+    /// Part of the outputs with all content words of their inputs.
+    pub kept_all: f64,
+    /// Part of the outputs with at least eight words more than their inputs.
+    pub adds_eight_words: f64,
+    /// Part of the outputs in which some run of four words occurs three times or more.
+    pub repeats_four_words: f64,
+    pub mean_words_in: f64,
+    pub mean_words_out: f64,
+    pub mean_tokens: f64,
+    pub median_seconds: f64,
+    pub slowest_seconds: f64,
+}
+
+pub fn report(rewrites: &[Rewrite]) -> RewriteReport {
+    let content = ContentWords::default();
+    let n = rewrites.len().max(1) as f64;
+    let mean = |f: &dyn Fn(&Rewrite) -> f64| rewrites.iter().map(f).sum::<f64>() / n;
+    let share = |f: &dyn Fn(&Rewrite) -> bool| rewrites.iter().filter(|r| f(r)).count() as f64 / n;
+    let mut seconds: Vec<f64> = rewrites.iter().map(|r| r.seconds).collect();
+    seconds.sort_by(f64::total_cmp);
+    RewriteReport {
+        prompts: rewrites.len(),
+        kept_content_words: mean(&|r| content.kept(&r.input, &r.output)),
+        kept_all: share(&|r| content.kept(&r.input, &r.output) == 1.0),
+        adds_eight_words: share(&|r| words(&r.output).len() >= words(&r.input).len() + 8),
+        repeats_four_words: share(&|r| most_repeated(&r.output, 4) >= 3),
+        mean_words_in: mean(&|r| words(&r.input).len() as f64),
+        mean_words_out: mean(&|r| words(&r.output).len() as f64),
+        mean_tokens: mean(&|r| r.tokens as f64),
+        median_seconds: seconds.get(seconds.len() / 2).copied().unwrap_or(0.0),
+        slowest_seconds: seconds.last().copied().unwrap_or(0.0),
+    }
+}
