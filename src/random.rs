@@ -36,7 +36,7 @@ impl Words {
         Words { key, stream, block: 0, words: [0; 4], used: 4 }
     }
 
-    pub fn next(&mut self) -> u32 {
+    pub fn word(&mut self) -> u32 {
         if self.used == 4 {
             let c = [self.block as u32, (self.block >> 32) as u32, self.stream as u32, (self.stream >> 32) as u32];
             self.words = philox(self.key, c);
@@ -49,12 +49,12 @@ impl Words {
 
     /// A whole number below `n`, without bias that matters (n is far below 2^32).
     pub fn below(&mut self, n: usize) -> usize {
-        ((self.next() as u64 * n as u64) >> 32) as usize
+        ((self.word() as u64 * n as u64) >> 32) as usize
     }
 
     /// A number in (0, 1).
     pub fn uniform(&mut self) -> f32 {
-        uniform(self.next())
+        uniform(self.word())
     }
 
     /// Puts `items` into a random order.
@@ -76,8 +76,7 @@ impl Normal {
         Normal { words: Words::new(key, stream), spare: None }
     }
 
-    #[allow(clippy::should_implement_trait)] // an endless stream; iterator adaptors would not help
-    pub fn next(&mut self) -> f32 {
+    pub fn sample(&mut self) -> f32 {
         if let Some(z) = self.spare.take() {
             return z;
         }
@@ -96,10 +95,7 @@ mod tests {
     fn philox_matches_the_published_vectors() {
         // known-answer vectors of Random123 1.14 (kat_vectors, philox4x32 10)
         assert_eq!(philox(0, [0; 4]), [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]);
-        assert_eq!(
-            philox(u64::MAX, [u32::MAX; 4]),
-            [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd]
-        );
+        assert_eq!(philox(u64::MAX, [u32::MAX; 4]), [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd]);
         assert_eq!(
             philox(0x299f31d0_a4093822, [0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344]),
             [0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1]
@@ -110,7 +106,7 @@ mod tests {
     fn uniform_stays_inside_and_normal_has_unit_moments() {
         assert!(uniform(0) > 0.0 && uniform(u32::MAX) < 1.0);
         let mut n = Normal::new(7, 1);
-        let x: Vec<f32> = (0..100_000).map(|_| n.next()).collect();
+        let x: Vec<f32> = (0..100_000).map(|_| n.sample()).collect();
         let mean = x.iter().sum::<f32>() / x.len() as f32;
         let var = x.iter().map(|v| v * v).sum::<f32>() / x.len() as f32;
         assert!(mean.abs() < 0.01 && (var - 1.0).abs() < 0.02, "{mean} {var}");

@@ -102,11 +102,7 @@ impl Tensor {
     pub fn to_f32(&self) -> Vec<f32> {
         let pairs = || self.bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
         match self.dtype {
-            DType::F32 => self
-                .bytes
-                .chunks_exact(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect(),
+            DType::F32 => self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
             DType::F16 => pairs().map(|b| f16::from_bits(b).to_f32()).collect(),
             DType::Bf16 => pairs().map(|b| bf16::from_bits(b).to_f32()).collect(),
             DType::Int8 => self.bytes.iter().map(|&b| b as i8 as f32).collect(),

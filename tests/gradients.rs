@@ -25,8 +25,7 @@ struct Expected {
 fn golden() -> (Checkpoint, Expected, Batch) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bloom/train");
     let checkpoint = Checkpoint::open(&folder).unwrap();
-    let expected: Expected =
-        serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+    let expected: Expected = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
     let mut batch = Batch::new();
     for s in &expected.sequences {
         batch.push(&s.ids, s.loss_from);

@@ -6,10 +6,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 /// Writes a file beside its place, flushes it to disk and renames it there.
-pub fn write_atomic(
-    path: &Path,
-    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
-) -> Result<()> {
+pub fn write_atomic(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
     write_atomic_at(path, |temporary| {
         let file = File::options().write(true).open(temporary)?;
         let mut out = BufWriter::with_capacity(1 << 20, file);
@@ -19,10 +16,7 @@ pub fn write_atomic(
 }
 
 /// [`write_atomic`] for writers that want a path: `write` fills the file at the path it is given.
-pub fn write_atomic_at(
-    path: &Path,
-    write: impl FnOnce(&Path) -> std::io::Result<()>,
-) -> Result<()> {
+pub fn write_atomic_at(path: &Path, write: impl FnOnce(&Path) -> std::io::Result<()>) -> Result<()> {
     let folder = match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),

@@ -124,11 +124,8 @@ fn map(path: &Path) -> Result<Bytes> {
 
 fn read_file(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let bytes = map(path)?;
-    let tensors = if path.extension().is_some_and(|e| e == "bin") {
-        pytorch::read(bytes)
-    } else {
-        safetensors::read(bytes)
-    };
+    let tensors =
+        if path.extension().is_some_and(|e| e == "bin") { pytorch::read(bytes) } else { safetensors::read(bytes) };
     tensors.map(normalised).map_err(|e| Error::file(path, e))
 }
 
@@ -142,8 +139,7 @@ fn normalised(tensors: BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
 
 fn read_index(folder: &Path, path: &Path, files: &mut Vec<PathBuf>) -> Result<BTreeMap<String, Tensor>> {
     let text = std::fs::read(path).map_err(Error::io(path, "read"))?;
-    let value: Value =
-        serde_json::from_slice(&text).map_err(|e| Error::file(path, format!("not JSON: {e}")))?;
+    let value: Value = serde_json::from_slice(&text).map_err(|e| Error::file(path, format!("not JSON: {e}")))?;
     let map = value
         .get("weight_map")
         .and_then(Value::as_object)

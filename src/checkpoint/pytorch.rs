@@ -182,7 +182,7 @@ impl<'a> Machine<'a> {
                     m.tuple(items)?;
                 }
                 b't' => {
-                    let items = m.to_mark()?;
+                    let items = m.until_mark()?;
                     m.tuple(items)?;
                 }
                 b'q' => {
@@ -207,14 +207,14 @@ impl<'a> Machine<'a> {
                     m.set(vec![key, value])?;
                 }
                 b'u' => {
-                    let items = m.to_mark()?;
+                    let items = m.until_mark()?;
                     m.set(items)?;
                 }
                 b'a' => {
                     m.pop()?;
                 }
                 b'e' => {
-                    m.to_mark()?;
+                    m.until_mark()?;
                 }
                 b'Q' => m.storage()?,
                 b'R' => m.call()?,
@@ -271,7 +271,7 @@ impl<'a> Machine<'a> {
         }
     }
 
-    fn to_mark(&mut self) -> Result<Vec<Value>> {
+    fn until_mark(&mut self) -> Result<Vec<Value>> {
         let at = self.stack.iter().rposition(|v| matches!(v, Value::Mark));
         let at = at.ok_or_else(|| self.damaged("a mark is missing"))?;
         let items = self.stack.split_off(at + 1);

@@ -65,7 +65,8 @@ pub fn run(args: &RewriteArgs, input: &Path) -> anyhow::Result<()> {
     let out: Box<dyn Write> = if to_stdout {
         Box::new(std::io::stdout())
     } else {
-        let file = OpenOptions::new().create(true).append(args.resume).write(true).truncate(!args.resume).open(&args.output);
+        let file =
+            OpenOptions::new().create(true).append(args.resume).write(true).truncate(!args.resume).open(&args.output);
         Box::new(file.with_context(|| format!("{}: cannot write", args.output.display()))?)
     };
     let stop = Arc::new(AtomicBool::new(false));
@@ -122,7 +123,13 @@ struct Run<'a> {
 
 impl Run<'_> {
     /// Rewrites everything; `false` if somebody interrupted.
-    fn all(&mut self, args: &RewriteArgs, lines: &mut Lines, stop: &AtomicBool, report: &Report) -> anyhow::Result<bool> {
+    fn all(
+        &mut self,
+        args: &RewriteArgs,
+        lines: &mut Lines,
+        stop: &AtomicBool,
+        report: &Report,
+    ) -> anyhow::Result<bool> {
         let rewriter = lines.rewriter;
         let options = &rewriter.options;
         let longest = rewriter.loaded.model.config.context;
@@ -304,7 +311,8 @@ fn resume(path: &Path, format: Format, candidates: u32) -> anyhow::Result<Resume
         return Ok(Resume::default());
     }
     let name = path.display();
-    let mut file = OpenOptions::new().read(true).write(true).open(path).with_context(|| format!("{name}: cannot open"))?;
+    let mut file =
+        OpenOptions::new().read(true).write(true).open(path).with_context(|| format!("{name}: cannot open"))?;
     let mut reader = BufReader::with_capacity(1 << 20, &file);
     let (mut whole, mut lines, mut last) = (0u64, 0u64, Vec::new());
     // byte offset after the last complete result
@@ -333,7 +341,8 @@ fn resume(path: &Path, format: Format, candidates: u32) -> anyhow::Result<Resume
     }
     let value: Value = serde_json::from_slice(&last).unwrap_or_default();
     let line = value.get("line").and_then(Value::as_u64);
-    let line = line.with_context(|| format!("{name}: its last line names no input line; it was not written by this command"))?;
+    let line =
+        line.with_context(|| format!("{name}: its last line names no input line; it was not written by this command"))?;
     Ok(Resume { line, seed: value.get("seed").and_then(Value::as_u64) })
 }
 

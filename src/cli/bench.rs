@@ -53,8 +53,9 @@ impl LlmArgs {
         let dtype = self.model.dtype.dtype();
         let checkpoint = match (&self.shape, &self.model.model) {
             (Some(shape), _) => {
-                let config = BloomConfig::published(shape)
-                    .with_context(|| format!("--shape {shape} is unknown; try bloom-560m, bloom-1b1, bloom-1b7, bloom-3b or bloom-7b1"))?;
+                let config = BloomConfig::published(shape).with_context(|| {
+                    format!("--shape {shape} is unknown; try bloom-560m, bloom-1b1, bloom-1b7, bloom-3b or bloom-7b1")
+                })?;
                 random_checkpoint(config, dtype.unwrap_or(DType::Bf16))
             }
             (None, Some(folder)) => Checkpoint::open(folder)?,
@@ -80,10 +81,7 @@ impl LlmArgs {
 }
 
 fn print(r: &LlmReport) {
-    println!(
-        "{} parameters in {}, {} threads of {} ({})",
-        r.parameters, r.weights, r.threads, r.processor, r.isa
-    );
+    println!("{} parameters in {}, {} threads of {} ({})", r.parameters, r.weights, r.threads, r.processor, r.isa);
     println!(
         "measured: read {:.1} GB/s, {} peak {:.0} GFLOP/s",
         r.read_gigabytes_per_second, r.weights, r.peak_gigaflops

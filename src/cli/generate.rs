@@ -42,8 +42,7 @@ impl GenerateArgs {
         };
         let cache_tokens = ids.len() + options_tokens(options.length, ids.len()) + 32;
         let engine = EngineOptions { cache_tokens, ..EngineOptions::default() };
-        let mut session =
-            Session::new(&loaded.cpu, &loaded.model, &loaded.tokenizer, &self.sampling.stop, engine)?;
+        let mut session = Session::new(&loaded.cpu, &loaded.model, &loaded.tokenizer, &self.sampling.stop, engine)?;
         session.submit(0, ids, &options)?;
         let mut out = std::io::stdout().lock();
         let mut write_error = None;

@@ -69,8 +69,19 @@ impl InspectArgs {
             println!("{}", serde_json::to_string_pretty(&object)?);
             return Ok(());
         }
-        println!("architecture  BLOOM, {} layers, hidden {}, {} heads of {}", c.layers, c.hidden_size, c.heads, c.head_size());
-        println!("vocabulary    {}, context {}, head {}", c.vocab_size, c.context, if c.tied { "tied" } else { "its own" });
+        println!(
+            "architecture  BLOOM, {} layers, hidden {}, {} heads of {}",
+            c.layers,
+            c.hidden_size,
+            c.heads,
+            c.head_size()
+        );
+        println!(
+            "vocabulary    {}, context {}, head {}",
+            c.vocab_size,
+            c.context,
+            if c.tied { "tied" } else { "its own" }
+        );
         if c.residual_post_layer_norm {
             println!("residual      after the layer norms");
         }
@@ -81,7 +92,11 @@ impl InspectArgs {
         println!("memory        {:.1} MB of weights, {kv} bytes of KV cache a token", bytes as f64 / 1e6);
         println!("files         {}", files.join(", "));
         if !unused.is_empty() {
-            println!("unused        {} tensors: {}", unused.len(), unused.iter().take(4).copied().collect::<Vec<_>>().join(", "));
+            println!(
+                "unused        {} tensors: {}",
+                unused.len(),
+                unused.iter().take(4).copied().collect::<Vec<_>>().join(", ")
+            );
         }
         match &tokenizer {
             Some(t) => println!("tokenizer     {} tokens", t.vocab_size()),

@@ -40,7 +40,7 @@ enum Command {
     Data(data::DataCommand),
     /// Train a tokenizer or a model.
     #[command(subcommand)]
-    Train(Box<train::TrainCommand>),
+    Train(train::TrainCommand),
 }
 
 /// Where and how to compute.
@@ -73,7 +73,12 @@ impl DeviceArgs {
             IsaChoice::Avx512 => Isa::Avx512,
             IsaChoice::Avx512Bf16 => Isa::Avx512Bf16,
         };
-        anyhow::ensure!(isa.available(), "--isa {}: this machine does not have it; best is {}", isa.name(), Isa::detect().name());
+        anyhow::ensure!(
+            isa.available(),
+            "--isa {}: this machine does not have it; best is {}",
+            isa.name(),
+            Isa::detect().name()
+        );
         Ok(Cpu::new(self.threads, isa))
     }
 }

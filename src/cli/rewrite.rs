@@ -76,7 +76,11 @@ impl Rewriter {
         Ok(self.loaded.tokenizer.encode_literal(&self.template.apply(prompt))?)
     }
 
-    pub fn session<'a>(&'a self, stops: &'a [String], engine: EngineOptions) -> anyhow::Result<Session<'a, crate::ops::cpu::Cpu>> {
+    pub fn session<'a>(
+        &'a self,
+        stops: &'a [String],
+        engine: EngineOptions,
+    ) -> anyhow::Result<Session<'a, crate::ops::cpu::Cpu>> {
         let l = &self.loaded;
         Ok(Session::new(&l.cpu, &l.model, &l.tokenizer, stops, engine)?)
     }
@@ -111,7 +115,8 @@ impl RewriteArgs {
         let ids = rewriter.encode(prompt)?;
         let n = rewriter.options.candidates as usize;
         let each = ids.len() + options_tokens(rewriter.options.length, ids.len()) + 32;
-        let engine = EngineOptions { cache_tokens: each * n, batch_tokens: self.batch_tokens, sequences: self.sequences };
+        let engine =
+            EngineOptions { cache_tokens: each * n, batch_tokens: self.batch_tokens, sequences: self.sequences };
         let mut session = rewriter.session(&self.sampling.stop, engine)?;
         session.submit(0, ids, &rewriter.options)?;
         let mut out = std::io::stdout().lock();

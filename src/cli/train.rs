@@ -28,7 +28,7 @@ pub enum TrainCommand {
     /// Learn a byte-level BPE vocabulary with BLOOM's pre-tokenizer.
     Tokenizer(TokenizerArgs),
     /// Supervised fine-tuning on pairs.
-    Sft(SftArgs),
+    Sft(Box<SftArgs>),
 }
 
 #[derive(Args)]
@@ -296,12 +296,7 @@ impl SftArgs {
         };
         let Start { model, tokenizer_json, template, .. } = start;
         let mut sft = Sft { cpu: &cpu, model, train, validation, options };
-        eprintln!(
-            "{} parameters, {} examples, {} steps",
-            sft.model.values.len(),
-            sft.train.len(),
-            sft.total_steps()
-        );
+        eprintln!("{} parameters, {} examples, {} steps", sft.model.values.len(), sft.train.len(), sft.total_steps());
         let stop = Arc::new(AtomicBool::new(false));
         let flag = stop.clone();
         ctrlc::set_handler(move || {

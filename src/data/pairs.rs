@@ -74,7 +74,12 @@ struct Parsed {
 }
 
 /// Makes pairs of `prompts`; the same input gives the same output.
-pub fn make_pairs(prompts: &[String], styles: &StylePhrases, tokenizer: &Tokenizer, options: &PairOptions) -> MadePairs {
+pub fn make_pairs(
+    prompts: &[String],
+    styles: &StylePhrases,
+    tokenizer: &Tokenizer,
+    options: &PairOptions,
+) -> MadePairs {
     let mut counts = Counts::default();
     counts.add("prompts read", prompts.len());
     let mut seen = HashSet::new();
@@ -171,7 +176,13 @@ pub fn make_pairs(prompts: &[String], styles: &StylePhrases, tokenizer: &Tokeniz
 }
 
 /// Why a pair is no good, if it is not.
-fn refuse(raw: &str, target: &str, tokenizer: &Tokenizer, options: &PairOptions, rng: &mut Words) -> Option<&'static str> {
+fn refuse(
+    raw: &str,
+    target: &str,
+    tokenizer: &Tokenizer,
+    options: &PairOptions,
+    rng: &mut Words,
+) -> Option<&'static str> {
     if words(target).len() < words(raw).len() + options.min_added {
         return Some("dropped: target adds too few words");
     }

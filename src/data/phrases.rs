@@ -169,7 +169,14 @@ mod tests {
     #[test]
     fn style_parts_are_told_from_details() {
         let s = StylePhrases::default();
-        for part in ["highly detailed", "8k", "octane render", "by someone unknown", "cinematic lighting", "trending on artstation"] {
+        for part in [
+            "highly detailed",
+            "8k",
+            "octane render",
+            "by someone unknown",
+            "cinematic lighting",
+            "trending on artstation",
+        ] {
             assert!(s.is_style(part), "{part}");
         }
         for part in ["wearing a red hat", "a dog beside her", "holding a lit torch in his hand", "stormy sea"] {

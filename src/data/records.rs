@@ -43,9 +43,8 @@ pub fn read_pairs(path: &Path) -> Result<Vec<Pair>> {
     let pairs: Vec<Pair> = values(path)?
         .into_iter()
         .map(|(place, v)| {
-            serde_json::from_value(v).map_err(|e| {
-                Error::file(path, format!("{place}: {e}; expected {{\"raw_prompt\": …, \"prompt\": …}}"))
-            })
+            serde_json::from_value(v)
+                .map_err(|e| Error::file(path, format!("{place}: {e}; expected {{\"raw_prompt\": …, \"prompt\": …}}")))
         })
         .collect::<Result<_>>()?;
     if pairs.is_empty() {

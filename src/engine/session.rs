@@ -210,10 +210,5 @@ fn completed(id: u64, p: Pending) -> Completed {
         logprobs: c.logprobs,
         finish: c.finish.expect("only whole prompts complete"),
     });
-    Completed {
-        id,
-        prompt_ids: p.prompt_ids,
-        prompt_logprobs: p.prompt_logprobs,
-        candidates: candidates.collect(),
-    }
+    Completed { id, prompt_ids: p.prompt_ids, prompt_logprobs: p.prompt_logprobs, candidates: candidates.collect() }
 }

@@ -53,7 +53,9 @@ impl<'a> TextStream<'a> {
 
     /// Bytes at the end that a stop string could begin with.
     fn undecided(&self) -> usize {
-        let ends = |stop: &String| (1..stop.len()).rev().find(|&n| stop.is_char_boundary(n) && self.held.ends_with(&stop[..n]));
+        let ends = |stop: &String| {
+            (1..stop.len()).rev().find(|&n| stop.is_char_boundary(n) && self.held.ends_with(&stop[..n]))
+        };
         self.stops.iter().filter_map(ends).max().unwrap_or(0)
     }
 }

@@ -91,7 +91,14 @@ pub trait Backend {
     fn copy_block(&self, cache: &mut Self::Cache, from: u32, to: u32);
 
     /// Layer norm of the rows of `table` for `ids`.
-    fn embed_norm(&self, ids: &[u32], table: &Self::Matrix, norm: &LayerNorm<Self::Vector>, eps: f32, out: &mut Self::Buffer);
+    fn embed_norm(
+        &self,
+        ids: &[u32],
+        table: &Self::Matrix,
+        norm: &LayerNorm<Self::Vector>,
+        eps: f32,
+        out: &mut Self::Buffer,
+    );
     fn layer_norm(&self, x: &Self::Buffer, norm: &LayerNorm<Self::Vector>, eps: f32, out: &mut Self::Buffer);
     fn linear(
         &self,
@@ -117,5 +124,11 @@ pub trait Backend {
     fn logits(&self, x: &Self::Buffer, head: &Self::Matrix, out: &mut Vec<f32>);
     /// Chooses tokens from the head's products: for each `(row of x, what to choose)` one, in order.
     /// `scratch` may hold logits.
-    fn sample(&self, x: &Self::Buffer, head: &Self::Matrix, rows: &[(usize, &SampleRow)], scratch: &mut Vec<f32>) -> Vec<Chosen>;
+    fn sample(
+        &self,
+        x: &Self::Buffer,
+        head: &Self::Matrix,
+        rows: &[(usize, &SampleRow)],
+        scratch: &mut Vec<f32>,
+    ) -> Vec<Chosen>;
 }

@@ -12,9 +12,7 @@ pub struct Tokenizer {
 impl Tokenizer {
     pub fn open(path: &Path) -> Result<Tokenizer> {
         let bytes = std::fs::read(path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::file(path, "does not exist; copy the model's tokenizer.json there")
-            }
+            std::io::ErrorKind::NotFound => Error::file(path, "does not exist; copy the model's tokenizer.json there"),
             _ => Error::io(path, "read")(e),
         })?;
         Tokenizer::from_bytes(&bytes).map_err(|e| Error::file(path, e))
@@ -76,9 +74,8 @@ impl Tokenizer {
 }
 
 fn encode(tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>> {
-    let encoding = tokenizer
-        .encode_fast(text, true)
-        .map_err(|e| Error::invalid(format!("cannot tokenize the text: {e}")))?;
+    let encoding =
+        tokenizer.encode_fast(text, true).map_err(|e| Error::invalid(format!("cannot tokenize the text: {e}")))?;
     Ok(encoding.get_ids().to_vec())
 }
 

@@ -24,12 +24,8 @@ pub fn train_tokenizer(texts: &[String], vocab_size: usize, path: &Path) -> Resu
         return Err(Error::invalid(format!("--vocab-size {vocab_size} is too small; it needs at least {least}")));
     }
     let fail = |e: tokenizers::Error| Error::file(path, format!("cannot train the tokenizer: {e}"));
-    let split = Split::new(
-        SplitPattern::Regex(PRE_TOKENIZER_PATTERN.into()),
-        SplitDelimiterBehavior::Isolated,
-        false,
-    )
-    .map_err(fail)?;
+    let split = Split::new(SplitPattern::Regex(PRE_TOKENIZER_PATTERN.into()), SplitDelimiterBehavior::Isolated, false)
+        .map_err(fail)?;
     let bytes = ByteLevel::new(false, true, false);
     let special: Vec<AddedToken> = SPECIAL.iter().map(|&s| AddedToken::from(s, true)).collect();
     let mut tokenizer = tokenizers::Tokenizer::new(BPE::default());

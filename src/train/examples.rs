@@ -16,7 +16,13 @@ pub struct Example {
 
 /// The pair in its template, ended by `eos` and cut on the right to `max_tokens`. The target begins with
 /// the space that the template does not end in, so that its first token is predicted too.
-pub fn example(pair: &Pair, template: &Template, tokenizer: &Tokenizer, eos: u32, max_tokens: usize) -> Result<Example> {
+pub fn example(
+    pair: &Pair,
+    template: &Template,
+    tokenizer: &Tokenizer,
+    eos: u32,
+    max_tokens: usize,
+) -> Result<Example> {
     let mut ids = tokenizer.encode_literal(&template.apply(&pair.raw_prompt))?;
     let loss_from = ids.len();
     ids.extend(tokenizer.encode_literal(&format!(" {}", pair.prompt.trim()))?);

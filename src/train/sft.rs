@@ -49,7 +49,9 @@ pub trait Observer {
 /// How a run ended.
 #[derive(Debug, PartialEq)]
 pub enum Outcome {
-    Finished { validation_loss: Option<f64> },
+    Finished {
+        validation_loss: Option<f64>,
+    },
     /// Somebody asked to stop; the state was saved there.
     Stopped(PathBuf),
 }

@@ -22,7 +22,13 @@ pub fn step_folder(checkpoints: &Path, step: u64) -> PathBuf {
 }
 
 /// Saves the run as `checkpoints/step-N` and removes all but the newest `keep`.
-pub fn save(checkpoints: &Path, model: &TrainModel, optimizer: &AdamW, state: &RunState, keep: usize) -> Result<PathBuf> {
+pub fn save(
+    checkpoints: &Path,
+    model: &TrainModel,
+    optimizer: &AdamW,
+    state: &RunState,
+    keep: usize,
+) -> Result<PathBuf> {
     std::fs::create_dir_all(checkpoints).map_err(Error::io(checkpoints, "create"))?;
     let folder = step_folder(checkpoints, state.step);
     if folder.exists() {

@@ -126,15 +126,10 @@ impl BloomConfig {
             bos_token_id: id(object, "bos_token_id", 1)?,
             eos_token_id: id(object, "eos_token_id", 2)?,
             pad_token_id: id(object, "pad_token_id", 3)?,
-            stored_dtype: ["dtype", "torch_dtype"]
-                .iter()
-                .find_map(|k| object.get(*k)?.as_str().map(str::to_owned)),
+            stored_dtype: ["dtype", "torch_dtype"].iter().find_map(|k| object.get(*k)?.as_str().map(str::to_owned)),
         };
         if !config.hidden_size.is_multiple_of(config.heads) {
-            return Err(format!(
-                "hidden_size {} is not divisible by n_head {}",
-                config.hidden_size, config.heads
-            ));
+            return Err(format!("hidden_size {} is not divisible by n_head {}", config.hidden_size, config.heads));
         }
         Ok(config)
     }
@@ -178,10 +173,7 @@ impl BloomConfig {
         for i in 0..self.layers {
             let layer = format!("transformer.h.{i}");
             norm(&mut add, &format!("{layer}.input_layernorm"));
-            for (name, rows, cols) in [
-                ("self_attention.query_key_value", 3 * h, h),
-                ("self_attention.dense", h, h),
-            ] {
+            for (name, rows, cols) in [("self_attention.query_key_value", 3 * h, h), ("self_attention.dense", h, h)] {
                 add(format!("{layer}.{name}.weight"), &[rows, cols]);
                 add(format!("{layer}.{name}.bias"), &[rows]);
             }
@@ -271,7 +263,8 @@ mod tests {
 
     #[test]
     fn both_spellings_and_written_configs_read_back() {
-        let old = br#"{"model_type":"bloom","n_embed":64,"num_hidden_layers":2,"num_attention_heads":3,"vocab_size":9}"#;
+        let old =
+            br#"{"model_type":"bloom","n_embed":64,"num_hidden_layers":2,"num_attention_heads":3,"vocab_size":9}"#;
         let e = BloomConfig::parse(old).unwrap_err();
         assert!(e.contains("not divisible"), "{e}");
         let mut c = BloomConfig::new(100, 96, 2, 3);

@@ -4,5 +4,5 @@ mod config;
 mod model;
 pub mod train;
 
-pub use model::{Bloom, Scratch};
 pub use config::{BloomConfig, Parameter, alibi_slopes};
+pub use model::{Bloom, Scratch};

@@ -149,13 +149,7 @@ impl<B: Backend> Bloom<B> {
     }
 
     /// Chooses a token for each row of the last forward pass. `logits` is scratch.
-    pub fn sample(
-        &self,
-        backend: &B,
-        rows: &[SampleRow],
-        s: &mut Scratch<B>,
-        logits: &mut Vec<f32>,
-    ) -> Vec<Chosen> {
+    pub fn sample(&self, backend: &B, rows: &[SampleRow], s: &mut Scratch<B>, logits: &mut Vec<f32>) -> Vec<Chosen> {
         if rows.is_empty() {
             return vec![];
         }

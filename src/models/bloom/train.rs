@@ -89,8 +89,8 @@ impl Batch {
     /// Adds a sequence of which the tokens from `loss_from` on are to be predicted.
     pub fn push(&mut self, ids: &[u32], loss_from: usize) {
         let start = self.ids.len();
-        for t in loss_from.max(1)..ids.len() {
-            self.labels.push((start + t - 1, ids[t]));
+        for (t, &id) in ids.iter().enumerate().skip(loss_from.max(1)) {
+            self.labels.push((start + t - 1, id));
         }
         self.ids.extend_from_slice(ids);
         self.starts.push(self.ids.len());
@@ -181,7 +181,7 @@ impl TrainModel {
                 _ => {
                     let residual = p.name.contains("dense.") || p.name.contains("4h_to_h");
                     let deviation = if residual { narrow } else { 0.02 };
-                    values.extend((0..p.len()).map(|_| normal.next() * deviation));
+                    values.extend((0..p.len()).map(|_| normal.sample() * deviation));
                 }
             }
         }
@@ -241,8 +241,7 @@ impl TrainModel {
         space.layers.resize_with(c.layers, Saved::default);
         let mut input = &space.embedding_norm.y;
         let attention = self.attention(batch);
-        let mut layers = space.layers.iter_mut().zip(&l.layers).peekable();
-        while let Some((s, l)) = layers.next() {
+        for (s, l) in space.layers.iter_mut().zip(&l.layers) {
             sized(&mut s.x, tokens * h).copy_from_slice(input);
             s.norm1.forward(cpu, &s.x, get(&l.input_norm.weight), get(&l.input_norm.bias), eps);
             let qkv = sized(&mut s.qkv, tokens * 3 * h);

@@ -82,7 +82,7 @@ impl Cache {
     }
 }
 
-impl<E: Element + Attend> Blocks<E> {
+impl<E: Attend> Blocks<E> {
     fn attend(&mut self, cpu: &Cpu, batch: &Batch, layer: usize, heads: &Heads, qkv: &[f32], out: &mut [f32]) {
         let (n, size) = (heads.count, heads.size);
         assert_eq!(qkv.len(), batch.ids.len() * 3 * n * size);
@@ -100,7 +100,7 @@ impl<E: Element + Attend> Blocks<E> {
                     // SAFETY: a position of a head belongs to one span: blocks being written are never shared.
                     let to = unsafe { to.slice(at..at + size) };
                     let from = &qkv[from + part * size..from + (part + 1) * size];
-                    to.iter_mut().zip(from).for_each(|(t, x)| *t = E::from_f32(*x));
+                    E::narrow(cpu.isa, from, to);
                 }
             }
         });
@@ -133,28 +133,46 @@ pub struct View<'a, E> {
     size: usize,
 }
 
-pub trait Attend: Sized {
+pub trait Attend: Element {
+    /// Writes f32 in this type.
+    fn narrow(isa: super::simd::Isa, x: &[f32], out: &mut [Self]);
+
     /// Attention of the query at `position`.
     fn attend(isa: super::simd::Isa, q: &[f32], position: usize, slope: f32, view: &View<Self>, out: &mut [f32]);
 }
 
 macro_rules! attend {
-    ($e:ty, $name:ident) => {
+    ($e:ty, $name:ident, $narrow:ident) => {
+        simd_fn! {
+            fn $narrow<S>(x: &[f32], out: &mut [$e]) {
+                assert_eq!(x.len(), out.len());
+                let full = x.len() / 16 * 16;
+                for i in (0..full).step_by(16) {
+                    <$e>::store::<S>(out.as_mut_ptr().add(i), S::load(x.as_ptr().add(i)));
+                }
+                for i in full..x.len() {
+                    out[i] = Element::from_f32(x[i]);
+                }
+            }
+        }
         simd_fn! {
             fn $name<S>(q: &[f32], position: usize, slope: f32, view: &View<$e>, out: &mut [f32]) {
                 attend_one::<S, $e>(q, position, slope, view, out)
             }
         }
         impl Attend for $e {
+            fn narrow(isa: super::simd::Isa, x: &[f32], out: &mut [Self]) {
+                $narrow(isa, x, out)
+            }
             fn attend(isa: super::simd::Isa, q: &[f32], position: usize, slope: f32, view: &View<Self>, out: &mut [f32]) {
                 $name(isa, q, position, slope, view, out)
             }
         }
     };
 }
-attend!(f32, attend_f32);
-attend!(f16, attend_f16);
-attend!(bf16, attend_bf16);
+attend!(f32, attend_f32, narrow_f32);
+attend!(f16, attend_f16, narrow_f16);
+attend!(bf16, attend_bf16, narrow_bf16);
 
 /// # Safety
 /// Needs the instruction set of `S`.

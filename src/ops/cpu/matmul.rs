@@ -39,13 +39,7 @@ impl<'a> View<'a> {
 
     /// The transposed matrix.
     pub fn t(self) -> Self {
-        View {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
+        View { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 }
 
@@ -53,15 +47,7 @@ impl<'a> View<'a> {
 const BLOCK: (usize, usize) = (256, 512);
 
 /// C = A B, or C += A B with `accumulate`. `c` is row-major with `c_stride` elements a row.
-pub fn matmul(
-    cpu: &Cpu,
-    precision: Precision,
-    c: &mut [f32],
-    c_stride: usize,
-    a: View,
-    b: View,
-    accumulate: bool,
-) {
+pub fn matmul(cpu: &Cpu, precision: Precision, c: &mut [f32], c_stride: usize, a: View, b: View, accumulate: bool) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     assert_eq!(k, b.rows, "inner sizes differ");
     if m == 0 || n == 0 {
@@ -78,16 +64,8 @@ pub fn matmul(
     cpu.threads.run(blocks_m * blocks_n, |block| {
         let (i, j) = (block / blocks_n * BLOCK.0, block % blocks_n * BLOCK.1);
         let (bm, bn) = (BLOCK.0.min(m - i), BLOCK.1.min(n - j));
-        let a = View {
-            data: &a.data[i * a.row_stride..],
-            rows: bm,
-            ..a
-        };
-        let b = View {
-            data: &b.data[j * b.col_stride..],
-            cols: bn,
-            ..b
-        };
+        let a = View { data: &a.data[i * a.row_stride..], rows: bm, ..a };
+        let b = View { data: &b.data[j * b.col_stride..], cols: bn, ..b };
         let c = out.tile(i * c_stride + j, (bm - 1) * c_stride + bn);
         // SAFETY: blocks of C share no element.
         unsafe { matmul_tile(c, c_stride, a, b, accumulate) }

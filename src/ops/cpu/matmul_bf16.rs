@@ -109,8 +109,7 @@ unsafe fn tile<const M: usize>(
             let bs: [__m512bh; 4] =
                 std::array::from_fn(|j| std::mem::transmute(_mm512_loadu_si512(b.add(j * 16).cast())));
             for (i, row) in sums.iter_mut().enumerate() {
-                let x: __m512bh =
-                    std::mem::transmute(_mm512_set1_epi32(*a.add(i * a_stride + p) as i32));
+                let x: __m512bh = std::mem::transmute(_mm512_set1_epi32(*a.add(i * a_stride + p) as i32));
                 for (sum, b) in row.iter_mut().zip(bs) {
                     *sum = _mm512_dpbf16_ps(*sum, x, b);
                 }
@@ -195,11 +194,7 @@ unsafe fn load_words(v: View, first: usize, rows: usize, k: usize) -> [__m512i; 
             let order = _mm512_loadu_si512(order.as_ptr().cast());
             for (i, w) in words.iter_mut().enumerate() {
                 let load = |step: usize| {
-                    if step < inner {
-                        _mm512_maskz_loadu_ps(lanes, at(first, k + step))
-                    } else {
-                        _mm512_setzero_ps()
-                    }
+                    if step < inner { _mm512_maskz_loadu_ps(lanes, at(first, k + step)) } else { _mm512_setzero_ps() }
                 };
                 let both = _mm512_cvtne2ps_pbh(load(2 * i + 1), load(2 * i));
                 *w = _mm512_permutexvar_epi16(order, std::mem::transmute::<__m512bh, __m512i>(both));

@@ -113,7 +113,15 @@ impl Backend for Cpu {
         });
     }
 
-    fn attention(&self, batch: &Batch, layer: usize, heads: &Heads, qkv: &Vec<f32>, cache: &mut Cache, out: &mut Vec<f32>) {
+    fn attention(
+        &self,
+        batch: &Batch,
+        layer: usize,
+        heads: &Heads,
+        qkv: &Vec<f32>,
+        cache: &mut Cache,
+        out: &mut Vec<f32>,
+    ) {
         out.resize(qkv.len() / 3, 0.0);
         cache.attend(self, batch, layer, heads, qkv, out);
     }
@@ -140,9 +148,8 @@ impl Backend for Cpu {
         let vocab = head.rows();
         let mut chosen = vec![Chosen::default(); rows.len()];
         // rows of one token stand together where a prompt has just split; each group is one task
-        let groups: Vec<Vec<usize>> = (0..scratch.len() / vocab)
-            .map(|g| (0..rows.len()).filter(|&i| rows[i].0 == g).collect())
-            .collect();
+        let groups: Vec<Vec<usize>> =
+            (0..scratch.len() / vocab).map(|g| (0..rows.len()).filter(|&i| rows[i].0 == g).collect()).collect();
         let (logits, out) = (Disjoint::new(scratch), Disjoint::new(&mut chosen));
         self.threads.run(groups.len(), |g| {
             // SAFETY: a group's logits and choices are one task's.

@@ -110,12 +110,7 @@ impl Threads {
 
     /// [`Threads::run`] over contiguous ranges of `0..total`, each at least `grain` long and as
     /// many as keep the threads evenly loaded.
-    pub fn run_ranges(
-        &self,
-        total: usize,
-        grain: usize,
-        body: impl Fn(std::ops::Range<usize>) + Sync,
-    ) {
+    pub fn run_ranges(&self, total: usize, grain: usize, body: impl Fn(std::ops::Range<usize>) + Sync) {
         let parts = (total / grain.max(1)).clamp(1, 4 * self.count());
         self.run(parts, |i| body(total * i / parts..total * (i + 1) / parts));
     }

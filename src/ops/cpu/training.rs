@@ -4,8 +4,8 @@
 //! tokens run in the order of the tokens whatever the number of threads, so gradients repeat bit for bit.
 
 use super::Cpu;
-use super::rows::{exp_sum, layer_norm_row};
 use super::matmul::{Precision, View, matmul, matmul_small, matmul_tile};
+use super::rows::{exp_sum, layer_norm_row};
 use super::threads::Disjoint;
 use crate::simd_fn;
 
@@ -34,8 +34,7 @@ pub fn layer_norm(
     cpu.threads.run_ranges(tokens, 16, |r| {
         for t in r {
             // SAFETY: every token's row is written once.
-            let (y, m, s) =
-                unsafe { (y.slice(t * h..(t + 1) * h), mean.slice(t..t + 1), rstd.slice(t..t + 1)) };
+            let (y, m, s) = unsafe { (y.slice(t * h..(t + 1) * h), mean.slice(t..t + 1), rstd.slice(t..t + 1)) };
             (m[0], s[0]) = layer_norm_row(cpu.isa, &x[t * h..(t + 1) * h], weight, bias, eps, y);
         }
     });
@@ -327,9 +326,7 @@ impl Attention<'_> {
                     let k = self.part(qkv, 1, first, keys, head);
                     matmul_tile(part(0, i, rows), width, ds, k, false);
                     // keys before this block have a sum already; the block's own rows start one
-                    for (which, weights, x) in
-                        [(1, ds, self.part(qkv, 0, first + i, rows, head)), (2, p, g)]
-                    {
+                    for (which, weights, x) in [(1, ds, self.part(qkv, 0, first + i, rows, head)), (2, p, g)] {
                         if i > 0 {
                             let before = View { cols: i, ..weights };
                             matmul_tile(part(which, 0, i), width, before.t(), x, true);
@@ -456,8 +453,7 @@ pub fn cross_entropy(
         let (rows_of, loss_of) = (Disjoint::new(logits), Disjoint::new(&mut losses[start..start + n]));
         cpu.threads.run(n, |r| {
             // SAFETY: every row is one task's.
-            let (row, loss) =
-                unsafe { (rows_of.slice(r * vocab..(r + 1) * vocab), loss_of.slice(r..r + 1)) };
+            let (row, loss) = unsafe { (rows_of.slice(r * vocab..(r + 1) * vocab), loss_of.slice(r..r + 1)) };
             let target = targets[start + r] as usize;
             let logit = row[target];
             let (most, sum) = exp_sum(cpu.isa, row, scale.is_some());

@@ -50,9 +50,8 @@ impl Isa {
     /// Whether this machine has it.
     #[cfg(target_arch = "x86_64")]
     pub fn available(self) -> bool {
-        let avx2 = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
+        let avx2 =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         let avx512 = avx2
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -63,9 +62,7 @@ impl Isa {
             Isa::Avx2 => avx2,
             Isa::Avx512 => avx512,
             Isa::Avx512Bf16 => {
-                avx512
-                    && is_x86_feature_detected!("avx512bf16")
-                    && is_x86_feature_detected!("avx512vnni")
+                avx512 && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni")
             }
         }
     }
@@ -96,6 +93,38 @@ pub trait Simd: Copy + 'static {
     unsafe fn load_bf16(p: *const bf16) -> Self::V;
     unsafe fn store(p: *mut f32, v: Self::V);
     unsafe fn store_partial(p: *mut f32, v: Self::V, n: usize);
+    /// Rounds to bf16, ties to even.
+    #[inline(always)]
+    unsafe fn store_bf16(p: *mut bf16, v: Self::V) {
+        let mut a = [0f32; LANES];
+        unsafe {
+            Self::store(a.as_mut_ptr(), v);
+            for (i, x) in a.into_iter().enumerate() {
+                *p.add(i) = bf16::from_f32(x);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(p: *mut f16, v: Self::V) {
+        let mut a = [0f32; LANES];
+        unsafe {
+            Self::store(a.as_mut_ptr(), v);
+            for (i, x) in a.into_iter().enumerate() {
+                *p.add(i) = f16::from_f32(x);
+            }
+        }
+    }
+    /// Rounds to integers, ties to even; lanes must lie in 0..=255.
+    #[inline(always)]
+    unsafe fn store_u8(p: *mut u8, v: Self::V) {
+        let mut a = [0f32; LANES];
+        unsafe {
+            Self::store(a.as_mut_ptr(), Self::round(v));
+            for (i, x) in a.into_iter().enumerate() {
+                *p.add(i) = x as u8;
+            }
+        }
+    }
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
@@ -180,10 +209,7 @@ pub trait Simd: Copy + 'static {
             let u2 = Self::mul(Self::mul(x, inner), Self::splat(-2.0 * GELU_SCALE));
             let s = Self::div(one, Self::add(one, Self::exp(u2)));
             // gelu = x s(2u): derivative s + x s (1 - s) 2 u'
-            let du = Self::mul(
-                Self::fma(x2, Self::splat(3.0 * 0.044715), one),
-                Self::splat(2.0 * GELU_SCALE),
-            );
+            let du = Self::mul(Self::fma(x2, Self::splat(3.0 * 0.044715), one), Self::splat(2.0 * GELU_SCALE));
             let t = Self::mul(Self::mul(x, Self::sub(one, s)), du);
             Self::mul(g, Self::fma(s, t, s))
         }
@@ -202,7 +228,8 @@ macro_rules! simd_fn {
         $vis fn $name(isa: $crate::ops::cpu::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
             unsafe fn generic<$S: $crate::ops::cpu::simd::Simd>($($arg: $ty),*) $(-> $ret)? {
-                #[allow(unused_unsafe)]
+                // bodies are kernels: all of them is unsafe, and says so by being in this macro
+                #[allow(unused_unsafe, clippy::macro_metavars_in_unsafe)]
                 unsafe { $body }
             }
             #[cfg(target_arch = "x86_64")]

@@ -53,6 +53,20 @@ impl Simd for Avx512 {
         unsafe { _mm512_mask_storeu_ps(p, lane_mask(n), v) }
     }
     #[inline(always)]
+    unsafe fn store_bf16(p: *mut bf16, v: __m512) {
+        unsafe {
+            // half a unit in the last place, a little less where the kept part is even
+            let bits = _mm512_castps_si512(v);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)));
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_u8(p: *mut u8, v: __m512) {
+        unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))) }
+    }
+    #[inline(always)]
     unsafe fn add(a: __m512, b: __m512) -> __m512 {
         unsafe { _mm512_add_ps(a, b) }
     }
@@ -95,10 +109,7 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn sum(v: __m512) -> f32 {
         unsafe {
-            let halves = _mm256_add_ps(
-                _mm512_castps512_ps256(v),
-                _mm512_extractf32x8_ps::<1>(v),
-            );
+            let halves = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
             sum_256(halves)
         }
     }
@@ -191,19 +202,12 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const f16) -> V2 {
-        unsafe {
-            V2(
-                _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
-                _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())),
-            )
-        }
+        unsafe { V2(_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))) }
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const bf16) -> V2 {
         unsafe {
-            let expand = |v: __m128i| {
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(v)))
-            };
+            let expand = |v: __m128i| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(v)));
             V2(expand(_mm_loadu_si128(p.cast())), expand(_mm_loadu_si128(p.add(8).cast())))
         }
     }
