@@ -17,6 +17,10 @@ impl Blocks {
         self.users.len()
     }
 
+    pub fn in_use(&self) -> usize {
+        self.total() - self.free.len()
+    }
+
     /// Promises `count` blocks, if there are as many that nobody was promised.
     pub fn reserve(&mut self, count: usize) -> bool {
         let fits = self.reserved + count <= self.total();

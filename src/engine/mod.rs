@@ -107,6 +107,11 @@ impl<'a, B: Backend> Engine<'a, B> {
         self.waiting.len()
     }
 
+    /// Blocks of the KV cache that sequences hold.
+    pub fn blocks_in_use(&self) -> usize {
+        self.blocks.in_use()
+    }
+
     pub fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty()
     }

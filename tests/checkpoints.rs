@@ -1,0 +1,175 @@
+//! Checkpoints: what good folders hold, and what damaged ones get.
+
+use beautiful_prompt::checkpoint::{Checkpoint, save_model};
+use beautiful_prompt::models::bloom::BloomConfig;
+use beautiful_prompt::models::bloom::train::TrainModel;
+use beautiful_prompt::tensor::DType;
+use proptest::prelude::*;
+use std::path::{Path, PathBuf};
+
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bloom").join(name)
+}
+
+/// A copy of a golden folder.
+fn copy(name: &str) -> tempfile::TempDir {
+    let to = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(golden(name)).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.path().join(entry.file_name())).unwrap();
+    }
+    to
+}
+
+fn error(folder: &Path) -> String {
+    match Checkpoint::open(folder) {
+        Ok(_) => panic!("{} opened", folder.display()),
+        Err(e) => e.to_string(),
+    }
+}
+
+#[test]
+fn saved_models_read_back_bit_for_bit() {
+    let config = BloomConfig::new(60, 48, 2, 3);
+    let model = TrainModel::random(config, 5);
+    let folder = tempfile::tempdir().unwrap();
+    save_model(folder.path(), &model.config, &model.values, DType::F32).unwrap();
+    let back = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(back.to_f32().unwrap(), model.values);
+    save_model(folder.path(), &model.config, &model.values, DType::Bf16).unwrap();
+    let back = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(back.config.stored_dtype.as_deref(), Some("bfloat16"));
+    let rounded: Vec<f32> = model.values.iter().map(|&v| half::bf16::from_f32(v).to_f32()).collect();
+    assert_eq!(back.to_f32().unwrap(), rounded);
+    // nothing but the two files is left in the folder
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn every_kind_of_damage_is_named() {
+    let missing = Path::new("no/such/folder");
+    assert!(error(missing).contains("does not exist"));
+
+    let f = copy("f32_six_heads");
+    std::fs::remove_file(f.path().join("model.safetensors")).unwrap();
+    assert!(error(f.path()).contains("no weights"));
+    std::fs::write(f.path().join("model.safetensors"), b"").unwrap();
+    assert!(error(f.path()).contains("empty"));
+    let whole = std::fs::read(golden("f32_six_heads").join("model.safetensors")).unwrap();
+    std::fs::write(f.path().join("model.safetensors"), &whole[..whole.len() - 100]).unwrap();
+    assert!(error(f.path()).contains("not a whole safetensors file"));
+    std::fs::remove_file(f.path().join("config.json")).unwrap();
+    assert!(error(f.path()).contains("config.json"));
+
+    let f = copy("f32_six_heads");
+    let config = std::fs::read_to_string(f.path().join("config.json")).unwrap();
+    let edited = |from: &str, to: &str| {
+        assert!(config.contains(from), "{from}");
+        std::fs::write(f.path().join("config.json"), config.replace(from, to)).unwrap();
+        error(f.path())
+    };
+    assert!(edited("\"vocab_size\": 160", "\"vocab_size\": 161").contains("[160, 192]"));
+    assert!(edited("\"n_layer\": 1", "\"n_layer\": 2").contains("transformer.h.1"));
+    assert!(edited("\"model_type\": \"bloom\"", "\"model_type\": \"llama\"").contains("llama"));
+
+    let f = copy("bf16_sharded");
+    std::fs::remove_file(f.path().join("model-00002-of-00002.safetensors")).unwrap();
+    assert!(error(f.path()).contains("model-00002-of-00002.safetensors"));
+    let index = f.path().join("model.safetensors.index.json");
+    std::fs::write(&index, r#"{"weight_map": {"a": "../../etc/passwd"}}"#).unwrap();
+    assert!(error(f.path()).contains("file name"));
+
+    let f = copy("bf16_pytorch");
+    let path = f.path().join("pytorch_model.bin");
+    let whole = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+    assert!(error(f.path()).contains("not a whole PyTorch zip file"));
+    std::fs::write(&path, b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.").unwrap();
+    assert!(error(f.path()).contains("before 1.6"));
+}
+
+#[test]
+fn a_pickle_that_calls_anything_is_refused() {
+    // protocol 2: os.system("true"), inside the zip layout of torch.save
+    let pickle = b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.";
+    let f = copy("bf16_pytorch");
+    let file = std::fs::File::create(f.path().join("pytorch_model.bin")).unwrap();
+    let mut zip = zip::ZipWriter::new(file);
+    let stored = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    zip.start_file("archive/data.pkl", stored).unwrap();
+    std::io::Write::write_all(&mut zip, pickle).unwrap();
+    zip.finish().unwrap();
+    let e = error(f.path());
+    assert!(e.contains("posix.system"), "{e}");
+}
+
+/// Overwrites, cuts and repeats parts of a file.
+fn mutate(bytes: &mut Vec<u8>, edits: &[(usize, u8, u8)]) {
+    for &(at, kind, value) in edits {
+        if bytes.is_empty() {
+            return;
+        }
+        // the first kilobytes hold the structure: aim there more often than at the numbers
+        let at = if value % 4 == 0 { at % bytes.len() } else { at % bytes.len().min(2048) };
+        match kind % 4 {
+            0 => bytes[at] = value,
+            1 => bytes[at] ^= 1 << (value % 8),
+            2 => bytes.truncate(at),
+            _ => {
+                let piece: Vec<u8> = bytes[at..(at + value as usize).min(bytes.len())].to_vec();
+                bytes.splice(at..at, piece);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn mutated_files_are_read_or_refused_but_never_panic(
+        which in 0usize..5,
+        edits in prop::collection::vec((any::<usize>(), any::<u8>(), any::<u8>()), 1..6),
+    ) {
+        let (model, file) = [
+            ("f16_pytorch_sharded", "config.json"),
+            ("bf16_sharded", "model.safetensors.index.json"),
+            ("f32_six_heads", "model.safetensors"),
+            ("bf16_pytorch", "pytorch_model.bin"),
+            ("f16_pytorch_sharded", "pytorch_model-00001-of-00002.bin"),
+        ][which];
+        let folder = copy(model);
+        let path = folder.path().join(file);
+        let mut bytes = std::fs::read(&path).unwrap();
+        mutate(&mut bytes, &edits);
+        std::fs::write(&path, bytes).unwrap();
+        if let Ok(checkpoint) = Checkpoint::open(folder.path()) {
+            checkpoint.to_f32().unwrap();
+        }
+    }
+
+    /// The pickle itself, byte by byte, past the checksum of the zip file.
+    #[test]
+    fn mutated_pickles_never_panic(edits in prop::collection::vec((any::<usize>(), any::<u8>(), any::<u8>()), 1..6)) {
+        let folder = copy("bf16_pytorch");
+        let path = folder.path().join("pytorch_model.bin");
+        let mut zip = zip::ZipArchive::new(std::fs::File::open(golden("bf16_pytorch").join("pytorch_model.bin")).unwrap()).unwrap();
+        let mut out = zip::ZipWriter::new(std::fs::File::create(&path).unwrap());
+        let stored = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+        for i in 0..zip.len() {
+            let mut file = zip.by_index(i).unwrap();
+            let name = file.name().unwrap().into_owned();
+            let mut bytes = Vec::new();
+            std::io::Read::read_to_end(&mut file, &mut bytes).unwrap();
+            if name.ends_with("data.pkl") {
+                mutate(&mut bytes, &edits);
+            }
+            out.start_file(name, stored).unwrap();
+            std::io::Write::write_all(&mut out, &bytes).unwrap();
+        }
+        out.finish().unwrap();
+        if let Ok(checkpoint) = Checkpoint::open(folder.path()) {
+            checkpoint.to_f32().unwrap();
+        }
+    }
+}
