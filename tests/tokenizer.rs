@@ -113,7 +113,8 @@ fn training_is_repeatable_and_learns_words() {
 
 #[test]
 fn damaged_tokenizers_are_errors() {
-    for bytes in [&b""[..], b"{", b"{}", b"[1,2]", br#"{"model":{"type":"BPE","vocab":{},"merges":["a b"]}}"#, b"\xff\xfe"]
+    for bytes in
+        [&b""[..], b"{", b"{}", b"[1,2]", br#"{"model":{"type":"BPE","vocab":{},"merges":["a b"]}}"#, b"\xff\xfe"]
     {
         assert!(Tokenizer::from_bytes(bytes).is_err());
     }

@@ -1,7 +1,10 @@
 //! `bprompt bench`: measures beside the machine's floors.
 
+use super::DeviceArgs;
 use super::model::{DTypeChoice, ModelArgs};
+use super::train::PrecisionChoice;
 use crate::bench::llm::{LlmOptions, LlmReport, Phase, random_checkpoint, run};
+use crate::bench::train::{self, TrainBenchOptions};
 use crate::checkpoint::Checkpoint;
 use crate::models::bloom::{Bloom, BloomConfig};
 use crate::models::embedded;
@@ -13,6 +16,35 @@ use clap::{Args, Subcommand};
 pub enum BenchCommand {
     /// Prefill and decode of a language model.
     Llm(LlmArgs),
+    /// A training step: forward, backward, AdamW.
+    Train(TrainArgs),
+}
+
+#[derive(Args)]
+pub struct TrainArgs {
+    #[arg(long, default_value_t = 256)]
+    hidden: usize,
+    #[arg(long, default_value_t = 8)]
+    layers: usize,
+    #[arg(long, default_value_t = 4)]
+    heads: usize,
+    #[arg(long, default_value_t = 8192)]
+    vocab: usize,
+    /// Sequences of a step.
+    #[arg(long, default_value_t = 16)]
+    batch: usize,
+    /// Tokens of a sequence.
+    #[arg(long, default_value_t = 128)]
+    tokens: usize,
+    #[arg(long, value_enum, default_value_t = PrecisionChoice::Bf16)]
+    precision: PrecisionChoice,
+    #[arg(long, default_value_t = 5)]
+    repeats: usize,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 #[derive(Args)]
@@ -38,8 +70,53 @@ pub struct LlmArgs {
 
 impl BenchCommand {
     pub fn run(self) -> anyhow::Result<()> {
-        let BenchCommand::Llm(args) = self;
-        args.run()
+        match self {
+            BenchCommand::Llm(args) => args.run(),
+            BenchCommand::Train(args) => args.run(),
+        }
+    }
+}
+
+impl TrainArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let sizes = [self.hidden, self.layers, self.heads, self.vocab, self.batch, self.tokens];
+        ensure!(sizes.iter().all(|&s| s > 0), "sizes must be at least 1");
+        ensure!(
+            self.hidden.is_multiple_of(self.heads),
+            "--hidden {} is not divisible by --heads {}",
+            self.hidden,
+            self.heads
+        );
+        let cpu = self.device.cpu()?;
+        let report = train::run(
+            &cpu,
+            TrainBenchOptions {
+                hidden: self.hidden,
+                layers: self.layers,
+                heads: self.heads,
+                vocab: self.vocab,
+                sequences: self.batch,
+                tokens: self.tokens,
+                precision: self.precision.into(),
+                repeats: self.repeats,
+            },
+        );
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&report)?);
+        } else {
+            println!(
+                "{} parameters, {} tokens a step in {}: {:.0} tokens/s, {:.1} ms, {:.1} GFLOP, floor {:.1} ms ({:.0} %)",
+                report.parameters,
+                report.tokens_per_step,
+                report.precision,
+                report.tokens_per_second,
+                report.milliseconds,
+                report.flops / 1e9,
+                report.floor_milliseconds,
+                100.0 * report.fraction
+            );
+        }
+        Ok(())
     }
 }
 

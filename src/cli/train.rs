@@ -47,9 +47,18 @@ pub struct TokenizerArgs {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum PrecisionChoice {
+pub enum PrecisionChoice {
     F32,
     Bf16,
+}
+
+impl From<PrecisionChoice> for Precision {
+    fn from(choice: PrecisionChoice) -> Precision {
+        match choice {
+            PrecisionChoice::F32 => Precision::F32,
+            PrecisionChoice::Bf16 => Precision::Bf16,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -272,10 +281,6 @@ impl SftArgs {
             "seed": self.seed,
         });
         std::fs::create_dir_all(&self.output).with_context(|| format!("{}: cannot create", self.output.display()))?;
-        let precision = match self.precision {
-            PrecisionChoice::F32 => Precision::F32,
-            PrecisionChoice::Bf16 => Precision::Bf16,
-        };
         let options = SftOptions {
             optimizer,
             learning_rate: self.learning_rate,
@@ -286,7 +291,7 @@ impl SftArgs {
             max_steps: self.max_steps,
             batch: self.batch,
             micro_tokens: self.micro_tokens,
-            precision,
+            precision: self.precision.into(),
             seed: self.seed,
             save_every: self.save_every,
             validate_every: self.validate_every,

@@ -4,7 +4,7 @@
 //! worker spins for a moment before it sleeps, and handing out a loop allocates nothing. Indices
 //! are taken one at a time from a shared counter: results never depend on which thread took which.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -14,16 +14,19 @@ const SPIN: Duration = Duration::from_micros(60);
 
 type Body = *const (dyn Fn(usize) + Sync);
 
-/// The loop being run. Written by the caller before `epoch` moves on, read by workers after.
+/// The loop being run.
+#[derive(Clone, Copy)]
 struct Job {
     body: Body,
-    count: usize,
+    count: u32,
+    epoch: u32,
 }
 
 struct Shared {
-    epoch: AtomicUsize,
-    next: AtomicUsize,
-    running: AtomicUsize,
+    /// Number of the loop in the high half, next index in the low half: a worker that comes late cannot take an
+    /// index of a loop it has not seen.
+    ticket: AtomicU64,
+    finished: AtomicUsize,
     stop: AtomicBool,
     panicked: AtomicBool,
     job: Mutex<Job>,
@@ -31,7 +34,8 @@ struct Shared {
     wake: Condvar,
 }
 
-// SAFETY: `Job::body` is only dereferenced while the caller of `Threads::run` waits for it.
+// SAFETY: `Job::body` is only called for an index taken from `ticket`, and the caller of `Threads::run` waits until
+// every index that was taken is finished.
 unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 
@@ -48,12 +52,11 @@ impl Threads {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let count = if count == 0 { cores } else { count };
         let shared = Arc::new(Shared {
-            epoch: AtomicUsize::new(0),
-            next: AtomicUsize::new(0),
-            running: AtomicUsize::new(0),
+            ticket: AtomicU64::new(0),
+            finished: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
-            job: Mutex::new(Job { body: &|_| {}, count: 0 }),
+            job: Mutex::new(Job { body: &|_| {}, count: 0, epoch: 0 }),
             sleeping: Mutex::new(0),
             wake: Condvar::new(),
         });
@@ -82,30 +85,30 @@ impl Threads {
         }
         let shared = &*self.shared;
         let erased: &(dyn Fn(usize) + Sync) = &body;
-        {
+        let job = {
             let mut job = shared.job.lock().unwrap_or_else(|e| e.into_inner());
-            // SAFETY: only the lifetime is erased; this call outlives every use of the pointer,
-            // since it waits for `running` to come back to zero.
-            job.body = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Body>(erased) };
-            job.count = count;
-            shared.next.store(0, Relaxed);
-            shared.running.store(self.workers.len(), Relaxed);
-        }
-        shared.epoch.fetch_add(1, SeqCst);
+            *job = Job {
+                // SAFETY: only the lifetime is erased; see `Shared`.
+                body: unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Body>(erased) },
+                count: u32::try_from(count).expect("a loop of fewer than 2^32 turns"),
+                epoch: job.epoch.wrapping_add(1),
+            };
+            shared.finished.store(0, Relaxed);
+            shared.ticket.store((job.epoch as u64) << 32, SeqCst);
+            *job
+        };
         if *shared.sleeping.lock().unwrap_or_else(|e| e.into_inner()) > 0 {
             shared.wake.notify_all();
         }
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            take(&shared.next, count, &body);
-        }));
-        while shared.running.load(Acquire) != 0 {
-            std::hint::spin_loop();
+        take(shared, job);
+        // a worker that lost its core in the middle of an index needs it back more than this loop does
+        let mut turns = 0u32;
+        while shared.finished.load(Acquire) != count {
+            turns += 1;
+            if turns.is_multiple_of(2048) { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
         self.busy.store(false, Release);
-        if let Err(panic) = result {
-            std::panic::resume_unwind(panic);
-        }
-        assert!(!shared.panicked.swap(false, Relaxed), "a worker thread panicked");
+        assert!(!shared.panicked.swap(false, Relaxed), "a task of a parallel loop panicked");
     }
 
     /// [`Threads::run`] over contiguous ranges of `0..total`, each at least `grain` long and as
@@ -119,7 +122,6 @@ impl Threads {
 impl Drop for Threads {
     fn drop(&mut self) {
         self.shared.stop.store(true, SeqCst);
-        self.shared.epoch.fetch_add(1, SeqCst);
         {
             let _guard = self.shared.sleeping.lock();
             self.shared.wake.notify_all();
@@ -130,28 +132,40 @@ impl Drop for Threads {
     }
 }
 
-fn take(next: &AtomicUsize, count: usize, body: &(dyn Fn(usize) + Sync)) {
+/// Runs indices of `job` until there are none left.
+fn take(shared: &Shared, job: Job) {
     loop {
-        let i = next.fetch_add(1, Relaxed);
-        if i >= count {
+        let ticket = shared.ticket.load(Acquire);
+        if (ticket >> 32) as u32 != job.epoch || ticket as u32 >= job.count {
             return;
         }
-        body(i);
+        if shared.ticket.compare_exchange_weak(ticket, ticket + 1, AcqRel, Relaxed).is_err() {
+            continue;
+        }
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            // SAFETY: the index was taken, so the caller waits for it: the body is alive.
+            unsafe { (*job.body)(ticket as u32 as usize) }
+        }));
+        if result.is_err() {
+            shared.panicked.store(true, Relaxed);
+        }
+        shared.finished.fetch_add(1, Release);
     }
 }
 
 fn work(shared: &Shared) {
-    let mut seen = 0;
+    let mut seen = 0u32;
+    let epoch = |shared: &Shared| (shared.ticket.load(SeqCst) >> 32) as u32;
     loop {
         let idle = Instant::now();
-        while shared.epoch.load(Acquire) == seen {
+        while epoch(shared) == seen && !shared.stop.load(Relaxed) {
             for _ in 0..64 {
                 std::hint::spin_loop();
             }
             if idle.elapsed() > SPIN {
                 let mut sleeping = shared.sleeping.lock().unwrap_or_else(|e| e.into_inner());
                 *sleeping += 1;
-                while shared.epoch.load(SeqCst) == seen {
+                while epoch(shared) == seen && !shared.stop.load(SeqCst) {
                     sleeping = shared.wake.wait(sleeping).unwrap_or_else(|e| e.into_inner());
                 }
                 *sleeping -= 1;
@@ -160,19 +174,9 @@ fn work(shared: &Shared) {
         if shared.stop.load(SeqCst) {
             return;
         }
-        seen += 1;
-        let (body, count) = {
-            let job = shared.job.lock().unwrap_or_else(|e| e.into_inner());
-            (job.body, job.count)
-        };
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            // SAFETY: see `Threads::run`.
-            take(&shared.next, count, unsafe { &*body });
-        }));
-        if result.is_err() {
-            shared.panicked.store(true, Relaxed);
-        }
-        shared.running.fetch_sub(1, Release);
+        let job = *shared.job.lock().unwrap_or_else(|e| e.into_inner());
+        seen = job.epoch;
+        take(shared, job);
     }
 }
 

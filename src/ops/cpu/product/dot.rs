@@ -37,6 +37,11 @@ pub trait Dot {
     unsafe fn sum16(acc: &[Self::Acc; 16]) -> [Self::Sum; 16] {
         std::array::from_fn(|i| unsafe { Self::sum(acc[i]) })
     }
+    /// [`Dot::sum16`] for eight.
+    #[inline(always)]
+    unsafe fn sum8(acc: &[Self::Acc; 8]) -> [Self::Sum; 8] {
+        std::array::from_fn(|i| unsafe { Self::sum(acc[i]) })
+    }
 }
 
 /// A type that vectors of f32 can be read from.
@@ -125,6 +130,10 @@ impl<S: Simd, E: Element> Dot for Float<S, E> {
         unsafe { S::store(out.as_mut_ptr(), S::sum16(acc)) };
         out
     }
+    #[inline(always)]
+    unsafe fn sum8(acc: &[S::V; 8]) -> [f32; 8] {
+        unsafe { S::sum8(acc) }
+    }
 }
 
 /// 8-bit weights with activations of 8 bits, offset by 128; sums are exact, on every instruction set the same.
@@ -174,7 +183,7 @@ pub use x86::{Bf16Avx512, Int8Avx2, Int8Vnni};
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Dot;
-    use crate::ops::cpu::simd::{Avx512, Simd};
+    use crate::ops::cpu::simd::{Avx512, Simd, sum8_i32, sum16_i32};
     use half::bf16;
     use std::arch::x86_64::*;
 
@@ -227,6 +236,10 @@ mod x86 {
             unsafe { Avx512::store(out.as_mut_ptr(), Avx512::sum16(acc)) };
             out
         }
+        #[inline(always)]
+        unsafe fn sum8(acc: &[__m512; 8]) -> [f32; 8] {
+            unsafe { Avx512::sum8(acc) }
+        }
     }
 
     /// 64 products and 16 sums an instruction (`vpdpbusd`).
@@ -265,6 +278,14 @@ mod x86 {
         #[inline(always)]
         unsafe fn sum(acc: __m512i) -> i32 {
             unsafe { _mm512_reduce_add_epi32(acc) }
+        }
+        #[inline(always)]
+        unsafe fn sum16(acc: &[__m512i; 16]) -> [i32; 16] {
+            unsafe { sum16_i32(acc) }
+        }
+        #[inline(always)]
+        unsafe fn sum8(acc: &[__m512i; 8]) -> [i32; 8] {
+            unsafe { sum8_i32(acc) }
         }
     }
 

@@ -387,28 +387,30 @@ unsafe fn tile<D: Dot, const M: usize, const N: usize>(
                 }
             }
         }
-        // The sums are taken from a copy: indexing `acc` itself with variables would keep it in memory.
-        let mut copy = [std::mem::MaybeUninit::<D::Acc>::uninit(); 24];
-        for m in 0..M {
-            for n in 0..N {
-                copy[m * N + n].write(acc[m][n]);
+        // Groups of 16 and 8, the rest one by one. The groups' bounds are constants of M and N: indexing `acc` with
+        // variables would keep it in memory all along.
+        let count = M * N;
+        let sixteen = if count >= 16 { 16 } else { 0 };
+        let eight = if count - sixteen >= 8 { 8 } else { 0 };
+        if sixteen > 0 {
+            let sums = D::sum16(&std::array::from_fn(|j| acc[j / N % M][j % N]));
+            for (j, sum) in sums.into_iter().enumerate() {
+                *out.at.add(j / N * out.token + j % N * out.row) += sum;
             }
         }
-        let copy: *const D::Acc = copy.as_ptr().cast();
-        let mut done = 0;
-        // groups of sixteen (lanes beyond the last are never used), what is left one by one
-        while M * N - done >= 8 {
-            let count = (M * N - done).min(16);
-            let group = std::array::from_fn(|j| *copy.add(done + if j < count { j } else { 0 }));
-            let sums = D::sum16(&group);
-            for (j, sum) in sums.into_iter().enumerate().take(count) {
-                *out.at.add((done + j) / N * out.token + (done + j) % N * out.row) += sum;
+        if eight > 0 {
+            let sums = D::sum8(&std::array::from_fn(|j| acc[(sixteen + j) / N % M][(sixteen + j) % N]));
+            for (j, sum) in sums.into_iter().enumerate() {
+                let j = sixteen + j;
+                *out.at.add(j / N * out.token + j % N * out.row) += sum;
             }
-            done += count;
         }
-        while done < M * N {
-            *out.at.add(done / N * out.token + done % N * out.row) += D::sum(*copy.add(done));
-            done += 1;
+        for (m, row) in acc.iter().enumerate() {
+            for (n, acc) in row.iter().enumerate() {
+                if m * N + n >= sixteen + eight {
+                    *out.at.add(m * out.token + n * out.row) += D::sum(*acc);
+                }
+            }
         }
     }
 }

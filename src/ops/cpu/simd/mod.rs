@@ -10,7 +10,7 @@ mod x86;
 
 pub use portable::Portable;
 #[cfg(target_arch = "x86_64")]
-pub use x86::{Avx2, Avx512};
+pub use x86::{Avx2, Avx512, sum8_i32, sum16_i32};
 
 use half::{bf16, f16};
 
@@ -150,6 +150,12 @@ pub trait Simd: Copy + 'static {
             *s = unsafe { Self::sum(*v) };
         }
         unsafe { Self::load(sums.as_ptr()) }
+    }
+
+    /// Eight sums, each in the order of [`Simd::sum`].
+    #[inline(always)]
+    unsafe fn sum8(v: &[Self::V; 8]) -> [f32; 8] {
+        std::array::from_fn(|i| unsafe { Self::sum(v[i]) })
     }
 
     #[inline(always)]

@@ -12,6 +12,64 @@ fn lane_mask(n: usize) -> __mmask16 {
     ((1u32 << n) - 1) as __mmask16
 }
 
+/// Adds up the lanes of sixteen vectors: each step adds the halves of two vectors and keeps both sums side by side, so
+/// that 16 vectors become 8, 4, 2, 1. Order within a sum: lane + 8, + 4, + 2, + 1, as in [`Simd::sum`].
+macro_rules! fold16 {
+    ($v:expr, $add:ident) => {{
+        let v: &[__m512; 16] = $v;
+        let a: [__m512; 8] = std::array::from_fn(|i| halves!(v[i], v[i + 8], $add));
+        // a[i] = [x_i: 2 quarters, x_{i+8}: 2 quarters]
+        let b: [__m512; 4] = std::array::from_fn(|i| quarters!(a[i], a[i + 4], $add));
+        // b[i] quarters: x_i, x_{i+8}, x_{i+4}, x_{i+12}
+        let c: [__m512; 2] = std::array::from_fn(|i| pairs!(b[i], b[i + 2], $add));
+        // c[i] quarter q: [x_k, x_k, x_{k+2}, x_{k+2}] with k = i + (0, 8, 4, 12)[q]
+        let d = lanes!(c[0], c[1], $add);
+        // d quarter q: x_k for k = base_q + (0, 2, 1, 3), base = 0, 8, 4, 12
+        let order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+        _mm512_permutexvar_ps(order, d)
+    }};
+}
+
+/// [`fold16`] for eight vectors.
+macro_rules! fold8 {
+    ($v:expr, $add:ident) => {{
+        let v: &[__m512; 8] = $v;
+        let a: [__m512; 4] = std::array::from_fn(|i| halves!(v[i], v[i + 4], $add));
+        // a[i] = [x_i: 2 quarters, x_{i+4}: 2 quarters]
+        let b: [__m512; 2] = std::array::from_fn(|i| quarters!(a[i], a[i + 2], $add));
+        // b[i] quarters: x_i, x_{i+4}, x_{i+2}, x_{i+6}
+        let c = pairs!(b[0], b[1], $add);
+        // c quarter q: [x_k, x_k, x_{k+1}, x_{k+1}] with k = (0, 4, 2, 6)[q]
+        let d = $add(c, _mm512_permute_ps::<0b10_11_00_01>(c));
+        let order = _mm512_setr_epi32(0, 2, 8, 10, 4, 6, 12, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+        _mm512_castps512_ps256(_mm512_permutexvar_ps(order, d))
+    }};
+}
+
+macro_rules! halves {
+    ($x:expr, $y:expr, $add:ident) => {
+        $add(_mm512_shuffle_f32x4::<0b01_00_01_00>($x, $y), _mm512_shuffle_f32x4::<0b11_10_11_10>($x, $y))
+    };
+}
+
+macro_rules! quarters {
+    ($x:expr, $y:expr, $add:ident) => {
+        $add(_mm512_shuffle_f32x4::<0b10_00_10_00>($x, $y), _mm512_shuffle_f32x4::<0b11_01_11_01>($x, $y))
+    };
+}
+
+macro_rules! pairs {
+    ($x:expr, $y:expr, $add:ident) => {
+        $add(_mm512_shuffle_ps::<0b01_00_01_00>($x, $y), _mm512_shuffle_ps::<0b11_10_11_10>($x, $y))
+    };
+}
+
+macro_rules! lanes {
+    ($x:expr, $y:expr, $add:ident) => {
+        $add(_mm512_shuffle_ps::<0b10_00_10_00>($x, $y), _mm512_shuffle_ps::<0b11_01_11_01>($x, $y))
+    };
+}
+
 impl Simd for Avx512 {
     type V = __m512;
     const REGISTERS: usize = 32;
@@ -119,41 +177,41 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn sum16(v: &[__m512; 16]) -> __m512 {
-        // Each step adds the halves of two vectors and keeps both sums side by side: 16 vectors
-        // become 8, 4, 2, 1. Order within a sum: +8, +4, +2, +1, as in `sum`.
-        unsafe {
-            let mut a = [_mm512_setzero_ps(); 8];
-            for (i, a) in a.iter_mut().enumerate() {
-                let (x, y) = (v[i], v[i + 8]);
-                let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(x, y);
-                let high = _mm512_shuffle_f32x4::<0b11_10_11_10>(x, y);
-                *a = _mm512_add_ps(low, high);
-            }
-            // a[i] = [x_i: 2 quarters, x_{i+8}: 2 quarters]
-            let mut b = [_mm512_setzero_ps(); 4];
-            for (i, b) in b.iter_mut().enumerate() {
-                let (x, y) = (a[i], a[i + 4]);
-                let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(x, y);
-                let odd = _mm512_shuffle_f32x4::<0b11_01_11_01>(x, y);
-                *b = _mm512_add_ps(even, odd);
-            }
-            // b[i] quarters: x_i, x_{i+8}, x_{i+4}, x_{i+12}
-            let mut c = [_mm512_setzero_ps(); 2];
-            for (i, c) in c.iter_mut().enumerate() {
-                let (x, y) = (b[i], b[i + 2]);
-                let low = _mm512_shuffle_ps::<0b01_00_01_00>(x, y);
-                let high = _mm512_shuffle_ps::<0b11_10_11_10>(x, y);
-                *c = _mm512_add_ps(low, high);
-            }
-            // c[i] quarter q: [x_k, x_k, x_{k+2}, x_{k+2}] with k = i + (0, 8, 4, 12)[q]
-            let even = _mm512_shuffle_ps::<0b10_00_10_00>(c[0], c[1]);
-            let odd = _mm512_shuffle_ps::<0b11_01_11_01>(c[0], c[1]);
-            let d = _mm512_add_ps(even, odd);
-            // d quarter q: x_k for k = base_q + (0, 2, 1, 3), base = 0, 8, 4, 12
-            let order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
-            _mm512_permutexvar_ps(order, d)
-        }
+        unsafe { fold16!(v, _mm512_add_ps) }
     }
+    #[inline(always)]
+    unsafe fn sum8(v: &[__m512; 8]) -> [f32; 8] {
+        let mut out = [0.0; 8];
+        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), fold8!(v, _mm512_add_ps)) };
+        out
+    }
+}
+
+/// Sixteen sums of 32-bit integer lanes.
+#[inline(always)]
+pub unsafe fn sum16_i32(v: &[__m512i; 16]) -> [i32; 16] {
+    let mut out = [0; 16];
+    unsafe {
+        let v: [__m512; 16] = std::array::from_fn(|i| _mm512_castsi512_ps(v[i]));
+        _mm512_storeu_ps(out.as_mut_ptr().cast(), fold16!(&v, add_i32));
+    }
+    out
+}
+
+/// Eight sums of 32-bit integer lanes.
+#[inline(always)]
+pub unsafe fn sum8_i32(v: &[__m512i; 8]) -> [i32; 8] {
+    let mut out = [0; 8];
+    unsafe {
+        let v: [__m512; 8] = std::array::from_fn(|i| _mm512_castsi512_ps(v[i]));
+        _mm256_storeu_ps(out.as_mut_ptr().cast(), fold8!(&v, add_i32));
+    }
+    out
+}
+
+#[inline(always)]
+unsafe fn add_i32(a: __m512, b: __m512) -> __m512 {
+    unsafe { _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))) }
 }
 
 #[inline(always)]

@@ -1,0 +1,166 @@
+//! Fine-tuning runs: they learn, repeat, resume bit for bit, and stop at nonsense.
+
+use beautiful_prompt::checkpoint::Checkpoint;
+use beautiful_prompt::models::bloom::BloomConfig;
+use beautiful_prompt::models::bloom::train::{Batch, TrainModel, Workspace};
+use beautiful_prompt::ops::cpu::Cpu;
+use beautiful_prompt::ops::cpu::matmul::Precision;
+use beautiful_prompt::ops::cpu::simd::Isa;
+use beautiful_prompt::random::Words;
+use beautiful_prompt::train::examples::{Example, pack};
+use beautiful_prompt::train::optimizer::AdamWOptions;
+use beautiful_prompt::train::report::StepMetrics;
+use beautiful_prompt::train::schedule::Schedule;
+use beautiful_prompt::train::sft::{Observer, Outcome, Sft, SftOptions};
+use beautiful_prompt::train::state;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Sequences whose second half repeats the first: attention has something to learn.
+fn examples(count: usize, seed: u64) -> Vec<Example> {
+    let mut words = Words::new(seed, 0);
+    let one = |words: &mut Words| {
+        let half: Vec<u32> = (0..3 + words.below(5)).map(|_| 4 + words.below(20) as u32).collect();
+        let ids = [&half[..], &[3], &half[..], &[2]].concat();
+        Example { loss_from: half.len() + 1, ids }
+    };
+    (0..count).map(|_| one(&mut words)).collect()
+}
+
+fn options(output: &Path) -> SftOptions {
+    SftOptions {
+        optimizer: AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 },
+        learning_rate: 3e-3,
+        schedule: Schedule::Cosine,
+        warmup: 0.1,
+        clip: 1.0,
+        epochs: 12.0,
+        max_steps: 0,
+        batch: 16,
+        micro_tokens: 100,
+        precision: Precision::F32,
+        seed: 42,
+        save_every: 27,
+        validate_every: 5,
+        keep: 2,
+        output: output.into(),
+        settings: serde_json::json!({"learning_rate": 3e-3}),
+    }
+}
+
+fn sft<'a>(cpu: &'a Cpu, options: SftOptions) -> Sft<'a> {
+    let model = TrainModel::random(BloomConfig::new(24, 32, 2, 2), 1);
+    Sft { cpu, model, train: examples(96, 1), validation: examples(16, 2), options }
+}
+
+/// Raises the flag after so many steps.
+struct StopAfter<'a>(u64, &'a AtomicBool);
+
+impl Observer for StopAfter<'_> {
+    fn step(&mut self, _: u64, metrics: &StepMetrics) {
+        if metrics.step == self.0 {
+            self.1.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+fn run(sft: &mut Sft, resume: bool, stop_after: u64) -> Outcome {
+    let stop = AtomicBool::new(false);
+    sft.run(resume, &stop, &mut StopAfter(stop_after, &stop)).unwrap()
+}
+
+fn losses(folder: &Path) -> Vec<(u64, f64)> {
+    let text = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
+    let steps = text.lines().map(|l| serde_json::from_str::<StepMetrics>(l).unwrap());
+    steps.map(|s| (s.step, s.loss)).collect()
+}
+
+#[test]
+fn a_run_learns_and_an_interrupted_one_ends_with_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let (one, two) = (folder.path().join("one"), folder.path().join("two"));
+    std::fs::create_dir_all(&one).unwrap();
+    std::fs::create_dir_all(&two).unwrap();
+    let cpu = Cpu::new(2, Isa::detect());
+    let mut whole = sft(&cpu, options(&one));
+    let Outcome::Finished { validation_loss } = run(&mut whole, false, 0) else { panic!("stopped") };
+    let history = losses(&one);
+    assert_eq!(history.len() as u64, whole.total_steps());
+    assert!(history.last().unwrap().1 < 0.9 * history[0].1, "{history:?}");
+    assert!(validation_loss.unwrap() < history[0].1);
+    assert!(std::fs::read_to_string(one.join("loss.svg")).unwrap().contains("<svg"));
+
+    // stopped at steps 3 and 11, each time gone on with a fresh process's state and other threads
+    let mut cut = sft(&cpu, options(&two));
+    assert!(matches!(run(&mut cut, false, 3), Outcome::Stopped(_)));
+    let cpu = Cpu::new(1, Isa::detect());
+    let mut cut = sft(&cpu, options(&two));
+    assert!(matches!(run(&mut cut, true, 11), Outcome::Stopped(_)));
+    let mut cut = sft(&cpu, options(&two));
+    assert!(matches!(run(&mut cut, true, 0), Outcome::Finished { .. }));
+    assert!(cut.model.values == whole.model.values, "weights differ");
+    assert_eq!(losses(&two), history);
+    assert_eq!(state::list(&two.join("checkpoints")).unwrap().len(), 2, "old checkpoints are removed");
+}
+
+#[test]
+fn resuming_with_other_settings_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let cpu = Cpu::new(1, Isa::detect());
+    run(&mut sft(&cpu, options(folder.path())), false, 2);
+    let mut other = options(folder.path());
+    other.settings = serde_json::json!({"learning_rate": 1e-3});
+    let stop = AtomicBool::new(false);
+    let e = sft(&cpu, other).run(true, &stop, &mut StopAfter(0, &stop)).unwrap_err().to_string();
+    assert!(e.contains("learning_rate"), "{e}");
+}
+
+#[test]
+fn nonsense_stops_the_run_and_leaves_the_last_good_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let cpu = Cpu::new(1, Isa::detect());
+    run(&mut sft(&cpu, options(folder.path())), false, 4);
+    let good = state::list(&folder.path().join("checkpoints")).unwrap();
+    let mut broken = sft(&cpu, options(folder.path()));
+    broken.options.learning_rate = f64::NAN;
+    let stop = AtomicBool::new(false);
+    let e = broken.run(true, &stop, &mut StopAfter(0, &stop)).unwrap_err().to_string();
+    assert!(e.contains("step 6") && e.contains("step-0000004"), "{e}");
+    let kept = state::list(&folder.path().join("checkpoints")).unwrap();
+    assert_eq!(kept, good);
+    assert!(Checkpoint::open(&kept[0].1).unwrap().to_f32().unwrap().iter().all(|v| v.is_finite()));
+}
+
+#[test]
+fn accumulated_gradients_equal_those_of_one_pass() {
+    let cpu = Cpu::new(2, Isa::detect());
+    let model = TrainModel::random(BloomConfig::new(24, 32, 2, 2), 1);
+    let examples = examples(20, 3);
+    let gradients = |budget: usize| {
+        let mut grads = vec![0f32; model.values.len()];
+        let batches = pack(examples.iter(), budget);
+        for b in &batches {
+            model.loss(&cpu, Precision::F32, b, &mut Workspace::default(), Some((1.0, &mut grads)));
+        }
+        (batches.len(), grads)
+    };
+    let ((many, a), (one, b)) = (gradients(40), gradients(10_000));
+    assert!(many > 5 && one == 1);
+    let norm: f32 = b.iter().map(|v| v * v).sum::<f32>().sqrt();
+    let difference: f32 = a.iter().zip(&b).map(|(x, y)| (x - y) * (x - y)).sum::<f32>().sqrt();
+    assert!(difference < 1e-5 * norm, "{difference} of {norm}");
+}
+
+#[test]
+fn sequences_of_a_batch_do_not_see_each_other() {
+    let cpu = Cpu::new(1, Isa::detect());
+    let model = TrainModel::random(BloomConfig::new(24, 32, 2, 2), 1);
+    let examples = examples(3, 4);
+    let loss = |examples: &[Example]| {
+        let mut batch = Batch::new();
+        examples.iter().for_each(|e| batch.push(&e.ids, e.loss_from));
+        model.loss(&cpu, Precision::F32, &batch, &mut Workspace::default(), None)
+    };
+    let apart: f64 = examples.iter().map(|e| loss(std::slice::from_ref(e))).sum();
+    assert!((loss(&examples) - apart).abs() < 1e-5 * apart);
+}
