@@ -85,7 +85,6 @@ pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Checkpoint {
 pub fn run(cpu: &Cpu, model: &Bloom<Cpu>, options: LlmOptions) -> Result<LlmReport> {
     let o = options;
     let config = &model.config;
-    let bandwidth = machine::read_bandwidth(cpu, 1 << 29, 5);
     let dtype = model.head().dtype();
     let peak = match dtype {
         DType::Bf16 => machine::peak_bf16(cpu),
@@ -124,8 +123,10 @@ pub fn run(cpu: &Cpu, model: &Bloom<Cpu>, options: LlmOptions) -> Result<LlmRepo
             decode_times.push(timed());
         }
     }
-    // bandwidth again: what neighbours took away in between must not flatter the fraction
-    let bandwidth = bandwidth.max(machine::read_bandwidth(cpu, 1 << 29, 5));
+    // before the buffers of the next measurement
+    let peak_memory_bytes = machine::peak_memory();
+    // the best of many passes: what neighbours take away must not flatter the fraction
+    let bandwidth = machine::read_bandwidth(cpu, 1 << 29, 10);
     let counted = Counted::new(model, dtype);
     let phase = |times: &mut Vec<f64>, tokens: usize, bytes: f64, flops: f64| {
         times.sort_by(f64::total_cmp);
@@ -158,7 +159,7 @@ pub fn run(cpu: &Cpu, model: &Bloom<Cpu>, options: LlmOptions) -> Result<LlmRepo
         peak_gigaflops: peak / 1e9,
         prefill,
         decode,
-        peak_memory_bytes: machine::peak_memory(),
+        peak_memory_bytes,
     })
 }
 

@@ -251,52 +251,101 @@ unsafe fn panel<D: Dot>(
 ) {
     let n = rows.len();
     let (tile_m, tile_n) = if D::WIDE { (4, 6) } else { (2, 2) };
-    // Rows that more than one tile reads are copied to where they are aligned and in order. Where each is read
-    // once, memory is the limit: few streams, each of consecutive rows, are what it delivers fastest.
-    let mut packed: Vec<D::Wv> = Vec::new();
-    let pack_rows = tokens.len() > tile_m;
-    for k in (0..inputs).step_by(CHUNK) {
-        let kn = CHUNK.min(inputs - k);
-        let mut i = 0;
-        while i < n {
-            let streams = n / STREAMS;
-            let (height, step, next) = match pack_rows {
-                true if n - i >= tile_n => (tile_n, 1, i + tile_n),
-                false if i < streams => (STREAMS, streams, if i + 1 < streams { i + 1 } else { STREAMS * streams }),
-                _ => (1, 1, i + 1),
-            };
-            // SAFETY: the caller's contract.
-            unsafe {
-                let w = w.as_ptr().add((rows.start + i) * inputs + k);
-                let rows = if pack_rows {
-                    pack::<D>(w, inputs, height, kn, &mut packed);
-                    Rows::Packed(packed.as_ptr())
-                } else {
-                    Rows::Stored(w, step * inputs)
-                };
-                let mut t = tokens.start;
-                while t < tokens.end {
-                    let m = tile_m.min(tokens.end - t);
-                    let a = a.as_ptr().add(t * width + k);
-                    let out = Sums { at: sums.as_mut_ptr().add((t - tokens.start) * n + i), token: n, row: step };
-                    match (m, height) {
-                        (4, 6) => tile::<D, 4, 6>(&rows, a, width, kn, out),
-                        (3, 6) => tile::<D, 3, 6>(&rows, a, width, kn, out),
-                        (2, 6) => tile::<D, 2, 6>(&rows, a, width, kn, out),
-                        (1, 6) => tile::<D, 1, 6>(&rows, a, width, kn, out),
-                        (4, 2) => tile::<D, 4, 2>(&rows, a, width, kn, out),
-                        (3, 2) => tile::<D, 3, 2>(&rows, a, width, kn, out),
-                        (2, 2) => tile::<D, 2, 2>(&rows, a, width, kn, out),
-                        (1, 2) => tile::<D, 1, 2>(&rows, a, width, kn, out),
-                        (4, 1) => tile::<D, 4, 1>(&rows, a, width, kn, out),
-                        (3, 1) => tile::<D, 3, 1>(&rows, a, width, kn, out),
-                        (2, 1) => tile::<D, 2, 1>(&rows, a, width, kn, out),
-                        _ => tile::<D, 1, 1>(&rows, a, width, kn, out),
-                    }
-                    t += m;
+    // Where each row is read by one tile only, memory is the limit: few streams, each of consecutive rows, are what
+    // it delivers fastest. Else a group of rows stays in the first-level cache while all tiles use it, and they ask
+    // for the next group meanwhile.
+    let one_tile = tokens.len() <= tile_m;
+    let (height, step) = if one_tile { (STREAMS, n / STREAMS) } else { (tile_n, 1) };
+    let groups = n / height;
+    let call = Call::<D> { w, inputs, first: rows.start, n, a, width, tokens, tile_m, one_tile };
+    // no closures from here on: they would not be compiled with the instruction set
+    unsafe {
+        if one_tile {
+            for g in 0..groups {
+                for k in (0..inputs).step_by(CHUNK) {
+                    call.group(g, height, step, k, sums);
                 }
             }
-            i = next;
+        } else {
+            for k in (0..inputs).step_by(CHUNK) {
+                for g in 0..groups {
+                    call.group(g * height, height, step, k, sums);
+                }
+            }
+        }
+        for i in groups * height..n {
+            for k in (0..inputs).step_by(CHUNK) {
+                call.group(i, 1, 1, k, sums);
+            }
+        }
+    }
+}
+
+/// The arguments of [`panel`], and how it goes about them.
+struct Call<'a, D: Dot> {
+    w: &'a [D::W],
+    inputs: usize,
+    first: usize,
+    n: usize,
+    a: &'a [D::A],
+    width: usize,
+    tokens: Range<usize>,
+    tile_m: usize,
+    one_tile: bool,
+}
+
+impl<D: Dot> Call<'_, D> {
+    /// All tokens with `height` rows from row `i` of the panel, `step` apart, over the chunk that begins at `k`.
+    ///
+    /// # Safety
+    /// As for [`panel`].
+    #[inline(always)]
+    unsafe fn group(&self, i: usize, height: usize, step: usize, k: usize, sums: &mut [D::Sum]) {
+        unsafe {
+            let kn = CHUNK.min(self.inputs - k);
+            let at = self.w.as_ptr().add((self.first + i) * self.inputs + k);
+            let mut t = self.tokens.start;
+            let mut number = 0;
+            while t < self.tokens.end {
+                let m = self.tile_m.min(self.tokens.end - t);
+                let w = Rows {
+                    at,
+                    stride: step * self.inputs,
+                    ahead: match self.one_tile {
+                        true => Ahead::Bytes(AHEAD),
+                        false => Ahead::Row(at.wrapping_add((height + number % height) * self.inputs)),
+                    },
+                };
+                let a = self.a.as_ptr().add(t * self.width + k);
+                let at = sums.as_mut_ptr().add((t - self.tokens.start) * self.n + i);
+                tiles::<D>(m, height, w, a, self.width, kn, Sums { at, token: self.n, row: step });
+                t += m;
+                number += 1;
+            }
+        }
+    }
+}
+
+/// [`tile`] for `m` tokens and `n` rows.
+///
+/// # Safety
+/// As for [`panel`].
+#[inline(always)]
+unsafe fn tiles<D: Dot>(m: usize, n: usize, w: Rows<D::W>, a: *const D::A, width: usize, k: usize, out: Sums<D::Sum>) {
+    unsafe {
+        match (m, n) {
+            (4, 6) => tile::<D, 4, 6>(w, a, width, k, out),
+            (3, 6) => tile::<D, 3, 6>(w, a, width, k, out),
+            (2, 6) => tile::<D, 2, 6>(w, a, width, k, out),
+            (1, 6) => tile::<D, 1, 6>(w, a, width, k, out),
+            (4, 2) => tile::<D, 4, 2>(w, a, width, k, out),
+            (3, 2) => tile::<D, 3, 2>(w, a, width, k, out),
+            (2, 2) => tile::<D, 2, 2>(w, a, width, k, out),
+            (1, 2) => tile::<D, 1, 2>(w, a, width, k, out),
+            (4, 1) => tile::<D, 4, 1>(w, a, width, k, out),
+            (3, 1) => tile::<D, 3, 1>(w, a, width, k, out),
+            (2, 1) => tile::<D, 2, 1>(w, a, width, k, out),
+            _ => tile::<D, 1, 1>(w, a, width, k, out),
         }
     }
 }
@@ -308,44 +357,32 @@ struct Sums<T> {
     row: usize,
 }
 
-/// A group of rows of weights.
-enum Rows<D: Dot> {
-    /// As stored, with their stride.
-    Stored(*const D::W, usize),
-    /// Loaded vectors, `[step][row]`, the last step filled up with zeros.
-    Packed(*const D::Wv),
+/// A group of rows of weights, and what to ask memory for while they are used.
+struct Rows<W> {
+    at: *const W,
+    /// Elements from one row to the next.
+    stride: usize,
+    ahead: Ahead<W>,
 }
 
-/// Asks for the cache line at `p`; any address will do.
+enum Ahead<W> {
+    /// Every row, so many bytes ahead.
+    Bytes(usize),
+    /// This row of the next group.
+    Row(*const W),
+}
+
+/// Asks for the cache line at `p`, into the first level or only the second; any address will do.
 #[inline(always)]
-fn prefetch<T>(p: *const T) {
+fn prefetch<T, const FIRST: bool>(p: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch never faults.
     unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(p.cast());
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        if FIRST { _mm_prefetch::<_MM_HINT_T0>(p.cast()) } else { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = p;
-}
-
-/// Loads `height` rows of `k` elements into `packed`, and asks for the rows behind them.
-///
-/// # Safety
-/// As for [`panel`].
-#[inline(always)]
-unsafe fn pack<D: Dot>(w: *const D::W, stride: usize, height: usize, k: usize, packed: &mut Vec<D::Wv>) {
-    packed.clear();
-    packed.reserve(k.div_ceil(D::STEP) * height);
-    for i in (0..k).step_by(D::STEP) {
-        for n in 0..height {
-            unsafe {
-                let p = w.add(n * stride + i);
-                prefetch(p.wrapping_add(height * stride));
-                packed.push(if k - i >= D::STEP { D::load_w(p) } else { D::load_w_partial(p, k - i) });
-            }
-        }
-    }
 }
 
 /// Adds the products of M tokens with N rows over `k` inner elements to `out`.
@@ -354,7 +391,7 @@ unsafe fn pack<D: Dot>(w: *const D::W, stride: usize, height: usize, k: usize, p
 /// As for [`panel`].
 #[inline(always)]
 unsafe fn tile<D: Dot, const M: usize, const N: usize>(
-    rows: &Rows<D>,
+    w: Rows<D::W>,
     a: *const D::A,
     a_stride: usize,
     k: usize,
@@ -362,30 +399,36 @@ unsafe fn tile<D: Dot, const M: usize, const N: usize>(
 ) {
     unsafe {
         let mut acc = [[D::zero(); N]; M];
-        match *rows {
-            Rows::Packed(mut w) => {
-                for i in (0..k).step_by(D::STEP) {
-                    step::<D, M, N>(&mut acc, std::array::from_fn(|n| *w.add(n)), a.add(i), a_stride);
-                    w = w.add(N);
+        let full = k / D::STEP * D::STEP;
+        match w.ahead {
+            Ahead::Bytes(ahead) => {
+                for i in (0..full).step_by(D::STEP) {
+                    for n in 0..N {
+                        prefetch::<u8, true>(w.at.add(n * w.stride + i).cast::<u8>().wrapping_add(ahead));
+                    }
+                    step::<D, M, N>(
+                        &mut acc,
+                        std::array::from_fn(|n| D::load_w(w.at.add(n * w.stride + i))),
+                        a.add(i),
+                        a_stride,
+                    );
                 }
             }
-            Rows::Stored(w, stride) => {
-                let full = k / D::STEP * D::STEP;
-                let mut i = 0;
-                while i < full {
-                    let ws = std::array::from_fn(|n| {
-                        let p = w.add(n * stride + i);
-                        prefetch(p.cast::<u8>().wrapping_add(AHEAD));
-                        D::load_w(p)
-                    });
-                    step::<D, M, N>(&mut acc, ws, a.add(i), a_stride);
-                    i += D::STEP;
-                }
-                if i < k {
-                    let ws = std::array::from_fn(|n| D::load_w_partial(w.add(n * stride + i), k - i));
-                    step::<D, M, N>(&mut acc, ws, a.add(i), a_stride);
+            Ahead::Row(next) => {
+                for i in (0..full).step_by(D::STEP) {
+                    prefetch::<_, false>(next.wrapping_add(i));
+                    step::<D, M, N>(
+                        &mut acc,
+                        std::array::from_fn(|n| D::load_w(w.at.add(n * w.stride + i))),
+                        a.add(i),
+                        a_stride,
+                    );
                 }
             }
+        }
+        if full < k {
+            let ws = std::array::from_fn(|n| D::load_w_partial(w.at.add(n * w.stride + full), k - full));
+            step::<D, M, N>(&mut acc, ws, a.add(full), a_stride);
         }
         // Groups of 16 and 8, the rest one by one. The groups' bounds are constants of M and N: indexing `acc` with
         // variables would keep it in memory all along.
