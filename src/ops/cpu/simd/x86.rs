@@ -188,6 +188,9 @@ impl Simd for Avx512 {
 }
 
 /// Sixteen sums of 32-bit integer lanes.
+///
+/// # Safety
+/// Needs AVX-512.
 #[inline(always)]
 pub unsafe fn sum16_i32(v: &[__m512i; 16]) -> [i32; 16] {
     let mut out = [0; 16];
@@ -199,6 +202,9 @@ pub unsafe fn sum16_i32(v: &[__m512i; 16]) -> [i32; 16] {
 }
 
 /// Eight sums of 32-bit integer lanes.
+///
+/// # Safety
+/// Needs AVX-512.
 #[inline(always)]
 pub unsafe fn sum8_i32(v: &[__m512i; 8]) -> [i32; 8] {
     let mut out = [0; 8];
