@@ -313,7 +313,9 @@ impl<D: Dot> Call<'_, D> {
                     stride: step * self.inputs,
                     ahead: match self.one_tile {
                         true => Ahead::Bytes(AHEAD),
-                        false => Ahead::Row(at.wrapping_add((height + number % height) * self.inputs)),
+                        false => {
+                            Ahead::Rows(at.wrapping_add((height + 2 * number % height) * self.inputs), self.inputs)
+                        }
                     },
                 };
                 let a = self.a.as_ptr().add(t * self.width + k);
@@ -368,8 +370,8 @@ struct Rows<W> {
 enum Ahead<W> {
     /// Every row, so many bytes ahead.
     Bytes(usize),
-    /// This row of the next group.
-    Row(*const W),
+    /// This row of the next group and, so many elements further, the row behind it: three tiles ask for all six.
+    Rows(*const W, usize),
 }
 
 /// Asks for the cache line at `p`, into the first level or only the second; any address will do.
@@ -414,9 +416,10 @@ unsafe fn tile<D: Dot, const M: usize, const N: usize>(
                     );
                 }
             }
-            Ahead::Row(next) => {
+            Ahead::Rows(next, stride) => {
                 for i in (0..full).step_by(D::STEP) {
                     prefetch::<_, false>(next.wrapping_add(i));
+                    prefetch::<_, false>(next.wrapping_add(stride + i));
                     step::<D, M, N>(
                         &mut acc,
                         std::array::from_fn(|n| D::load_w(w.at.add(n * w.stride + i))),
