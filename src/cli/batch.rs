@@ -13,7 +13,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, BufWriter, IsTerminal, Read, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -69,13 +68,7 @@ pub fn run(args: &RewriteArgs, input: &Path) -> anyhow::Result<()> {
             OpenOptions::new().create(true).append(args.resume).write(true).truncate(!args.resume).open(&args.output);
         Box::new(file.with_context(|| format!("{}: cannot write", args.output.display()))?)
     };
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-    })?;
+    let stop = super::interrupt_flag()?;
     let mut lines = Lines {
         reader: BufReader::with_capacity(1 << 20, reader),
         name: if input.as_os_str() == "-" { "standard input".into() } else { input.display().to_string() },

@@ -13,6 +13,8 @@ mod train;
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::simd::Isa;
 use clap::{Args, Parser, Subcommand};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Rewrites plain text-to-image prompts into rich ones, with BLOOM on kernels of its own.
 #[derive(Parser)]
@@ -81,6 +83,18 @@ impl DeviceArgs {
         );
         Ok(Cpu::new(self.threads, isa))
     }
+}
+
+/// A flag that Ctrl-C or SIGTERM raises; a second one ends the program at once.
+fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
+    let raised = Arc::new(AtomicBool::new(false));
+    let flag = raised.clone();
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    })?;
+    Ok(raised)
 }
 
 impl Cli {

@@ -20,8 +20,6 @@ use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 #[derive(Subcommand)]
 pub enum TrainCommand {
@@ -302,13 +300,7 @@ impl SftArgs {
         let Start { model, tokenizer_json, template, .. } = start;
         let mut sft = Sft { cpu: &cpu, model, train, validation, options };
         eprintln!("{} parameters, {} examples, {} steps", sft.model.values.len(), sft.train.len(), sft.total_steps());
-        let stop = Arc::new(AtomicBool::new(false));
-        let flag = stop.clone();
-        ctrlc::set_handler(move || {
-            if flag.swap(true, Ordering::Relaxed) {
-                std::process::exit(130);
-            }
-        })?;
+        let stop = super::interrupt_flag()?;
         let mut bar = Bar::new(sft.total_steps());
         let outcome = sft.run(self.resume, &stop, &mut bar);
         bar.bar.finish_and_clear();

@@ -89,7 +89,12 @@ impl BloomConfig {
 
     /// Reads and checks `config.json`.
     pub fn read(path: &Path) -> Result<BloomConfig> {
-        let text = std::fs::read(path).map_err(Error::io(path, "read"))?;
+        let text = std::fs::read(path).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => {
+                Error::file(path, "does not exist; a model folder holds config.json beside its weights")
+            }
+            _ => Error::io(path, "read")(e),
+        })?;
         BloomConfig::parse(&text).map_err(|e| Error::file(path, e))
     }
 
