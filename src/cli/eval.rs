@@ -1,13 +1,11 @@
 //! `bprompt eval`: measures rewrites.
 
-use super::generate::options_tokens;
 use super::model::{ModelArgs, SamplingArgs};
 use super::rewrite::Rewriter;
 use crate::data::records::{read_pairs, read_prompts};
 use crate::engine::EngineOptions;
 use crate::eval::{Rewrite, report};
 use crate::text::content_words::words;
-use crate::text::template::Template;
 use anyhow::ensure;
 use clap::Args;
 use std::collections::HashSet;
@@ -66,17 +64,14 @@ impl EvalArgs {
         ensure!(!prompts.is_empty(), "{}: holds no prompts of up to {} words", self.input.display(), self.max_words);
         let loaded = self.model.load()?;
         let options = self.sampling.options(&loaded.defaults, 1)?;
-        let template = match &loaded.template {
-            Some(t) => t.clone(),
-            None => Template::named("v1")?,
-        };
+        let template = loaded.template(None)?;
         let rewriter = Rewriter { loaded, template, options };
         let mut rewrites = Vec::new();
         for prompt in prompts {
             let started = Instant::now();
             let ids = rewriter.encode(&prompt)?;
-            let cache_tokens = ids.len() + options_tokens(rewriter.options.length, ids.len()) + 32;
-            let engine = EngineOptions { cache_tokens, ..EngineOptions::default() };
+            let engine =
+                EngineOptions { cache_tokens: rewriter.options.cache_tokens(ids.len()), ..EngineOptions::default() };
             let mut session = rewriter.session(&self.sampling.stop, engine)?;
             session.submit(0, ids, &rewriter.options)?;
             let mut done = Vec::new();

@@ -40,8 +40,7 @@ impl GenerateArgs {
             (None, Some(ids)) => ids.clone(),
             (None, None) => unreachable!("the parser asks for one of them"),
         };
-        let cache_tokens = ids.len() + options_tokens(options.length, ids.len()) + 32;
-        let engine = EngineOptions { cache_tokens, ..EngineOptions::default() };
+        let engine = EngineOptions { cache_tokens: options.cache_tokens(ids.len()), ..EngineOptions::default() };
         let mut session = Session::new(&loaded.cpu, &loaded.model, &loaded.tokenizer, &self.sampling.stop, engine)?;
         session.submit(0, ids, &options)?;
         let mut out = std::io::stdout().lock();
@@ -73,13 +72,5 @@ impl GenerateArgs {
         });
         writeln!(out, "{object}")?;
         Ok(())
-    }
-}
-
-/// Room that a continuation may need.
-pub fn options_tokens(length: Length, prompt: usize) -> usize {
-    match length {
-        Length::New(n) => n,
-        Length::Total(n) => n.saturating_sub(prompt).max(1),
     }
 }

@@ -65,8 +65,19 @@ pub struct Loaded {
     pub model: Bloom<Cpu>,
     pub tokenizer: Tokenizer,
     /// The template that comes with the model.
-    pub template: Option<Template>,
+    own_template: Option<Template>,
     pub defaults: GenerationDefaults,
+}
+
+impl Loaded {
+    /// The template of that name or file, else the model's own, else the paper's first.
+    pub fn template(&self, name: Option<&str>) -> anyhow::Result<Template> {
+        match (name, &self.own_template) {
+            (Some(name), _) => Ok(Template::named(name)?),
+            (None, Some(own)) => Ok(own.clone()),
+            (None, None) => Ok(Template::named("v1")?),
+        }
+    }
 }
 
 impl ModelArgs {
@@ -91,7 +102,7 @@ impl ModelArgs {
             }
         };
         let model = Bloom::load(&cpu, &checkpoint, self.dtype.dtype())?;
-        Ok(Loaded { cpu, model, tokenizer, template, defaults })
+        Ok(Loaded { cpu, model, tokenizer, own_template: template, defaults })
     }
 
     pub fn cpu(&self) -> anyhow::Result<Cpu> {

@@ -1,7 +1,6 @@
 //! `bprompt rewrite`: plain prompts into rich ones, one at a time or files of them.
 
 use super::batch;
-use super::generate::options_tokens;
 use super::model::{Loaded, ModelArgs, SamplingArgs};
 use crate::engine::EngineOptions;
 use crate::engine::session::{Completed, GenerateOptions, Session};
@@ -89,11 +88,7 @@ impl Rewriter {
 impl RewriteArgs {
     pub fn rewriter(&self) -> anyhow::Result<Rewriter> {
         let loaded = self.model.load()?;
-        let template = match (&self.template, &loaded.template) {
-            (Some(name), _) => Template::named(name)?,
-            (None, Some(own)) => own.clone(),
-            (None, None) => Template::named("v1")?,
-        };
+        let template = loaded.template(self.template.as_deref())?;
         let options = self.sampling.options(&loaded.defaults, self.n)?;
         Ok(Rewriter { loaded, template, options })
     }
@@ -113,10 +108,12 @@ impl RewriteArgs {
     /// Rewrites one prompt; a single candidate in text streams.
     fn one(&self, rewriter: &Rewriter, id: usize, prompt: &str) -> anyhow::Result<()> {
         let ids = rewriter.encode(prompt)?;
-        let n = rewriter.options.candidates as usize;
-        let each = ids.len() + options_tokens(rewriter.options.length, ids.len()) + 32;
-        let engine =
-            EngineOptions { cache_tokens: each * n, batch_tokens: self.batch_tokens, sequences: self.sequences };
+        let n = rewriter.options.candidates;
+        let engine = EngineOptions {
+            cache_tokens: rewriter.options.cache_tokens(ids.len()),
+            batch_tokens: self.batch_tokens,
+            sequences: self.sequences,
+        };
         let mut session = rewriter.session(&self.sampling.stop, engine)?;
         session.submit(0, ids, &rewriter.options)?;
         let mut out = std::io::stdout().lock();

@@ -4,7 +4,7 @@ use super::text::TextStream;
 use super::{Engine, EngineOptions, Event, Finish, Request, Sampling};
 use crate::error::{Error, Result};
 use crate::models::bloom::Bloom;
-use crate::ops::Backend;
+use crate::ops::{BLOCK, Backend};
 use crate::text::Tokenizer;
 use std::collections::HashMap;
 
@@ -16,6 +16,18 @@ pub struct GenerateOptions {
     pub length: Length,
     pub ignore_eos: bool,
     pub prompt_logprobs: bool,
+}
+
+impl GenerateOptions {
+    /// Positions of the KV cache that a prompt of so many tokens may take alone, with all its candidates.
+    pub fn cache_tokens(&self, prompt: usize) -> usize {
+        let new = match self.length {
+            Length::New(n) => n,
+            Length::Total(n) => n.saturating_sub(prompt).max(1),
+        };
+        // whole blocks: the last of the prompt and the last of the output may be begun ones
+        (prompt + new + 2 * BLOCK) * self.candidates.max(1) as usize
+    }
 }
 
 /// When a continuation is long enough.

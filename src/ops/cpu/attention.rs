@@ -6,6 +6,7 @@
 
 use super::Cpu;
 use super::product::Element;
+use super::rows;
 use super::threads::Disjoint;
 use crate::error::{Error, Result};
 use crate::ops::{BLOCK, Batch, Heads, Span};
@@ -142,19 +143,7 @@ pub trait Attend: Element {
 }
 
 macro_rules! attend {
-    ($e:ty, $name:ident, $narrow:ident) => {
-        simd_fn! {
-            fn $narrow<S>(x: &[f32], out: &mut [$e]) {
-                assert_eq!(x.len(), out.len());
-                let full = x.len() / 16 * 16;
-                for i in (0..full).step_by(16) {
-                    <$e>::store::<S>(out.as_mut_ptr().add(i), S::load(x.as_ptr().add(i)));
-                }
-                for i in full..x.len() {
-                    out[i] = Element::from_f32(x[i]);
-                }
-            }
-        }
+    ($e:ty, $name:ident, $narrow:path) => {
         simd_fn! {
             fn $name<S>(q: &[f32], position: usize, slope: f32, view: &View<$e>, out: &mut [f32]) {
                 attend_one::<S, $e>(q, position, slope, view, out)
@@ -170,9 +159,9 @@ macro_rules! attend {
         }
     };
 }
-attend!(f32, attend_f32, narrow_f32);
-attend!(f16, attend_f16, narrow_f16);
-attend!(bf16, attend_bf16, narrow_bf16);
+attend!(f32, attend_f32, rows::narrow_f32);
+attend!(f16, attend_f16, rows::narrow_f16);
+attend!(bf16, attend_bf16, rows::narrow_bf16);
 
 /// # Safety
 /// Needs the instruction set of `S`.

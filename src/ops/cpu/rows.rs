@@ -1,6 +1,8 @@
 //! Operations on single rows that inference and training share.
 
+use super::product::Element;
 use crate::simd_fn;
+use half::{bf16, f16};
 
 simd_fn! {
     /// Layer norm of one row; returns its mean and reciprocal deviation.
@@ -70,3 +72,25 @@ simd_fn! {
         (most, sum)
     }
 }
+
+/// Defines the conversion of f32 to a stored type, ties to even.
+macro_rules! narrow {
+    ($name:ident, $e:ty) => {
+        simd_fn! {
+            /// Writes `x` in the stored type; both have the same length.
+            pub fn $name<S>(x: &[f32], out: &mut [$e]) {
+                assert_eq!(x.len(), out.len());
+                let full = x.len() / 16 * 16;
+                for i in (0..full).step_by(16) {
+                    <$e>::store::<S>(out.as_mut_ptr().add(i), S::load(x.as_ptr().add(i)));
+                }
+                for i in full..x.len() {
+                    out[i] = Element::from_f32(x[i]);
+                }
+            }
+        }
+    };
+}
+narrow!(narrow_f32, f32);
+narrow!(narrow_f16, f16);
+narrow!(narrow_bf16, bf16);

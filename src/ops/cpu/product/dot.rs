@@ -53,12 +53,11 @@ pub trait Element: Copy + Send + Sync + 'static {
     unsafe fn load<S: Simd>(p: *const Self) -> S::V;
     unsafe fn load_partial<S: Simd>(p: *const Self, n: usize) -> S::V;
     unsafe fn store<S: Simd>(p: *mut Self, v: S::V);
-    fn to_f32(self) -> f32;
     fn from_f32(x: f32) -> Self;
 }
 
 macro_rules! element {
-    ($t:ty, $load:ident, $partial:ident, $store:ident, $to:expr, $from:expr) => {
+    ($t:ty, $load:ident, $partial:ident, $store:ident, $from:expr) => {
         impl Element for $t {
             #[inline(always)]
             unsafe fn load<S: Simd>(p: *const Self) -> S::V {
@@ -73,19 +72,15 @@ macro_rules! element {
                 unsafe { S::$store(p, v) }
             }
             #[inline(always)]
-            fn to_f32(self) -> f32 {
-                $to(self)
-            }
-            #[inline(always)]
             fn from_f32(x: f32) -> Self {
                 $from(x)
             }
         }
     };
 }
-element!(f32, load, load_partial, store, |x| x, |x| x);
-element!(f16, load_f16, load_f16_partial, store_f16, f16::to_f32, f16::from_f32);
-element!(bf16, load_bf16, load_bf16_partial, store_bf16, bf16::to_f32, bf16::from_f32);
+element!(f32, load, load_partial, store, |x| x);
+element!(f16, load_f16, load_f16_partial, store_f16, f16::from_f32);
+element!(bf16, load_bf16, load_bf16_partial, store_bf16, bf16::from_f32);
 
 /// Weights widened to f32, activations in f32.
 pub struct Float<S, E>(PhantomData<(S, E)>);

@@ -13,11 +13,11 @@ pub use dot::Element;
 pub use weights::{Int8, Matrix};
 
 use super::Cpu;
+use super::rows::narrow_bf16;
 use super::simd::Isa;
 use super::threads::Disjoint;
 use crate::simd_fn;
 use dot::{Dot, Float, Int8Portable};
-use half::bf16;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -48,7 +48,7 @@ pub fn product(cpu: &Cpu, x: &[f32], weights: &Matrix, finish: &Finish) {
                 cpu,
                 x,
                 weights.cols(),
-                |cpu, x, row, _| narrow_bf16(cpu.isa, x, row),
+                |cpu, x, row, _| narrow_bf16(cpu.isa, x, &mut row[..x.len()]),
                 |a, width| {
                     run::<dot::Bf16Avx512>(cpu, panel_bf16, a, width, &w.data, weights, |s, _, _| s, finish);
                 },
@@ -146,19 +146,6 @@ fn prepare<A: bytemuck::Pod + Send>(
         });
         then(a, width);
     });
-}
-
-simd_fn! {
-    fn narrow_bf16<S>(x: &[f32], out: &mut [bf16]) {
-        let full = x.len() / 16 * 16;
-        assert!(x.len() <= out.len());
-        for i in (0..full).step_by(16) {
-            S::store_bf16(out.as_mut_ptr().add(i), S::load(x.as_ptr().add(i)));
-        }
-        for i in full..x.len() {
-            out[i] = bf16::from_f32(x[i]);
-        }
-    }
 }
 
 simd_fn! {
