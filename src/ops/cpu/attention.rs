@@ -7,6 +7,7 @@
 use super::Cpu;
 use super::product::Element;
 use super::rows;
+use super::simd::{Isa, Simd};
 use super::threads::Disjoint;
 use crate::error::{Error, Result};
 use crate::ops::{BLOCK, Batch, Heads, Span};
@@ -18,6 +19,8 @@ use half::{bf16, f16};
 const MAX_HEAD: usize = 512;
 /// Queries of one task.
 const QUERIES: usize = 16;
+/// Queries that read keys and values together.
+const TOGETHER: usize = 4;
 
 /// Keys and values of all layers.
 pub enum Cache {
@@ -112,12 +115,24 @@ impl<E: Attend> Blocks<E> {
         cpu.threads.run(chunks.len() * n, |task| {
             let ((span, first), head) = (chunks[task / n], task % n);
             let view = View { keys, values, blocks: &span.blocks, stride: block, head: head * BLOCK * size, size };
-            for i in first..(first + QUERIES).min(span.len) {
+            let end = (first + QUERIES).min(span.len);
+            let mut i = first;
+            while i < end {
+                // queries of one block of positions have the same whole blocks before them
+                let same_block = BLOCK - (span.past + i) % BLOCK;
+                let count = if same_block.min(end - i) >= TOGETHER { TOGETHER } else { 1 };
                 let token = span.start + i;
-                let q = &qkv[(token * n + head) * 3 * size..][..size];
-                // SAFETY: one task writes this head of this token.
-                let out = unsafe { out.slice((token * n + head) * size..(token * n + head + 1) * size) };
-                E::attend(cpu.isa, q, span.past + i, heads.slopes[head], &view, out);
+                let stride = n * size;
+                let at = token * stride + head * size;
+                let q = &qkv[(token * n + head) * 3 * size..][..((count - 1) * n * 3 + 1) * size];
+                // SAFETY: one task writes this head of these tokens, and nothing of what lies between.
+                let out: [&mut [f32]; TOGETHER] = std::array::from_fn(|j| {
+                    let at = at + j * stride;
+                    if j < count { unsafe { out.slice(at..at + size) } } else { &mut [] }
+                });
+                let queries = Queries { q, stride: 3 * n * size, count, position: span.past + i };
+                E::attend(cpu.isa, &queries, heads.slopes[head], &view, out);
+                i += count;
             }
         });
     }
@@ -134,27 +149,39 @@ pub struct View<'a, E> {
     size: usize,
 }
 
+/// One head of one or [`TOGETHER`] queries at consecutive positions, all in one block of positions.
+pub struct Queries<'a> {
+    q: &'a [f32],
+    /// Elements from one query to the next.
+    stride: usize,
+    count: usize,
+    /// Of the first.
+    position: usize,
+}
+
+type Outputs<'a> = [&'a mut [f32]; TOGETHER];
+
 pub trait Attend: Element {
     /// Writes f32 in this type.
-    fn narrow(isa: super::simd::Isa, x: &[f32], out: &mut [Self]);
+    fn narrow(isa: Isa, x: &[f32], out: &mut [Self]);
 
-    /// Attention of the query at `position`.
-    fn attend(isa: super::simd::Isa, q: &[f32], position: usize, slope: f32, view: &View<Self>, out: &mut [f32]);
+    /// Attention of the queries, each over all positions up to its own.
+    fn attend(isa: Isa, queries: &Queries, slope: f32, view: &View<Self>, out: Outputs);
 }
 
 macro_rules! attend {
     ($e:ty, $name:ident, $narrow:path) => {
         simd_fn! {
-            fn $name<S>(q: &[f32], position: usize, slope: f32, view: &View<$e>, out: &mut [f32]) {
-                attend_one::<S, $e>(q, position, slope, view, out)
+            fn $name<S>(queries: &Queries, slope: f32, view: &View<$e>, out: Outputs) {
+                attend::<S, $e>(queries, slope, view, out)
             }
         }
         impl Attend for $e {
-            fn narrow(isa: super::simd::Isa, x: &[f32], out: &mut [Self]) {
+            fn narrow(isa: Isa, x: &[f32], out: &mut [Self]) {
                 $narrow(isa, x, out)
             }
-            fn attend(isa: super::simd::Isa, q: &[f32], position: usize, slope: f32, view: &View<Self>, out: &mut [f32]) {
-                $name(isa, q, position, slope, view, out)
+            fn attend(isa: Isa, queries: &Queries, slope: f32, view: &View<Self>, out: Outputs) {
+                $name(isa, queries, slope, view, out)
             }
         }
     };
@@ -163,80 +190,252 @@ attend!(f32, attend_f32, rows::narrow_f32);
 attend!(f16, attend_f16, rows::narrow_f16);
 attend!(bf16, attend_bf16, rows::narrow_bf16);
 
+/// A query's running softmax: the largest score, and the lanes' sums of exponentials.
+#[derive(Clone, Copy)]
+struct Softmax<S: Simd> {
+    most: f32,
+    sum: S::V,
+}
+
 /// # Safety
 /// Needs the instruction set of `S`.
 #[inline(always)]
-unsafe fn attend_one<S: super::simd::Simd, E: Element>(
-    q: &[f32],
+unsafe fn attend<S: Simd, E: Element>(queries: &Queries, slope: f32, view: &View<E>, mut out: Outputs) {
+    unsafe {
+        let Queries { q, stride, count, position } = *queries;
+        let mut state = [Softmax::<S> { most: f32::NEG_INFINITY, sum: S::splat(0.0) }; TOGETHER];
+        for out in &mut out {
+            out.fill(0.0);
+        }
+        let whole = position / BLOCK;
+        let mut scores = [[0f32; BLOCK]; TOGETHER];
+        for (b, &index) in view.blocks[..=whole].iter().enumerate() {
+            let at = index as usize * view.stride + view.head;
+            let keys = view.keys[at..at + BLOCK * view.size].as_ptr();
+            let values = view.values[at..at + BLOCK * view.size].as_ptr();
+            if S::REGISTERS >= 32 && count == TOGETHER && b < whole {
+                dots_together::<S, E>(q.as_ptr(), stride, keys, view.size, &mut scores);
+                let mut weights = [[0f32; BLOCK]; TOGETHER];
+                for j in 0..TOGETHER {
+                    let place = Place { block: b, position: position + j, slope, size: view.size };
+                    weights[j] = weigh::<S>(&scores[j], place, &mut state[j], out[j]);
+                }
+                values_together::<S, E>(&weights, values, view.size, &mut out);
+            } else {
+                for j in 0..count {
+                    let place = Place { block: b, position: position + j, slope, size: view.size };
+                    dots::<S, E>(q.as_ptr().add(j * stride), keys, view.size, &mut scores[j]);
+                    let weights = weigh::<S>(&scores[j], place, &mut state[j], out[j]);
+                    add_values::<S, E>(&weights[..place.valid()], values, view.size, out[j]);
+                }
+            }
+        }
+        for j in 0..count {
+            let inverse = 1.0 / S::sum(state[j].sum);
+            for o in out[j].iter_mut() {
+                *o *= inverse;
+            }
+        }
+    }
+}
+
+/// A query and one block of keys.
+#[derive(Clone, Copy)]
+struct Place {
+    block: usize,
     position: usize,
     slope: f32,
-    view: &View<E>,
-    out: &mut [f32],
-) {
-    let size = view.size;
-    let full = size / 16 * 16;
-    let rest = size - full;
-    let scale = 1.0 / (size as f32).sqrt();
-    let mut lane_numbers = [0f32; BLOCK];
-    lane_numbers.iter_mut().enumerate().for_each(|(i, l)| *l = i as f32);
+    size: usize,
+}
+
+impl Place {
+    /// Keys of the block that the query sees.
+    #[inline(always)]
+    fn valid(self) -> usize {
+        (self.position + 1 - self.block * BLOCK).min(BLOCK)
+    }
+}
+
+/// Products of a query with the sixteen keys of a block.
+///
+/// # Safety
+/// Needs the instruction set of `S`, a query of `size` and keys of `[16, size]` elements.
+#[inline(always)]
+unsafe fn dots<S: Simd, E: Element>(q: *const f32, keys: *const E, size: usize, scores: &mut [f32; BLOCK]) {
     unsafe {
-        let lanes = S::load(lane_numbers.as_ptr());
-        let mut most = f32::NEG_INFINITY;
-        let mut sum = S::splat(0.0);
-        out.fill(0.0);
-        let blocks = position / BLOCK + 1;
-        for (b, &index) in view.blocks[..blocks].iter().enumerate() {
-            let at = index as usize * view.stride + view.head;
-            let keys = view.keys[at..at + BLOCK * size].as_ptr();
-            let values = view.values[at..at + BLOCK * size].as_ptr();
-            let valid = (position + 1 - b * BLOCK).min(BLOCK);
-            let mut dots = [S::splat(0.0); BLOCK];
+        let full = size / 16 * 16;
+        let rest = size - full;
+        let mut dots = [S::splat(0.0); BLOCK];
+        for d in (0..full).step_by(16) {
+            let q = S::load(q.add(d));
+            for (j, dot) in dots.iter_mut().enumerate() {
+                *dot = S::fma(q, E::load::<S>(keys.add(j * size + d)), *dot);
+            }
+        }
+        if rest > 0 {
+            let q = S::load_partial(q.add(full), rest);
+            for (j, dot) in dots.iter_mut().enumerate() {
+                *dot = S::fma(q, E::load_partial::<S>(keys.add(j * size + full), rest), *dot);
+            }
+        }
+        S::store(scores.as_mut_ptr(), S::sum16(&dots));
+    }
+}
+
+/// [`dots`] for [`TOGETHER`] queries; each key is read once. Every sum has the order that it has in [`dots`].
+///
+/// # Safety
+/// As for [`dots`], with queries `stride` elements apart.
+#[inline(always)]
+unsafe fn dots_together<S: Simd, E: Element>(
+    q: *const f32,
+    stride: usize,
+    keys: *const E,
+    size: usize,
+    scores: &mut [[f32; BLOCK]; TOGETHER],
+) {
+    unsafe {
+        let full = size / 16 * 16;
+        let rest = size - full;
+        for first in (0..BLOCK).step_by(4) {
+            let keys = keys.add(first * size);
+            // query by query, four keys each
+            let mut dots = [S::splat(0.0); 16];
             for d in (0..full).step_by(16) {
-                let q = S::load(q.as_ptr().add(d));
-                for (j, dot) in dots.iter_mut().enumerate() {
-                    *dot = S::fma(q, E::load::<S>(keys.add(j * size + d)), *dot);
+                let k0 = E::load::<S>(keys.add(d));
+                let k1 = E::load::<S>(keys.add(size + d));
+                let k2 = E::load::<S>(keys.add(2 * size + d));
+                let k3 = E::load::<S>(keys.add(3 * size + d));
+                for (j, dots) in dots.chunks_exact_mut(4).enumerate() {
+                    let q = S::load(q.add(j * stride + d));
+                    dots[0] = S::fma(q, k0, dots[0]);
+                    dots[1] = S::fma(q, k1, dots[1]);
+                    dots[2] = S::fma(q, k2, dots[2]);
+                    dots[3] = S::fma(q, k3, dots[3]);
                 }
             }
             if rest > 0 {
-                let q = S::load_partial(q.as_ptr().add(full), rest);
-                for (j, dot) in dots.iter_mut().enumerate() {
-                    *dot = S::fma(q, E::load_partial::<S>(keys.add(j * size + full), rest), *dot);
+                for (j, dots) in dots.chunks_exact_mut(4).enumerate() {
+                    let q = S::load_partial(q.add(j * stride + full), rest);
+                    for (k, dot) in dots.iter_mut().enumerate() {
+                        *dot = S::fma(q, E::load_partial::<S>(keys.add(k * size + full), rest), *dot);
+                    }
                 }
             }
-            // scaled scores plus slope * (key position - query position)
-            let distance = S::add(lanes, S::splat(b as f32 * BLOCK as f32 - position as f32));
-            let scores = S::fma(S::sum16(&dots), S::splat(scale), S::mul(distance, S::splat(slope)));
-            let mut weights = [f32::NEG_INFINITY; BLOCK];
-            S::store_partial(weights.as_mut_ptr(), scores, valid);
-            let here = S::max_lane(S::load(weights.as_ptr()));
-            if here > most {
-                if b > 0 {
-                    let shrink = (most - here).exp();
-                    sum = S::mul(sum, S::splat(shrink));
-                    out.iter_mut().for_each(|o| *o *= shrink);
-                }
-                most = here;
+            let mut sums = [0f32; 16];
+            S::store(sums.as_mut_ptr(), S::sum16(&dots));
+            for (scores, sums) in scores.iter_mut().zip(sums.chunks_exact(4)) {
+                scores[first..first + 4].copy_from_slice(sums);
             }
-            let exps = S::exp(S::sub(S::load(weights.as_ptr()), S::splat(most)));
-            weights = [0.0; BLOCK];
-            S::store_partial(weights.as_mut_ptr(), exps, valid);
-            sum = S::add(sum, S::load(weights.as_ptr()));
-            for d in (0..full).step_by(16) {
-                let mut o = S::load(out.as_ptr().add(d));
-                for (j, w) in weights.iter().enumerate().take(valid) {
-                    o = S::fma(S::splat(*w), E::load::<S>(values.add(j * size + d)), o);
+        }
+    }
+}
+
+/// Turns a block's products into weights of its values, and shrinks what was summed before if a score is larger than all
+/// earlier ones.
+///
+/// # Safety
+/// Needs the instruction set of `S`.
+#[inline(always)]
+unsafe fn weigh<S: Simd>(
+    products: &[f32; BLOCK],
+    place: Place,
+    state: &mut Softmax<S>,
+    out: &mut [f32],
+) -> [f32; BLOCK] {
+    const LANE: [f32; BLOCK] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+    unsafe {
+        let scale = 1.0 / (place.size as f32).sqrt();
+        let valid = place.valid();
+        // scaled scores plus slope * (key position - query position)
+        let first = (place.block * BLOCK) as f32 - place.position as f32;
+        let distance = S::add(S::load(LANE.as_ptr()), S::splat(first));
+        let bias = S::mul(distance, S::splat(place.slope));
+        let scores = S::fma(S::load(products.as_ptr()), S::splat(scale), bias);
+        let mut weights = [f32::NEG_INFINITY; BLOCK];
+        S::store_partial(weights.as_mut_ptr(), scores, valid);
+        let here = S::max_lane(S::load(weights.as_ptr()));
+        if here > state.most {
+            if place.block > 0 {
+                let shrink = (state.most - here).exp();
+                state.sum = S::mul(state.sum, S::splat(shrink));
+                for o in out.iter_mut() {
+                    *o *= shrink;
                 }
-                S::store(out.as_mut_ptr().add(d), o);
             }
-            if rest > 0 {
+            state.most = here;
+        }
+        let exps = S::exp(S::sub(S::load(weights.as_ptr()), S::splat(state.most)));
+        weights = [0.0; BLOCK];
+        S::store_partial(weights.as_mut_ptr(), exps, valid);
+        state.sum = S::add(state.sum, S::load(weights.as_ptr()));
+        weights
+    }
+}
+
+/// Adds the weighted rows of `values` to `out`.
+///
+/// # Safety
+/// Needs the instruction set of `S` and values of `[16, size]` elements.
+#[inline(always)]
+unsafe fn add_values<S: Simd, E: Element>(weights: &[f32], values: *const E, size: usize, out: &mut [f32]) {
+    unsafe {
+        let full = size / 16 * 16;
+        let rest = size - full;
+        for d in (0..full).step_by(16) {
+            let mut o = S::load(out.as_ptr().add(d));
+            for (j, w) in weights.iter().enumerate() {
+                o = S::fma(S::splat(*w), E::load::<S>(values.add(j * size + d)), o);
+            }
+            S::store(out.as_mut_ptr().add(d), o);
+        }
+        if rest > 0 {
+            let mut o = S::load_partial(out.as_ptr().add(full), rest);
+            for (j, w) in weights.iter().enumerate() {
+                o = S::fma(S::splat(*w), E::load_partial::<S>(values.add(j * size + full), rest), o);
+            }
+            S::store_partial(out.as_mut_ptr().add(full), o, rest);
+        }
+    }
+}
+
+/// [`add_values`] for [`TOGETHER`] queries that see the whole block; each value is read once.
+///
+/// # Safety
+/// As for [`add_values`].
+#[inline(always)]
+unsafe fn values_together<S: Simd, E: Element>(
+    weights: &[[f32; BLOCK]; TOGETHER],
+    values: *const E,
+    size: usize,
+    out: &mut Outputs,
+) {
+    unsafe {
+        let full = size / 16 * 16;
+        for d in (0..full).step_by(16) {
+            let mut o = [S::splat(0.0); TOGETHER];
+            for (o, out) in o.iter_mut().zip(out.iter()) {
+                *o = S::load(out.as_ptr().add(d));
+            }
+            for j in 0..BLOCK {
+                let v = E::load::<S>(values.add(j * size + d));
+                for (o, w) in o.iter_mut().zip(weights) {
+                    *o = S::fma(S::splat(w[j]), v, *o);
+                }
+            }
+            for (o, out) in o.iter().zip(out.iter_mut()) {
+                S::store(out.as_mut_ptr().add(d), *o);
+            }
+        }
+        let rest = size - full;
+        if rest > 0 {
+            for (weights, out) in weights.iter().zip(out.iter_mut()) {
                 let mut o = S::load_partial(out.as_ptr().add(full), rest);
-                for (j, w) in weights.iter().enumerate().take(valid) {
+                for (j, w) in weights.iter().enumerate() {
                     o = S::fma(S::splat(*w), E::load_partial::<S>(values.add(j * size + full), rest), o);
                 }
                 S::store_partial(out.as_mut_ptr().add(full), o, rest);
             }
         }
-        let inverse = 1.0 / S::sum(sum);
-        out.iter_mut().for_each(|o| *o *= inverse);
     }
 }

@@ -100,15 +100,9 @@ impl Backend for Cpu {
             let out = unsafe { rows.slice(at.clone()) };
             let bias = &linear.bias[first..first + sums.len()];
             match epilogue {
-                Epilogue::Bias => out.iter_mut().zip(sums).zip(bias).for_each(|((o, s), b)| *o = *s + b),
-                Epilogue::BiasGelu => {
-                    out.iter_mut().zip(sums).zip(bias).for_each(|((o, s), b)| *o = *s + b);
-                    gelu_in_place(self.isa, out);
-                }
-                Epilogue::BiasResidual(residual) => {
-                    let terms = sums.iter().zip(bias).zip(&residual[at]);
-                    out.iter_mut().zip(terms).for_each(|(o, ((s, b), r))| *o = s + b + r);
-                }
+                Epilogue::Bias => add_bias(self.isa, sums, bias, out),
+                Epilogue::BiasGelu => add_bias_gelu(self.isa, sums, bias, out),
+                Epilogue::BiasResidual(residual) => add_bias_residual(self.isa, sums, bias, &residual[at], out),
             }
         });
     }
@@ -165,11 +159,37 @@ impl Backend for Cpu {
 }
 
 simd_fn! {
-    fn gelu_in_place<S>(x: &mut [f32]) {
-        for i in (0..x.len()).step_by(16) {
-            let lanes = 16.min(x.len() - i);
-            let p = x.as_mut_ptr().add(i);
-            S::store_partial(p, S::gelu(S::load_partial(p, lanes)), lanes);
+    fn add_bias<S>(x: &[f32], bias: &[f32], out: &mut [f32]) {
+        let n = out.len();
+        let (x, bias) = (&x[..n], &bias[..n]);
+        for i in 0..n {
+            out[i] = x[i] + bias[i];
+        }
+    }
+}
+
+simd_fn! {
+    fn add_bias_residual<S>(x: &[f32], bias: &[f32], residual: &[f32], out: &mut [f32]) {
+        let n = out.len();
+        let (x, bias, residual) = (&x[..n], &bias[..n], &residual[..n]);
+        for i in 0..n {
+            out[i] = x[i] + bias[i] + residual[i];
+        }
+    }
+}
+
+simd_fn! {
+    fn add_bias_gelu<S>(x: &[f32], bias: &[f32], out: &mut [f32]) {
+        let n = out.len();
+        let full = n / 16 * 16;
+        let (x, bias, out) = (x[..n].as_ptr(), bias[..n].as_ptr(), out.as_mut_ptr());
+        for i in (0..full).step_by(16) {
+            S::store(out.add(i), S::gelu(S::add(S::load(x.add(i)), S::load(bias.add(i)))));
+        }
+        if full < n {
+            let rest = n - full;
+            let v = S::add(S::load_partial(x.add(full), rest), S::load_partial(bias.add(full), rest));
+            S::store_partial(out.add(full), S::gelu(v), rest);
         }
     }
 }

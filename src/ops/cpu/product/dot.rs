@@ -17,8 +17,6 @@ pub trait Dot {
     type Wv: Copy;
     type Av: Copy;
     type Acc: Copy;
-    /// A finished sum, to be scaled by [`super::Weights`].
-    type Sum: Copy + Default + Send + Sync + std::ops::AddAssign + 'static;
 
     /// Elements of one load.
     const STEP: usize;
@@ -31,15 +29,15 @@ pub trait Dot {
     unsafe fn load_w_partial(p: *const Self::W, n: usize) -> Self::Wv;
     unsafe fn load_a(p: *const Self::A) -> Self::Av;
     unsafe fn dot(acc: Self::Acc, w: Self::Wv, a: Self::Av) -> Self::Acc;
-    unsafe fn sum(acc: Self::Acc) -> Self::Sum;
+    unsafe fn sum(acc: Self::Acc) -> f32;
     /// Sixteen sums, each equal to [`Dot::sum`] of its accumulator.
     #[inline(always)]
-    unsafe fn sum16(acc: &[Self::Acc; 16]) -> [Self::Sum; 16] {
+    unsafe fn sum16(acc: &[Self::Acc; 16]) -> [f32; 16] {
         std::array::from_fn(|i| unsafe { Self::sum(acc[i]) })
     }
     /// [`Dot::sum16`] for eight.
     #[inline(always)]
-    unsafe fn sum8(acc: &[Self::Acc; 8]) -> [Self::Sum; 8] {
+    unsafe fn sum8(acc: &[Self::Acc; 8]) -> [f32; 8] {
         std::array::from_fn(|i| unsafe { Self::sum(acc[i]) })
     }
 }
@@ -91,7 +89,6 @@ impl<S: Simd, E: Element> Dot for Float<S, E> {
     type Wv = S::V;
     type Av = S::V;
     type Acc = S::V;
-    type Sum = f32;
     const STEP: usize = 16;
     const WIDE: bool = S::REGISTERS >= 32;
 
@@ -131,54 +128,13 @@ impl<S: Simd, E: Element> Dot for Float<S, E> {
     }
 }
 
-/// 8-bit weights with activations of 8 bits, offset by 128; sums are exact, on every instruction set the same.
-pub struct Int8Portable;
-
-impl Dot for Int8Portable {
-    type W = i8;
-    type A = u8;
-    type Wv = [i8; 16];
-    type Av = [u8; 16];
-    type Acc = [i32; 16];
-    type Sum = i32;
-    const STEP: usize = 16;
-    const WIDE: bool = false;
-
-    #[inline(always)]
-    unsafe fn zero() -> [i32; 16] {
-        [0; 16]
-    }
-    #[inline(always)]
-    unsafe fn load_w(p: *const i8) -> [i8; 16] {
-        unsafe { p.cast::<[i8; 16]>().read_unaligned() }
-    }
-    #[inline(always)]
-    unsafe fn load_w_partial(p: *const i8, n: usize) -> [i8; 16] {
-        let mut v = [0; 16];
-        unsafe { std::ptr::copy_nonoverlapping(p, v.as_mut_ptr(), n) };
-        v
-    }
-    #[inline(always)]
-    unsafe fn load_a(p: *const u8) -> [u8; 16] {
-        unsafe { p.cast::<[u8; 16]>().read_unaligned() }
-    }
-    #[inline(always)]
-    unsafe fn dot(acc: [i32; 16], w: [i8; 16], a: [u8; 16]) -> [i32; 16] {
-        std::array::from_fn(|i| acc[i] + w[i] as i32 * a[i] as i32)
-    }
-    #[inline(always)]
-    unsafe fn sum(acc: [i32; 16]) -> i32 {
-        acc.iter().sum()
-    }
-}
-
 #[cfg(target_arch = "x86_64")]
-pub use x86::{Bf16Avx512, Int8Avx2, Int8Vnni};
+pub use x86::Bf16Avx512;
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Dot;
-    use crate::ops::cpu::simd::{Avx512, Simd, sum8_i32, sum16_i32};
+    use crate::ops::cpu::simd::{Avx512, Simd};
     use half::bf16;
     use std::arch::x86_64::*;
 
@@ -191,7 +147,6 @@ mod x86 {
         type Wv = __m512i;
         type Av = __m512i;
         type Acc = __m512;
-        type Sum = f32;
         const STEP: usize = 32;
         const WIDE: bool = true;
 
@@ -234,98 +189,6 @@ mod x86 {
         #[inline(always)]
         unsafe fn sum8(acc: &[__m512; 8]) -> [f32; 8] {
             unsafe { Avx512::sum8(acc) }
-        }
-    }
-
-    /// 64 products and 16 sums an instruction (`vpdpbusd`).
-    pub struct Int8Vnni;
-
-    impl Dot for Int8Vnni {
-        type W = i8;
-        type A = u8;
-        type Wv = __m512i;
-        type Av = __m512i;
-        type Acc = __m512i;
-        type Sum = i32;
-        const STEP: usize = 64;
-        const WIDE: bool = true;
-
-        #[inline(always)]
-        unsafe fn zero() -> __m512i {
-            unsafe { _mm512_setzero_si512() }
-        }
-        #[inline(always)]
-        unsafe fn load_w(p: *const i8) -> __m512i {
-            unsafe { _mm512_loadu_si512(p.cast()) }
-        }
-        #[inline(always)]
-        unsafe fn load_w_partial(p: *const i8, n: usize) -> __m512i {
-            unsafe { _mm512_maskz_loadu_epi8((1u64 << n) - 1, p) }
-        }
-        #[inline(always)]
-        unsafe fn load_a(p: *const u8) -> __m512i {
-            unsafe { _mm512_loadu_si512(p.cast()) }
-        }
-        #[inline(always)]
-        unsafe fn dot(acc: __m512i, w: __m512i, a: __m512i) -> __m512i {
-            unsafe { _mm512_dpbusd_epi32(acc, a, w) }
-        }
-        #[inline(always)]
-        unsafe fn sum(acc: __m512i) -> i32 {
-            unsafe { _mm512_reduce_add_epi32(acc) }
-        }
-        #[inline(always)]
-        unsafe fn sum16(acc: &[__m512i; 16]) -> [i32; 16] {
-            unsafe { sum16_i32(acc) }
-        }
-        #[inline(always)]
-        unsafe fn sum8(acc: &[__m512i; 8]) -> [i32; 8] {
-            unsafe { sum8_i32(acc) }
-        }
-    }
-
-    /// 16 products and 8 sums an instruction (`vpmaddwd` on values widened to 16 bits, which cannot saturate).
-    pub struct Int8Avx2;
-
-    impl Dot for Int8Avx2 {
-        type W = i8;
-        type A = u8;
-        type Wv = __m256i;
-        type Av = __m256i;
-        type Acc = __m256i;
-        type Sum = i32;
-        const STEP: usize = 16;
-        const WIDE: bool = false;
-
-        #[inline(always)]
-        unsafe fn zero() -> __m256i {
-            unsafe { _mm256_setzero_si256() }
-        }
-        #[inline(always)]
-        unsafe fn load_w(p: *const i8) -> __m256i {
-            unsafe { _mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast())) }
-        }
-        #[inline(always)]
-        unsafe fn load_w_partial(p: *const i8, n: usize) -> __m256i {
-            let mut v = [0i8; 16];
-            unsafe {
-                std::ptr::copy_nonoverlapping(p, v.as_mut_ptr(), n);
-                Self::load_w(v.as_ptr())
-            }
-        }
-        #[inline(always)]
-        unsafe fn load_a(p: *const u8) -> __m256i {
-            unsafe { _mm256_cvtepu8_epi16(_mm_loadu_si128(p.cast())) }
-        }
-        #[inline(always)]
-        unsafe fn dot(acc: __m256i, w: __m256i, a: __m256i) -> __m256i {
-            unsafe { _mm256_add_epi32(acc, _mm256_madd_epi16(w, a)) }
-        }
-        #[inline(always)]
-        unsafe fn sum(acc: __m256i) -> i32 {
-            let mut lanes = [0i32; 8];
-            unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), acc) };
-            lanes.iter().sum()
         }
     }
 }

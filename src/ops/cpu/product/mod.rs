@@ -1,4 +1,4 @@
-//! y = x W^T for inference: weights `[outputs, inputs]` in the type and place they are stored in.
+//! y = x W^T for inference: weights `[outputs, inputs]` in the type and place they are stored in (8-bit weights: [`int8`]).
 //!
 //! Dot-product form: lanes run along the inner dimension, so that mapped files are read as they lie. A tile
 //! is 4 tokens by 6 rows of weights (24 vector sums in registers, 10 loads for 24 multiply-adds). A task
@@ -7,24 +7,25 @@
 //! then chunks, in an order that depends on the inner size alone: a token's result is the same in every batch.
 
 mod dot;
+mod int8;
 mod weights;
 
 pub use dot::Element;
-pub use weights::{Int8, Matrix};
+pub use weights::Matrix;
 
 use super::Cpu;
 use super::rows::narrow_bf16;
 use super::simd::Isa;
 use super::threads::Disjoint;
-use crate::simd_fn;
-use dot::{Dot, Float, Int8Portable};
+use dot::{Dot, Float};
 use std::cell::RefCell;
 use std::ops::Range;
 
 /// Inner elements that are summed before the next chunk begins: six rows of it fit the first-level cache.
 const CHUNK: usize = 2048;
-/// Most rows of weights of one task.
-const PANEL: usize = 96;
+/// Most weights of one task, and most of its rows: longer tasks would leave a thread waiting at the end.
+const PANEL: usize = 96 * 2048;
+const PANEL_ROWS: usize = 96;
 /// Most tokens that pass a panel at once: their activations stay in the second-level cache.
 const TOKENS: usize = 192;
 /// Streams of weights of a pass of few tokens, and how many bytes ahead of use they are asked for. Measured on
@@ -50,57 +51,31 @@ pub fn product(cpu: &Cpu, x: &[f32], weights: &Matrix, finish: &Finish) {
                 weights.cols(),
                 |cpu, x, row, _| narrow_bf16(cpu.isa, x, &mut row[..x.len()]),
                 |a, width| {
-                    run::<dot::Bf16Avx512>(cpu, panel_bf16, a, width, &w.data, weights, |s, _, _| s, finish);
+                    run::<dot::Bf16Avx512>(cpu, panel_bf16, a, width, &w.data, weights, finish);
                 },
             );
         }
         Matrix::Bf16(w) => float(cpu, x, w, weights, finish),
-        Matrix::Int8(w) => int8(cpu, x, w, weights, finish),
+        Matrix::Int8(w) => int8::product(cpu, x, w, finish),
     }
 }
 
 fn float<E: Element + bytemuck::Pod>(cpu: &Cpu, x: &[f32], w: &weights::Plain<E>, shape: &Matrix, finish: &Finish) {
-    let scale = |s: f32, _, _| s;
     let copy = |_: &Cpu, x: &[f32], row: &mut [f32], _| row[..x.len()].copy_from_slice(x);
     prepare(cpu, x, shape.cols(), copy, |a, width| match cpu.isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Avx512Bf16 => {
             use super::simd::Avx512;
-            run::<Float<Avx512, E>>(cpu, panel_avx512::<Float<Avx512, E>>, a, width, &w.data, shape, scale, finish)
+            run::<Float<Avx512, E>>(cpu, panel_avx512::<Float<Avx512, E>>, a, width, &w.data, shape, finish)
         }
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => {
             use super::simd::Avx2;
-            run::<Float<Avx2, E>>(cpu, panel_avx2::<Float<Avx2, E>>, a, width, &w.data, shape, scale, finish)
+            run::<Float<Avx2, E>>(cpu, panel_avx2::<Float<Avx2, E>>, a, width, &w.data, shape, finish)
         }
         _ => {
             use super::simd::Portable;
-            run::<Float<Portable, E>>(cpu, panel::<Float<Portable, E>>, a, width, &w.data, shape, scale, finish)
-        }
-    });
-}
-
-fn int8(cpu: &Cpu, x: &[f32], w: &Int8, shape: &Matrix, finish: &Finish) {
-    let inputs = shape.cols();
-    // each token is scaled by its largest element; 128 is zero
-    let mut scales = vec![0f32; x.len() / inputs];
-    let scales_out = Disjoint::new(&mut scales);
-    // SAFETY: every token is one task's.
-    let quantize = |cpu: &Cpu, x: &[f32], row: &mut [u8], t: usize| unsafe {
-        scales_out.slice(t..t + 1)[0] = quantize_offset(cpu.isa, x, row);
-    };
-    prepare(cpu, x, inputs, quantize, |a, width| {
-        // SAFETY: all scales are written, and nobody writes them now.
-        let scales = unsafe { &*scales_out.slice(0..x.len() / inputs) };
-        let scale = |s: i32, t: usize, row: usize| (s - 128 * w.sums[row]) as f32 * (scales[t] * w.scales[row]);
-        match cpu.isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => run::<dot::Int8Vnni>(cpu, panel_vnni, a, width, &w.data, shape, scale, finish),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Avx2 => {
-                run::<dot::Int8Avx2>(cpu, panel_avx2::<dot::Int8Avx2>, a, width, &w.data, shape, scale, finish)
-            }
-            _ => run::<Int8Portable>(cpu, panel::<Int8Portable>, a, width, &w.data, shape, scale, finish),
+            run::<Float<Portable, E>>(cpu, panel::<Float<Portable, E>>, a, width, &w.data, shape, finish)
         }
     });
 }
@@ -148,76 +123,34 @@ fn prepare<A: bytemuck::Pod + Send>(
     });
 }
 
-simd_fn! {
-    /// Rounds `x` to whole multiples, at most 127, of the returned scale, and adds 128.
-    fn quantize_offset<S>(x: &[f32], out: &mut [u8]) -> f32 {
-        let full = x.len() / 16 * 16;
-        assert!(x.len() <= out.len());
-        let mut most = S::splat(0.0);
-        for i in (0..full).step_by(16) {
-            let v = S::load(x.as_ptr().add(i));
-            most = S::max(most, S::max(v, S::sub(S::splat(0.0), v)));
-        }
-        let most = x[full..].iter().fold(S::max_lane(most), |m, v| m.max(v.abs()));
-        let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
-        for i in (0..full).step_by(16) {
-            let v = S::mul(S::load(x.as_ptr().add(i)), S::splat(inverse));
-            S::store_u8(out.as_mut_ptr().add(i), S::add(S::round(v), S::splat(128.0)));
-        }
-        for i in full..x.len() {
-            out[i] = ((x[i] * inverse).round_ties_even() + 128.0) as u8;
-        }
-        most / 127.0
-    }
-}
-
 /// A panel's computation: `(weights, inputs, rows, activations, their width, tokens, sums [tokens, rows])`.
-type Panel<D> =
-    unsafe fn(&[<D as Dot>::W], usize, Range<usize>, &[<D as Dot>::A], usize, Range<usize>, &mut [<D as Dot>::Sum]);
+type Panel<D> = unsafe fn(&[<D as Dot>::W], usize, Range<usize>, &[<D as Dot>::A], usize, Range<usize>, &mut [f32]);
 
 thread_local! {
-    static OUTPUTS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// Sums of a panel, kept from call to call.
+    static SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 #[allow(clippy::too_many_arguments)]
-fn run<D: Dot>(
-    cpu: &Cpu,
-    panel: Panel<D>,
-    a: &[D::A],
-    width: usize,
-    w: &[D::W],
-    shape: &Matrix,
-    scale: impl Fn(D::Sum, usize, usize) -> f32 + Sync,
-    finish: &Finish,
-) {
+fn run<D: Dot>(cpu: &Cpu, panel: Panel<D>, a: &[D::A], width: usize, w: &[D::W], shape: &Matrix, finish: &Finish) {
     let (rows, inputs) = (shape.rows(), shape.cols());
     let tokens = a.len() / width;
     assert_eq!(w.len(), rows * inputs);
     // panels small enough that the threads end together
     let share = rows.div_ceil(cpu.threads.count() * 8).next_multiple_of(6);
-    let panel_rows = share.min(PANEL);
+    let panel_rows = share.min((PANEL / inputs).next_multiple_of(6)).min(PANEL_ROWS);
     for first in (0..tokens).step_by(TOKENS) {
         let tokens = first..(first + TOKENS).min(tokens);
         cpu.threads.run(rows.div_ceil(panel_rows), |p| {
             let rows = p * panel_rows..((p + 1) * panel_rows).min(rows);
             let n = rows.len();
-            let mut sums = [D::Sum::default(); 4 * PANEL];
-            let mut large = Vec::new();
-            let sums = if tokens.len() <= 4 {
-                &mut sums[..tokens.len() * n]
-            } else {
-                large.resize(tokens.len() * n, D::Sum::default());
-                &mut large[..]
-            };
-            // SAFETY: the instruction set was matched with `cpu.isa`; sizes were checked above.
-            unsafe { panel(w, inputs, rows.clone(), a, width, tokens.clone(), sums) };
-            OUTPUTS.with_borrow_mut(|outputs| {
-                outputs.resize(n, 0.0);
-                for (t, sums) in tokens.clone().zip(sums.chunks_exact(n)) {
-                    for ((out, sum), row) in outputs.iter_mut().zip(sums).zip(rows.clone()) {
-                        *out = scale(*sum, t, row);
-                    }
-                    finish(t, rows.start, outputs);
+            SUMS.with_borrow_mut(|sums| {
+                sums.clear();
+                sums.resize(tokens.len() * n, 0.0);
+                // SAFETY: the instruction set was matched with `cpu.isa`; sizes were checked above.
+                unsafe { panel(w, inputs, rows.clone(), a, width, tokens.clone(), sums) };
+                for (t, sums) in tokens.clone().zip(sums.chunks_exact_mut(n)) {
+                    finish(t, rows.start, sums);
                 }
             });
         });
@@ -234,7 +167,7 @@ unsafe fn panel<D: Dot>(
     a: &[D::A],
     width: usize,
     tokens: Range<usize>,
-    sums: &mut [D::Sum],
+    sums: &mut [f32],
 ) {
     let n = rows.len();
     let (tile_m, tile_n) = if D::WIDE { (4, 6) } else { (2, 2) };
@@ -250,19 +183,24 @@ unsafe fn panel<D: Dot>(
         if one_tile {
             for g in 0..groups {
                 for k in (0..inputs).step_by(CHUNK) {
-                    call.group(g, height, step, k, sums);
+                    call.group(g, height, step, k, (g, k), sums);
                 }
             }
         } else {
             for k in (0..inputs).step_by(CHUNK) {
                 for g in 0..groups {
-                    call.group(g * height, height, step, k, sums);
+                    let next = match (g + 1 < groups, k + CHUNK < inputs) {
+                        (true, _) => ((g + 1) * height, k),
+                        (false, true) => (0, k + CHUNK),
+                        (false, false) => (n, 0), // likely the next panel
+                    };
+                    call.group(g * height, height, step, k, next, sums);
                 }
             }
         }
         for i in groups * height..n {
             for k in (0..inputs).step_by(CHUNK) {
-                call.group(i, 1, 1, k, sums);
+                call.group(i, 1, 1, k, (i + 1, k), sums);
             }
         }
     }
@@ -282,15 +220,20 @@ struct Call<'a, D: Dot> {
 }
 
 impl<D: Dot> Call<'_, D> {
-    /// All tokens with `height` rows from row `i` of the panel, `step` apart, over the chunk that begins at `k`.
+    /// All tokens with `height` rows from row `i` of the panel, `step` apart, over the chunk that begins at `k`. `next`
+    /// is the row and chunk that will be wanted after these.
     ///
     /// # Safety
     /// As for [`panel`].
     #[inline(always)]
-    unsafe fn group(&self, i: usize, height: usize, step: usize, k: usize, sums: &mut [D::Sum]) {
+    unsafe fn group(&self, i: usize, height: usize, step: usize, k: usize, next: (usize, usize), sums: &mut [f32]) {
         unsafe {
             let kn = CHUNK.min(self.inputs - k);
             let at = self.w.as_ptr().add((self.first + i) * self.inputs + k);
+            // the tiles ask for equal parts of the next group, so that memory is never idle
+            let next_kn = CHUNK.min(self.inputs - next.1);
+            let next = self.w.as_ptr().wrapping_add((self.first + next.0) * self.inputs + next.1);
+            let parts = self.tokens.len().div_ceil(self.tile_m);
             let mut t = self.tokens.start;
             let mut number = 0;
             while t < self.tokens.end {
@@ -301,7 +244,14 @@ impl<D: Dot> Call<'_, D> {
                     ahead: match self.one_tile {
                         true => Ahead::Bytes(AHEAD),
                         false => {
-                            Ahead::Rows(at.wrapping_add((height + 2 * number % height) * self.inputs), self.inputs)
+                            let from = number * height * next_kn / parts;
+                            Ahead::Lines {
+                                at: next.wrapping_add(from / next_kn * self.inputs + from % next_kn),
+                                row: next_kn,
+                                left: next_kn - from % next_kn,
+                                skip: self.inputs - next_kn,
+                                lines: height.div_ceil(parts),
+                            }
                         }
                     },
                 };
@@ -320,7 +270,7 @@ impl<D: Dot> Call<'_, D> {
 /// # Safety
 /// As for [`panel`].
 #[inline(always)]
-unsafe fn tiles<D: Dot>(m: usize, n: usize, w: Rows<D::W>, a: *const D::A, width: usize, k: usize, out: Sums<D::Sum>) {
+unsafe fn tiles<D: Dot>(m: usize, n: usize, w: Rows<D::W>, a: *const D::A, width: usize, k: usize, out: Sums) {
     unsafe {
         match (m, n) {
             (4, 6) => tile::<D, 4, 6>(w, a, width, k, out),
@@ -340,8 +290,8 @@ unsafe fn tiles<D: Dot>(m: usize, n: usize, w: Rows<D::W>, a: *const D::A, width
 }
 
 /// Where a tile's sums are added: elements from one token and from one row to the next.
-struct Sums<T> {
-    at: *mut T,
+struct Sums {
+    at: *mut f32,
     token: usize,
     row: usize,
 }
@@ -357,8 +307,9 @@ struct Rows<W> {
 enum Ahead<W> {
     /// Every row, so many bytes ahead.
     Bytes(usize),
-    /// This row of the next group and, so many elements further, the row behind it: three tiles ask for all six.
-    Rows(*const W, usize),
+    /// At every step so many lines (at most 3) of other rows from `at` on, of which `left` elements are in the first
+    /// row; the next rows have `row` elements each, `skip` elements lie between.
+    Lines { at: *const W, left: usize, row: usize, skip: usize, lines: usize },
 }
 
 /// Asks for the cache line at `p`, into the first level or only the second; any address will do.
@@ -384,7 +335,7 @@ unsafe fn tile<D: Dot, const M: usize, const N: usize>(
     a: *const D::A,
     a_stride: usize,
     k: usize,
-    out: Sums<D::Sum>,
+    out: Sums,
 ) {
     unsafe {
         let mut acc = [[D::zero(); N]; M];
@@ -403,10 +354,20 @@ unsafe fn tile<D: Dot, const M: usize, const N: usize>(
                     );
                 }
             }
-            Ahead::Rows(next, stride) => {
+            Ahead::Lines { mut at, mut left, row, skip, lines } => {
+                let line = 64 / size_of::<D::W>();
+                // asking for a line twice costs less than a branch
+                let (second, third) = (line * (lines > 1) as usize, line * 2 * (lines > 2) as usize);
                 for i in (0..full).step_by(D::STEP) {
-                    prefetch::<_, false>(next.wrapping_add(i));
-                    prefetch::<_, false>(next.wrapping_add(stride + i));
+                    prefetch::<_, true>(at);
+                    prefetch::<_, true>(at.wrapping_add(second));
+                    prefetch::<_, true>(at.wrapping_add(third));
+                    at = at.wrapping_add(lines * line);
+                    left = left.wrapping_sub(lines * line);
+                    if left as isize <= 0 {
+                        at = at.wrapping_add(skip);
+                        left = row;
+                    }
                     step::<D, M, N>(
                         &mut acc,
                         std::array::from_fn(|n| D::load_w(w.at.add(n * w.stride + i))),
@@ -472,7 +433,7 @@ unsafe fn step<D: Dot, const M: usize, const N: usize>(
 /// Instances of [`panel`] compiled with their instruction sets.
 #[cfg(target_arch = "x86_64")]
 mod instances {
-    use super::dot::{Bf16Avx512, Dot, Int8Vnni};
+    use super::dot::{Bf16Avx512, Dot};
     use super::panel;
     use std::ops::Range;
 
@@ -486,16 +447,15 @@ mod instances {
                 a: &[<$d as Dot>::A],
                 width: usize,
                 tokens: Range<usize>,
-                sums: &mut [<$d as Dot>::Sum],
+                sums: &mut [f32],
             ) {
                 unsafe { panel::<$d>(w, inputs, rows, a, width, tokens, sums) }
             }
         };
     }
     instance!(panel_bf16, Bf16Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c");
-    instance!(panel_vnni, Int8Vnni, "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c");
     instance!(panel_avx512<D>, D, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
     instance!(panel_avx2<D>, D, "avx2,fma,f16c");
 }
 #[cfg(target_arch = "x86_64")]
-use instances::{panel_avx2, panel_avx512, panel_bf16, panel_vnni};
+use instances::{panel_avx2, panel_avx512, panel_bf16};

@@ -1,5 +1,6 @@
 //! Weight matrices as products read them.
 
+use super::int8::Int8;
 use crate::error::{Error, Result};
 use crate::tensor::{Buffer, DType, Tensor};
 use bytemuck::Pod;
@@ -9,15 +10,6 @@ use half::{bf16, f16};
 pub struct Plain<E: Pod> {
     pub data: Buffer<E>,
     rows: usize,
-    cols: usize,
-}
-
-/// 8-bit weights with one scale for each row.
-pub struct Int8 {
-    pub data: Vec<i8>,
-    pub scales: Vec<f32>,
-    /// Sum of each row, which takes the activations' offset out of its products.
-    pub sums: Vec<i32>,
     cols: usize,
 }
 
@@ -68,19 +60,7 @@ impl Matrix {
                 rows_of().for_each(|r| data.extend(r.into_iter().map(bf16::from_f32)));
                 Matrix::Bf16(Plain { data: Buffer::owned(data), rows, cols })
             }
-            DType::Int8 => {
-                let mut m = Int8 { data: Vec::with_capacity(rows * cols), scales: vec![], sums: vec![], cols };
-                for r in rows_of() {
-                    let mut sum = 0;
-                    let scale = quantize(&r, |_, q| {
-                        m.data.push(q as i8);
-                        sum += q;
-                    });
-                    m.scales.push(scale);
-                    m.sums.push(sum);
-                }
-                Matrix::Int8(m)
-            }
+            DType::Int8 => Matrix::Int8(Int8::new(rows, cols, row).map_err(Error::io("memory", "reserve"))?),
         })
     }
 
@@ -89,7 +69,7 @@ impl Matrix {
             Matrix::F32(m) => m.rows,
             Matrix::F16(m) => m.rows,
             Matrix::Bf16(m) => m.rows,
-            Matrix::Int8(m) => m.scales.len(),
+            Matrix::Int8(m) => m.rows(),
         }
     }
 
@@ -98,7 +78,7 @@ impl Matrix {
             Matrix::F32(m) => m.cols,
             Matrix::F16(m) => m.cols,
             Matrix::Bf16(m) => m.cols,
-            Matrix::Int8(m) => m.cols,
+            Matrix::Int8(m) => m.cols(),
         }
     }
 
@@ -113,7 +93,7 @@ impl Matrix {
 
     /// Bytes that a product reads.
     pub fn bytes(&self) -> usize {
-        let scales = if let Matrix::Int8(m) = self { 8 * m.scales.len() } else { 0 };
+        let scales = if let Matrix::Int8(m) = self { 8 * m.rows() } else { 0 };
         self.rows() * self.cols() * self.dtype().size() + scales
     }
 
@@ -127,18 +107,7 @@ impl Matrix {
             Matrix::F32(m) => out.copy_from_slice(&m.data[range]),
             Matrix::F16(m) => copy(&m.data[range], out, f16::to_f32),
             Matrix::Bf16(m) => copy(&m.data[range], out, bf16::to_f32),
-            Matrix::Int8(m) => copy(&m.data[range], out, |q| q as f32 * m.scales[row]),
+            Matrix::Int8(m) => m.read_row(row, out),
         }
     }
-}
-
-/// Rounds `x` to whole multiples, at most 127, of the returned scale.
-pub fn quantize(x: &[f32], mut put: impl FnMut(usize, i32)) -> f32 {
-    let most = x.iter().fold(0f32, |m, v| m.max(v.abs()));
-    let scale = most / 127.0;
-    let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
-    for (i, v) in x.iter().enumerate() {
-        put(i, (v * inverse).round_ties_even() as i32);
-    }
-    scale
 }

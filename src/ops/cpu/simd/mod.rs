@@ -10,7 +10,7 @@ mod x86;
 
 pub use portable::Portable;
 #[cfg(target_arch = "x86_64")]
-pub use x86::{Avx2, Avx512, sum8_i32, sum16_i32};
+pub use x86::{Avx2, Avx512};
 
 use half::{bf16, f16};
 
@@ -232,6 +232,8 @@ macro_rules! simd_fn {
     ($(#[$meta:meta])* $vis:vis fn $name:ident<$S:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
         $vis fn $name(isa: $crate::ops::cpu::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
+            // a plain loop needs no vocabulary: compiled with the instruction set, it is vectorized all the same
+            #[allow(clippy::extra_unused_type_parameters)]
             #[inline(always)]
             unsafe fn generic<$S: $crate::ops::cpu::simd::Simd>($($arg: $ty),*) $(-> $ret)? {
                 // bodies are kernels: all of them is unsafe, and says so by being in this macro

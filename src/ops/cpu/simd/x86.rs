@@ -13,15 +13,29 @@ fn lane_mask(n: usize) -> __mmask16 {
 }
 
 /// Adds up the lanes of sixteen vectors: each step adds the halves of two vectors and keeps both sums side by side, so
-/// that 16 vectors become 8, 4, 2, 1. Order within a sum: lane + 8, + 4, + 2, + 1, as in [`Simd::sum`].
+/// that 16 vectors become 8, 4, 2, 1. (Written out: a closure would not be compiled with the instruction set.) Order within a sum: lane + 8, + 4, + 2, + 1, as in [`Simd::sum`].
 macro_rules! fold16 {
     ($v:expr, $add:ident) => {{
         let v: &[__m512; 16] = $v;
-        let a: [__m512; 8] = std::array::from_fn(|i| halves!(v[i], v[i + 8], $add));
+        let a: [__m512; 8] = [
+            halves!(v[0], v[8], $add),
+            halves!(v[1], v[9], $add),
+            halves!(v[2], v[10], $add),
+            halves!(v[3], v[11], $add),
+            halves!(v[4], v[12], $add),
+            halves!(v[5], v[13], $add),
+            halves!(v[6], v[14], $add),
+            halves!(v[7], v[15], $add),
+        ];
         // a[i] = [x_i: 2 quarters, x_{i+8}: 2 quarters]
-        let b: [__m512; 4] = std::array::from_fn(|i| quarters!(a[i], a[i + 4], $add));
+        let b: [__m512; 4] = [
+            quarters!(a[0], a[4], $add),
+            quarters!(a[1], a[5], $add),
+            quarters!(a[2], a[6], $add),
+            quarters!(a[3], a[7], $add),
+        ];
         // b[i] quarters: x_i, x_{i+8}, x_{i+4}, x_{i+12}
-        let c: [__m512; 2] = std::array::from_fn(|i| pairs!(b[i], b[i + 2], $add));
+        let c: [__m512; 2] = [pairs!(b[0], b[2], $add), pairs!(b[1], b[3], $add)];
         // c[i] quarter q: [x_k, x_k, x_{k+2}, x_{k+2}] with k = i + (0, 8, 4, 12)[q]
         let d = lanes!(c[0], c[1], $add);
         // d quarter q: x_k for k = base_q + (0, 2, 1, 3), base = 0, 8, 4, 12
@@ -34,9 +48,14 @@ macro_rules! fold16 {
 macro_rules! fold8 {
     ($v:expr, $add:ident) => {{
         let v: &[__m512; 8] = $v;
-        let a: [__m512; 4] = std::array::from_fn(|i| halves!(v[i], v[i + 4], $add));
+        let a: [__m512; 4] = [
+            halves!(v[0], v[4], $add),
+            halves!(v[1], v[5], $add),
+            halves!(v[2], v[6], $add),
+            halves!(v[3], v[7], $add),
+        ];
         // a[i] = [x_i: 2 quarters, x_{i+4}: 2 quarters]
-        let b: [__m512; 2] = std::array::from_fn(|i| quarters!(a[i], a[i + 2], $add));
+        let b: [__m512; 2] = [quarters!(a[0], a[2], $add), quarters!(a[1], a[3], $add)];
         // b[i] quarters: x_i, x_{i+4}, x_{i+2}, x_{i+6}
         let c = pairs!(b[0], b[1], $add);
         // c quarter q: [x_k, x_k, x_{k+1}, x_{k+1}] with k = (0, 4, 2, 6)[q]
@@ -185,39 +204,6 @@ impl Simd for Avx512 {
         unsafe { _mm256_storeu_ps(out.as_mut_ptr(), fold8!(v, _mm512_add_ps)) };
         out
     }
-}
-
-/// Sixteen sums of 32-bit integer lanes.
-///
-/// # Safety
-/// Needs AVX-512.
-#[inline(always)]
-pub unsafe fn sum16_i32(v: &[__m512i; 16]) -> [i32; 16] {
-    let mut out = [0; 16];
-    unsafe {
-        let v: [__m512; 16] = std::array::from_fn(|i| _mm512_castsi512_ps(v[i]));
-        _mm512_storeu_ps(out.as_mut_ptr().cast(), fold16!(&v, add_i32));
-    }
-    out
-}
-
-/// Eight sums of 32-bit integer lanes.
-///
-/// # Safety
-/// Needs AVX-512.
-#[inline(always)]
-pub unsafe fn sum8_i32(v: &[__m512i; 8]) -> [i32; 8] {
-    let mut out = [0; 8];
-    unsafe {
-        let v: [__m512; 8] = std::array::from_fn(|i| _mm512_castsi512_ps(v[i]));
-        _mm256_storeu_ps(out.as_mut_ptr().cast(), fold8!(&v, add_i32));
-    }
-    out
-}
-
-#[inline(always)]
-unsafe fn add_i32(a: __m512, b: __m512) -> __m512 {
-    unsafe { _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))) }
 }
 
 #[inline(always)]
