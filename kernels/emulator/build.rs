@@ -1,0 +1,44 @@
+//! Compiles the kernels as C++. The compiler calls the emulator before every access to memory (its kernel-address
+//! instrumentation, with all checks out of line), which is how accesses out of bounds and reads of unwritten memory
+//! are seen.
+
+use std::path::{Path, PathBuf};
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
+        .unwrap_or_else(|e| panic!("{}: {e}", folder.display()))
+        .map(|f| f.expect("a readable folder").path())
+        .filter(|p| p.extension().is_some_and(|e| e == "cu"))
+        .collect();
+    files.sort();
+    files
+}
+
+fn main() {
+    let here = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+    let kernels = here.parent().expect("the emulator lies in kernels").to_owned();
+    let mut files = sources(&kernels);
+    files.extend(sources(&here.join("faults")));
+    let mut build = cc::Build::new();
+    build
+        .cpp(true)
+        .std("c++17")
+        .opt_level(2)
+        .define("KERNEL_EMULATOR", None)
+        .include(here.join("include"))
+        .include(kernels.join("include"))
+        .flag("-ffp-contract=off")
+        .flag("-fno-exceptions")
+        .flag("-fno-strict-aliasing")
+        .flag("-Wno-unknown-pragmas")
+        .flag("-Wno-unused-parameter")
+        .flag("-fsanitize=kernel-address")
+        .flag("--param=asan-instrumentation-with-call-threshold=0")
+        .flag("--param=asan-stack=0")
+        .flag("--param=asan-globals=0")
+        .flag("-xc++")
+        .link_lib_modifier("+whole-archive") // kernels register themselves: nobody names them
+        .files(&files);
+    build.compile("emulated_kernels");
+    println!("cargo:rerun-if-changed={}", kernels.display());
+}

@@ -1,0 +1,81 @@
+// Kernels that are wrong, one for each kind of fault that the emulator must report.
+#include "memory.cuh"
+#include "tensor_core.cuh"
+
+// One thread does not come to the barrier.
+KERNEL(fault_divergent_barrier, 64)(uint32_t* out) {
+    if (threadIdx.x != 3) sync_block();
+    out[threadIdx.x] = threadIdx.x;
+}
+EXPORT(fault_divergent_barrier)
+
+// Half of a warp is in one operation, half in another.
+KERNEL(fault_divergent_warp, 32)(float* out) {
+    if (threadIdx.x < 16) {
+        sync_warp();
+    } else {
+        out[threadIdx.x] = shuffle_xor(1.0f, 1);
+    }
+}
+EXPORT(fault_divergent_warp)
+
+// Two named barriers, each waiting for the other's threads.
+KERNEL(fault_deadlock, 64)(uint32_t* out) {
+    sync_some(threadIdx.x < 32 ? 1 : 2, 64);
+    out[threadIdx.x] = 1;
+}
+EXPORT(fault_deadlock)
+
+KERNEL(fault_out_of_bounds, 32)(uint32_t* out, uint32_t length) {
+    if (threadIdx.x <= length) out[threadIdx.x] = 1; // one too many
+}
+EXPORT(fault_out_of_bounds)
+
+KERNEL(fault_shared_out_of_bounds, 32)(uint32_t* out) {
+    uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory());
+    shared[threadIdx.x + 1] = threadIdx.x;
+    out[threadIdx.x] = 0;
+}
+EXPORT(fault_shared_out_of_bounds)
+
+KERNEL(fault_unwritten, 32)(uint32_t* out, const uint32_t* in) { out[threadIdx.x] = in[threadIdx.x]; }
+EXPORT(fault_unwritten)
+
+KERNEL(fault_shared_unwritten, 32)(uint32_t* out) {
+    uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory());
+    if (threadIdx.x > 0) shared[threadIdx.x] = 1;
+    sync_block();
+    out[threadIdx.x] = shared[threadIdx.x];
+}
+EXPORT(fault_shared_unwritten)
+
+// Reads its neighbour's number without waiting for it.
+KERNEL(fault_missing_barrier, 64)(uint32_t* out) {
+    uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory());
+    shared[threadIdx.x] = 0;
+    sync_block();
+    shared[threadIdx.x] = threadIdx.x;
+    out[threadIdx.x] = shared[(threadIdx.x + 63) % 64];
+}
+EXPORT(fault_missing_barrier)
+
+// Uses what a copy brings before it has come.
+KERNEL(fault_copy_not_awaited, 32)(Eight* out, const Eight* in) {
+    Eight* shared = reinterpret_cast<Eight*>(shared_memory());
+    copy_async(&shared[threadIdx.x], &in[threadIdx.x], true);
+    copy_commit();
+    copy_wait<1>(); // one group may still be on its way: this one
+    out[threadIdx.x] = shared[threadIdx.x];
+}
+EXPORT(fault_copy_not_awaited)
+
+// The same kernel, right.
+KERNEL(copy_awaited, 32)(Eight* out, const Eight* in) {
+    Eight* shared = reinterpret_cast<Eight*>(shared_memory());
+    copy_async(&shared[threadIdx.x], &in[threadIdx.x], true);
+    copy_commit();
+    copy_wait<0>();
+    sync_block();
+    out[threadIdx.x] = shared[31 - threadIdx.x];
+}
+EXPORT(copy_awaited)

@@ -1,0 +1,88 @@
+//! What the compiler calls before every access to memory.
+
+use crate::block::{CURRENT, fault};
+use crate::memory::{UNWRITTEN, WRITTEN};
+
+unsafe extern "C" {
+    /// Begin and end of this program's own image, by the linker.
+    static __executable_start: u8;
+    static end: u8;
+}
+
+fn check(at: usize, len: usize, write: bool) {
+    let Some(current) = CURRENT.get() else { return };
+    if at >= current.stacks.0 && at < current.stacks.1 {
+        return;
+    }
+    // SAFETY: the block is alive while its threads run; the borrow ends before they switch.
+    let block = unsafe { &mut *current.block };
+    let start = at.wrapping_sub(block.threads[current.thread].place.shared as usize);
+    let what = if write { "write" } else { "read" };
+    if start < block.states.len() {
+        if start + len > block.states.len() {
+            fault(&format!("{what} of {len} bytes at byte {start} of shared memory, which has {}", block.states.len()));
+        }
+        let states = &mut block.states[start..start + len];
+        if write {
+            states.fill(WRITTEN);
+        } else if states.contains(&UNWRITTEN) {
+            fault(&format!("read of {len} bytes at byte {start} of shared memory, which nothing wrote"));
+        }
+        return;
+    }
+    if let Some(start) = block.launch.arena.find(at) {
+        if let Err(e) = block.launch.arena.access(start, len, write) {
+            fault(&format!("{what} of {len} bytes of device memory that is {e}"));
+        }
+        return;
+    }
+    let image = (&raw const __executable_start as usize)..(&raw const end as usize);
+    // what the kernel asks of the emulator itself: its arguments, its place, constants
+    let own =
+        block.arguments.iter().any(|r| r.contains(&at)) || block.threads.as_ptr_range().contains(&(at as *const _));
+    if write || !(image.contains(&at) || own) {
+        fault(&format!(
+            "{what} of {len} bytes out of bounds of shared and device memory ({start} past shared memory's start)"
+        ));
+    }
+}
+
+macro_rules! checks {
+    ($($load:ident $store:ident $len:literal;)*) => {$(
+        #[unsafe(no_mangle)]
+        extern "C" fn $load(at: usize) {
+            check(at, $len, false);
+        }
+        #[unsafe(no_mangle)]
+        extern "C" fn $store(at: usize) {
+            check(at, $len, true);
+        }
+    )*};
+}
+checks! {
+    __asan_load1_noabort __asan_store1_noabort 1;
+    __asan_load2_noabort __asan_store2_noabort 2;
+    __asan_load4_noabort __asan_store4_noabort 4;
+    __asan_load8_noabort __asan_store8_noabort 8;
+    __asan_load16_noabort __asan_store16_noabort 16;
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn __asan_loadN_noabort(at: usize, len: usize) {
+    check(at, len, false);
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn __asan_storeN_noabort(at: usize, len: usize) {
+    check(at, len, true);
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn __asan_handle_no_return() {}
+
+/// Around the registration of kernels, before any of them runs.
+#[unsafe(no_mangle)]
+extern "C" fn __asan_before_dynamic_init(_: usize) {}
+
+#[unsafe(no_mangle)]
+extern "C" fn __asan_after_dynamic_init() {}

@@ -1,0 +1,112 @@
+//! Each kind of fault is reported, and right kernels are not.
+
+use kernel_emulator::{Emulator, Shape};
+
+const SHAPE: Shape = Shape { grid: [1, 1, 1], threads: 32, shared_bytes: 0, cooperative: false };
+
+/// Runs a faulty kernel on a buffer of 32 words (and more arguments) and returns the report.
+fn report(kernel: &str, shape: Shape, check_order: bool, more: &[&[u8]]) -> String {
+    let mut device = Emulator::new(1 << 24);
+    device.check_order = check_order;
+    let out = device.allocate(4 * shape.threads as usize).unwrap();
+    let out = out.to_ne_bytes();
+    let mut args: Vec<&[u8]> = vec![&out];
+    args.extend(more);
+    device.launch(kernel, shape, &args).expect_err("the kernel is wrong")
+}
+
+#[track_caller]
+fn says(report: &str, words: &str) {
+    assert!(report.contains(words), "the report is {report:?}, it should say {words:?}");
+}
+
+#[test]
+fn a_barrier_that_one_thread_avoids() {
+    let r = report("fault_divergent_barrier", Shape { threads: 64, ..SHAPE }, false, &[]);
+    says(&r, "fault_divergent_barrier: block [0, 0, 0]: deadlock: 63 threads wait");
+    says(&r, "barrier 0 for 64; 1 of 64 have ended");
+}
+
+#[test]
+fn a_warp_in_two_operations() {
+    let r = report("fault_divergent_warp", SHAPE, false, &[]);
+    says(&r, "sync_warp");
+    says(&r, "shuffle_xor");
+}
+
+#[test]
+fn a_deadlock() {
+    says(&report("fault_deadlock", Shape { threads: 64, ..SHAPE }, false, &[]), "deadlock");
+}
+
+#[test]
+fn accesses_out_of_bounds() {
+    // the buffer has 16 words, the kernel writes one more
+    let device = Emulator::new(1 << 24);
+    let out = device.allocate(64).unwrap().to_ne_bytes();
+    let r = device.launch("fault_out_of_bounds", SHAPE, &[&out, &16u32.to_ne_bytes()]).unwrap_err();
+    says(
+        &r,
+        "fault_out_of_bounds: block [0, 0, 0], thread 16: write of 4 bytes of device memory that is out of bounds",
+    );
+    let null = 0u64.to_ne_bytes();
+    says(&device.launch("fault_out_of_bounds", SHAPE, &[&null, &1u32.to_ne_bytes()]).unwrap_err(), "out of bounds");
+}
+
+#[test]
+fn shared_memory_out_of_bounds() {
+    let r = report("fault_shared_out_of_bounds", Shape { shared_bytes: 128, ..SHAPE }, false, &[]);
+    says(&r, "thread 31: write of 4 bytes");
+    says(&r, "out of bounds");
+}
+
+#[test]
+fn memory_that_nothing_wrote() {
+    let device = Emulator::new(1 << 24);
+    let (out, unwritten) = (device.allocate(128).unwrap(), device.allocate(128).unwrap());
+    let args: [&[u8]; 2] = [&out.to_ne_bytes(), &unwritten.to_ne_bytes()];
+    let r = device.launch("fault_unwritten", SHAPE, &args).unwrap_err();
+    says(&r, "read of 4 bytes of device memory that is never written");
+    // and the host may not read it either
+    says(&device.read(unwritten, &mut [0; 4]).unwrap_err(), "never written");
+    device.write(unwritten, &[1; 128]).unwrap();
+    device.launch("fault_unwritten", SHAPE, &args).unwrap();
+    device.free(unwritten);
+    says(&device.launch("fault_unwritten", SHAPE, &args).unwrap_err(), "freed");
+    let r = report("fault_shared_unwritten", Shape { shared_bytes: 128, ..SHAPE }, false, &[]);
+    says(&r, "thread 0: read of 4 bytes at byte 0 of shared memory, which nothing wrote");
+}
+
+#[test]
+fn results_that_depend_on_the_order() {
+    let shape = Shape { threads: 64, shared_bytes: 256, ..SHAPE };
+    says(&report("fault_missing_barrier", shape, true, &[]), "depends on the order of threads");
+}
+
+#[test]
+fn a_copy_that_is_not_awaited() {
+    let mut device = Emulator::new(1 << 24);
+    device.check_order = true;
+    let (out, data) = (device.allocate(512).unwrap(), device.allocate(512).unwrap());
+    device.write(data, &(0..=255).chain(0..=255).collect::<Vec<u8>>()).unwrap();
+    let args: [&[u8]; 2] = [&out.to_ne_bytes(), &data.to_ne_bytes()];
+    let shape = Shape { shared_bytes: 512, ..SHAPE };
+    says(&device.launch("fault_copy_not_awaited", shape, &args).unwrap_err(), "which nothing wrote");
+    device.launch("copy_awaited", shape, &args).unwrap();
+    let mut bytes = [0; 512];
+    device.read(out, &mut bytes).unwrap();
+    assert_eq!(bytes[..16], (240..=255).collect::<Vec<u8>>());
+}
+
+#[test]
+fn launches_that_do_not_fit_the_kernel() {
+    let device = Emulator::new(1 << 24);
+    let out = device.allocate(4096).unwrap().to_ne_bytes();
+    let launch = |kernel: &str, shape, args: &[&[u8]]| device.launch(kernel, shape, args).unwrap_err();
+    says(&launch("no_such_kernel", SHAPE, &[&out]), "there is no kernel no_such_kernel");
+    says(&launch("fault_deadlock", SHAPE, &[]), "arguments of [] bytes were given, it takes [8]");
+    says(&launch("fault_deadlock", SHAPE, &[&[0; 4]]), "it takes [8]");
+    says(&launch("fault_deadlock", Shape { threads: 96, ..SHAPE }, &[&out]), "96 threads a block, it is built for 64");
+    let much = Shape { shared_bytes: 300_000, ..SHAPE };
+    says(&launch("fault_deadlock", much, &[&out]), "300000 bytes of shared memory");
+}

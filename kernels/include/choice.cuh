@@ -1,0 +1,90 @@
+// Choosing a token while the head's products are in shared memory: penalty, temperature, Gumbel-max, log-sum-exp.
+//
+// Each block reduces its own outputs to one `Partial` for each choice; `merge_choices` reduces those. Logits never go to
+// memory. Order and meaning are those of src/engine/sampling.rs.
+#pragma once
+#include "random.cuh"
+#include "threads.cuh"
+
+// Laid out as in src/ops/cuda/sampling.rs.
+struct Choice {
+    uint32_t row;           // of the products
+    float inverse_temperature; // 0: the most likely token
+    float penalty;          // 1: none
+    uint32_t seen_start, seen_count; // sorted tokens that the penalty counts
+    uint32_t seed_low, seed_high, candidate, position;
+    uint32_t unused[3];
+};
+
+struct Partial {
+    float score; // of the best token, with penalty, temperature and noise
+    uint32_t token;
+    float logit; // of the best token, as the model gave it
+    float most, sum; // of all tokens: largest logit, and the sum of exp(logit - most)
+};
+
+struct Choices {
+    const Choice* list;
+    const uint32_t* seen;
+    Partial* partials; // [choice, block]
+    uint32_t count, blocks;
+};
+
+DEVICE bool contains(const uint32_t* sorted, uint32_t count, uint32_t token) {
+    uint32_t first = 0;
+    while (count > 0) {
+        uint32_t half = count / 2;
+        if (sorted[first + half] < token) {
+            first += half + 1;
+            count -= half + 1;
+        } else {
+            count = half;
+        }
+    }
+    return sorted[first] == token; // the list ends with a number that is no token
+}
+
+DEVICE float gumbel(const Choice& c, uint32_t token) {
+    Words w = philox(c.seed_low, c.seed_high, Words{{token / 4, c.position, c.candidate, 0}});
+    float u = (static_cast<float>(w.w[token % 4] >> 9) + 0.5f) * (1.0f / 8388608.0f);
+    return -logf(-logf(u));
+}
+
+// The better of two, the lower token if they are equal; sums of exponentials brought to one largest logit.
+DEVICE Partial merged(const Partial& a, const Partial& b) {
+    bool first = a.score > b.score || (a.score == b.score && a.token < b.token);
+    Partial p = first ? a : b;
+    p.most = fmaxf(a.most, b.most);
+    p.sum = 0;
+    if (a.sum > 0) p.sum += a.sum * expf(a.most - p.most);
+    if (b.sum > 0) p.sum += b.sum * expf(b.most - p.most);
+    return p;
+}
+
+DEVICE Partial merged_with_lane(const Partial& p, int mask) {
+    Partial other = {shuffle_xor(p.score, mask), shuffle_xor(p.token, mask), shuffle_xor(p.logit, mask),
+                     shuffle_xor(p.most, mask), shuffle_xor(p.sum, mask)};
+    // both lanes must add in the same order
+    return lane_index() & mask ? merged(other, p) : merged(p, other);
+}
+
+DEVICE Partial nothing() { return Partial{-INFINITY, 0xffffffff, 0, -INFINITY, 0}; }
+
+// `sums` [token][per_block]: this block's outputs, which begin at row blockIdx.x * per_block of the head.
+DEVICE void choose_in_block(const float* sums, int per_block, const Choices& choices, uint32_t outputs) {
+    for (uint32_t i = warp_index(); i < choices.count; i += blockDim.x / WARP) {
+        Choice c = choices.list[i];
+        Partial p = nothing();
+        uint32_t token = blockIdx.x * per_block + lane_index();
+        if (lane_index() < per_block && token < outputs) {
+            float logit = sums[c.row * per_block + lane_index()], score = logit;
+            if (c.penalty != 1.0f && contains(choices.seen + c.seen_start, c.seen_count, token)) {
+                score = score > 0 ? score / c.penalty : score * c.penalty;
+            }
+            if (c.inverse_temperature > 0) score = score * c.inverse_temperature + gumbel(c, token);
+            p = Partial{score, token, logit, logit, 1.0f};
+        }
+        for (int mask = 16; mask > 0; mask /= 2) p = merged_with_lane(p, mask);
+        if (lane_index() == 0) choices.partials[static_cast<size_t>(i) * choices.blocks + blockIdx.x] = p;
+    }
+}

@@ -1,0 +1,68 @@
+// What a product does with its sums.
+#pragma once
+#include "numbers.cuh"
+
+enum EpilogueMode : uint32_t {
+    BIAS = 0,     // out f32 = sum + bias
+    GELU = 1,     // out 16 bits = gelu(sum + bias), tanh form
+    RESIDUAL = 2, // out f32 = sum + bias + residual
+    QKV = 3,      // rows are [head, 3, head size]: queries to out in 16 bits, keys and values to their cache blocks
+};
+
+// Laid out as `Epilogue` in src/ops/cuda/linear.rs.
+struct Epilogue {
+    void* out;          // [tokens, width], for QKV [tokens, width / 3]
+    const float* bias;  // [width]
+    const void* residual; // [tokens, width], in f32 or 16 bits
+    void* keys;         // this layer's cache: [block, head, 16, head size]
+    void* values;
+    const uint32_t* slots; // of each token: block * 16 + position in the block
+    uint32_t mode, width, narrow_residual, heads, head_size, unused;
+};
+
+DEVICE float gelu(float x) {
+    float u = 0.79788456f * x * (1.0f + 0.044715f * x * x);
+    return x / (1.0f + expf(-2.0f * u));
+}
+
+// Writes two neighbouring sums (outputs `row` and `row + 1`, `row` even) of a token. `second` is false if there is no second.
+template <class T>
+DEVICE void finish_pair(const Epilogue& e, uint32_t token, uint32_t row, float a, float b, bool second) {
+    a += e.bias[row];
+    if (second) b += e.bias[row + 1];
+    size_t at = static_cast<size_t>(token) * e.width + row;
+    if (e.mode == QKV) {
+        // head sizes are even: both outputs are of one head and part
+        uint32_t head = row / (3 * e.head_size), part = row / e.head_size % 3, d = row % e.head_size;
+        T* to;
+        if (part == 0) {
+            to = static_cast<T*>(e.out) + (static_cast<size_t>(token) * e.heads + head) * e.head_size + d;
+        } else {
+            uint32_t slot = e.slots[token];
+            size_t place = (static_cast<size_t>(slot / 16) * e.heads + head) * 16 + slot % 16;
+            to = static_cast<T*>(part == 1 ? e.keys : e.values) + place * e.head_size + d;
+        }
+        *reinterpret_cast<uint32_t*>(to) = pack<T>(a, b);
+        return;
+    }
+    if (e.mode == GELU) {
+        T* out = static_cast<T*>(e.out) + at;
+        out[0] = narrow<T>(gelu(a));
+        if (second) out[1] = narrow<T>(gelu(b));
+        return;
+    }
+    if (e.mode == RESIDUAL) {
+        if (e.narrow_residual) {
+            const T* r = static_cast<const T*>(e.residual) + at;
+            a += to_float(r[0]);
+            if (second) b += to_float(r[1]);
+        } else {
+            const float* r = static_cast<const float*>(e.residual) + at;
+            a += r[0];
+            if (second) b += r[1];
+        }
+    }
+    float* out = static_cast<float*>(e.out) + at;
+    out[0] = a;
+    if (second) out[1] = b;
+}

@@ -1,0 +1,93 @@
+// Threads among themselves: barriers, warps, blocks that follow each other.
+#pragma once
+#include "numbers.cuh"
+
+constexpr int WARP = 32;
+
+DEVICE int warp_index() { return threadIdx.x / WARP; }
+DEVICE int lane_index() { return threadIdx.x % WARP; }
+
+DEVICE void sync_block() {
+#ifdef KERNEL_EMULATOR
+    emulator_barrier(0, blockDim.x);
+#else
+    __syncthreads();
+#endif
+}
+
+// Barrier 1 to 15 among `count` threads of the block, a multiple of 32.
+DEVICE void sync_some(int id, int count) {
+#ifdef KERNEL_EMULATOR
+    emulator_barrier(id, count);
+#else
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+#endif
+}
+
+DEVICE void sync_warp() {
+#ifdef KERNEL_EMULATOR
+    emulator_collective(32, 0xffffffff, [](void**, uint32_t) {}, nullptr, "sync_warp");
+#else
+    __syncwarp();
+#endif
+}
+
+// The value of the lane whose number differs in the bits of `mask`.
+DEVICE float shuffle_xor(float x, int mask) {
+#ifdef KERNEL_EMULATOR
+    struct Lane {
+        float in, out;
+        int mask;
+    } lane = {x, 0, mask};
+    emulator_collective(
+        32, 0xffffffff,
+        [](void** data, uint32_t) {
+            for (int i = 0; i < 32; i++) {
+                Lane* me = static_cast<Lane*>(data[i]);
+                me->out = static_cast<Lane*>(data[i ^ me->mask])->in;
+            }
+        },
+        &lane, "shuffle_xor");
+    return lane.out;
+#else
+    return __shfl_xor_sync(0xffffffff, x, mask);
+#endif
+}
+DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return bits_of_float(shuffle_xor(float_of_bits(x), mask)); }
+
+// All lanes get the sum, added in the same order whatever the values.
+DEVICE float warp_sum(float x) {
+    for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    return x;
+}
+DEVICE float warp_max(float x) {
+    for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
+    return x;
+}
+
+// Adds to a counter in device memory and returns what it was; what this thread wrote before is seen by whoever sees the
+// new value and calls `acquire`.
+DEVICE uint32_t count_up(uint32_t* counter) {
+#ifdef KERNEL_EMULATOR
+    return __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL);
+#else
+    __threadfence();
+    uint32_t before = atomicAdd(counter, 1u);
+    __threadfence();
+    return before;
+#endif
+}
+
+// Waits for the kernels that this one was launched to follow: what they wrote may be read from here on. What comes before
+// (weights, the thread's place) overlaps with their end.
+DEVICE void wait_for_earlier_kernels() {
+#if !defined(KERNEL_EMULATOR) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the kernel that follows begin.
+DEVICE void let_next_kernel_begin() {
+#if !defined(KERNEL_EMULATOR) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}

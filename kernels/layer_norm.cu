@@ -1,0 +1,84 @@
+// Layer norm of rows, alone and right after the embedding lookup.
+//
+//   embed_norm: out[t] = norm(table[ids[t]])       table [vocabulary, width], out [tokens, width] in f32
+//   layer_norm: out[r] = norm(x[rows[r]])          x [tokens, width] in f32, out [rows, width] in 16 bits
+//
+// Least bytes: each row read once and written once; a row of 1536 is 6 KB in f32. One warp takes a row and passes over it
+// three times (sum, squares, output), the second and third time from the first-level cache: no barrier, no shared
+// memory, and a row's result cannot depend on its neighbours. Widths are multiples of 8.
+#include "rows.cuh"
+
+constexpr int ROWS_PER_BLOCK = 4;
+
+template <class T>
+struct TableRow {
+    const T* x;
+    float scale;
+    DEVICE_MEMBER Four operator()(int i) const {
+        uint32_t p[2] = {reinterpret_cast<const uint32_t*>(x + i)[0], reinterpret_cast<const uint32_t*>(x + i)[1]};
+        return Four{{low<T>(p[0]), high<T>(p[0]), low<T>(p[1]), high<T>(p[1])}};
+    }
+};
+template <>
+struct TableRow<int8_t> {
+    const int8_t* x;
+    float scale;
+    DEVICE_MEMBER Four operator()(int i) const {
+        uint32_t p = *reinterpret_cast<const uint32_t*>(x + i);
+        Four v;
+        UNROLL
+        for (int j = 0; j < 4; j++) v.v[j] = static_cast<float>(static_cast<int8_t>(p >> (8 * j))) * scale;
+        return v;
+    }
+};
+
+template <class T>
+DEVICE void embed_norm(float* out, const uint32_t* ids, const T* table, const float* scales, const float* weight,
+                       const float* bias, uint32_t tokens, uint32_t width, float eps) {
+    wait_for_earlier_kernels();
+    uint32_t token = blockIdx.x * ROWS_PER_BLOCK + warp_index();
+    if (token >= tokens) return;
+    uint32_t id = ids[token];
+    TableRow<T> row = {table + static_cast<size_t>(id) * width, scales ? scales[id] : 1.0f};
+    float mean, inverse;
+    warp_moments(row, width, eps, mean, inverse);
+    for (uint32_t i = lane_index() * 4; i < width; i += WARP * 4) {
+        Four v = normalized(row(i), i, weight, bias, mean, inverse);
+        *reinterpret_cast<Four*>(out + static_cast<size_t>(token) * width + i) = v;
+    }
+}
+
+template <class T>
+DEVICE void layer_norm(T* out, const float* x, const uint32_t* rows, const float* weight, const float* bias,
+                       uint32_t count, uint32_t width, float eps) {
+    wait_for_earlier_kernels();
+    uint32_t r = blockIdx.x * ROWS_PER_BLOCK + warp_index();
+    if (r >= count) return;
+    FloatRow row = {x + static_cast<size_t>(rows ? rows[r] : r) * width};
+    float mean, inverse;
+    warp_moments(row, width, eps, mean, inverse);
+    for (uint32_t i = lane_index() * 4; i < width; i += WARP * 4) {
+        store_four(out + static_cast<size_t>(r) * width + i, normalized(row(i), i, weight, bias, mean, inverse));
+    }
+}
+
+#define EMBED_NORM(T, suffix)                                                                                          \
+    KERNEL(embed_norm_##suffix, ROWS_PER_BLOCK* WARP)                                                                  \
+    (float* out, const uint32_t* ids, const T* table, const float* scales, const float* weight, const float* bias,     \
+     uint32_t tokens, uint32_t width, float eps) {                                                                     \
+        embed_norm<T>(out, ids, table, scales, weight, bias, tokens, width, eps);                                      \
+    }                                                                                                                  \
+    EXPORT(embed_norm_##suffix)
+EMBED_NORM(bf16, bf16)
+EMBED_NORM(f16, f16)
+EMBED_NORM(int8_t, int8)
+
+#define LAYER_NORM(T)                                                                                                  \
+    KERNEL(layer_norm_##T, ROWS_PER_BLOCK* WARP)                                                                       \
+    (T * out, const float* x, const uint32_t* rows, const float* weight, const float* bias, uint32_t count,            \
+     uint32_t width, float eps) {                                                                                      \
+        layer_norm<T>(out, x, rows, weight, bias, count, width, eps);                                                  \
+    }                                                                                                                  \
+    EXPORT(layer_norm_##T)
+LAYER_NORM(bf16)
+LAYER_NORM(f16)
