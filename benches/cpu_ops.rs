@@ -55,8 +55,9 @@ fn attention(c: &mut Criterion) {
         let mut batch = Batch::default();
         batch.push(&vec![0; span], past, &table);
         let qkv = noise(span * 3 * 16 * 96);
+        cache.write(&cpu, &batch, 0, &heads, &qkv);
         let mut out = Vec::new();
-        group.bench_function(name, |b| b.iter(|| cpu.attention(&batch, 0, &heads, &qkv, &mut cache, &mut out)));
+        group.bench_function(name, |b| b.iter(|| cpu.attention(&batch, &(), 0, &heads, &qkv, &cache, &mut out)));
     }
 }
 

@@ -49,15 +49,17 @@ fn run(cpu: &Cpu, model: &Bloom<Cpu>, requests: &[Request], options: EngineOptio
     }
     let mut out = Outputs::default();
     while !engine.is_idle() {
-        engine.step(&mut |event| {
-            match event {
-                Event::Prompt { request, logprobs } => out.1.entry(request).or_default().extend(logprobs),
-                Event::Token { request, candidate, token, .. } => {
-                    out.0.entry((request, candidate)).or_default().push(token)
+        engine
+            .step(&mut |event| {
+                match event {
+                    Event::Prompt { request, logprobs } => out.1.entry(request).or_default().extend(logprobs),
+                    Event::Token { request, candidate, token, .. } => {
+                        out.0.entry((request, candidate)).or_default().push(token)
+                    }
                 }
-            }
-            true
-        });
+                true
+            })
+            .unwrap();
     }
     assert_eq!(engine.blocks_in_use(), 0, "blocks leaked");
     out
@@ -113,12 +115,14 @@ fn a_refused_token_ends_its_candidate_and_length_is_reported() {
     let mut finishes = Vec::new();
     let mut count = 0;
     while !engine.is_idle() {
-        engine.step(&mut |event| {
-            let Event::Token { request, finish, .. } = event else { return true };
-            finishes.extend(finish);
-            count += u32::from(request == 1);
-            request == 0 || count < 3
-        });
+        engine
+            .step(&mut |event| {
+                let Event::Token { request, finish, .. } = event else { return true };
+                finishes.extend(finish);
+                count += u32::from(request == 1);
+                request == 0 || count < 3
+            })
+            .unwrap();
     }
     assert_eq!((finishes, count), (vec![Finish::Length], 3));
     assert_eq!(engine.blocks_in_use(), 0);

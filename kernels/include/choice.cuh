@@ -46,7 +46,9 @@ DEVICE bool contains(const uint32_t* sorted, uint32_t count, uint32_t token) {
 
 DEVICE float gumbel(const Choice& c, uint32_t token) {
     Words w = philox(c.seed_low, c.seed_high, Words{{token / 4, c.position, c.candidate, 0}});
-    float u = (static_cast<float>(w.w[token % 4] >> 9) + 0.5f) * (1.0f / 8388608.0f);
+    // picked without an index, which would put the words into memory
+    uint32_t low = token & 1 ? w.w[1] : w.w[0], high = token & 1 ? w.w[3] : w.w[2];
+    float u = (static_cast<float>((token & 2 ? high : low) >> 9) + 0.5f) * (1.0f / 8388608.0f);
     return -logf(-logf(u));
 }
 
@@ -73,7 +75,7 @@ DEVICE Partial nothing() { return Partial{-INFINITY, 0xffffffff, 0, -INFINITY, 0
 // `sums` [token][per_block]: this block's outputs, which begin at row blockIdx.x * per_block of the head.
 DEVICE void choose_in_block(const float* sums, int per_block, const Choices& choices, uint32_t outputs) {
     for (uint32_t i = warp_index(); i < choices.count; i += blockDim.x / WARP) {
-        Choice c = choices.list[i];
+        const Choice& c = choices.list[i];
         Partial p = nothing();
         uint32_t token = blockIdx.x * per_block + lane_index();
         if (lane_index() < per_block && token < outputs) {

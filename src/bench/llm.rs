@@ -113,14 +113,14 @@ pub fn run(cpu: &Cpu, model: &Bloom<Cpu>, options: LlmOptions) -> Result<LlmRepo
                 prompt_logprobs: false,
             })?;
         }
-        let mut timed = || {
+        let mut timed = || -> Result<f64> {
             let started = Instant::now();
-            engine.step(&mut |_| true);
-            started.elapsed().as_secs_f64()
+            engine.step(&mut |_| true)?;
+            Ok(started.elapsed().as_secs_f64())
         };
-        prefill_times.push(timed());
+        prefill_times.push(timed()?);
         for _ in 0..o.new_tokens {
-            decode_times.push(timed());
+            decode_times.push(timed()?);
         }
     }
     // before the buffers of the next measurement

@@ -117,7 +117,7 @@ impl<'a, B: Backend> Engine<'a, B> {
     }
 
     /// One forward pass. `sink` receives what happened; returning `false` for a token ends its candidate.
-    pub fn step(&mut self, sink: &mut dyn FnMut(Event) -> bool) {
+    pub fn step(&mut self, sink: &mut dyn FnMut(Event) -> bool) -> Result<()> {
         self.admit();
         let mut batch = Batch::default();
         // (running sequence, first token in the batch, tokens)
@@ -137,12 +137,12 @@ impl<'a, B: Backend> Engine<'a, B> {
             batch.push(&s.tokens[s.computed..s.computed + n], s.computed, &s.blocks);
         }
         if spans.is_empty() {
-            return;
+            return Ok(());
         }
         self.model.forward(self.backend, &batch, &mut self.cache, &mut self.scratch);
         self.computed_tokens += batch.ids.len() as u64;
         for &(i, start, n) in &spans {
-            self.score_prompt(i, start, n, sink);
+            self.score_prompt(i, start, n, sink)?;
             self.running[i].computed += n;
         }
         let ready: Vec<(usize, usize)> = spans
@@ -150,8 +150,9 @@ impl<'a, B: Backend> Engine<'a, B> {
             .filter(|&&(i, _, _)| self.running[i].computed == self.running[i].tokens.len())
             .map(|&(i, start, n)| (i, start + n - 1))
             .collect();
-        self.sample(&ready, sink);
+        self.sample(&ready, sink)?;
         self.retire();
+        Ok(())
     }
 
     fn admit(&mut self) {
@@ -170,19 +171,19 @@ impl<'a, B: Backend> Engine<'a, B> {
     }
 
     /// Log-probabilities of the prompt's own tokens, where the request asks for them.
-    fn score_prompt(&mut self, i: usize, start: usize, n: usize, sink: &mut dyn FnMut(Event) -> bool) {
+    fn score_prompt(&mut self, i: usize, start: usize, n: usize, sink: &mut dyn FnMut(Event) -> bool) -> Result<()> {
         /// Rows of logits in memory at once.
         const ROWS: usize = 16;
         let s = &self.running[i];
         if !s.request.prompt_logprobs || s.computed >= s.prompt {
-            return;
+            return Ok(());
         }
         // position p predicts token p + 1
         let positions: Vec<usize> = (s.computed..s.computed + n).filter(|p| p + 1 < s.prompt).collect();
         let mut logprobs = Vec::with_capacity(positions.len());
         for part in positions.chunks(ROWS) {
             let rows: Vec<usize> = part.iter().map(|p| start + p - s.computed).collect();
-            self.model.logits(self.backend, &rows, &mut self.scratch, &mut self.logits);
+            self.model.logits(self.backend, &rows, &mut self.scratch, &mut self.logits)?;
             let vocab = self.logits.len() / rows.len();
             for (row, p) in self.logits.chunks_exact(vocab).zip(part) {
                 logprobs.push(sampling::logprob(row, s.tokens[p + 1]));
@@ -192,10 +193,11 @@ impl<'a, B: Backend> Engine<'a, B> {
         if s.computed + n >= s.prompt || !logprobs.is_empty() {
             sink(Event::Prompt { request, logprobs });
         }
+        Ok(())
     }
 
     /// Chooses the next token of each `(sequence, row)`; a fresh prompt splits into its candidates.
-    fn sample(&mut self, ready: &[(usize, usize)], sink: &mut dyn FnMut(Event) -> bool) {
+    fn sample(&mut self, ready: &[(usize, usize)], sink: &mut dyn FnMut(Event) -> bool) -> Result<()> {
         let mut forked = Vec::new();
         for &(i, row) in ready {
             let count = std::mem::replace(&mut self.running[i].fork, 0).max(1);
@@ -222,7 +224,7 @@ impl<'a, B: Backend> Engine<'a, B> {
                 }
             })
             .collect();
-        let chosen = self.model.sample(self.backend, &rows, &mut self.scratch, &mut self.logits);
+        let chosen = self.model.sample(self.backend, &rows, &mut self.scratch, &mut self.logits)?;
         for (&(i, _), c) in targets.iter().zip(chosen) {
             let s = &mut self.running[i];
             s.push(c.token);
@@ -242,6 +244,7 @@ impl<'a, B: Backend> Engine<'a, B> {
             });
             s.done = finish.is_some() || !goes_on;
         }
+        Ok(())
     }
 
     /// A sequence that shares the full blocks of sequence `i` and has a copy of the last one.

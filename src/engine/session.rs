@@ -167,7 +167,7 @@ impl<'a, B: Backend> Session<'a, B> {
                 }
                 goes_on
             }
-        });
+        })?;
         self.generated_tokens += generated;
         if let Some(e) = failed {
             return Err(e);

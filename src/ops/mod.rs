@@ -4,6 +4,7 @@
 //! one after the other, without padding; prefill, chunked prefill, decoding and scoring are the same calls.
 
 pub mod cpu;
+pub mod cuda;
 
 use crate::engine::{Chosen, SampleRow};
 use crate::error::Result;
@@ -51,6 +52,15 @@ pub enum Epilogue<'a, Buffer> {
     BiasResidual(&'a Buffer),
 }
 
+/// A layer norm before a product.
+pub struct Norm<'a, B: Backend + ?Sized> {
+    pub norm: &'a LayerNorm<B::Vector>,
+    pub eps: f32,
+    /// Whether the normalized rows are wanted too: they are in `normed` then, and may be otherwise.
+    pub keep: bool,
+    pub normed: &'a mut B::Buffer,
+}
+
 /// Gain and shift of a layer norm.
 pub struct LayerNorm<V> {
     pub weight: V,
@@ -72,7 +82,8 @@ pub struct Heads {
     pub slopes: Vec<f32>,
 }
 
-/// Where a model's memory lives and its operations run. Activations are `[tokens, width]`, row-major, in f32.
+/// Where a model's memory lives and its operations run. Activations are `[tokens, width]`, row-major.
+/// Devices work on while the host does other things: what fails is reported where results are taken.
 pub trait Backend {
     /// A matrix ready for products.
     type Matrix;
@@ -80,6 +91,8 @@ pub trait Backend {
     type Vector;
     /// Activations; grows as needed.
     type Buffer: Default;
+    /// What the device needs to know of a batch.
+    type Pass: Default;
     /// Keys and values of all layers, in blocks of [`BLOCK`] positions: `[block, head, position, head size]`.
     type Cache;
 
@@ -90,16 +103,18 @@ pub trait Backend {
     /// Copies a block's keys and values in all layers.
     fn copy_block(&self, cache: &mut Self::Cache, from: u32, to: u32);
 
-    /// Layer norm of the rows of `table` for `ids`.
+    /// Prepares what the operations below need to know of a batch.
+    fn begin(&self, batch: &Batch, pass: &mut Self::Pass);
+    /// Layer norm of the rows of `table` for the batch's ids.
     fn embed_norm(
         &self,
-        ids: &[u32],
+        batch: &Batch,
+        pass: &Self::Pass,
         table: &Self::Matrix,
         norm: &LayerNorm<Self::Vector>,
         eps: f32,
         out: &mut Self::Buffer,
     );
-    fn layer_norm(&self, x: &Self::Buffer, norm: &LayerNorm<Self::Vector>, eps: f32, out: &mut Self::Buffer);
     fn linear(
         &self,
         x: &Self::Buffer,
@@ -107,28 +122,61 @@ pub trait Backend {
         epilogue: Epilogue<Self::Buffer>,
         out: &mut Self::Buffer,
     );
-    /// Writes keys and values of `qkv` (`[tokens, head, 3, head size]`) to the cache, then lets each query
-    /// attend to its own and all earlier positions. `out` is `[tokens, head, head size]`.
-    fn attention(
+    /// [`Backend::linear`] of the normalized rows of `x`.
+    fn norm_linear(
+        &self,
+        x: &Self::Buffer,
+        norm: Norm<Self>,
+        linear: &Linear<Self::Matrix, Self::Vector>,
+        epilogue: Epilogue<Self::Buffer>,
+        out: &mut Self::Buffer,
+    );
+    /// Queries, keys and values of the normalized rows of `x`; the linear's rows are `[head, 3, head size]`. Keys and values go
+    /// to the cache; `out` is what [`Backend::attention`] takes as `queries`.
+    #[allow(clippy::too_many_arguments)] // one fused operation
+    fn norm_qkv(
         &self,
         batch: &Batch,
+        pass: &Self::Pass,
         layer: usize,
+        x: &Self::Buffer,
+        norm: Norm<Self>,
+        linear: &Linear<Self::Matrix, Self::Vector>,
         heads: &Heads,
-        qkv: &Self::Buffer,
         cache: &mut Self::Cache,
         out: &mut Self::Buffer,
     );
-    /// The chosen rows of `x`.
-    fn gather(&self, x: &Self::Buffer, rows: &[usize], width: usize, out: &mut Self::Buffer);
-    /// Products with every row of the head: `[rows, vocabulary]`, on the host.
-    fn logits(&self, x: &Self::Buffer, head: &Self::Matrix, out: &mut Vec<f32>);
+    /// Lets each query attend to its own and all earlier positions of its sequence in the cache. `out` is
+    /// `[tokens, head, head size]`.
+    #[allow(clippy::too_many_arguments)]
+    fn attention(
+        &self,
+        batch: &Batch,
+        pass: &Self::Pass,
+        layer: usize,
+        heads: &Heads,
+        queries: &Self::Buffer,
+        cache: &Self::Cache,
+        out: &mut Self::Buffer,
+    );
+    /// Layer norm of the chosen rows of `x`.
+    fn gather_norm(
+        &self,
+        x: &Self::Buffer,
+        rows: &[usize],
+        norm: &LayerNorm<Self::Vector>,
+        eps: f32,
+        out: &mut Self::Buffer,
+    );
+    /// Products with every row of the head: `[rows, vocabulary]`, on the host. Reports what failed since the last call.
+    fn logits(&self, x: &Self::Buffer, head: &Self::Matrix, out: &mut Vec<f32>) -> Result<()>;
     /// Chooses tokens from the head's products: for each `(row of x, what to choose)` one, in order.
-    /// `scratch` may hold logits.
+    /// `scratch` may hold logits. Reports what failed since the last call.
     fn sample(
         &self,
         x: &Self::Buffer,
         head: &Self::Matrix,
         rows: &[(usize, &SampleRow)],
         scratch: &mut Vec<f32>,
-    ) -> Vec<Chosen>;
+    ) -> Result<Vec<Chosen>>;
 }

@@ -5,7 +5,7 @@ use crate::checkpoint::Checkpoint;
 use crate::engine::{Chosen, SampleRow};
 use crate::error::Result;
 use crate::models::bloom::Parameter;
-use crate::ops::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear};
+use crate::ops::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
 use crate::tensor::DType;
 
 pub struct Bloom<B: Backend> {
@@ -38,7 +38,7 @@ pub struct Scratch<B: Backend> {
     attention: B::Buffer,
     x2: B::Buffer,
     wide: B::Buffer,
-    chosen: B::Buffer,
+    pass: B::Pass,
 }
 
 impl<B: Backend> Default for Scratch<B> {
@@ -50,7 +50,7 @@ impl<B: Backend> Default for Scratch<B> {
             attention: Default::default(),
             x2: Default::default(),
             wide: Default::default(),
-            chosen: Default::default(),
+            pass: Default::default(),
         }
     }
 }
@@ -126,32 +126,37 @@ impl<B: Backend> Bloom<B> {
     pub fn forward(&self, backend: &B, batch: &Batch, cache: &mut B::Cache, s: &mut Scratch<B>) {
         let eps = self.config.layer_norm_epsilon;
         let post_norm = self.config.residual_post_layer_norm;
-        backend.embed_norm(&batch.ids, &self.embedding, &self.embedding_norm, eps, &mut s.x);
+        backend.begin(batch, &mut s.pass);
+        backend.embed_norm(batch, &s.pass, &self.embedding, &self.embedding_norm, eps, &mut s.x);
         for (i, layer) in self.layers.iter().enumerate() {
-            backend.layer_norm(&s.x, &layer.input_norm, eps, &mut s.normed);
-            backend.linear(&s.normed, &layer.qkv, Epilogue::Bias, &mut s.qkv);
-            backend.attention(batch, i, &self.heads, &s.qkv, cache, &mut s.attention);
+            let norm = Norm { norm: &layer.input_norm, eps, keep: post_norm, normed: &mut s.normed };
+            backend.norm_qkv(batch, &s.pass, i, &s.x, norm, &layer.qkv, &self.heads, cache, &mut s.qkv);
+            backend.attention(batch, &s.pass, i, &self.heads, &s.qkv, cache, &mut s.attention);
             let residual = if post_norm { &s.normed } else { &s.x };
             backend.linear(&s.attention, &layer.dense, Epilogue::BiasResidual(residual), &mut s.x2);
-            backend.layer_norm(&s.x2, &layer.post_norm, eps, &mut s.normed);
-            backend.linear(&s.normed, &layer.up, Epilogue::BiasGelu, &mut s.wide);
+            let norm = Norm { norm: &layer.post_norm, eps, keep: post_norm, normed: &mut s.normed };
+            backend.norm_linear(&s.x2, norm, &layer.up, Epilogue::BiasGelu, &mut s.wide);
             let residual = if post_norm { &s.normed } else { &s.x2 };
             backend.linear(&s.wide, &layer.down, Epilogue::BiasResidual(residual), &mut s.x);
         }
     }
 
     /// Logits `[rows.len(), vocabulary]` of chosen tokens of the last forward pass.
-    pub fn logits(&self, backend: &B, rows: &[usize], s: &mut Scratch<B>, out: &mut Vec<f32>) {
-        let h = self.config.hidden_size;
-        backend.gather(&s.x, rows, h, &mut s.chosen);
-        backend.layer_norm(&s.chosen, &self.final_norm, self.config.layer_norm_epsilon, &mut s.normed);
-        backend.logits(&s.normed, self.head(), out);
+    pub fn logits(&self, backend: &B, rows: &[usize], s: &mut Scratch<B>, out: &mut Vec<f32>) -> Result<()> {
+        backend.gather_norm(&s.x, rows, &self.final_norm, self.config.layer_norm_epsilon, &mut s.normed);
+        backend.logits(&s.normed, self.head(), out)
     }
 
     /// Chooses a token for each row of the last forward pass. `logits` is scratch.
-    pub fn sample(&self, backend: &B, rows: &[SampleRow], s: &mut Scratch<B>, logits: &mut Vec<f32>) -> Vec<Chosen> {
+    pub fn sample(
+        &self,
+        backend: &B,
+        rows: &[SampleRow],
+        s: &mut Scratch<B>,
+        logits: &mut Vec<f32>,
+    ) -> Result<Vec<Chosen>> {
         if rows.is_empty() {
-            return vec![];
+            return Ok(vec![]);
         }
         // candidates of one prompt share a row
         let mut tokens: Vec<usize> = rows.iter().map(|r| r.row).collect();
@@ -159,9 +164,7 @@ impl<B: Backend> Bloom<B> {
         tokens.dedup();
         let at = |r: &SampleRow| tokens.binary_search(&r.row).expect("taken from the rows above");
         let rows: Vec<(usize, &SampleRow)> = rows.iter().map(|r| (at(r), r)).collect();
-        let h = self.config.hidden_size;
-        backend.gather(&s.x, &tokens, h, &mut s.chosen);
-        backend.layer_norm(&s.chosen, &self.final_norm, self.config.layer_norm_epsilon, &mut s.normed);
+        backend.gather_norm(&s.x, &tokens, &self.final_norm, self.config.layer_norm_epsilon, &mut s.normed);
         backend.sample(&s.normed, self.head(), &rows, logits)
     }
 }

@@ -76,8 +76,17 @@ impl Cache {
         }
     }
 
-    /// Writes the keys and values of `qkv` and computes `out`; see [`crate::ops::Backend::attention`].
-    pub fn attend(&mut self, cpu: &Cpu, batch: &Batch, layer: usize, heads: &Heads, qkv: &[f32], out: &mut [f32]) {
+    /// Writes the keys and values of `qkv` = `[tokens, head, 3, head size]`.
+    pub fn write(&mut self, cpu: &Cpu, batch: &Batch, layer: usize, heads: &Heads, qkv: &[f32]) {
+        match self {
+            Cache::F32(b) => b.write(cpu, batch, layer, heads, qkv),
+            Cache::F16(b) => b.write(cpu, batch, layer, heads, qkv),
+            Cache::Bf16(b) => b.write(cpu, batch, layer, heads, qkv),
+        }
+    }
+
+    /// Attention of the queries of `qkv`; see [`crate::ops::Backend::attention`].
+    pub fn attend(&self, cpu: &Cpu, batch: &Batch, layer: usize, heads: &Heads, qkv: &[f32], out: &mut [f32]) {
         match self {
             Cache::F32(b) => b.attend(cpu, batch, layer, heads, qkv, out),
             Cache::F16(b) => b.attend(cpu, batch, layer, heads, qkv, out),
@@ -87,7 +96,7 @@ impl Cache {
 }
 
 impl<E: Attend> Blocks<E> {
-    fn attend(&mut self, cpu: &Cpu, batch: &Batch, layer: usize, heads: &Heads, qkv: &[f32], out: &mut [f32]) {
+    fn write(&mut self, cpu: &Cpu, batch: &Batch, layer: usize, heads: &Heads, qkv: &[f32]) {
         let (n, size) = (heads.count, heads.size);
         assert_eq!(qkv.len(), batch.ids.len() * 3 * n * size);
         let block = self.block;
@@ -108,7 +117,11 @@ impl<E: Attend> Blocks<E> {
                 }
             }
         });
-        let (keys, values) = (&*keys, &*values);
+    }
+
+    fn attend(&self, cpu: &Cpu, batch: &Batch, layer: usize, heads: &Heads, qkv: &[f32], out: &mut [f32]) {
+        let (n, size, block) = (heads.count, heads.size, self.block);
+        let [keys, values] = &self.data[layer];
         let chunks: Vec<(&Span, usize)> =
             batch.spans.iter().flat_map(|s| (0..s.len).step_by(QUERIES).map(move |i| (s, i))).collect();
         let out = Disjoint::new(out);

@@ -10,7 +10,7 @@ pub mod simd;
 pub mod threads;
 pub mod training;
 
-use super::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear};
+use super::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
 use crate::engine::{Chosen, SampleRow, choose};
 use crate::error::Result;
 use crate::simd_fn;
@@ -31,6 +31,20 @@ impl Cpu {
     pub fn new(threads: usize, isa: Isa) -> Cpu {
         Cpu { threads: Threads::new(threads), isa }
     }
+
+    fn layer_norm(&self, x: &[f32], norm: &LayerNorm<Vec<f32>>, eps: f32, out: &mut Vec<f32>) {
+        let h = norm.weight.len();
+        out.resize(x.len(), 0.0);
+        let rows = Disjoint::new(out);
+        self.threads.run_ranges(x.len() / h, 8, |r| {
+            for t in r {
+                let row = t * h..(t + 1) * h;
+                // SAFETY: every token's row is written once.
+                let out = unsafe { rows.slice(row.clone()) };
+                rows::layer_norm_row(self.isa, &x[row], &norm.weight, &norm.bias, eps, out);
+            }
+        });
+    }
 }
 
 impl Backend for Cpu {
@@ -38,6 +52,7 @@ impl Backend for Cpu {
     type Vector = Vec<f32>;
     type Buffer = Vec<f32>;
     type Cache = Cache;
+    type Pass = ();
 
     fn matrix(&self, tensor: &Tensor, dtype: Option<DType>) -> Result<Matrix> {
         Matrix::new(tensor, dtype)
@@ -55,8 +70,18 @@ impl Backend for Cpu {
         cache.copy_block(from, to);
     }
 
-    fn embed_norm(&self, ids: &[u32], table: &Matrix, norm: &LayerNorm<Vec<f32>>, eps: f32, out: &mut Vec<f32>) {
-        let h = table.cols();
+    fn begin(&self, _: &Batch, _: &mut ()) {}
+
+    fn embed_norm(
+        &self,
+        batch: &Batch,
+        _: &(),
+        table: &Matrix,
+        norm: &LayerNorm<Vec<f32>>,
+        eps: f32,
+        out: &mut Vec<f32>,
+    ) {
+        let (h, ids) = (table.cols(), &batch.ids);
         out.resize(ids.len() * h, 0.0);
         let rows = Disjoint::new(out);
         self.threads.run_ranges(ids.len(), 8, |r| {
@@ -66,20 +91,6 @@ impl Backend for Cpu {
                 // SAFETY: every token's row is written once.
                 let out = unsafe { rows.slice(t * h..(t + 1) * h) };
                 rows::layer_norm_row(self.isa, &row, &norm.weight, &norm.bias, eps, out);
-            }
-        });
-    }
-
-    fn layer_norm(&self, x: &Vec<f32>, norm: &LayerNorm<Vec<f32>>, eps: f32, out: &mut Vec<f32>) {
-        let h = norm.weight.len();
-        out.resize(x.len(), 0.0);
-        let rows = Disjoint::new(out);
-        self.threads.run_ranges(x.len() / h, 8, |r| {
-            for t in r {
-                let row = t * h..(t + 1) * h;
-                // SAFETY: every token's row is written once.
-                let out = unsafe { rows.slice(row.clone()) };
-                rows::layer_norm_row(self.isa, &x[row], &norm.weight, &norm.bias, eps, out);
             }
         });
     }
@@ -107,27 +118,57 @@ impl Backend for Cpu {
         });
     }
 
-    fn attention(
+    fn norm_linear(
+        &self,
+        x: &Vec<f32>,
+        norm: Norm<Cpu>,
+        linear: &Linear<Matrix, Vec<f32>>,
+        epilogue: Epilogue<Vec<f32>>,
+        out: &mut Vec<f32>,
+    ) {
+        self.layer_norm(x, norm.norm, norm.eps, norm.normed);
+        self.linear(norm.normed, linear, epilogue, out);
+    }
+
+    fn norm_qkv(
         &self,
         batch: &Batch,
+        _: &(),
         layer: usize,
+        x: &Vec<f32>,
+        norm: Norm<Cpu>,
+        linear: &Linear<Matrix, Vec<f32>>,
         heads: &Heads,
-        qkv: &Vec<f32>,
         cache: &mut Cache,
         out: &mut Vec<f32>,
     ) {
-        out.resize(qkv.len() / 3, 0.0);
-        cache.attend(self, batch, layer, heads, qkv, out);
+        self.norm_linear(x, norm, linear, Epilogue::Bias, out);
+        cache.write(self, batch, layer, heads, out);
     }
 
-    fn gather(&self, x: &Vec<f32>, rows: &[usize], width: usize, out: &mut Vec<f32>) {
-        out.clear();
-        for &row in rows {
-            out.extend_from_slice(&x[row * width..(row + 1) * width]);
+    fn attention(
+        &self,
+        batch: &Batch,
+        _: &(),
+        layer: usize,
+        heads: &Heads,
+        queries: &Vec<f32>,
+        cache: &Cache,
+        out: &mut Vec<f32>,
+    ) {
+        out.resize(queries.len() / 3, 0.0);
+        cache.attend(self, batch, layer, heads, queries, out);
+    }
+
+    fn gather_norm(&self, x: &Vec<f32>, rows: &[usize], norm: &LayerNorm<Vec<f32>>, eps: f32, out: &mut Vec<f32>) {
+        let h = norm.weight.len();
+        out.resize(rows.len() * h, 0.0);
+        for (&row, out) in rows.iter().zip(out.chunks_exact_mut(h)) {
+            rows::layer_norm_row(self.isa, &x[row * h..(row + 1) * h], &norm.weight, &norm.bias, eps, out);
         }
     }
 
-    fn logits(&self, x: &Vec<f32>, head: &Matrix, out: &mut Vec<f32>) {
+    fn logits(&self, x: &Vec<f32>, head: &Matrix, out: &mut Vec<f32>) -> Result<()> {
         let n = head.rows();
         out.resize(x.len() / head.cols() * n, 0.0);
         let rows = Disjoint::new(out);
@@ -135,10 +176,17 @@ impl Backend for Cpu {
             // SAFETY: every output is finished once.
             unsafe { rows.slice(token * n + first..token * n + first + sums.len()) }.copy_from_slice(sums);
         });
+        Ok(())
     }
 
-    fn sample(&self, x: &Vec<f32>, head: &Matrix, rows: &[(usize, &SampleRow)], scratch: &mut Vec<f32>) -> Vec<Chosen> {
-        self.logits(x, head, scratch);
+    fn sample(
+        &self,
+        x: &Vec<f32>,
+        head: &Matrix,
+        rows: &[(usize, &SampleRow)],
+        scratch: &mut Vec<f32>,
+    ) -> Result<Vec<Chosen>> {
+        self.logits(x, head, scratch)?;
         let vocab = head.rows();
         let mut chosen = vec![Chosen::default(); rows.len()];
         // rows of one token stand together where a prompt has just split; each group is one task
@@ -154,7 +202,7 @@ impl Backend for Cpu {
                 unsafe { out.slice(i..i + 1)[0] = choose(logits, lse, rows[i].1) };
             }
         });
-        chosen
+        Ok(chosen)
     }
 }
 

@@ -1,0 +1,99 @@
+//! Where memory lives and how kernels are launched.
+//!
+//! All of `ops/cuda` is written against [`Launcher`]: the CUDA driver is one, the emulator that the tests use another, so that
+//! grids, block sizes, shared memory and the order of arguments are checked on machines without a GPU.
+
+use crate::error::Result;
+use std::rc::Rc;
+
+/// An address in device memory.
+pub type Address = u64;
+
+/// A launch's size.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Shape {
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    pub shared_bytes: u32,
+}
+
+/// What the device allows.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Shared memory that a block may ask for, in bytes.
+    pub shared_bytes: u32,
+    /// Streaming multiprocessors.
+    pub processors: u32,
+}
+
+/// A device. Work is done in the order in which it is asked for; only [`Launcher::read`] waits for it.
+pub trait Launcher {
+    fn limits(&self) -> Limits;
+    fn allocate(&self, bytes: usize) -> Result<Address>;
+    fn free(&self, at: Address);
+    fn write(&self, at: Address, bytes: &[u8]) -> Result<()>;
+    fn zero(&self, at: Address, bytes: usize) -> Result<()>;
+    fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()>;
+    fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()>;
+}
+
+/// Arguments of a launch, each aligned to 8 bytes.
+#[derive(Clone, Default)]
+pub struct Args {
+    words: Vec<u64>,
+    /// First word and bytes of each.
+    parts: Vec<(usize, usize)>,
+}
+
+impl Args {
+    pub fn new() -> Args {
+        Args::default()
+    }
+
+    /// Adds a value as its bytes; structs are laid out as the kernel's.
+    pub fn with<T: bytemuck::NoUninit>(mut self, value: T) -> Args {
+        let bytes = bytemuck::bytes_of(&value);
+        let first = self.words.len();
+        self.words.resize(first + bytes.len().div_ceil(8), 0);
+        bytemuck::cast_slice_mut(&mut self.words[first..])[..bytes.len()].copy_from_slice(bytes);
+        self.parts.push((first, bytes.len()));
+        self
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        self.parts.iter().map(|&(first, bytes)| &bytemuck::cast_slice(&self.words[first..])[..bytes])
+    }
+}
+
+/// Device memory that is freed with this value.
+pub struct Memory<L: Launcher> {
+    launcher: Rc<L>,
+    pub at: Address,
+    pub bytes: usize,
+}
+
+impl<L: Launcher> Memory<L> {
+    pub fn new(launcher: &Rc<L>, bytes: usize) -> Result<Memory<L>> {
+        Ok(Memory { launcher: launcher.clone(), at: launcher.allocate(bytes)?, bytes })
+    }
+
+    pub fn from_bytes(launcher: &Rc<L>, bytes: &[u8]) -> Result<Memory<L>> {
+        let memory = Memory::new(launcher, bytes.len())?;
+        launcher.write(memory.at, bytes)?;
+        Ok(memory)
+    }
+
+    pub fn zeroed(launcher: &Rc<L>, bytes: usize) -> Result<Memory<L>> {
+        let memory = Memory::new(launcher, bytes)?;
+        launcher.zero(memory.at, bytes)?;
+        Ok(memory)
+    }
+}
+
+impl<L: Launcher> Drop for Memory<L> {
+    fn drop(&mut self) {
+        self.launcher.free(self.at);
+    }
+}

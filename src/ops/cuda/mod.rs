@@ -1,0 +1,313 @@
+//! The CUDA backend: decides which kernel runs with what; written against [`Launcher`].
+//!
+//! Activations: the residual stream is f32, what products read is 16 bits wide (bf16, or f16 for models stored so).
+//! A layer of a decoding step is five launches: norm + queries, keys, values into the cache; attention; dense + residual; norm + up + GELU;
+//! down + residual.
+
+mod attention;
+mod linear;
+mod sampling;
+mod weights;
+
+pub use attention::Cache;
+pub use weights::Matrix;
+
+use super::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
+use crate::device::{Args, Launcher, Memory, Shape};
+use crate::engine::{Chosen, SampleRow};
+use crate::error::{Error, Result};
+use crate::ops::BLOCK;
+use crate::tensor::{DType, Tensor};
+use std::cell::RefCell;
+use std::rc::Rc;
+
+/// Threads of a block of the row kernels, and rows that it takes.
+const ROW_THREADS: u32 = 128;
+const ROWS_PER_BLOCK: usize = 4;
+
+/// A CUDA device, or what stands in for one.
+pub struct Cuda<L: Launcher> {
+    launcher: Rc<L>,
+    /// The 16-bit type of activations, weights and cache.
+    half: DType,
+    /// The first failure since results were last taken.
+    failed: RefCell<Option<Error>>,
+    scratch: RefCell<sampling::Scratch<L>>,
+}
+
+/// Activations.
+pub struct Buffer<L: Launcher> {
+    memory: Option<Memory<L>>,
+    /// Elements of 2 bytes, else of 4.
+    narrow: bool,
+    rows: usize,
+}
+
+impl<L: Launcher> Default for Buffer<L> {
+    fn default() -> Self {
+        Buffer { memory: None, narrow: false, rows: 0 }
+    }
+}
+
+impl<L: Launcher> Buffer<L> {
+    fn at(&self) -> u64 {
+        self.memory.as_ref().map_or(0, |m| m.at)
+    }
+}
+
+/// A batch on the device.
+pub struct Pass<L: Launcher> {
+    memory: Option<Memory<L>>,
+    /// Of each token: id, slot in the cache, span, position; then the spans' tables.
+    ids: u64,
+    slots: u64,
+    spans: u64,
+    positions: u64,
+    tables: u64,
+    table_width: usize,
+    tokens: usize,
+    /// Positions of the longest sequence.
+    longest: usize,
+}
+
+impl<L: Launcher> Default for Pass<L> {
+    fn default() -> Self {
+        Pass {
+            memory: None,
+            ids: 0,
+            slots: 0,
+            spans: 0,
+            positions: 0,
+            tables: 0,
+            table_width: 0,
+            tokens: 0,
+            longest: 0,
+        }
+    }
+}
+
+impl<L: Launcher> Cuda<L> {
+    /// `half` is bf16 or f16.
+    pub fn new(launcher: Rc<L>, half: DType) -> Cuda<L> {
+        assert!(matches!(half, DType::Bf16 | DType::F16), "activations are bf16 or f16");
+        Cuda { launcher, half, failed: RefCell::default(), scratch: RefCell::default() }
+    }
+
+    pub fn launcher(&self) -> &L {
+        &self.launcher
+    }
+
+    /// The type's name in kernels.
+    fn suffix(&self) -> &'static str {
+        if self.half == DType::F16 { "f16" } else { "bf16" }
+    }
+
+    /// Does something that may fail, unless something has failed before.
+    fn attempt(&self, work: impl FnOnce() -> Result<()>) {
+        let mut failed = self.failed.borrow_mut();
+        if failed.is_none()
+            && let Err(e) = work()
+        {
+            *failed = Some(e);
+        }
+    }
+
+    /// Reports what has failed.
+    fn check(&self) -> Result<()> {
+        self.failed.borrow_mut().take().map_or(Ok(()), Err)
+    }
+
+    fn launch(&self, kernel: &str, grid: [usize; 3], threads: u32, shared_bytes: usize, args: Args) -> Result<()> {
+        let shape = Shape { grid: grid.map(|n| n as u32), threads, shared_bytes: shared_bytes as u32 };
+        self.launcher.launch(kernel, shape, &args)
+    }
+
+    /// Makes room for `rows` rows of `width` elements.
+    fn reserve(&self, buffer: &mut Buffer<L>, rows: usize, width: usize, narrow: bool) -> Result<()> {
+        let bytes = rows * width * if narrow { 2 } else { 4 };
+        (buffer.narrow, buffer.rows) = (narrow, rows);
+        self.grow(&mut buffer.memory, bytes)
+    }
+
+    /// Makes room for `bytes`; the old content may be lost.
+    fn grow(&self, memory: &mut Option<Memory<L>>, bytes: usize) -> Result<()> {
+        if memory.as_ref().is_none_or(|m| m.bytes < bytes) {
+            *memory = None;
+            *memory = Some(Memory::new(&self.launcher, bytes.next_power_of_two().max(256))?);
+        }
+        Ok(())
+    }
+
+    /// Normalized rows of `x` in 16 bits; `rows` (of device memory) chooses, 0 takes all.
+    fn layer_norm(
+        &self,
+        x: &Buffer<L>,
+        rows: u64,
+        count: usize,
+        norm: &LayerNorm<Vector<L>>,
+        eps: f32,
+        out: &mut Buffer<L>,
+    ) -> Result<()> {
+        let width = norm.weight.bytes / 4;
+        self.reserve(out, count, width, true)?;
+        let args = Args::new().with(out.at()).with(x.at()).with(rows).with(norm.weight.at).with(norm.bias.at);
+        let args = args.with(count as u32).with(width as u32).with(eps);
+        let grid = [count.div_ceil(ROWS_PER_BLOCK), 1, 1];
+        self.launch(&format!("layer_norm_{}", self.suffix()), grid, ROW_THREADS, 0, args)
+    }
+}
+
+/// Parameters in f32.
+pub type Vector<L> = Memory<L>;
+
+impl<L: Launcher> Backend for Cuda<L> {
+    type Matrix = Matrix<L>;
+    type Vector = Vector<L>;
+    type Buffer = Buffer<L>;
+    type Cache = Cache<L>;
+    type Pass = Pass<L>;
+
+    /// Weights are held in the backend's 16-bit type, or in 8 bits if `dtype` says so.
+    fn matrix(&self, tensor: &Tensor, dtype: Option<DType>) -> Result<Matrix<L>> {
+        Matrix::new(&self.launcher, tensor, self.half, dtype == Some(DType::Int8))
+    }
+
+    fn vector(&self, tensor: &Tensor) -> Result<Vector<L>> {
+        Memory::from_bytes(&self.launcher, bytemuck::cast_slice(&tensor.to_f32()))
+    }
+
+    fn cache(&self, _: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<Cache<L>> {
+        Cache::new(&self.launcher, layers, heads, blocks)
+    }
+
+    fn copy_block(&self, cache: &mut Cache<L>, from: u32, to: u32) {
+        self.attempt(|| {
+            let args = Args::new().with(cache.memory.at).with(from).with(to);
+            let args = args.with(cache.blocks as u32).with((cache.block_bytes / 16) as u32);
+            self.launch("copy_cache_block", [2 * cache.layers, 1, 1], 256, 0, args)
+        });
+    }
+
+    fn begin(&self, batch: &Batch, pass: &mut Pass<L>) {
+        self.attempt(|| {
+            let n = batch.ids.len();
+            let width = batch.spans.iter().map(|s| s.blocks.len()).max().unwrap_or(0).next_power_of_two();
+            // four arrays of the tokens, then the tables
+            let mut words = batch.ids.clone();
+            words.resize(4 * n + batch.spans.len() * width, 0);
+            pass.longest = 0;
+            for (number, span) in batch.spans.iter().enumerate() {
+                for i in 0..span.len {
+                    let (token, position) = (span.start + i, span.past + i);
+                    words[n + token] = span.blocks[position / BLOCK] * BLOCK as u32 + (position % BLOCK) as u32;
+                    words[2 * n + token] = number as u32;
+                    words[3 * n + token] = position as u32;
+                }
+                words[4 * n + number * width..][..span.blocks.len()].copy_from_slice(&span.blocks);
+                pass.longest = pass.longest.max(span.past + span.len);
+            }
+            self.grow(&mut pass.memory, words.len() * 4)?;
+            let at = pass.memory.as_ref().map_or(0, |m| m.at);
+            self.launcher.write(at, bytemuck::cast_slice(&words))?;
+            let array = |i: usize| at + (i * n * 4) as u64;
+            (pass.ids, pass.slots, pass.spans, pass.positions) = (array(0), array(1), array(2), array(3));
+            (pass.tables, pass.table_width, pass.tokens) = (array(4), width, n);
+            Ok(())
+        });
+    }
+
+    fn embed_norm(
+        &self,
+        _: &Batch,
+        pass: &Pass<L>,
+        table: &Matrix<L>,
+        norm: &LayerNorm<Vector<L>>,
+        eps: f32,
+        out: &mut Buffer<L>,
+    ) {
+        self.attempt(|| {
+            self.reserve(out, pass.tokens, table.cols, false)?;
+            let args = Args::new().with(out.at()).with(pass.ids).with(table.data.at).with(table.scales());
+            let args = args.with(norm.weight.at).with(norm.bias.at);
+            let args = args.with(pass.tokens as u32).with(table.cols as u32).with(eps);
+            let kernel = format!("embed_norm_{}", if table.int8() { "int8" } else { self.suffix() });
+            self.launch(&kernel, [pass.tokens.div_ceil(ROWS_PER_BLOCK), 1, 1], ROW_THREADS, 0, args)
+        });
+    }
+
+    fn linear(
+        &self,
+        x: &Buffer<L>,
+        linear: &Linear<Matrix<L>, Vector<L>>,
+        epilogue: Epilogue<Buffer<L>>,
+        out: &mut Buffer<L>,
+    ) {
+        self.attempt(|| self.product(x, None, linear, epilogue, out));
+    }
+
+    fn norm_linear(
+        &self,
+        x: &Buffer<L>,
+        norm: Norm<Self>,
+        linear: &Linear<Matrix<L>, Vector<L>>,
+        epilogue: Epilogue<Buffer<L>>,
+        out: &mut Buffer<L>,
+    ) {
+        self.attempt(|| self.product(x, Some(norm), linear, epilogue, out));
+    }
+
+    fn norm_qkv(
+        &self,
+        _: &Batch,
+        pass: &Pass<L>,
+        layer: usize,
+        x: &Buffer<L>,
+        norm: Norm<Self>,
+        linear: &Linear<Matrix<L>, Vector<L>>,
+        heads: &Heads,
+        cache: &mut Cache<L>,
+        out: &mut Buffer<L>,
+    ) {
+        self.attempt(|| self.qkv(pass, x, norm, linear, heads, cache.layer(layer), out));
+    }
+
+    fn attention(
+        &self,
+        _: &Batch,
+        pass: &Pass<L>,
+        layer: usize,
+        heads: &Heads,
+        queries: &Buffer<L>,
+        cache: &Cache<L>,
+        out: &mut Buffer<L>,
+    ) {
+        self.attempt(|| self.attend(pass, heads, queries, cache, layer, out));
+    }
+
+    fn gather_norm(&self, x: &Buffer<L>, rows: &[usize], norm: &LayerNorm<Vector<L>>, eps: f32, out: &mut Buffer<L>) {
+        self.attempt(|| {
+            let words: Vec<u32> = rows.iter().map(|r| *r as u32).collect();
+            let mut scratch = self.scratch.borrow_mut();
+            self.grow(&mut scratch.rows, words.len() * 4)?;
+            let at = scratch.rows.as_ref().map_or(0, |m| m.at);
+            self.launcher.write(at, bytemuck::cast_slice(&words))?;
+            self.layer_norm(x, at, rows.len(), norm, eps, out)
+        });
+    }
+
+    fn logits(&self, x: &Buffer<L>, head: &Matrix<L>, out: &mut Vec<f32>) -> Result<()> {
+        self.check()?;
+        self.head_logits(x, head, out)
+    }
+
+    fn sample(
+        &self,
+        x: &Buffer<L>,
+        head: &Matrix<L>,
+        rows: &[(usize, &SampleRow)],
+        scratch: &mut Vec<f32>,
+    ) -> Result<Vec<Chosen>> {
+        self.check()?;
+        self.choose(x, head, rows, scratch)
+    }
+}

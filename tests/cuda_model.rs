@@ -1,0 +1,183 @@
+//! The CUDA backend, its kernels executed by the emulator: whole models against transformers and against the CPU.
+
+mod emulated;
+
+use beautiful_prompt::checkpoint::Checkpoint;
+use beautiful_prompt::engine::{Engine, EngineOptions, Event, Request, Sampling};
+use beautiful_prompt::models::bloom::{Bloom, Scratch};
+use beautiful_prompt::ops::cpu::Cpu;
+use beautiful_prompt::ops::cpu::simd::Isa;
+use beautiful_prompt::ops::cuda::Cuda;
+use beautiful_prompt::ops::{BLOCK, Backend, Batch};
+use beautiful_prompt::tensor::DType;
+use emulated::{Emulated, device};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+const MODELS: [&str; 4] = ["f32_six_heads", "bf16_sharded", "f16_pytorch_sharded", "bf16_pytorch"];
+
+#[derive(Deserialize)]
+struct Expected {
+    prompt_ids: Vec<u32>,
+}
+
+fn open(name: &str) -> (Checkpoint, Vec<u32>, Vec<f32>) {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bloom").join(name);
+    let report: Expected = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+    let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let logits = bytemuck::pod_collect_to_vec(file.tensor("logits").unwrap().data());
+    (Checkpoint::open(&folder).unwrap(), report.prompt_ids, logits)
+}
+
+/// Largest difference over the largest magnitude.
+fn error(ours: &[f32], theirs: &[f32]) -> f32 {
+    assert_eq!(ours.len(), theirs.len());
+    let most = theirs.iter().fold(0f32, |m, v| m.max(v.abs()));
+    ours.iter().zip(theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / most
+}
+
+/// Logits of every position, fed in spans of at most `chunk` tokens.
+fn logits<B: Backend>(backend: &B, model: &Bloom<B>, ids: &[u32], chunk: usize) -> Vec<f32> {
+    let blocks = ids.len().div_ceil(BLOCK);
+    let table: Vec<u32> = (0..blocks as u32).rev().collect();
+    let mut cache = model.cache(backend, blocks).unwrap();
+    let mut scratch = Scratch::default();
+    let (mut all, mut some) = (Vec::new(), Vec::new());
+    for start in (0..ids.len()).step_by(chunk) {
+        let part = &ids[start..(start + chunk).min(ids.len())];
+        let mut batch = Batch::default();
+        batch.push(part, start, &table);
+        model.forward(backend, &batch, &mut cache, &mut scratch);
+        let rows: Vec<usize> = (0..part.len()).collect();
+        model.logits(backend, &rows, &mut scratch, &mut some).unwrap();
+        all.extend_from_slice(&some);
+    }
+    all
+}
+
+/// Errors that the storage types explain: activations, weights and cache have 8 bits of mantissa in bf16 and 11 in f16;
+/// 8-bit weights are rounded to their row's largest element.
+#[test]
+fn logits_are_transformers_own() {
+    for name in MODELS {
+        let (checkpoint, ids, theirs) = open(name);
+        for (half, dtype, most) in
+            [(DType::F16, None, 4e-3), (DType::Bf16, None, 3e-2), (DType::F16, Some(DType::Int8), 4e-2)]
+        {
+            let cuda = Cuda::new(device(false), half);
+            let model = Bloom::load(&cuda, &checkpoint, dtype).unwrap();
+            let e = error(&logits(&cuda, &model, &ids, usize::MAX), &theirs);
+            assert!(e < most, "{name} in {half:?} {dtype:?}: {e:e}");
+        }
+    }
+}
+
+#[test]
+fn the_order_of_threads_leaves_a_model_alone() {
+    let (checkpoint, ids, _) = open("bf16_sharded");
+    let run = |check_order| {
+        let cuda = Cuda::new(device(check_order), DType::Bf16);
+        let model = Bloom::load(&cuda, &checkpoint, None).unwrap();
+        logits(&cuda, &model, &ids, 3)
+    };
+    assert!(run(true) == run(false));
+}
+
+fn requests(prompt: &[u32]) -> Vec<Request> {
+    let sampled = |seed| Sampling { temperature: 0.9, seed, ..Sampling::default() };
+    let plan = [
+        (sampled(1), prompt, 2),
+        (Sampling::default(), &prompt[..1], 1),
+        (Sampling { repetition_penalty: 1.3, ..sampled(2) }, &prompt[..prompt.len() / 2], 1),
+        (Sampling { top_k: 5, top_p: 0.9, ..sampled(3) }, &prompt[2..], 1),
+    ];
+    let request = |(id, (sampling, prompt, candidates)): (usize, (Sampling, &[u32], u32))| Request {
+        id: id as u64,
+        prompt: prompt.to_vec(),
+        candidates,
+        sampling,
+        max_new: 6,
+        eos: 2,
+        ignore_eos: true,
+        prompt_logprobs: false,
+    };
+    plan.into_iter().enumerate().map(request).collect()
+}
+
+type Tokens = BTreeMap<(u64, u32), Vec<(u32, u32)>>;
+
+/// Tokens and the bits of their log-probabilities.
+fn generate<B: Backend>(backend: &B, model: &Bloom<B>, requests: &[Request], batch_tokens: usize) -> Tokens {
+    let options = EngineOptions { batch_tokens, cache_tokens: 1024, ..EngineOptions::default() };
+    let mut engine = Engine::new(backend, model, options).unwrap();
+    for r in requests {
+        engine.submit(r.clone()).unwrap();
+    }
+    let mut out = Tokens::default();
+    while !engine.is_idle() {
+        let mut sink = |event| {
+            if let Event::Token { request, candidate, token, logprob, .. } = event {
+                out.entry((request, candidate)).or_default().push((token, logprob.to_bits()));
+            }
+            true
+        };
+        engine.step(&mut sink).unwrap();
+    }
+    out
+}
+
+/// A sequence's tokens and log-probabilities are the same, bit for bit, alone, together, in another order, and cut into
+/// other chunks.
+#[test]
+fn neighbours_leave_a_sequence_alone() {
+    let (checkpoint, ids, _) = open("f16_pytorch_sharded");
+    let cuda = Cuda::new(device(false), DType::F16);
+    let model = Bloom::load(&cuda, &checkpoint, None).unwrap();
+    let mut all = requests(&ids);
+    let together = generate(&cuda, &model, &all, 64);
+    assert_eq!(together.len(), 5);
+    for r in &all {
+        for (key, tokens) in generate(&cuda, &model, std::slice::from_ref(r), 5) {
+            assert_eq!(tokens, together[&key], "request {key:?}");
+        }
+    }
+    all.reverse();
+    assert_eq!(generate(&cuda, &model, &all, 9), together);
+}
+
+/// With the same weights in f16, the CPU and the kernels choose the same tokens under the same seeds.
+#[test]
+fn the_cpu_chooses_the_same_tokens() {
+    let (checkpoint, ids, _) = open("f16_pytorch_sharded");
+    let all = requests(&ids);
+    let cuda = Cuda::new(device(false), DType::F16);
+    let ours = generate(&cuda, &Bloom::load(&cuda, &checkpoint, None).unwrap(), &all, 64);
+    let cpu = Cpu::new(1, Isa::detect());
+    let theirs = generate(&cpu, &Bloom::load(&cpu, &checkpoint, None).unwrap(), &all, 64);
+    for (key, tokens) in &ours {
+        let ids = |t: &[(u32, u32)]| t.iter().map(|t| t.0).collect::<Vec<_>>();
+        assert_eq!(ids(tokens), ids(&theirs[key]), "request {key:?}");
+        for (a, b) in tokens.iter().zip(&theirs[key]) {
+            let (a, b) = (f32::from_bits(a.1), f32::from_bits(b.1));
+            assert!((a - b).abs() < 2e-2 + 2e-3 * b.abs(), "log-probability {a} for {b}");
+        }
+    }
+}
+
+/// Five launches a layer, and three or four around the layers.
+#[test]
+fn a_decoding_step_is_five_launches_a_layer() {
+    let (checkpoint, ids, _) = open("bf16_sharded");
+    let launcher: std::rc::Rc<Emulated> = device(false);
+    let cuda = Cuda::new(launcher.clone(), DType::Bf16);
+    let model = Bloom::load(&cuda, &checkpoint, None).unwrap();
+    let mut cache = model.cache(&cuda, 4).unwrap();
+    let mut scratch = Scratch::default();
+    let mut batch = Batch::default();
+    batch.push(&ids[..1], 0, &[2]);
+    model.forward(&cuda, &batch, &mut cache, &mut scratch);
+    let launched: usize = launcher.launched.borrow().values().sum();
+    assert_eq!(launched, 1 + 5 * model.config.layers);
+}
