@@ -3,6 +3,9 @@
 //! All of `ops/cuda` is written against [`Launcher`]: the CUDA driver is one, the emulator that the tests use another, so that
 //! grids, block sizes, shared memory and the order of arguments are checked on machines without a GPU.
 
+pub mod cuda;
+mod images;
+
 use crate::error::Result;
 use std::rc::Rc;
 

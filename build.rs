@@ -1,0 +1,131 @@
+//! Compiles `kernels/*.cu` with nvcc, for each architecture, and embeds the results. Without nvcc the build succeeds, and
+//! the program says what is missing when it is asked for CUDA.
+//!
+//! nvcc is `NVCC`, else that of `CUDA_HOME` or `CUDA_PATH`, else the one in `PATH`. `BPROMPT_CUDA_ARCHS` lists what to compile for
+//! ("80,90a" if not set); PTX for later GPUs comes with it. What was compiled from the same text is not compiled again.
+
+use std::collections::hash_map::DefaultHasher;
+use std::fmt::Write;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// What nvcc makes of one file for one architecture.
+struct Job {
+    source: PathBuf,
+    name: String,
+    /// As nvcc writes it: `sm_90a` for machine code, `compute_90` for PTX.
+    arch: String,
+    output: PathBuf,
+}
+
+fn main() {
+    println!("cargo:rerun-if-changed=kernels");
+    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "BPROMPT_CUDA_ARCHS"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
+    let jobs = nvcc().map(|nvcc| compile(&nvcc, &out)).unwrap_or_default();
+    let mut table = String::from("pub static IMAGES: &[Image] = &[\n");
+    for job in &jobs {
+        writeln!(
+            table,
+            "    Image {{ name: {:?}, arch: {:?}, bytes: include_bytes!({:?}) }},",
+            job.name, job.arch, job.output
+        )
+        .expect("a string takes all");
+    }
+    table.push_str("];\n");
+    std::fs::write(out.join("images.rs"), table).expect("OUT_DIR can be written");
+}
+
+fn nvcc() -> Option<PathBuf> {
+    let variable = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    if let Some(nvcc) = variable("NVCC") {
+        assert!(nvcc.is_file(), "NVCC={}: there is no such file", nvcc.display());
+        return Some(nvcc);
+    }
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable).map(|home| home.join("bin"));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    homes.chain(std::env::split_paths(&path)).map(|folder| folder.join("nvcc")).find(|p| p.is_file())
+}
+
+fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    let mut files: Vec<PathBuf> = entries.map(|e| e.expect("a readable folder").path()).collect();
+    files.retain(|p| p.extension().is_some_and(|e| e == extension));
+    files.sort();
+    files
+}
+
+fn compile(nvcc: &Path, out: &Path) -> Vec<Job> {
+    let archs = std::env::var("BPROMPT_CUDA_ARCHS").unwrap_or_else(|_| "80,90a".to_owned());
+    let mut archs: Vec<String> = archs.split(',').map(|a| format!("sm_{}", a.trim())).collect();
+    archs.push("compute_90".to_owned());
+    let mut jobs = Vec::new();
+    for source in files(Path::new("kernels"), "cu") {
+        let name = source.file_stem().expect("a file").to_string_lossy().into_owned();
+        for arch in &archs {
+            let kind = if arch.starts_with("compute") { "ptx" } else { "cubin" };
+            let output = out.join(format!("{name}.{arch}.{kind}"));
+            jobs.push(Job { source: source.clone(), name: name.clone(), arch: arch.clone(), output });
+        }
+    }
+    let read = |p: &PathBuf| std::fs::read(p).unwrap_or_else(|e| panic!("{}: {e}", p.display()));
+    let headers: Vec<Vec<u8>> = files(Path::new("kernels/include"), "cuh").iter().map(read).collect();
+    let failures = Mutex::new(Vec::new());
+    let next = AtomicUsize::new(0);
+    let workers = std::env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    std::thread::scope(|s| {
+        for _ in 0..workers {
+            s.spawn(|| {
+                while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let mut hash = DefaultHasher::new();
+                    (read(&job.source), &headers, nvcc, FLAGS).hash(&mut hash);
+                    if let Err(message) = run(nvcc, job, &format!("{:x}", hash.finish())) {
+                        failures.lock().expect("nothing panics with the lock").push(message);
+                    }
+                }
+            });
+        }
+    });
+    let failures = failures.into_inner().expect("nothing panics with the lock");
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    jobs
+}
+
+/// Warnings are errors, and so are registers spilled to memory.
+const FLAGS: [&str; 8] = [
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",
+    "-Ikernels/include",
+    "-Xptxas",
+    "-warn-spills",
+    "-Werror",
+    "all-warnings",
+];
+
+fn run(nvcc: &Path, job: &Job, hash: &str) -> Result<(), String> {
+    let stamp = job.output.with_extension("stamp");
+    if job.output.exists() && std::fs::read_to_string(&stamp).is_ok_and(|s| s == hash) {
+        return Ok(());
+    }
+    let kind = if job.arch.starts_with("compute") { "-ptx" } else { "-cubin" };
+    let mut command = Command::new(nvcc);
+    command.args(FLAGS).arg(kind).arg(format!("-arch={}", job.arch)).arg(&job.source).arg("-o").arg(&job.output);
+    let done = command.output().map_err(|e| format!("{}: {e}", nvcc.display()))?;
+    if !done.status.success() {
+        let text = [done.stdout, done.stderr].concat();
+        return Err(format!("{} for {}:\n{}", job.source.display(), job.arch, String::from_utf8_lossy(&text)));
+    }
+    if kind == "-ptx" {
+        // the driver takes PTX as a C string
+        let mut ptx = std::fs::read(&job.output).map_err(|e| e.to_string())?;
+        ptx.push(0);
+        std::fs::write(&job.output, ptx).map_err(|e| e.to_string())?;
+    }
+    std::fs::write(stamp, hash).map_err(|e| e.to_string())
+}

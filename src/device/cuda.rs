@@ -1,0 +1,221 @@
+//! The CUDA driver, through cudarc, which looks for it at run time.
+
+use super::images;
+use super::{Address, Args, Launcher, Limits, Shape};
+use crate::error::{Error, Result};
+use cudarc::driver::{result, sys};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+
+/// The least driver that the kernels' machine code loads with: that of CUDA 13.0.
+const DRIVER: i32 = 13000;
+
+/// One GPU and one stream of work on it.
+pub struct Driver {
+    pub name: String,
+    pub capability: (u32, u32),
+    pub memory_bytes: usize,
+    limits: Limits,
+    stream: sys::CUstream,
+    modules: Vec<sys::CUmodule>,
+    functions: RefCell<HashMap<String, Function>>,
+}
+
+#[derive(Clone, Copy)]
+struct Function {
+    handle: sys::CUfunction,
+    /// Dynamic shared memory that it may have by now.
+    shared_bytes: u32,
+}
+
+/// Names what failed and the driver's reason.
+fn failed(what: impl std::fmt::Display) -> impl FnOnce(result::DriverError) -> Error {
+    move |e| {
+        let reason = e.error_string().map(|s| s.to_string_lossy().into_owned()).unwrap_or_else(|_| format!("{e:?}"));
+        Error::invalid(format!("CUDA: {what}: {reason}"))
+    }
+}
+
+impl Driver {
+    /// The first GPU; `CUDA_VISIBLE_DEVICES` chooses another.
+    pub fn open() -> Result<Driver> {
+        if images::IMAGES.is_empty() {
+            return Err(Error::invalid(
+                "this program was built without CUDA kernels: install nvcc (pip install -r kernels/requirements.txt), set \
+                 NVCC to its path and build again; or use --device cpu",
+            ));
+        }
+        // SAFETY: only looks whether the library is there; without it the calls below would panic.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::invalid(
+                "CUDA: there is no NVIDIA driver (libcuda) on this machine; install one or use --device cpu",
+            ));
+        }
+        let mut version = 0;
+        // SAFETY: plain calls of the driver with valid pointers, here and below.
+        unsafe { sys::cuDriverGetVersion(&mut version).result().map_err(failed("the driver's version"))? };
+        if version < DRIVER {
+            return Err(Error::invalid(format!(
+                "CUDA: the driver is made for CUDA {}.{}, the kernels need {}.{} (driver 580 or later); update it or \
+                 use --device cpu",
+                version / 1000,
+                version % 1000 / 10,
+                DRIVER / 1000,
+                DRIVER % 1000 / 10
+            )));
+        }
+        result::init().map_err(failed("the driver does not start"))?;
+        if result::device::get_count().map_err(failed("the number of GPUs"))? == 0 {
+            return Err(Error::invalid("CUDA: the driver sees no GPU; use --device cpu"));
+        }
+        let device = result::device::get(0).map_err(failed("the first GPU"))?;
+        use sys::CUdevice_attribute as A;
+        let attribute = |a: A| -> Result<u32> {
+            let value = unsafe { result::device::get_attribute(device, a) };
+            value.map(|v| v as u32).map_err(failed("a GPU's properties"))
+        };
+        let name = result::device::get_name(device).map_err(failed("a GPU's name"))?;
+        let capability = (
+            attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        );
+        let Some(images) = images::for_gpu(capability) else {
+            return Err(Error::invalid(format!(
+                "CUDA: {name} has compute capability {}.{}; this program has kernels for {}; build with BPROMPT_CUDA_ARCHS, or \
+                 use --device cpu",
+                capability.0,
+                capability.1,
+                images::architectures().join(", ")
+            )));
+        };
+        let limits = Limits {
+            shared_bytes: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            processors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        };
+        unsafe {
+            let context = result::primary_ctx::retain(device).map_err(failed("no context"))?;
+            result::ctx::set_current(context).map_err(failed("no context"))?;
+            let stream =
+                result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("no stream"))?;
+            let modules: Result<Vec<_>> = images
+                .iter()
+                .map(|i| {
+                    let loaded = result::module::load_data(i.bytes.as_ptr().cast());
+                    loaded.map_err(failed(format!("kernels of {} for {}", i.name, i.arch)))
+                })
+                .collect();
+            let memory_bytes = result::device::total_mem(device).map_err(failed("the GPU's memory"))?;
+            let functions = RefCell::default();
+            Ok(Driver { name, capability, memory_bytes, limits, stream, modules: modules?, functions })
+        }
+    }
+
+    fn function(&self, kernel: &str) -> Result<Function> {
+        if let Some(f) = self.functions.borrow().get(kernel) {
+            return Ok(*f);
+        }
+        let name = CString::new(kernel).map_err(|_| Error::invalid("a kernel's name holds a zero"))?;
+        // SAFETY: the modules are loaded.
+        let found =
+            self.modules.iter().find_map(|m| unsafe { result::module::get_function(*m, name.clone()) }.ok());
+        let handle = found.ok_or_else(|| Error::invalid(format!("CUDA: there is no kernel {kernel}")))?;
+        let function = Function { handle, shared_bytes: 48 * 1024 };
+        self.functions.borrow_mut().insert(kernel.to_owned(), function);
+        Ok(function)
+    }
+}
+
+impl Launcher for Driver {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Address> {
+        // SAFETY: plain calls of the driver, here and below.
+        unsafe { result::malloc_async(self.stream, bytes.max(1)) }.map_err(|e| {
+            let (free, total) = result::mem_get_info().unwrap_or_default();
+            failed(format!(
+                "no {} MiB more on {} ({} of {} MiB free)",
+                bytes.div_ceil(1 << 20),
+                self.name,
+                free >> 20,
+                total >> 20
+            ))(e)
+        })
+    }
+
+    fn free(&self, at: Address) {
+        // what fails here has failed before and was reported then
+        let _ = unsafe { result::free_async(at, self.stream) };
+    }
+
+    fn write(&self, at: Address, bytes: &[u8]) -> Result<()> {
+        // pageable memory: the driver has taken the bytes when the call returns
+        unsafe { result::memcpy_htod_async(at, bytes, self.stream) }.map_err(failed("a copy to the GPU"))
+    }
+
+    fn zero(&self, at: Address, bytes: usize) -> Result<()> {
+        unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }.map_err(failed("zeroing memory"))
+    }
+
+    fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()> {
+        unsafe {
+            result::memcpy_dtoh_async(bytes, at, self.stream).map_err(failed("a copy from the GPU"))?;
+            result::stream::synchronize(self.stream).map_err(failed("a kernel failed"))
+        }
+    }
+
+    fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()> {
+        let mut function = self.function(kernel)?;
+        if shape.shared_bytes > function.shared_bytes {
+            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
+            unsafe { result::function::set_function_attribute(function.handle, MOST, shape.shared_bytes as i32) }
+                .map_err(failed(format!("{kernel}: {} bytes of shared memory", shape.shared_bytes)))?;
+            function.shared_bytes = shape.shared_bytes;
+            self.functions.borrow_mut().insert(kernel.to_owned(), function);
+        }
+        let mut parameters: Vec<*mut c_void> = args.iter().map(|a| a.as_ptr().cast_mut().cast()).collect();
+        let [x, y, z] = shape.grid;
+        let launched = if self.capability.0 >= 9 {
+            // may begin while the kernel before it ends: kernels wait before they read what it wrote
+            let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+            attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            attribute.value.programmaticStreamSerializationAllowed = 1;
+            let config = sys::CUlaunchConfig {
+                gridDimX: x,
+                gridDimY: y,
+                gridDimZ: z,
+                blockDimX: shape.threads,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: shape.shared_bytes,
+                hStream: self.stream,
+                attrs: &mut attribute,
+                numAttrs: 1,
+            };
+            let none = std::ptr::null_mut();
+            unsafe { sys::cuLaunchKernelEx(&config, function.handle, parameters.as_mut_ptr(), none) }.result()
+        } else {
+            let threads = (shape.threads, 1, 1);
+            unsafe {
+                let shared = shape.shared_bytes;
+                result::launch_kernel(function.handle, (x, y, z), threads, shared, self.stream, &mut parameters)
+            }
+        };
+        launched.map_err(failed(format!("launch of {kernel} as {shape:?}")))
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // SAFETY: made in `open`; nothing is launched any more.
+        unsafe {
+            let _ = result::stream::synchronize(self.stream);
+            for module in &self.modules {
+                let _ = result::module::unload(*module);
+            }
+            let _ = result::stream::destroy(self.stream);
+        }
+    }
+}
