@@ -97,16 +97,8 @@ fn compile(nvcc: &Path, out: &Path) -> Vec<Job> {
 }
 
 /// Warnings are errors, and so are registers spilled to memory.
-const FLAGS: [&str; 8] = [
-    "-std=c++17",
-    "-O3",
-    "-lineinfo",
-    "-Ikernels/include",
-    "-Xptxas",
-    "-warn-spills",
-    "-Werror",
-    "all-warnings",
-];
+const FLAGS: [&str; 8] =
+    ["-std=c++17", "-O3", "-lineinfo", "-Ikernels/include", "-Xptxas", "-warn-spills", "-Werror", "all-warnings"];
 
 fn run(nvcc: &Path, job: &Job, hash: &str) -> Result<(), String> {
     let stamp = job.output.with_extension("stamp");

@@ -11,6 +11,7 @@ pub mod eval;
 pub mod models;
 pub mod ops;
 pub mod random;
+pub mod selftest;
 pub mod tensor;
 pub mod text;
 pub mod train;

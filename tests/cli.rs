@@ -119,7 +119,8 @@ fn mistakes_get_one_line_and_status_2() {
     std::fs::write(&input, "a fox\n").unwrap();
     for (args, word) in [
         (vec!["rewrite", "--dtype", "int3", "a fox"], "int3"),
-        (vec!["rewrite", "--device", "cuda", "a fox"], "no CUDA kernels"),
+        (vec!["rewrite", "--device", "cuda", "--dtype", "f32", "a fox"], "--dtype bf16"),
+        (vec!["bench", "llm", "--device", "cuda"], "--device cpu"),
         (vec!["rewrite"], "PROMPT"),
         (vec!["rewrite", ""], "empty"),
         (vec!["rewrite", "--top-p", "1.5", "a fox"], "--top-p 1.5"),

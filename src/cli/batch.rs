@@ -125,7 +125,7 @@ impl Run<'_> {
     ) -> anyhow::Result<bool> {
         let rewriter = lines.rewriter;
         let options = &rewriter.options;
-        let longest = rewriter.loaded.model.config.context;
+        let longest = rewriter.loaded.config.context;
         let room = match options.length {
             Length::New(n) => n + 128,
             Length::Total(n) => n,
@@ -187,7 +187,7 @@ impl Run<'_> {
                 self.finished.insert(completed.id, self.render(&line, &completed));
             }
             self.write_ready()?;
-            report.update(self.written, session.generated_tokens);
+            report.update(self.written, session.generated_tokens());
         }
     }
 

@@ -1,7 +1,7 @@
 //! `bprompt generate`: continues a text as it is, without a template.
 
 use super::model::{ModelArgs, SamplingArgs};
-use crate::engine::session::{Length, Session};
+use crate::engine::session::Length;
 use crate::engine::{EngineOptions, Sampling};
 use crate::models::generation_config::GenerationDefaults;
 use clap::Args;
@@ -41,7 +41,7 @@ impl GenerateArgs {
             (None, None) => unreachable!("the parser asks for one of them"),
         };
         let engine = EngineOptions { cache_tokens: options.cache_tokens(ids.len()), ..EngineOptions::default() };
-        let mut session = Session::new(&loaded.cpu, &loaded.model, &loaded.tokenizer, &self.sampling.stop, engine)?;
+        let mut session = loaded.session(&self.sampling.stop, engine)?;
         session.submit(0, ids, &options)?;
         let mut out = std::io::stdout().lock();
         let mut write_error = None;

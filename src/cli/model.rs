@@ -2,18 +2,22 @@
 
 use super::DeviceArgs;
 use crate::checkpoint::Checkpoint;
-use crate::engine::Sampling;
-use crate::engine::session::{GenerateOptions, Length};
-use crate::models::bloom::Bloom;
+use crate::device::cuda::Driver;
+use crate::engine::session::{Generate, GenerateOptions, Length, Session};
+use crate::engine::{EngineOptions, Sampling};
+use crate::error::Error;
+use crate::models::bloom::{Bloom, BloomConfig};
 use crate::models::embedded;
 use crate::models::generation_config::GenerationDefaults;
 use crate::ops::cpu::Cpu;
+use crate::ops::cuda::Cuda;
 use crate::tensor::DType;
 use crate::text::Tokenizer;
 use crate::text::template::Template;
-use anyhow::{bail, ensure};
+use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
+use std::rc::Rc;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DTypeChoice {
@@ -53,16 +57,23 @@ pub struct ModelArgs {
     /// How weights are held for computing.
     #[arg(long, value_enum, default_value_t = DTypeChoice::Auto)]
     pub dtype: DTypeChoice,
+    /// Where to compute; auto takes a GPU if there is one that can.
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto, env = "BPROMPT_DEVICE")]
     pub device: DeviceChoice,
     #[command(flatten)]
     pub compute: DeviceArgs,
 }
 
+/// A model on its device.
+enum Placed {
+    Cpu(Cpu, Bloom<Cpu>),
+    Cuda(Cuda<Driver>, Bloom<Cuda<Driver>>),
+}
+
 /// A model ready to run.
 pub struct Loaded {
-    pub cpu: Cpu,
-    pub model: Bloom<Cpu>,
+    placed: Placed,
+    pub config: BloomConfig,
     pub tokenizer: Tokenizer,
     /// The template that comes with the model.
     own_template: Option<Template>,
@@ -70,6 +81,17 @@ pub struct Loaded {
 }
 
 impl Loaded {
+    pub fn session<'a>(
+        &'a self,
+        stops: &'a [String],
+        options: EngineOptions,
+    ) -> anyhow::Result<Box<dyn Generate + 'a>> {
+        Ok(match &self.placed {
+            Placed::Cpu(cpu, model) => Box::new(Session::new(cpu, model, &self.tokenizer, stops, options)?),
+            Placed::Cuda(cuda, model) => Box::new(Session::new(cuda, model, &self.tokenizer, stops, options)?),
+        })
+    }
+
     /// The template of that name or file, else the model's own, else the paper's first.
     pub fn template(&self, name: Option<&str>) -> anyhow::Result<Template> {
         match (name, &self.own_template) {
@@ -82,7 +104,6 @@ impl Loaded {
 
 impl ModelArgs {
     pub fn load(&self) -> anyhow::Result<Loaded> {
-        let cpu = self.cpu()?;
         let (checkpoint, tokenizer, template, defaults) = match &self.model {
             None => (
                 embedded::checkpoint(),
@@ -101,14 +122,49 @@ impl ModelArgs {
                 (checkpoint, tokenizer, template, defaults)
             }
         };
-        let model = Bloom::load(&cpu, &checkpoint, self.dtype.dtype())?;
-        Ok(Loaded { cpu, model, tokenizer, own_template: template, defaults })
+        let config = checkpoint.config.clone();
+        let placed = match self.driver(&config)? {
+            Some(driver) => {
+                let stored = checkpoint.tensors.values().next().map(|t| t.dtype);
+                let half = match self.dtype.dtype().filter(|d| *d != DType::Int8).or(stored) {
+                    Some(DType::F16) => DType::F16,
+                    _ => DType::Bf16,
+                };
+                let cuda = Cuda::new(Rc::new(driver), half);
+                let model = Bloom::load(&cuda, &checkpoint, self.dtype.dtype())?;
+                Placed::Cuda(cuda, model)
+            }
+            None => {
+                let cpu = self.compute.cpu()?;
+                let model = Bloom::load(&cpu, &checkpoint, self.dtype.dtype())?;
+                Placed::Cpu(cpu, model)
+            }
+        };
+        Ok(Loaded { placed, config, tokenizer, own_template: template, defaults })
     }
 
-    pub fn cpu(&self) -> anyhow::Result<Cpu> {
-        if self.device == DeviceChoice::Cuda {
-            bail!("--device cuda: this build has no CUDA kernels yet; use --device cpu");
+    /// The GPU, if the model is to run on one.
+    fn driver(&self, config: &BloomConfig) -> anyhow::Result<Option<Driver>> {
+        let possible = || {
+            if self.dtype == DTypeChoice::F32 {
+                return Err(Error::invalid("the CUDA kernels hold weights in 16 or 8 bits; use --dtype bf16"));
+            }
+            Cuda::<Driver>::supports(config)?;
+            Driver::open()
+        };
+        match self.device {
+            DeviceChoice::Cpu => Ok(None),
+            DeviceChoice::Auto => Ok(possible().ok()),
+            DeviceChoice::Cuda => Ok(Some(possible().context("--device cuda")?)),
         }
+    }
+
+    /// The processor, for what runs nowhere else.
+    pub fn cpu(&self) -> anyhow::Result<Cpu> {
+        ensure!(
+            self.device != DeviceChoice::Cuda,
+            "--device cuda: this command runs on the CPU only; use --device cpu"
+        );
         self.compute.cpu()
     }
 }

@@ -3,7 +3,7 @@
 use super::batch;
 use super::model::{Loaded, ModelArgs, SamplingArgs};
 use crate::engine::EngineOptions;
-use crate::engine::session::{Completed, GenerateOptions, Session};
+use crate::engine::session::{Completed, Generate, GenerateOptions};
 use crate::text::template::Template;
 use anyhow::ensure;
 use clap::{Args, ValueEnum};
@@ -75,13 +75,8 @@ impl Rewriter {
         Ok(self.loaded.tokenizer.encode_literal(&self.template.apply(prompt))?)
     }
 
-    pub fn session<'a>(
-        &'a self,
-        stops: &'a [String],
-        engine: EngineOptions,
-    ) -> anyhow::Result<Session<'a, crate::ops::cpu::Cpu>> {
-        let l = &self.loaded;
-        Ok(Session::new(&l.cpu, &l.model, &l.tokenizer, stops, engine)?)
+    pub fn session<'a>(&'a self, stops: &'a [String], engine: EngineOptions) -> anyhow::Result<Box<dyn Generate + 'a>> {
+        self.loaded.session(stops, engine)
     }
 }
 

@@ -117,8 +117,7 @@ impl Driver {
         }
         let name = CString::new(kernel).map_err(|_| Error::invalid("a kernel's name holds a zero"))?;
         // SAFETY: the modules are loaded.
-        let found =
-            self.modules.iter().find_map(|m| unsafe { result::module::get_function(*m, name.clone()) }.ok());
+        let found = self.modules.iter().find_map(|m| unsafe { result::module::get_function(*m, name.clone()) }.ok());
         let handle = found.ok_or_else(|| Error::invalid(format!("CUDA: there is no kernel {kernel}")))?;
         let function = Function { handle, shared_bytes: 48 * 1024 };
         self.functions.borrow_mut().insert(kernel.to_owned(), function);

@@ -70,6 +70,23 @@ struct Pending<'a> {
     candidates: Vec<Growing<'a>>,
 }
 
+/// A session, whatever device it runs on.
+pub trait Generate {
+    /// Queues a prompt under an id that is not in flight.
+    fn submit(&mut self, id: u64, prompt: Vec<u32>, options: &GenerateOptions) -> Result<()>;
+    /// One forward pass. `on_text` is told of new text of `(id, candidate)`; prompts that are done come back.
+    fn step(&mut self, on_text: &mut dyn FnMut(u64, u32, &str)) -> Result<Vec<Completed>>;
+    fn is_idle(&self) -> bool;
+    /// Prompts queued or running.
+    fn in_flight(&self) -> usize;
+    /// Prompts that wait for room.
+    fn waiting(&self) -> usize;
+    /// Tokens computed so far, prompts included.
+    fn computed_tokens(&self) -> u64;
+    /// Tokens chosen so far.
+    fn generated_tokens(&self) -> u64;
+}
+
 pub struct Session<'a, B: Backend> {
     engine: Engine<'a, B>,
     tokenizer: &'a Tokenizer,
@@ -77,8 +94,7 @@ pub struct Session<'a, B: Backend> {
     context: usize,
     eos: u32,
     pending: HashMap<u64, Pending<'a>>,
-    /// Tokens chosen so far.
-    pub generated_tokens: u64,
+    generated_tokens: u64,
 }
 
 impl<'a, B: Backend> Session<'a, B> {
@@ -99,9 +115,10 @@ impl<'a, B: Backend> Session<'a, B> {
             generated_tokens: 0,
         })
     }
+}
 
-    /// Queues a prompt under an id that is not in flight.
-    pub fn submit(&mut self, id: u64, prompt: Vec<u32>, options: &GenerateOptions) -> Result<()> {
+impl<B: Backend> Generate for Session<'_, B> {
+    fn submit(&mut self, id: u64, prompt: Vec<u32>, options: &GenerateOptions) -> Result<()> {
         let request = request(id, prompt, options, self.eos, self.context)?;
         let pending = Pending {
             prompt_ids: request.prompt.clone(),
@@ -120,27 +137,23 @@ impl<'a, B: Backend> Session<'a, B> {
         Ok(())
     }
 
-    pub fn is_idle(&self) -> bool {
+    fn is_idle(&self) -> bool {
         self.engine.is_idle()
     }
 
-    /// Prompts queued or running.
-    pub fn in_flight(&self) -> usize {
+    fn in_flight(&self) -> usize {
         self.pending.len()
     }
 
-    /// Prompts that wait for room.
-    pub fn waiting(&self) -> usize {
+    fn waiting(&self) -> usize {
         self.engine.waiting()
     }
 
-    /// Tokens computed so far, prompts included.
-    pub fn computed_tokens(&self) -> u64 {
+    fn computed_tokens(&self) -> u64 {
         self.engine.computed_tokens
     }
 
-    /// One forward pass. `on_text` is told of new text of `(id, candidate)`; prompts that are done come back.
-    pub fn step(&mut self, on_text: &mut dyn FnMut(u64, u32, &str)) -> Result<Vec<Completed>> {
+    fn step(&mut self, on_text: &mut dyn FnMut(u64, u32, &str)) -> Result<Vec<Completed>> {
         let mut done = Vec::new();
         let mut failed = None;
         let (pending, eos) = (&mut self.pending, self.eos);
@@ -173,6 +186,10 @@ impl<'a, B: Backend> Session<'a, B> {
             return Err(e);
         }
         Ok(done.into_iter().map(|id| completed(id, self.pending.remove(&id).expect("just seen"))).collect())
+    }
+
+    fn generated_tokens(&self) -> u64 {
+        self.generated_tokens
     }
 }
 

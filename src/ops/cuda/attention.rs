@@ -2,7 +2,7 @@
 
 use super::{Buffer, Cuda, Pass};
 use crate::device::{Args, Launcher, Memory};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::{BLOCK, Heads};
 use bytemuck::{Pod, Zeroable};
 use std::cell::RefCell;
@@ -12,7 +12,7 @@ use std::rc::Rc;
 const WARPS: usize = 4;
 const SPLIT: usize = 512;
 /// Head sizes that there are kernels for.
-const SIZES: [usize; 5] = [32, 64, 80, 96, 128];
+pub(super) const SIZES: [usize; 5] = [32, 64, 80, 96, 128];
 /// Most queries of one launch: a grid's second dimension ends at 65,535.
 const QUERIES: usize = 32768;
 
@@ -51,12 +51,7 @@ struct Attention {
 
 impl<L: Launcher> Cache<L> {
     pub(super) fn new(launcher: &Rc<L>, layers: usize, heads: &Heads, blocks: usize) -> Result<Cache<L>> {
-        if !SIZES.contains(&heads.size) {
-            return Err(Error::invalid(format!(
-                "there are no CUDA kernels for head size {}, only for {SIZES:?}; use --device cpu",
-                heads.size
-            )));
-        }
+        assert!(SIZES.contains(&heads.size), "see `Cuda::supports`");
         let block_bytes = heads.count * BLOCK * heads.size * 2;
         Ok(Cache {
             // positions of a block that are not written yet are loaded with it

@@ -16,10 +16,13 @@ use super::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
 use crate::device::{Args, Launcher, Memory, Shape};
 use crate::engine::{Chosen, SampleRow};
 use crate::error::{Error, Result};
+use crate::models::bloom::BloomConfig;
 use crate::ops::BLOCK;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{Bytes, DType, Tensor};
+use half::{bf16, f16};
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// Threads of a block of the row kernels, and rows that it takes.
 const ROW_THREADS: u32 = 128;
@@ -93,8 +96,45 @@ impl<L: Launcher> Cuda<L> {
         Cuda { launcher, half, failed: RefCell::default(), scratch: RefCell::default() }
     }
 
-    pub fn launcher(&self) -> &L {
-        &self.launcher
+    /// Whether there are kernels for a model's sizes.
+    pub fn supports(config: &BloomConfig) -> Result<()> {
+        let size = config.head_size();
+        if !attention::SIZES.contains(&size) {
+            return Err(Error::invalid(format!(
+                "there are no CUDA kernels for head size {size}, only for {:?}; use --device cpu",
+                attention::SIZES
+            )));
+        }
+        if config.hidden_size % 16 != 0 {
+            return Err(Error::invalid(format!(
+                "the CUDA kernels take hidden sizes that are multiples of 16, this one is {}; use --device cpu",
+                config.hidden_size
+            )));
+        }
+        Ok(())
+    }
+
+    /// Activations from the host: rows of `width`, in 16 bits or f32.
+    pub fn upload(&self, x: &[f32], width: usize, narrow: bool) -> Result<Buffer<L>> {
+        let mut buffer = Buffer::default();
+        self.reserve(&mut buffer, x.len() / width, width, narrow)?;
+        let bytes: Vec<u8> = match (narrow, self.half) {
+            (false, _) => bytemuck::cast_slice(x).to_vec(),
+            (true, DType::F16) => x.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+            (true, _) => x.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+        };
+        self.launcher.write(buffer.at(), &bytes)?;
+        Ok(buffer)
+    }
+
+    /// Activations in f32, on the host. Reports what failed since the last call.
+    pub fn download(&self, buffer: &Buffer<L>, width: usize) -> Result<Vec<f32>> {
+        self.check()?;
+        let dtype = if buffer.narrow { self.half } else { DType::F32 };
+        let mut bytes = vec![0; buffer.rows * width * dtype.size()];
+        self.launcher.read(buffer.at(), &mut bytes)?;
+        let range = 0..bytes.len();
+        Ok(Tensor { dtype, shape: vec![buffer.rows, width], bytes: Bytes::Owned(Arc::new(bytes), range) }.to_f32())
     }
 
     /// The type's name in kernels.

@@ -19,11 +19,7 @@ impl<L: Launcher> Matrix<L> {
         let [rows, cols] = tensor.shape[..] else {
             return Err(Error::invalid(format!("a weight has shape {:?}, expected two dimensions", tensor.shape)));
         };
-        if cols % 16 != 0 {
-            return Err(Error::invalid(format!(
-                "a weight has {cols} inputs; the CUDA kernels take multiples of 16; use --device cpu"
-            )));
-        }
+        assert!(cols.is_multiple_of(16), "see `Cuda::supports`");
         if !int8 && tensor.dtype == half {
             return Ok(Matrix { data: Memory::from_bytes(launcher, &tensor.bytes)?, scales: None, rows, cols });
         }

@@ -1,0 +1,348 @@
+//! Every CUDA kernel against the CPU backend, on a GPU or in the emulator.
+//!
+//! Both backends get the same numbers, already rounded to the kernels' 16-bit type, so that what is left is the order of
+//! sums, and the rounding of what a kernel stores in 16 bits itself.
+
+use crate::device::Launcher;
+use crate::engine::{SampleRow, Sampling};
+use crate::error::Result;
+use crate::models::bloom::alibi_slopes;
+use crate::ops::cpu::Cpu;
+use crate::ops::cpu::simd::Isa;
+use crate::ops::cuda::Cuda;
+use crate::ops::{BLOCK, Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
+use crate::random::Words;
+use crate::tensor::{Bytes, DType, Tensor};
+use half::{bf16, f16};
+use std::rc::Rc;
+use std::sync::Arc;
+
+const EPS: f32 = 1e-5;
+
+/// What is tried.
+#[derive(Clone, Debug)]
+pub struct Shapes {
+    /// Heads and head sizes.
+    pub heads: Vec<(usize, usize)>,
+    /// `(outputs, inputs)` of products.
+    pub matrices: Vec<(usize, usize)>,
+    /// Tokens of a product.
+    pub tokens: Vec<usize>,
+    /// `(positions in the cache, new tokens)` of the spans of attention batches.
+    pub batches: Vec<Vec<(usize, usize)>>,
+    pub vocabulary: usize,
+    /// Begins the random numbers.
+    pub seed: u64,
+}
+
+impl Shapes {
+    /// The edges, small enough for the emulator.
+    pub fn small(seed: u64) -> Shapes {
+        Shapes {
+            heads: vec![(1, 64), (3, 32), (2, 80), (2, 96), (1, 128)],
+            matrices: vec![(16, 16), (48, 64), (30, 144), (7, 288)],
+            tokens: vec![1, 3, 16, 17, 40, 67],
+            batches: vec![
+                vec![(0, 1)],
+                vec![(15, 1), (16, 1), (17, 2)],
+                vec![(0, 37), (5, 3), (31, 1)],
+                vec![(511, 1), (512, 1), (3, 1), (1040, 2)],
+            ],
+            vocabulary: 203,
+            seed,
+        }
+    }
+
+    /// BLOOM's own.
+    pub fn real(seed: u64) -> Shapes {
+        Shapes {
+            heads: vec![(16, 64), (16, 96), (16, 128), (32, 80)],
+            matrices: vec![(4608, 1536), (1536, 1536), (6144, 1536), (1536, 6144), (4096, 16384)],
+            tokens: vec![1, 2, 8, 16, 17, 64, 200, 1000],
+            batches: vec![
+                (0..64).map(|i| (2 * i + 1, 1)).collect(),
+                vec![(0, 128), (0, 384), (100, 30), (2047, 1)],
+                vec![(1500, 1), (512, 1), (511, 1)],
+            ],
+            vocabulary: 250_880,
+            seed,
+        }
+    }
+}
+
+/// A kernel's result beside the CPU's.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub operation: &'static str,
+    pub case: String,
+    /// Largest difference over the largest magnitude.
+    pub error: f32,
+    /// What rounding explains.
+    pub allowed: f32,
+}
+
+impl Outcome {
+    pub fn passed(&self) -> bool {
+        self.error <= self.allowed
+    }
+}
+
+struct Test<'a, L: Launcher> {
+    cuda: Cuda<L>,
+    cpu: Cpu,
+    half: DType,
+    words: Words,
+    each: &'a mut dyn FnMut(Outcome),
+}
+
+/// Tries all kernels in one 16-bit type; `each` is told of every case.
+pub fn run<L: Launcher>(launcher: &Rc<L>, half: DType, shapes: &Shapes, each: &mut dyn FnMut(Outcome)) -> Result<()> {
+    let cuda = Cuda::new(launcher.clone(), half);
+    let cpu = Cpu::new(0, Isa::detect());
+    let mut test = Test { cuda, cpu, half, words: Words::new(shapes.seed, 1), each };
+    for &(outputs, inputs) in &shapes.matrices {
+        for int8 in [false, true] {
+            test.rows(outputs, inputs, int8)?;
+            for &tokens in &shapes.tokens {
+                test.products(outputs, inputs, tokens, int8)?;
+            }
+        }
+    }
+    for &(count, size) in &shapes.heads {
+        for batch in &shapes.batches {
+            test.attention(count, size, batch)?;
+        }
+    }
+    let width = shapes.matrices.iter().map(|m| m.1).find(|i| *i <= 2048).unwrap_or(64);
+    test.sampling(shapes.vocabulary, width)
+}
+
+fn tensor(x: &[f32], cols: usize) -> Tensor {
+    let bytes: Vec<u8> = bytemuck::cast_slice(x).to_vec();
+    let len = bytes.len();
+    Tensor { dtype: DType::F32, shape: vec![x.len() / cols, cols], bytes: Bytes::Owned(Arc::new(bytes), 0..len) }
+}
+
+fn error(ours: &[f32], theirs: &[f32]) -> f32 {
+    let most = theirs.iter().fold(1e-30f32, |m, v| m.max(v.abs()));
+    let worst = ours.iter().zip(theirs).map(|(a, b)| if a.is_nan() { f32::INFINITY } else { (a - b).abs() });
+    if ours.len() == theirs.len() { worst.fold(0.0, f32::max) / most } else { f32::INFINITY }
+}
+
+impl<L: Launcher> Test<'_, L> {
+    /// Numbers in (-1, 1) that the 16-bit type holds.
+    fn noise(&mut self, n: usize) -> Vec<f32> {
+        (0..n)
+            .map(|_| {
+                let x = 2.0 * self.words.uniform() - 1.0;
+                if self.half == DType::F16 { f16::from_f32(x).to_f32() } else { bf16::from_f32(x).to_f32() }
+            })
+            .collect()
+    }
+
+    /// The same numbers as a matrix of both backends. In 8 bits the rows are whole multiples of their scales, so that nothing is
+    /// lost.
+    #[allow(clippy::type_complexity)] // a pair of backends' types
+    fn matrix(
+        &mut self,
+        rows: usize,
+        cols: usize,
+        int8: bool,
+    ) -> Result<(<Cuda<L> as Backend>::Matrix, <Cpu as Backend>::Matrix)> {
+        let mut x = self.noise(rows * cols);
+        if int8 {
+            for row in x.chunks_exact_mut(cols) {
+                row.iter_mut().for_each(|v| *v = (*v * 127.0).round() / 64.0);
+                row[0] = 127.0 / 64.0;
+            }
+        }
+        let t = tensor(&x, cols);
+        let ours = self.cuda.matrix(&t, int8.then_some(DType::Int8))?;
+        Ok((ours, self.cpu.matrix(&t, Some(DType::F32))?))
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn norm(&mut self, width: usize) -> Result<(LayerNorm<<Cuda<L> as Backend>::Vector>, LayerNorm<Vec<f32>>)> {
+        let weight: Vec<f32> = self.noise(width).iter().map(|v| 1.0 + 0.3 * v).collect();
+        let bias = self.noise(width);
+        let ours = LayerNorm {
+            weight: self.cuda.vector(&tensor(&weight, width))?,
+            bias: self.cuda.vector(&tensor(&bias, width))?,
+        };
+        Ok((ours, LayerNorm { weight, bias }))
+    }
+
+    /// Error of one rounding to the 16-bit type.
+    fn rounding(&self) -> f32 {
+        if self.half == DType::F16 { 4.9e-4 } else { 3.9e-3 }
+    }
+
+    fn report(&mut self, operation: &'static str, case: String, error: f32, allowed: f32) {
+        let case = format!("{} {case}", self.half.name());
+        (self.each)(Outcome { operation, case, error, allowed });
+    }
+
+    /// Embedding and layer norm.
+    fn rows(&mut self, outputs: usize, inputs: usize, int8: bool) -> Result<()> {
+        let (table, cpu_table) = self.matrix(outputs, inputs, int8)?;
+        let (norm, cpu_norm) = self.norm(inputs)?;
+        let mut batch = Batch::default();
+        let ids: Vec<u32> = (0..9).map(|_| self.words.below(outputs) as u32).collect();
+        batch.push(&ids, 0, &[0]);
+        let (mut pass, mut out, mut expected) = Default::default();
+        self.cuda.begin(&batch, &mut pass);
+        self.cuda.embed_norm(&batch, &pass, &table, &norm, EPS, &mut out);
+        self.cpu.embed_norm(&batch, &(), &cpu_table, &cpu_norm, EPS, &mut expected);
+        let case = format!("{inputs} wide{}", if int8 { ", int8" } else { "" });
+        let e = error(&self.cuda.download(&out, inputs)?, &expected);
+        self.report("embed_norm", case.clone(), e, 1e-5);
+        let rows = [8, 0, 3, 3];
+        let (mut gathered, mut expected_rows) = Default::default();
+        self.cuda.gather_norm(&out, &rows, &norm, EPS, &mut gathered);
+        self.cpu.gather_norm(&expected, &rows, &cpu_norm, EPS, &mut expected_rows);
+        let e = error(&self.cuda.download(&gathered, inputs)?, &expected_rows);
+        self.report("layer_norm", case, e, self.rounding());
+        Ok(())
+    }
+
+    /// Products with every epilogue but that of attention, with and without a norm before.
+    fn products(&mut self, outputs: usize, inputs: usize, tokens: usize, int8: bool) -> Result<()> {
+        let (weight, cpu_weight) = self.matrix(outputs, inputs, int8)?;
+        let bias = self.noise(outputs);
+        let linear = Linear { weight, bias: self.cuda.vector(&tensor(&bias, outputs))? };
+        let cpu_linear = Linear { weight: cpu_weight, bias };
+        let x = self.noise(tokens * inputs);
+        let residual = self.noise(tokens * outputs);
+        let narrow = self.cuda.upload(&x, inputs, true)?;
+        let wide = self.cuda.upload(&x, inputs, false)?;
+        let our_residuals = [self.cuda.upload(&residual, outputs, false)?, self.cuda.upload(&residual, outputs, true)?];
+        let (norm, cpu_norm) = self.norm(inputs)?;
+        let case = format!("{tokens} x {inputs} to {outputs}{}", if int8 { ", int8" } else { "" });
+        let (mut out, mut expected) = Default::default();
+        // sums of the same products in another order
+        let sums = 3e-6 * (inputs as f32).sqrt();
+        self.cuda.linear(&narrow, &linear, Epilogue::Bias, &mut out);
+        self.cpu.linear(&x, &cpu_linear, Epilogue::Bias, &mut expected);
+        let e = error(&self.cuda.download(&out, outputs)?, &expected);
+        self.report("linear", case.clone(), e, sums);
+        self.cpu.linear(&x, &cpu_linear, Epilogue::BiasResidual(&residual), &mut expected);
+        for r in &our_residuals {
+            self.cuda.linear(&narrow, &linear, Epilogue::BiasResidual(r), &mut out);
+            let e = error(&self.cuda.download(&out, outputs)?, &expected);
+            self.report("linear + residual", case.clone(), e, sums);
+        }
+        let (mut normed, mut expected_normed) = Default::default();
+        let mut gelu = Default::default();
+        let of = |normed| Norm { norm: &norm, eps: EPS, keep: true, normed };
+        self.cuda.norm_linear(&wide, of(&mut normed), &linear, Epilogue::BiasGelu, &mut gelu);
+        let norm = Norm { norm: &cpu_norm, eps: EPS, keep: true, normed: &mut expected_normed };
+        self.cpu.norm_linear(&x, norm, &cpu_linear, Epilogue::BiasGelu, &mut expected);
+        let e = error(&self.cuda.download(&gelu, outputs)?, &expected);
+        // the normalized rows and the result are rounded
+        self.report("norm + linear + GELU", case.clone(), e, 3.0 * self.rounding());
+        let e = error(&self.cuda.download(&normed, inputs)?, &expected_normed);
+        self.report("norm before a linear", case, e, self.rounding());
+        Ok(())
+    }
+
+    /// Norm, queries, keys and values, and attention over the cache. `spans`: positions that are there, and new ones.
+    fn attention(&mut self, count: usize, size: usize, spans: &[(usize, usize)]) -> Result<()> {
+        let width = count * size;
+        let heads = Heads { count, size, slopes: alibi_slopes(count) };
+        let (weight, cpu_weight) = self.matrix(3 * width, width, false)?;
+        let bias = self.noise(3 * width);
+        let linear = Linear { weight, bias: self.cuda.vector(&tensor(&bias, 3 * width))? };
+        let cpu_linear = Linear { weight: cpu_weight, bias };
+        // scores of about one: softmax over many positions, not one
+        let (mut norm, mut cpu_norm) = self.norm(width)?;
+        cpu_norm.weight.iter_mut().chain(&mut cpu_norm.bias).for_each(|v| *v *= 0.5 / (width as f32).sqrt());
+        norm.weight = self.cuda.vector(&tensor(&cpu_norm.weight, width))?;
+        norm.bias = self.cuda.vector(&tensor(&cpu_norm.bias, width))?;
+        let needed: usize = spans.iter().map(|s| (s.0 + s.1).div_ceil(BLOCK)).sum();
+        let mut order: Vec<u32> = (0..needed as u32).collect();
+        self.words.shuffle(&mut order);
+        let mut free = order.into_iter();
+        let tables: Vec<Vec<u32>> =
+            spans.iter().map(|s| free.by_ref().take((s.0 + s.1).div_ceil(BLOCK)).collect()).collect();
+        let mut cache = self.cuda.cache(self.half, 2, &heads, needed)?;
+        let mut cpu_cache = self.cpu.cache(DType::F32, 2, &heads, needed)?;
+        // first what is in the cache, then the batch
+        for stage in 0..2 {
+            let mut batch = Batch::default();
+            for (&(past, new), table) in spans.iter().zip(&tables) {
+                let (start, n) = if stage == 0 { (0, past) } else { (past, new) };
+                if n > 0 {
+                    batch.push(&vec![0; n], start, table);
+                }
+            }
+            if batch.ids.is_empty() {
+                continue;
+            }
+            let tokens = batch.ids.len();
+            let x = self.noise(tokens * width);
+            let wide = self.cuda.upload(&x, width, false)?;
+            let (mut pass, mut normed, mut q, mut out) = Default::default();
+            self.cuda.begin(&batch, &mut pass);
+            let of = Norm { norm: &norm, eps: EPS, keep: false, normed: &mut normed };
+            self.cuda.norm_qkv(&batch, &pass, 1, &wide, of, &linear, &heads, &mut cache, &mut q);
+            let (mut cpu_normed, mut qkv, mut expected) = Default::default();
+            let of = Norm { norm: &cpu_norm, eps: EPS, keep: false, normed: &mut cpu_normed };
+            self.cpu.norm_qkv(&batch, &(), 1, &x, of, &cpu_linear, &heads, &mut cpu_cache, &mut qkv);
+            if stage == 1 {
+                self.cuda.attention(&batch, &pass, 1, &heads, &q, &cache, &mut out);
+                self.cpu.attention(&batch, &(), 1, &heads, &qkv, &cpu_cache, &mut expected);
+                let e = error(&self.cuda.download(&out, width)?, &expected);
+                let case = format!("{count} x {size}, {} spans, {tokens} tokens", spans.len());
+                // the normalized rows, queries, keys, values and the result are rounded
+                self.report("attention", case, e, 4.0 * self.rounding());
+            }
+        }
+        // whole blocks are copied in every layer
+        if needed > 1 {
+            self.cuda.copy_block(&mut cache, tables[0][0], tables[spans.len() - 1][0]);
+            self.cuda.download(&self.cuda.upload(&[0.0; 16], 16, false)?, 16)?;
+        }
+        Ok(())
+    }
+
+    /// Tokens chosen from the head, in every way.
+    fn sampling(&mut self, vocabulary: usize, width: usize) -> Result<()> {
+        let (head, cpu_head) = self.matrix(vocabulary, width, false)?;
+        let rows = 5;
+        let scale = 4.0 / (width as f32).sqrt();
+        let x: Vec<f32> = self.noise(rows * width);
+        // a power of two keeps the numbers exact
+        let scale = scale.log2().round().exp2();
+        let x: Vec<f32> = x.iter().map(|v| v * scale).collect();
+        let narrow = self.cuda.upload(&x, width, true)?;
+        let seen: Vec<u32> = (0..40).map(|i| (i * 5 % vocabulary) as u32).collect();
+        let plain = Sampling { seed: 11, ..Sampling::default() };
+        let penalty = Sampling { repetition_penalty: 1.7, ..plain };
+        let warm = Sampling { temperature: 0.8, ..plain };
+        let both = Sampling { temperature: 1.3, seed: u64::MAX - 5, ..penalty };
+        let filtered = Sampling { top_k: 20, top_p: 0.9, ..warm };
+        let settings = [plain, penalty, warm, both, filtered];
+        let list: Vec<(usize, SampleRow)> = (0..25)
+            .map(|i| {
+                let sampling = &settings[i % 5];
+                let row = i / 5;
+                (row, SampleRow { row, sampling, seen: &seen, candidate: i as u32, position: 77 + i as u32 })
+            })
+            .collect();
+        let list: Vec<(usize, &SampleRow)> = list.iter().map(|(row, r)| (*row, r)).collect();
+        let (mut logits, mut expected_logits) = (Vec::new(), Vec::new());
+        let ours = self.cuda.sample(&narrow, &head, &list, &mut logits)?;
+        let theirs = self.cpu.sample(&x, &cpu_head, &list, &mut expected_logits)?;
+        let different = ours.iter().zip(&theirs).filter(|(a, b)| a.token != b.token).count();
+        let case = format!("{vocabulary} tokens");
+        self.report("sampled tokens that differ", case.clone(), different as f32, 0.0);
+        let get = |c: &[crate::engine::Chosen]| c.iter().map(|c| c.logprob).collect::<Vec<_>>();
+        let e = error(&get(&ours), &get(&theirs));
+        self.report("log-probabilities", case.clone(), e, 1e-5);
+        self.cuda.logits(&narrow, &head, &mut logits)?;
+        self.cpu.logits(&x, &cpu_head, &mut expected_logits)?;
+        let e = error(&logits, &expected_logits);
+        self.report("logits", case, e, 3e-6 * (width as f32).sqrt());
+        Ok(())
+    }
+}
