@@ -8,6 +8,7 @@ mod generate;
 mod inspect;
 mod model;
 mod rewrite;
+mod selftest;
 mod train;
 
 use crate::ops::cpu::Cpu;
@@ -37,6 +38,8 @@ enum Command {
     /// Measure speed beside the machine's floors.
     #[command(subcommand)]
     Bench(Box<bench::BenchCommand>),
+    /// Check every CUDA kernel on this machine's GPU against the CPU.
+    Selftest(selftest::SelftestArgs),
     /// Make training data.
     #[command(subcommand)]
     Data(data::DataCommand),
@@ -105,6 +108,7 @@ impl Cli {
             Command::Inspect(c) => c.run(),
             Command::Eval(c) => c.run(),
             Command::Bench(c) => c.run(),
+            Command::Selftest(args) => args.run(),
             Command::Data(c) => c.run(),
             Command::Train(c) => c.run(),
         }
