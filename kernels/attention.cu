@@ -8,25 +8,12 @@
 // a position, each with every other 16-byte piece, so that a pair reads whole sectors. A lane keeps its own running
 // softmax and its own sums over the positions it has seen; lanes meet only at the end. The order of every sum depends on
 // the sequence's own length alone.
+#include "attention.cuh"
 #include "memory.cuh"
 #include "threads.cuh"
 
 constexpr int WARPS = 4;
-constexpr int BLOCK = 16;      // positions of a cache block
-constexpr int SPLIT = 512;     // positions of one block of threads
-
-// Laid out as `Attention` in src/ops/cuda/attention.rs.
-struct Attention {
-    void* out;
-    const void *q, *keys, *values;
-    const uint32_t* spans;     // of each token: its sequence's row of `tables`
-    const uint32_t* positions; // of each token
-    const uint32_t* tables;    // [sequence, table_width]: cache blocks
-    const float* slopes;       // [head]
-    float* partials;           // [token, head, split, size + 2]: sums, largest score, sum of weights
-    uint32_t* counters;        // [token, head], zero; left zero
-    uint32_t heads, table_width, splits, unused;
-};
+constexpr int SPLIT = 512; // positions of one block of threads
 
 // Brings two softmax sums to one largest score.
 DEVICE void scales_to_merge(float most, float other, float& mine, float& theirs, float& both) {
@@ -38,8 +25,9 @@ DEVICE void scales_to_merge(float most, float other, float& mine, float& theirs,
 template <class T, int SIZE>
 DEVICE void attend(const Attention& a) {
     constexpr int PIECES = SIZE / 16; // 16-byte pieces of a lane
-    uint32_t head = blockIdx.x, token = blockIdx.y, split = blockIdx.z;
+    uint32_t head = blockIdx.x, number = blockIdx.y, split = blockIdx.z;
     wait_for_earlier_kernels();
+    uint32_t token = a.tokens[number];
     uint32_t position = a.positions[token];
     uint32_t first = split * SPLIT;
     if (first > position) return; // this sequence needs fewer blocks than the batch's longest
@@ -127,7 +115,7 @@ DEVICE void attend(const Attention& a) {
     }
     sync_block();
     T* out = static_cast<T*>(a.out) + (static_cast<size_t>(token) * a.heads + head) * SIZE;
-    size_t index = static_cast<size_t>(token) * a.heads + head;
+    size_t index = static_cast<size_t>(number) * a.heads + head;
     float* partial = a.partials + (index * a.splits + split) * (SIZE + 2);
     for (int d = threadIdx.x; d < SIZE; d += WARPS * WARP) {
         float sum = shared[d], m = shared[SIZE], l = shared[SIZE + 1];

@@ -11,21 +11,12 @@
 // With a layer norm each block normalizes all tokens itself, into shared memory: one launch and one trip through
 // memory less, for a few KB read from the second-level cache.
 #include "epilogue.cuh"
+#include "linear.cuh"
 #include "rows.cuh"
 #include "tensor_core.cuh"
 
 constexpr int WARPS = 8;
 constexpr int OUTPUTS = 16;
-
-// Laid out as `Input` in src/ops/cuda/linear.rs.
-struct Input {
-    const void* x;       // 16 bits; f32 if there is a norm
-    const float* weight; // of the norm; null if there is none
-    const float* bias;
-    void* normed;        // where the first block also writes the normalized rows; may be null
-    float eps;
-    uint32_t tokens, inputs, unused;
-};
 
 // How a lane's 16 bytes of weights become operands: STEPS instructions, each with 4 of the lane's inputs.
 template <class T, class W>

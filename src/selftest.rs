@@ -40,8 +40,8 @@ impl Shapes {
     pub fn small(seed: u64) -> Shapes {
         Shapes {
             heads: vec![(1, 64), (3, 32), (2, 80), (2, 96), (1, 128)],
-            matrices: vec![(16, 16), (48, 64), (30, 144), (7, 288)],
-            tokens: vec![1, 3, 16, 17, 40, 67],
+            matrices: vec![(16, 16), (48, 64), (150, 208), (7, 288)],
+            tokens: vec![1, 3, 16, 17, 40, 67, 130],
             batches: vec![
                 vec![(0, 1)],
                 vec![(15, 1), (16, 1), (17, 2)],
@@ -97,7 +97,7 @@ struct Test<'a, L: Launcher> {
 
 /// Tries all kernels in one 16-bit type; `each` is told of every case.
 pub fn run<L: Launcher>(launcher: &Rc<L>, half: DType, shapes: &Shapes, each: &mut dyn FnMut(Outcome)) -> Result<()> {
-    let cuda = Cuda::new(launcher.clone(), half);
+    let cuda = Cuda::new(launcher.clone(), half, false);
     let cpu = Cpu::new(0, Isa::detect());
     let mut test = Test { cuda, cpu, half, words: Words::new(shapes.seed, 1), each };
     for &(outputs, inputs) in &shapes.matrices {

@@ -66,7 +66,7 @@ fn logits_are_transformers_own() {
         for (half, dtype, most) in
             [(DType::F16, None, 4e-3), (DType::Bf16, None, 3e-2), (DType::F16, Some(DType::Int8), 4e-2)]
         {
-            let cuda = Cuda::new(device(false), half);
+            let cuda = Cuda::new(device(false), half, true);
             let model = Bloom::load(&cuda, &checkpoint, dtype).unwrap();
             let e = error(&logits(&cuda, &model, &ids, usize::MAX), &theirs);
             assert!(e < most, "{name} in {half:?} {dtype:?}: {e:e}");
@@ -78,7 +78,7 @@ fn logits_are_transformers_own() {
 fn the_order_of_threads_leaves_a_model_alone() {
     let (checkpoint, ids, _) = open("bf16_sharded");
     let run = |check_order| {
-        let cuda = Cuda::new(device(check_order), DType::Bf16);
+        let cuda = Cuda::new(device(check_order), DType::Bf16, true);
         let model = Bloom::load(&cuda, &checkpoint, None).unwrap();
         logits(&cuda, &model, &ids, 3)
     };
@@ -133,7 +133,7 @@ fn generate<B: Backend>(backend: &B, model: &Bloom<B>, requests: &[Request], bat
 #[test]
 fn neighbours_leave_a_sequence_alone() {
     let (checkpoint, ids, _) = open("f16_pytorch_sharded");
-    let cuda = Cuda::new(device(false), DType::F16);
+    let cuda = Cuda::new(device(false), DType::F16, true);
     let model = Bloom::load(&cuda, &checkpoint, None).unwrap();
     let mut all = requests(&ids);
     let together = generate(&cuda, &model, &all, 64);
@@ -152,7 +152,7 @@ fn neighbours_leave_a_sequence_alone() {
 fn the_cpu_chooses_the_same_tokens() {
     let (checkpoint, ids, _) = open("f16_pytorch_sharded");
     let all = requests(&ids);
-    let cuda = Cuda::new(device(false), DType::F16);
+    let cuda = Cuda::new(device(false), DType::F16, true);
     let ours = generate(&cuda, &Bloom::load(&cuda, &checkpoint, None).unwrap(), &all, 64);
     let cpu = Cpu::new(1, Isa::detect());
     let theirs = generate(&cpu, &Bloom::load(&cpu, &checkpoint, None).unwrap(), &all, 64);
@@ -171,7 +171,7 @@ fn the_cpu_chooses_the_same_tokens() {
 fn a_decoding_step_is_five_launches_a_layer() {
     let (checkpoint, ids, _) = open("bf16_sharded");
     let launcher: std::rc::Rc<Emulated> = device(false);
-    let cuda = Cuda::new(launcher.clone(), DType::Bf16);
+    let cuda = Cuda::new(launcher.clone(), DType::Bf16, true);
     let model = Bloom::load(&cuda, &checkpoint, None).unwrap();
     let mut cache = model.cache(&cuda, 4).unwrap();
     let mut scratch = Scratch::default();

@@ -60,6 +60,9 @@ pub struct ModelArgs {
     /// Where to compute; auto takes a GPU if there is one that can.
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto, env = "BPROMPT_DEVICE")]
     pub device: DeviceChoice,
+    /// On a GPU, give a prompt the same bits in any batch, at the price of slower long prompts; the CPU always does.
+    #[arg(long, env = "BPROMPT_BATCH_INVARIANT")]
+    pub batch_invariant: bool,
     #[command(flatten)]
     pub compute: DeviceArgs,
 }
@@ -130,7 +133,7 @@ impl ModelArgs {
                     Some(DType::F16) => DType::F16,
                     _ => DType::Bf16,
                 };
-                let cuda = Cuda::new(Rc::new(driver), half);
+                let cuda = Cuda::new(Rc::new(driver), half, self.batch_invariant);
                 let model = Bloom::load(&cuda, &checkpoint, self.dtype.dtype())?;
                 Placed::Cuda(cuda, model)
             }

@@ -13,8 +13,13 @@ const WARPS: usize = 4;
 const SPLIT: usize = 512;
 /// Head sizes that there are kernels for.
 pub(super) const SIZES: [usize; 5] = [32, 64, 80, 96, 128];
-/// Most queries of one launch: a grid's second dimension ends at 65,535.
-const QUERIES: usize = 32768;
+/// Most queries or tiles of one launch: a grid's second dimension ends at 65,535.
+const MOST_ROWS: usize = 32768;
+/// As in `kernels/attention_prefill.cu`: queries of a tile, and positions of a step.
+pub(super) const QUERIES: usize = 64;
+const STEP: usize = 64;
+/// Spans of at least so many tokens are cut into tiles, others go one query at a time.
+pub(super) const TILED: usize = 16;
 
 /// Keys and values of all layers: `[layer][keys or values][block, head, position, head size]` in 16 bits.
 pub struct Cache<L: Launcher> {
@@ -29,7 +34,7 @@ pub struct Cache<L: Launcher> {
     counters: RefCell<Option<Memory<L>>>,
 }
 
-/// `Attention` of `kernels/attention.cu`.
+/// `Attention` of `kernels/include/attention.cuh`.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 struct Attention {
@@ -37,6 +42,8 @@ struct Attention {
     q: u64,
     keys: u64,
     values: u64,
+    tokens: u64,
+    tiles: u64,
     spans: u64,
     positions: u64,
     tables: u64,
@@ -85,47 +92,54 @@ impl<L: Launcher> Cuda<L> {
     ) -> Result<()> {
         let (tokens, size) = (pass.tokens, heads.size);
         self.reserve(out, tokens, heads.count * size, true)?;
-        let splits = pass.longest.div_ceil(SPLIT);
         let (keys, values) = cache.layer(layer);
-        let mut a = Attention {
+        let a = Attention {
             out: out.at(),
             q: queries.at(),
             keys,
             values,
+            tokens: pass.singles,
+            tiles: pass.tiles,
             spans: pass.spans,
             positions: pass.positions,
             tables: pass.tables,
             slopes: cache.slopes.at,
             heads: heads.count as u32,
             table_width: pass.table_width as u32,
-            splits: splits as u32,
             ..Attention::zeroed()
         };
+        let threads = (WARPS * 32) as u32;
+        let kernel = format!("attend_many_{}_{size}", self.suffix());
+        let shared = 2 * 2 * STEP * (2 * size + 16);
+        for first in (0..pass.tile_count).step_by(MOST_ROWS) {
+            let part = Attention { tiles: a.tiles + 8 * first as u64, ..a };
+            let grid = [heads.count, MOST_ROWS.min(pass.tile_count - first), 1];
+            self.launch(&kernel, grid, threads, shared, Args::new().with(part))?;
+        }
+        if pass.single_count == 0 {
+            return Ok(());
+        }
+        let splits = pass.longest_single.div_ceil(SPLIT);
+        let (mut partials, mut counters) = (cache.partials.borrow_mut(), cache.counters.borrow_mut());
         if splits > 1 {
-            let pairs = tokens.min(QUERIES) * heads.count;
-            let mut partials = cache.partials.borrow_mut();
+            let pairs = pass.single_count.min(MOST_ROWS) * heads.count;
             self.grow(&mut partials, pairs * splits * (size + 2) * 4)?;
-            let mut counters = cache.counters.borrow_mut();
             if counters.as_ref().is_none_or(|m| m.bytes < pairs * 4) {
                 *counters = Some(Memory::zeroed(&self.launcher, pairs.next_power_of_two() * 4)?);
             }
-            a.partials = partials.as_ref().map_or(0, |m| m.at);
-            a.counters = counters.as_ref().map_or(0, |m| m.at);
         }
         let kernel = format!("attend_{}_{size}", self.suffix());
         let shared = (WARPS * (size + 2) + 1) * 4;
-        for first in (0..tokens).step_by(QUERIES) {
-            let count = QUERIES.min(tokens - first);
-            let f = first as u64;
-            let row = (heads.count * size * 2) as u64;
+        for first in (0..pass.single_count).step_by(MOST_ROWS) {
             let part = Attention {
-                out: a.out + f * row,
-                q: a.q + f * row,
-                spans: a.spans + 4 * f,
-                positions: a.positions + 4 * f,
+                tokens: a.tokens + 4 * first as u64,
+                partials: partials.as_ref().map_or(0, |m| m.at),
+                counters: counters.as_ref().map_or(0, |m| m.at),
+                splits: splits as u32,
                 ..a
             };
-            self.launch(&kernel, [heads.count, count, splits], (WARPS * 32) as u32, shared, Args::new().with(part))?;
+            let grid = [heads.count, MOST_ROWS.min(pass.single_count - first), splits];
+            self.launch(&kernel, grid, threads, shared, Args::new().with(part))?;
         }
         Ok(())
     }

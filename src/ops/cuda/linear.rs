@@ -10,12 +10,16 @@ use bytemuck::{Pod, Zeroable};
 const THREADS: u32 = 256;
 const WARPS: usize = 8;
 const OUTPUTS: usize = 16;
-/// Most tokens of one launch.
+/// As in `kernels/linear_large.cu`.
+const TILE: usize = 128;
+const SLICE: usize = 64;
+const STAGES: usize = 3;
+/// Most tokens of one launch of the skinny kernels; more go to the tiles.
 const TOKENS: usize = 64;
 /// Most tokens that every block normalizes for itself; beyond, a launch of its own costs less.
 const NORM_TOKENS: usize = 16;
 
-/// `Input` of `kernels/linear_skinny.cu`.
+/// `Input` of `kernels/include/linear.cuh`.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 struct Input {
@@ -132,6 +136,15 @@ impl<L: Launcher> Cuda<L> {
             }
         }
         assert_eq!(narrow, input.weight == 0, "products read 16-bit rows, or normalize f32 rows");
+        if tokens > TOKENS && !self.batch_invariant {
+            let int8 = if weight.int8() { "_int8" } else { "" };
+            let row_bytes = if weight.int8() { SLICE + 16 } else { 2 * SLICE };
+            let shared = STAGES * TILE * (2 * SLICE + row_bytes);
+            let grid = [weight.rows.div_ceil(TILE), tokens.div_ceil(TILE), 1];
+            let part = Input { tokens: tokens as u32, ..input };
+            let args = Args::new().with(part).with(weight.data.at).with(weight.scales()).with(finish);
+            return self.launch(&format!("linear_large_{}{int8}", self.suffix()), grid, THREADS, shared, args);
+        }
         for first in (0..tokens).step_by(TOKENS) {
             let count = TOKENS.min(tokens - first);
             let (f, w) = (first as u64, finish.width as u64);

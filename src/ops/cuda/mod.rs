@@ -33,6 +33,9 @@ pub struct Cuda<L: Launcher> {
     launcher: Rc<L>,
     /// The 16-bit type of activations, weights and cache.
     half: DType,
+    /// Whether products of any number of tokens sum in one order, so that a sequence's results do not depend on its neighbours
+    /// in their last bits. Many tokens take longer then.
+    batch_invariant: bool,
     /// The first failure since results were last taken.
     failed: RefCell<Option<Error>>,
     scratch: RefCell<sampling::Scratch<L>>,
@@ -69,8 +72,13 @@ pub struct Pass<L: Launcher> {
     tables: u64,
     table_width: usize,
     tokens: usize,
-    /// Positions of the longest sequence.
-    longest: usize,
+    /// Queries that attend in tiles: first token and how many, by pairs.
+    tiles: u64,
+    tile_count: usize,
+    /// Queries that attend one at a time, and the most positions that one of them sees.
+    singles: u64,
+    single_count: usize,
+    longest_single: usize,
 }
 
 impl<L: Launcher> Default for Pass<L> {
@@ -84,16 +92,20 @@ impl<L: Launcher> Default for Pass<L> {
             tables: 0,
             table_width: 0,
             tokens: 0,
-            longest: 0,
+            tiles: 0,
+            tile_count: 0,
+            singles: 0,
+            single_count: 0,
+            longest_single: 0,
         }
     }
 }
 
 impl<L: Launcher> Cuda<L> {
     /// `half` is bf16 or f16.
-    pub fn new(launcher: Rc<L>, half: DType) -> Cuda<L> {
+    pub fn new(launcher: Rc<L>, half: DType, batch_invariant: bool) -> Cuda<L> {
         assert!(matches!(half, DType::Bf16 | DType::F16), "activations are bf16 or f16");
-        Cuda { launcher, half, failed: RefCell::default(), scratch: RefCell::default() }
+        Cuda { launcher, half, batch_invariant, failed: RefCell::default(), scratch: RefCell::default() }
     }
 
     /// Whether there are kernels for a model's sizes.
@@ -232,10 +244,11 @@ impl<L: Launcher> Backend for Cuda<L> {
         self.attempt(|| {
             let n = batch.ids.len();
             let width = batch.spans.iter().map(|s| s.blocks.len()).max().unwrap_or(0).next_power_of_two();
-            // four arrays of the tokens, then the tables
+            // four arrays of the tokens, the tables, tiles and single queries
             let mut words = batch.ids.clone();
             words.resize(4 * n + batch.spans.len() * width, 0);
-            pass.longest = 0;
+            let (mut tiles, mut singles): (Vec<u32>, Vec<u32>) = Default::default();
+            pass.longest_single = 0;
             for (number, span) in batch.spans.iter().enumerate() {
                 for i in 0..span.len {
                     let (token, position) = (span.start + i, span.past + i);
@@ -244,14 +257,27 @@ impl<L: Launcher> Backend for Cuda<L> {
                     words[3 * n + token] = position as u32;
                 }
                 words[4 * n + number * width..][..span.blocks.len()].copy_from_slice(&span.blocks);
-                pass.longest = pass.longest.max(span.past + span.len);
+                if span.len >= attention::TILED && !self.batch_invariant {
+                    for first in (0..span.len).step_by(attention::QUERIES) {
+                        let count = attention::QUERIES.min(span.len - first);
+                        tiles.extend([(span.start + first) as u32, count as u32]);
+                    }
+                } else {
+                    singles.extend((span.start..span.start + span.len).map(|t| t as u32));
+                    pass.longest_single = pass.longest_single.max(span.past + span.len);
+                }
             }
+            let tables_end = words.len();
+            words.extend_from_slice(&tiles);
+            words.extend_from_slice(&singles);
             self.grow(&mut pass.memory, words.len() * 4)?;
             let at = pass.memory.as_ref().map_or(0, |m| m.at);
             self.launcher.write(at, bytemuck::cast_slice(&words))?;
             let array = |i: usize| at + (i * n * 4) as u64;
             (pass.ids, pass.slots, pass.spans, pass.positions) = (array(0), array(1), array(2), array(3));
             (pass.tables, pass.table_width, pass.tokens) = (array(4), width, n);
+            (pass.tiles, pass.tile_count) = (at + 4 * tables_end as u64, tiles.len() / 2);
+            (pass.singles, pass.single_count) = (pass.tiles + 4 * tiles.len() as u64, singles.len());
             Ok(())
         });
     }
