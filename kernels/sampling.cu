@@ -8,11 +8,6 @@
 
 constexpr int THREADS = 256;
 
-struct Chosen {
-    uint32_t token;
-    float logprob;
-};
-
 KERNEL(merge_choices, THREADS)(Choices choices, Chosen* out) {
     wait_for_earlier_kernels();
     const Partial* partials = choices.partials + static_cast<size_t>(blockIdx.x) * choices.blocks;

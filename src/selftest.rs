@@ -315,17 +315,19 @@ impl<L: Launcher> Test<'_, L> {
         let scale = scale.log2().round().exp2();
         let x: Vec<f32> = x.iter().map(|v| v * scale).collect();
         let narrow = self.cuda.upload(&x, width, true)?;
-        let seen: Vec<u32> = (0..40).map(|i| (i * 5 % vocabulary) as u32).collect();
+        let seen: Vec<u32> = (0..vocabulary as u32).step_by(5).take(40).collect();
         let plain = Sampling { seed: 11, ..Sampling::default() };
         let penalty = Sampling { repetition_penalty: 1.7, ..plain };
         let warm = Sampling { temperature: 0.8, ..plain };
         let both = Sampling { temperature: 1.3, seed: u64::MAX - 5, ..penalty };
-        let filtered = Sampling { top_k: 20, top_p: 0.9, ..warm };
-        let settings = [plain, penalty, warm, both, filtered];
-        let list: Vec<(usize, SampleRow)> = (0..25)
+        let ranked = Sampling { top_k: 20, top_p: 0.9, ..both };
+        let likely = Sampling { top_k: 7, min_p: 0.2, ..warm };
+        let on_host = Sampling { top_p: 0.5, ..warm };
+        let settings = [plain, penalty, warm, both, ranked, likely, on_host];
+        let list: Vec<(usize, SampleRow)> = (0..rows * settings.len())
             .map(|i| {
-                let sampling = &settings[i % 5];
-                let row = i / 5;
+                let sampling = &settings[i % settings.len()];
+                let row = i / settings.len();
                 (row, SampleRow { row, sampling, seen: &seen, candidate: i as u32, position: 77 + i as u32 })
             })
             .collect();

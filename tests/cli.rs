@@ -120,7 +120,7 @@ fn mistakes_get_one_line_and_status_2() {
     for (args, word) in [
         (vec!["rewrite", "--dtype", "int3", "a fox"], "int3"),
         (vec!["rewrite", "--device", "cuda", "--dtype", "f32", "a fox"], "--dtype bf16"),
-        (vec!["bench", "llm", "--device", "cuda"], "--device cpu"),
+        (vec!["bench", "llm", "--device", "cuda", "--dtype", "f32"], "--dtype bf16"),
         (vec!["rewrite"], "PROMPT"),
         (vec!["rewrite", ""], "empty"),
         (vec!["rewrite", "--top-p", "1.5", "a fox"], "--top-p 1.5"),

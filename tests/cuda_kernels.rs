@@ -2,6 +2,7 @@
 
 mod emulated;
 
+use beautiful_prompt::ops::cuda::Cuda;
 use beautiful_prompt::selftest::{Shapes, run};
 use beautiful_prompt::tensor::DType;
 
@@ -37,4 +38,12 @@ fn the_order_of_threads_does_not_matter() {
         ..Shapes::small(3)
     };
     all(DType::Bf16, &shapes, true);
+}
+
+/// What the bench measures floors with runs too; its figures mean nothing here.
+#[test]
+fn measuring_kernels_run() {
+    let cuda = Cuda::new(emulated::device(true), DType::F16, false);
+    assert!(cuda.read_bandwidth(100_000, 1).unwrap() > 0.0);
+    assert!(cuda.peak(3, 1).unwrap() > 0.0);
 }

@@ -13,7 +13,15 @@ struct Choice {
     float penalty;          // 1: none
     uint32_t seen_start, seen_count; // sorted tokens that the penalty counts
     uint32_t seed_low, seed_high, candidate, position;
-    uint32_t unused[3];
+    // for choices by rank and probability: at most so many tokens; of these the most likely ones that together have this
+    // probability; and none less likely than this part of the most likely one
+    uint32_t top_k;
+    float top_p, min_p;
+};
+
+struct Chosen {
+    uint32_t token;
+    float logprob;
 };
 
 struct Partial {
@@ -43,6 +51,9 @@ DEVICE bool contains(const uint32_t* sorted, uint32_t count, uint32_t token) {
     }
     return sorted[first] == token; // the list ends with a number that is no token
 }
+
+// A seen token's logit.
+DEVICE float penalized(float logit, float penalty) { return logit > 0 ? logit / penalty : logit * penalty; }
 
 DEVICE float gumbel(const Choice& c, uint32_t token) {
     Words w = philox(c.seed_low, c.seed_high, Words{{token / 4, c.position, c.candidate, 0}});
@@ -81,7 +92,7 @@ DEVICE void choose_in_block(const float* sums, int per_block, const Choices& cho
         if (lane_index() < per_block && token < outputs) {
             float logit = sums[c.row * per_block + lane_index()], score = logit;
             if (c.penalty != 1.0f && contains(choices.seen + c.seen_start, c.seen_count, token)) {
-                score = score > 0 ? score / c.penalty : score * c.penalty;
+                score = penalized(score, c.penalty);
             }
             if (c.inverse_temperature > 0) score = score * c.inverse_temperature + gumbel(c, token);
             p = Partial{score, token, logit, logit, 1.0f};

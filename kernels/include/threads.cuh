@@ -78,6 +78,24 @@ DEVICE uint32_t count_up(uint32_t* counter) {
 #endif
 }
 
+// Adds to a counter in shared memory and returns what it was; sets bits in shared memory.
+DEVICE uint32_t add_shared(uint32_t* counter, uint32_t n) {
+#ifdef KERNEL_EMULATOR
+    uint32_t before = *counter;
+    *counter = before + n;
+    return before;
+#else
+    return atomicAdd(counter, n);
+#endif
+}
+DEVICE void set_bits_shared(uint32_t* word, uint32_t bits) {
+#ifdef KERNEL_EMULATOR
+    *word |= bits;
+#else
+    atomicOr(word, bits);
+#endif
+}
+
 // Waits for the kernels that this one was launched to follow: what they wrote may be read from here on. What comes before
 // (weights, the thread's place) overlaps with their end.
 DEVICE void wait_for_earlier_kernels() {

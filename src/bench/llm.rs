@@ -1,11 +1,11 @@
 //! Prefill and decode of BLOOM, on random weights of any published shape.
 
-use super::machine;
+use super::machine::{self, Machine};
 use crate::checkpoint::Checkpoint;
 use crate::engine::{Engine, EngineOptions, Request, Sampling};
 use crate::error::Result;
 use crate::models::bloom::{Bloom, BloomConfig};
-use crate::ops::cpu::Cpu;
+use crate::ops::Backend;
 use crate::random::Words;
 use crate::tensor::{Bytes, DType, Tensor};
 use half::{bf16, f16};
@@ -40,7 +40,9 @@ pub struct Phase {
 pub struct LlmReport {
     pub parameters: usize,
     pub weights: &'static str,
-    pub isa: &'static str,
+    /// Instruction set, or the GPU's architecture.
+    pub isa: String,
+    /// Threads, or the GPU's multiprocessors.
     pub threads: usize,
     pub processor: String,
     pub prompt_tokens: usize,
@@ -82,15 +84,11 @@ pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Checkpoint {
 }
 
 /// Measures `model`.
-pub fn run(cpu: &Cpu, model: &Bloom<Cpu>, options: LlmOptions) -> Result<LlmReport> {
+pub fn run<B: Backend + Machine>(backend: &B, model: &Bloom<B>, options: LlmOptions) -> Result<LlmReport> {
     let o = options;
     let config = &model.config;
-    let dtype = model.head().dtype();
-    let peak = match dtype {
-        DType::Bf16 => machine::peak_bf16(cpu),
-        DType::Int8 => machine::peak_int8(cpu),
-        _ => machine::peak_f32(cpu),
-    };
+    let dtype = backend.stored(model.head());
+    let peak = backend.peak(dtype)?;
     let mut prefill_times = Vec::new();
     let mut decode_times = Vec::new();
     for repeat in 0..o.repeats.max(1) {
@@ -99,7 +97,7 @@ pub fn run(cpu: &Cpu, model: &Bloom<Cpu>, options: LlmOptions) -> Result<LlmRepo
             batch_tokens: o.batch * o.prompt_tokens,
             sequences: o.batch,
         };
-        let mut engine = Engine::new(cpu, model, engine)?;
+        let mut engine = Engine::new(backend, model, engine)?;
         let mut words = Words::new(7, repeat as u64);
         for id in 0..o.batch {
             engine.submit(Request {
@@ -125,8 +123,8 @@ pub fn run(cpu: &Cpu, model: &Bloom<Cpu>, options: LlmOptions) -> Result<LlmRepo
     }
     // before the buffers of the next measurement
     let peak_memory_bytes = machine::peak_memory();
-    // the best of many passes: what neighbours take away must not flatter the fraction
-    let bandwidth = machine::read_bandwidth(cpu, 1 << 29, 10);
+    let bandwidth = backend.bandwidth()?;
+    let (processor, isa) = backend.describe();
     let counted = Counted::new(model, dtype);
     let phase = |times: &mut Vec<f64>, tokens: usize, bytes: f64, flops: f64| {
         times.sort_by(f64::total_cmp);
@@ -149,9 +147,9 @@ pub fn run(cpu: &Cpu, model: &Bloom<Cpu>, options: LlmOptions) -> Result<LlmRepo
     Ok(LlmReport {
         parameters: config.parameter_count(),
         weights: dtype.name(),
-        isa: cpu.isa.name(),
-        threads: cpu.threads.count(),
-        processor: machine::processor(),
+        isa,
+        threads: backend.threads(),
+        processor,
         prompt_tokens: o.prompt_tokens,
         new_tokens: o.new_tokens,
         batch: o.batch,
@@ -174,7 +172,7 @@ struct Counted {
 }
 
 impl Counted {
-    fn new(model: &Bloom<Cpu>, dtype: DType) -> Counted {
+    fn new<B: Backend>(model: &Bloom<B>, dtype: DType) -> Counted {
         let c = &model.config;
         let h = c.hidden_size as f64;
         Counted {

@@ -1,10 +1,64 @@
 //! What the machine can do, measured in the same run as whatever is compared with it.
 
+use crate::device::Launcher;
+use crate::device::cuda::Driver;
+use crate::error::Result;
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::simd::Isa;
+use crate::ops::cuda::Cuda;
 use crate::simd_fn;
+use crate::tensor::DType;
 use std::hint::black_box;
 use std::time::Instant;
+
+/// A device and its limits.
+pub trait Machine {
+    /// Its name, and the instruction set or architecture in use.
+    fn describe(&self) -> (String, String);
+    /// Threads, or multiprocessors.
+    fn threads(&self) -> usize;
+    /// Bytes a second read from memory.
+    fn bandwidth(&self) -> Result<f64>;
+    /// FLOP/s of the products that weights of this type run on.
+    fn peak(&self, dtype: DType) -> Result<f64>;
+}
+
+impl Machine for Cpu {
+    fn describe(&self) -> (String, String) {
+        (processor(), self.isa.name().to_owned())
+    }
+    fn threads(&self) -> usize {
+        self.threads.count()
+    }
+    /// The best of many passes: what neighbours take away must not flatter a fraction of it.
+    fn bandwidth(&self) -> Result<f64> {
+        Ok(read_bandwidth(self, 1 << 29, 10))
+    }
+    fn peak(&self, dtype: DType) -> Result<f64> {
+        Ok(match dtype {
+            DType::Bf16 => peak_bf16(self),
+            DType::Int8 => peak_int8(self),
+            _ => peak_f32(self),
+        })
+    }
+}
+
+impl Machine for Cuda<Driver> {
+    fn describe(&self) -> (String, String) {
+        let (major, minor) = self.launcher().capability;
+        (self.launcher().name.clone(), format!("sm_{major}{minor}"))
+    }
+    fn threads(&self) -> usize {
+        self.launcher().limits().processors as usize
+    }
+    fn bandwidth(&self) -> Result<f64> {
+        self.read_bandwidth(2 << 30, 20)
+    }
+    /// Weights of 8 bits are multiplied in 16.
+    fn peak(&self, _: DType) -> Result<f64> {
+        Cuda::peak(self, 1 << 16, 10)
+    }
+}
 
 /// Bytes a second that all threads together read from memory: the best of several passes over `bytes` bytes.
 pub fn read_bandwidth(cpu: &Cpu, bytes: usize, passes: usize) -> f64 {

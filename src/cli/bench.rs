@@ -1,12 +1,12 @@
 //! `bprompt bench`: measures beside the machine's floors.
 
 use super::DeviceArgs;
-use super::model::{DTypeChoice, ModelArgs};
+use super::model::{DTypeChoice, ModelArgs, Placed};
 use super::train::PrecisionChoice;
 use crate::bench::llm::{LlmOptions, LlmReport, Phase, random_checkpoint, run};
 use crate::bench::train::{self, TrainBenchOptions};
 use crate::checkpoint::Checkpoint;
-use crate::models::bloom::{Bloom, BloomConfig};
+use crate::models::bloom::BloomConfig;
 use crate::models::embedded;
 use crate::tensor::DType;
 use anyhow::{Context, ensure};
@@ -126,7 +126,6 @@ impl LlmArgs {
             self.prompt_tokens > 0 && self.new_tokens > 0 && self.batch > 0,
             "--prompt-tokens, --new-tokens and --batch must be at least 1"
         );
-        let cpu = self.model.cpu()?;
         let dtype = self.model.dtype.dtype();
         let checkpoint = match (&self.shape, &self.model.model) {
             (Some(shape), _) => {
@@ -139,15 +138,16 @@ impl LlmArgs {
             (None, None) => embedded::checkpoint(),
         };
         let dtype = if self.model.dtype == DTypeChoice::Auto { None } else { dtype };
-        let model = Bloom::load(&cpu, &checkpoint, dtype)?;
-        drop(checkpoint);
         let options = LlmOptions {
             prompt_tokens: self.prompt_tokens,
             new_tokens: self.new_tokens,
             batch: self.batch,
             repeats: self.repeats,
         };
-        let report = run(&cpu, &model, options)?;
+        let report = match self.model.place(checkpoint, dtype)? {
+            Placed::Cpu(cpu, model) => run(&cpu, &model, options)?,
+            Placed::Cuda(cuda, model) => run(&cuda, &model, options)?,
+        };
         if self.json {
             println!("{}", serde_json::to_string_pretty(&report)?);
         } else {

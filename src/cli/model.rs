@@ -68,7 +68,7 @@ pub struct ModelArgs {
 }
 
 /// A model on its device.
-enum Placed {
+pub enum Placed {
     Cpu(Cpu, Bloom<Cpu>),
     Cuda(Cuda<Driver>, Bloom<Cuda<Driver>>),
 }
@@ -126,24 +126,25 @@ impl ModelArgs {
             }
         };
         let config = checkpoint.config.clone();
-        let placed = match self.driver(&config)? {
-            Some(driver) => {
-                let stored = checkpoint.tensors.values().next().map(|t| t.dtype);
-                let half = match self.dtype.dtype().filter(|d| *d != DType::Int8).or(stored) {
-                    Some(DType::F16) => DType::F16,
-                    _ => DType::Bf16,
-                };
-                let cuda = Cuda::new(Rc::new(driver), half, self.batch_invariant);
-                let model = Bloom::load(&cuda, &checkpoint, self.dtype.dtype())?;
-                Placed::Cuda(cuda, model)
-            }
-            None => {
-                let cpu = self.compute.cpu()?;
-                let model = Bloom::load(&cpu, &checkpoint, self.dtype.dtype())?;
-                Placed::Cpu(cpu, model)
-            }
-        };
+        let placed = self.place(checkpoint, self.dtype.dtype())?;
         Ok(Loaded { placed, config, tokenizer, own_template: template, defaults })
+    }
+
+    /// Prepares the weights of a checkpoint where they are to be used; `dtype` as for [`Bloom::load`].
+    pub fn place(&self, checkpoint: Checkpoint, dtype: Option<DType>) -> anyhow::Result<Placed> {
+        let Some(driver) = self.driver(&checkpoint.config)? else {
+            let cpu = self.compute.cpu()?;
+            let model = Bloom::load(&cpu, &checkpoint, dtype)?;
+            return Ok(Placed::Cpu(cpu, model));
+        };
+        let stored = checkpoint.tensors.values().next().map(|t| t.dtype);
+        let half = match dtype.filter(|d| *d != DType::Int8).or(stored) {
+            Some(DType::F16) => DType::F16,
+            _ => DType::Bf16,
+        };
+        let cuda = Cuda::new(Rc::new(driver), half, self.batch_invariant);
+        let model = Bloom::load(&cuda, &checkpoint, dtype)?;
+        Ok(Placed::Cuda(cuda, model))
     }
 
     /// The GPU, if the model is to run on one.
@@ -160,15 +161,6 @@ impl ModelArgs {
             DeviceChoice::Auto => Ok(possible().ok()),
             DeviceChoice::Cuda => Ok(Some(possible().context("--device cuda")?)),
         }
-    }
-
-    /// The processor, for what runs nowhere else.
-    pub fn cpu(&self) -> anyhow::Result<Cpu> {
-        ensure!(
-            self.device != DeviceChoice::Cuda,
-            "--device cuda: this command runs on the CPU only; use --device cpu"
-        );
-        self.compute.cpu()
     }
 }
 

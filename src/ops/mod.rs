@@ -98,6 +98,8 @@ pub trait Backend {
 
     /// Prepares a weight; `None` keeps the stored type.
     fn matrix(&self, tensor: &Tensor, dtype: Option<DType>) -> Result<Self::Matrix>;
+    /// The type that a matrix is held in.
+    fn stored(&self, matrix: &Self::Matrix) -> DType;
     fn vector(&self, tensor: &Tensor) -> Result<Self::Vector>;
     fn cache(&self, dtype: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<Self::Cache>;
     /// Copies a block's keys and values in all layers.

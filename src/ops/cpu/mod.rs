@@ -58,6 +58,10 @@ impl Backend for Cpu {
         Matrix::new(tensor, dtype)
     }
 
+    fn stored(&self, matrix: &Matrix) -> DType {
+        matrix.dtype()
+    }
+
     fn vector(&self, tensor: &Tensor) -> Result<Vec<f32>> {
         Ok(tensor.to_f32())
     }

@@ -6,6 +6,7 @@
 
 mod attention;
 mod linear;
+mod measure;
 mod sampling;
 mod weights;
 
@@ -108,6 +109,10 @@ impl<L: Launcher> Cuda<L> {
         Cuda { launcher, half, batch_invariant, failed: RefCell::default(), scratch: RefCell::default() }
     }
 
+    pub fn launcher(&self) -> &L {
+        &self.launcher
+    }
+
     /// Whether there are kernels for a model's sizes.
     pub fn supports(config: &BloomConfig) -> Result<()> {
         let size = config.head_size();
@@ -117,7 +122,7 @@ impl<L: Launcher> Cuda<L> {
                 attention::SIZES
             )));
         }
-        if config.hidden_size % 16 != 0 {
+        if !config.hidden_size.is_multiple_of(16) {
             return Err(Error::invalid(format!(
                 "the CUDA kernels take hidden sizes that are multiples of 16, this one is {}; use --device cpu",
                 config.hidden_size
@@ -222,6 +227,10 @@ impl<L: Launcher> Backend for Cuda<L> {
     /// Weights are held in the backend's 16-bit type, or in 8 bits if `dtype` says so.
     fn matrix(&self, tensor: &Tensor, dtype: Option<DType>) -> Result<Matrix<L>> {
         Matrix::new(&self.launcher, tensor, self.half, dtype == Some(DType::Int8))
+    }
+
+    fn stored(&self, matrix: &Matrix<L>) -> DType {
+        if matrix.int8() { DType::Int8 } else { self.half }
     }
 
     fn vector(&self, tensor: &Tensor) -> Result<Vector<L>> {

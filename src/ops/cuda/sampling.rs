@@ -6,9 +6,16 @@ use crate::device::{Args, Launcher, Memory};
 use crate::engine::{Chosen, SampleRow, Sampling, choose};
 use crate::error::Result;
 use bytemuck::{Pod, Zeroable};
+use std::ops::Range;
 
 /// As in `kernels/sampling.cu`.
 const MERGE_THREADS: u32 = 256;
+/// As in `kernels/sampling_filtered.cu`: threads, shared memory before the bits of seen tokens, the largest top-k (half of the
+/// list there), and the token of a choice that was not made.
+const LISTED_THREADS: u32 = 512;
+const LISTED_SHARED: usize = 2048 * 16 + 16 * 256 * 4 + 16 * 8 + 16 * PARTIAL + 16;
+const MOST_LISTED: usize = 1024;
+const TOO_MANY: u32 = 0xffff_fffe;
 /// Bytes of a `Partial`.
 const PARTIAL: usize = 20;
 
@@ -41,7 +48,9 @@ struct Choice {
     seed_high: u32,
     candidate: u32,
     position: u32,
-    unused: [u32; 3],
+    top_k: u32,
+    top_p: f32,
+    min_p: f32,
 }
 
 /// `Choices` of `kernels/include/choice.cuh`.
@@ -55,9 +64,26 @@ struct Choices {
     blocks: u32,
 }
 
-/// Whether a choice looks at all logits at once.
-fn filtered(s: &Sampling, vocabulary: usize) -> bool {
-    s.temperature > 0.0 && ((s.top_k > 0 && s.top_k < vocabulary) || s.top_p < 1.0 || s.min_p > 0.0)
+/// Where a choice is made.
+enum Way {
+    /// With the head's products.
+    Fused,
+    /// From logits in device memory.
+    Listed,
+    Host,
+}
+
+impl Way {
+    fn of(s: &Sampling, vocabulary: usize) -> Way {
+        let top_k = s.top_k > 0 && s.top_k < vocabulary;
+        if s.temperature <= 0.0 || !(top_k || s.top_p < 1.0 || s.min_p > 0.0) {
+            Way::Fused
+        } else if top_k && s.top_k <= MOST_LISTED {
+            Way::Listed
+        } else {
+            Way::Host
+        }
+    }
 }
 
 impl<L: Launcher> Cuda<L> {
@@ -75,8 +101,8 @@ impl<L: Launcher> Cuda<L> {
         Ok(())
     }
 
-    /// See [`crate::ops::Backend::sample`]. Choices over the whole vocabulary are made where the products are; those by rank or
-    /// probability (top-k, top-p, min-p) on the host.
+    /// See [`crate::ops::Backend::sample`]. Choices over the whole vocabulary are made where the products are; those by rank
+    /// or probability from logits in device memory; what is rare (no top-k, or a large one) on the host.
     pub(super) fn choose(
         &self,
         x: &Buffer<L>,
@@ -85,13 +111,24 @@ impl<L: Launcher> Cuda<L> {
         logits: &mut Vec<f32>,
     ) -> Result<Vec<Chosen>> {
         let mut chosen = vec![Chosen::default(); rows.len()];
-        let (on_host, fused): (Vec<usize>, Vec<usize>) =
-            (0..rows.len()).partition(|i| filtered(rows[*i].1.sampling, head.rows));
+        let mut on_host = Vec::new();
         for first in (0..x.rows).step_by(HEAD_ROWS) {
             let range = first..(first + HEAD_ROWS).min(x.rows);
-            let part: Vec<usize> = fused.iter().copied().filter(|i| range.contains(&rows[*i].0)).collect();
-            if !part.is_empty() {
-                self.choose_fused(x, head, range, rows, &part, &mut chosen)?;
+            let here = |i: &usize| range.contains(&rows[*i].0);
+            let ways = (0..rows.len()).filter(here).map(|i| (i, Way::of(rows[i].1.sampling, head.rows)));
+            let (mut fused, mut listed) = (Vec::new(), Vec::new());
+            for (i, way) in ways {
+                match way {
+                    Way::Fused => fused.push(i),
+                    Way::Listed => listed.push(i),
+                    Way::Host => on_host.push(i),
+                }
+            }
+            if !fused.is_empty() {
+                self.choose_fused(x, head, range.clone(), rows, &fused, &mut chosen)?;
+            }
+            if !listed.is_empty() {
+                on_host.extend(self.choose_listed(x, head, range, rows, &listed, &mut chosen)?);
             }
         }
         if !on_host.is_empty() {
@@ -107,15 +144,51 @@ impl<L: Launcher> Cuda<L> {
         Ok(chosen)
     }
 
-    fn choose_fused(
+    /// Chooses from logits in device memory; returns what the host has to choose.
+    fn choose_listed(
         &self,
         x: &Buffer<L>,
         head: &Matrix<L>,
-        range: std::ops::Range<usize>,
+        range: Range<usize>,
         rows: &[(usize, &SampleRow)],
         part: &[usize],
         chosen: &mut [Chosen],
-    ) -> Result<()> {
+    ) -> Result<Vec<usize>> {
+        let mut scratch = self.scratch.borrow_mut();
+        let (list, seen) = self.send_choices(&mut scratch, range.start, rows, part)?;
+        self.grow(&mut scratch.logits, range.len() * head.rows * 4)?;
+        let logits = scratch.logits.as_ref().map_or(0, |m| m.at);
+        self.head("head_logits", x, range, head, |args| args.with(logits))?;
+        self.grow(&mut scratch.chosen, part.len() * 8)?;
+        let out = scratch.chosen.as_ref().map_or(0, |m| m.at);
+        let args = Args::new().with(out).with(logits).with(list).with(seen).with(head.rows as u32);
+        let shared = LISTED_SHARED + head.rows.div_ceil(32) * 4;
+        self.launch("choose_filtered", [part.len(), 1, 1], LISTED_THREADS, shared, args)?;
+        self.receive(out, part, chosen)
+    }
+
+    /// Reads tokens and log-probabilities; returns the choices that were not made.
+    fn receive(&self, at: u64, part: &[usize], chosen: &mut [Chosen]) -> Result<Vec<usize>> {
+        let mut results = vec![[0u32; 2]; part.len()];
+        self.launcher.read(at, bytemuck::cast_slice_mut(&mut results))?;
+        let mut left = Vec::new();
+        for (&i, [token, logprob]) in part.iter().zip(results) {
+            chosen[i] = Chosen { token, logprob: f32::from_bits(logprob) };
+            if token == TOO_MANY {
+                left.push(i);
+            }
+        }
+        Ok(left)
+    }
+
+    /// Writes the choices and their lists of seen tokens to the device.
+    fn send_choices(
+        &self,
+        scratch: &mut Scratch<L>,
+        first_row: usize,
+        rows: &[(usize, &SampleRow)],
+        part: &[usize],
+    ) -> Result<(u64, u64)> {
         let mut seen: Vec<u32> = Vec::new();
         let list: Vec<Choice> = part
             .iter()
@@ -130,7 +203,7 @@ impl<L: Launcher> Cuda<L> {
                 let count = seen.len() - start;
                 seen.push(u32::MAX); // ends the list for the kernel's search
                 Choice {
-                    row: (row - range.start) as u32,
+                    row: (row - first_row) as u32,
                     inverse_temperature: if s.temperature > 0.0 { 1.0 / s.temperature } else { 0.0 },
                     penalty: s.repetition_penalty,
                     seen_start: start as u32,
@@ -139,38 +212,43 @@ impl<L: Launcher> Cuda<L> {
                     seed_high: (s.seed >> 32) as u32,
                     candidate: r.candidate,
                     position: r.position,
-                    unused: [0; 3],
+                    top_k: s.top_k as u32,
+                    top_p: s.top_p,
+                    min_p: s.min_p,
                 }
             })
             .collect();
-        let blocks = head_blocks(head.rows);
-        let mut scratch = self.scratch.borrow_mut();
         let send = |memory: &mut Option<Memory<L>>, bytes: &[u8]| -> Result<u64> {
             self.grow(memory, bytes.len())?;
             let at = memory.as_ref().map_or(0, |m| m.at);
             self.launcher.write(at, bytes)?;
             Ok(at)
         };
-        let choices = Choices {
-            list: send(&mut scratch.choices, bytemuck::cast_slice(&list))?,
-            seen: send(&mut scratch.seen, bytemuck::cast_slice(&seen))?,
-            partials: {
-                self.grow(&mut scratch.partials, list.len() * blocks * PARTIAL)?;
-                scratch.partials.as_ref().map_or(0, |m| m.at)
-            },
-            count: list.len() as u32,
-            blocks: blocks as u32,
-        };
+        let list = send(&mut scratch.choices, bytemuck::cast_slice(&list))?;
+        Ok((list, send(&mut scratch.seen, bytemuck::cast_slice(&seen))?))
+    }
+
+    fn choose_fused(
+        &self,
+        x: &Buffer<L>,
+        head: &Matrix<L>,
+        range: Range<usize>,
+        rows: &[(usize, &SampleRow)],
+        part: &[usize],
+        chosen: &mut [Chosen],
+    ) -> Result<()> {
+        let blocks = head_blocks(head.rows);
+        let mut scratch = self.scratch.borrow_mut();
+        let (list, seen) = self.send_choices(&mut scratch, range.start, rows, part)?;
+        self.grow(&mut scratch.partials, part.len() * blocks * PARTIAL)?;
+        let partials = scratch.partials.as_ref().map_or(0, |m| m.at);
+        let choices = Choices { list, seen, partials, count: part.len() as u32, blocks: blocks as u32 };
         self.head("head_choice", x, range, head, |args| args.with(choices))?;
-        self.grow(&mut scratch.chosen, list.len() * 8)?;
+        self.grow(&mut scratch.chosen, part.len() * 8)?;
         let at = scratch.chosen.as_ref().map_or(0, |m| m.at);
         let shared = MERGE_THREADS as usize / 32 * PARTIAL;
-        self.launch("merge_choices", [list.len(), 1, 1], MERGE_THREADS, shared, Args::new().with(choices).with(at))?;
-        let mut results = vec![[0u32; 2]; list.len()];
-        self.launcher.read(at, bytemuck::cast_slice_mut(&mut results))?;
-        for (&i, [token, logprob]) in part.iter().zip(results) {
-            chosen[i] = Chosen { token, logprob: f32::from_bits(logprob) };
-        }
+        self.launch("merge_choices", [part.len(), 1, 1], MERGE_THREADS, shared, Args::new().with(choices).with(at))?;
+        self.receive(at, part, chosen)?;
         Ok(())
     }
 }
