@@ -114,7 +114,12 @@ pub fn run<L: Launcher>(launcher: &Rc<L>, half: DType, shapes: &Shapes, each: &m
         }
     }
     let width = shapes.matrices.iter().map(|m| m.1).find(|i| *i <= 2048).unwrap_or(64);
-    test.sampling(shapes.vocabulary, width)
+    for int8 in [false, true] {
+        for rows in [5, 20, 50] {
+            test.sampling(shapes.vocabulary, width, rows, int8)?;
+        }
+    }
+    Ok(())
 }
 
 fn tensor(x: &[f32], cols: usize) -> Tensor {
@@ -306,9 +311,8 @@ impl<L: Launcher> Test<'_, L> {
     }
 
     /// Tokens chosen from the head, in every way.
-    fn sampling(&mut self, vocabulary: usize, width: usize) -> Result<()> {
-        let (head, cpu_head) = self.matrix(vocabulary, width, false)?;
-        let rows = 5;
+    fn sampling(&mut self, vocabulary: usize, width: usize, rows: usize, int8: bool) -> Result<()> {
+        let (head, cpu_head) = self.matrix(vocabulary, width, int8)?;
         let scale = 4.0 / (width as f32).sqrt();
         let x: Vec<f32> = self.noise(rows * width);
         // a power of two keeps the numbers exact
@@ -324,10 +328,12 @@ impl<L: Launcher> Test<'_, L> {
         let likely = Sampling { top_k: 7, min_p: 0.2, ..warm };
         let on_host = Sampling { top_p: 0.5, ..warm };
         let settings = [plain, penalty, warm, both, ranked, likely, on_host];
-        let list: Vec<(usize, SampleRow)> = (0..rows * settings.len())
+        // several choices of the first rows, then one of each
+        let count = 5 * settings.len();
+        let list: Vec<(usize, SampleRow)> = (0..count + rows - 5)
             .map(|i| {
                 let sampling = &settings[i % settings.len()];
-                let row = i / settings.len();
+                let row = if i < count { i / settings.len() } else { i - count + 5 };
                 (row, SampleRow { row, sampling, seen: &seen, candidate: i as u32, position: 77 + i as u32 })
             })
             .collect();
@@ -336,7 +342,7 @@ impl<L: Launcher> Test<'_, L> {
         let ours = self.cuda.sample(&narrow, &head, &list, &mut logits)?;
         let theirs = self.cpu.sample(&x, &cpu_head, &list, &mut expected_logits)?;
         let different = ours.iter().zip(&theirs).filter(|(a, b)| a.token != b.token).count();
-        let case = format!("{vocabulary} tokens");
+        let case = format!("{rows} x {width} to {vocabulary} tokens{}", if int8 { ", int8" } else { "" });
         self.report("sampled tokens that differ", case.clone(), different as f32, 0.0);
         let get = |c: &[crate::engine::Chosen]| c.iter().map(|c| c.logprob).collect::<Vec<_>>();
         let e = error(&get(&ours), &get(&theirs));

@@ -18,6 +18,10 @@ pub fn find(name: &str) -> Option<&'static Kernel> {
     KERNELS.lock().expect("no registration panics").iter().find(|k| k.name == name).copied()
 }
 
+pub fn names() -> Vec<String> {
+    KERNELS.lock().expect("no registration panics").iter().map(|k| k.name.clone()).collect()
+}
+
 /// # Safety
 /// `name` is a C string and `sizes` has `count` elements.
 #[unsafe(no_mangle)]
