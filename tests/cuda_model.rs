@@ -10,7 +10,7 @@ use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::cuda::Cuda;
 use beautiful_prompt::ops::{BLOCK, Backend, Batch};
 use beautiful_prompt::tensor::DType;
-use emulated::{Emulated, device};
+use emulated::{Emulated, gpu};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -67,7 +67,7 @@ fn logits_are_transformers_own() {
             [(DType::F16, None, 4e-3), (DType::Bf16, None, 3e-2), (DType::F16, Some(DType::Int8), 4e-2)]
         {
             for batch_invariant in [false, true] {
-                let cuda = Cuda::new(device(false), half, batch_invariant);
+                let cuda = Cuda::new(gpu(false, false), half, batch_invariant);
                 let model = Bloom::load(&cuda, &checkpoint, dtype).unwrap();
                 let e = error(&logits(&cuda, &model, &ids, usize::MAX), &theirs);
                 assert!(e < most, "{name} in {half:?} {dtype:?}: {e:e}");
@@ -80,7 +80,7 @@ fn logits_are_transformers_own() {
 fn the_order_of_threads_leaves_a_model_alone() {
     let (checkpoint, ids, _) = open("bf16_sharded");
     let run = |check_order| {
-        let cuda = Cuda::new(device(check_order), DType::Bf16, true);
+        let cuda = Cuda::new(gpu(check_order, false), DType::Bf16, true);
         let model = Bloom::load(&cuda, &checkpoint, None).unwrap();
         logits(&cuda, &model, &ids, 3)
     };
@@ -135,7 +135,7 @@ fn generate<B: Backend>(backend: &B, model: &Bloom<B>, requests: &[Request], bat
 #[test]
 fn neighbours_leave_a_sequence_alone() {
     let (checkpoint, ids, _) = open("f16_pytorch_sharded");
-    let cuda = Cuda::new(device(false), DType::F16, true);
+    let cuda = Cuda::new(gpu(false, false), DType::F16, true);
     let model = Bloom::load(&cuda, &checkpoint, None).unwrap();
     let mut all = requests(&ids);
     let together = generate(&cuda, &model, &all, 64);
@@ -154,7 +154,7 @@ fn neighbours_leave_a_sequence_alone() {
 fn the_cpu_chooses_the_same_tokens() {
     let (checkpoint, ids, _) = open("f16_pytorch_sharded");
     let all = requests(&ids);
-    let cuda = Cuda::new(device(false), DType::F16, true);
+    let cuda = Cuda::new(gpu(false, false), DType::F16, true);
     let ours = generate(&cuda, &Bloom::load(&cuda, &checkpoint, None).unwrap(), &all, 64);
     let cpu = Cpu::new(1, Isa::detect());
     let theirs = generate(&cpu, &Bloom::load(&cpu, &checkpoint, None).unwrap(), &all, 64);
@@ -172,7 +172,7 @@ fn the_cpu_chooses_the_same_tokens() {
 #[test]
 fn a_decoding_step_is_five_launches_a_layer() {
     let (checkpoint, ids, _) = open("bf16_sharded");
-    let launcher: std::rc::Rc<Emulated> = device(false);
+    let launcher: std::rc::Rc<Emulated> = gpu(false, false);
     let cuda = Cuda::new(launcher.clone(), DType::Bf16, true);
     let model = Bloom::load(&cuda, &checkpoint, None).unwrap();
     let mut cache = model.cache(&cuda, 4).unwrap();

@@ -32,6 +32,7 @@ fn main() {
         .flag("-fno-strict-aliasing")
         .flag("-Wno-unknown-pragmas")
         .flag("-Wno-unused-parameter")
+        .flag("-Wno-psabi")
         .flag("-fsanitize=kernel-address")
         .flag("--param=asan-instrumentation-with-call-threshold=0")
         .flag("--param=asan-stack=0")

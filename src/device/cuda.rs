@@ -1,7 +1,7 @@
 //! The CUDA driver, through cudarc, which looks for it at run time.
 
 use super::images;
-use super::{Address, Args, Launcher, Limits, Shape};
+use super::{Address, Args, Launcher, Limits, Shape, TensorMap};
 use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
 use std::cell::RefCell;
@@ -10,6 +10,9 @@ use std::ffi::{CString, c_void};
 
 /// The least driver that the kernels' machine code loads with: that of CUDA 13.0.
 const DRIVER: i32 = 13000;
+
+/// Set to 1, uses the kernels with Hopper's own instructions, which have not been run on one yet.
+const HOPPER: &str = "BPROMPT_HOPPER";
 
 /// One GPU and one stream of work on it.
 pub struct Driver {
@@ -92,6 +95,7 @@ impl Driver {
         let limits = Limits {
             shared_bytes: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
             processors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            hopper: images.iter().any(|i| i.arch == "sm_90a") && std::env::var_os(HOPPER).is_some_and(|v| v == "1"),
         };
         unsafe {
             let context = result::primary_ctx::retain(device).map_err(failed("no context"))?;
@@ -203,6 +207,29 @@ impl Launcher for Driver {
             }
         };
         launched.map_err(failed(format!("launch of {kernel} as {shape:?}")))
+    }
+
+    fn tensor_map(&self, at: Address, rows: usize, cols: usize, tile_rows: usize) -> Result<TensorMap> {
+        // SAFETY: the driver writes the whole map.
+        let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
+        let done = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                2,
+                at as *mut c_void,
+                [cols as u64, rows as u64].as_ptr(),
+                [2 * cols as u64].as_ptr(),
+                [64, tile_rows as u32].as_ptr(),
+                [1, 1].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        done.result().map_err(failed(format!("a map of a [{rows}, {cols}] matrix")))?;
+        Ok(TensorMap(map.opaque))
     }
 }
 

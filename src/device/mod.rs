@@ -29,7 +29,14 @@ pub struct Limits {
     pub shared_bytes: u32,
     /// Streaming multiprocessors.
     pub processors: u32,
+    /// Whether kernels that need Hopper's own instructions are to be used.
+    pub hopper: bool,
 }
+
+/// What Hopper's copy engine needs to know of a matrix.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+pub struct TensorMap(pub [u64; 16]);
 
 /// A device. Work is done in the order in which it is asked for; only [`Launcher::read`] waits for it.
 pub trait Launcher {
@@ -40,13 +47,16 @@ pub trait Launcher {
     fn zero(&self, at: Address, bytes: usize) -> Result<()>;
     fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()>;
     fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()>;
+    /// A map of tiles of `tile_rows` by 64 of a row-major matrix `[rows, cols]` of 16-bit elements, swizzled by 128 bytes, zeros
+    /// beyond the matrix. `at` and its rows are aligned to 16 bytes.
+    fn tensor_map(&self, at: Address, rows: usize, cols: usize, tile_rows: usize) -> Result<TensorMap>;
 }
 
-/// Arguments of a launch, each aligned to 8 bytes.
+/// Arguments of a launch, each aligned to 64 bytes.
 #[derive(Clone, Default)]
 pub struct Args {
-    words: Vec<u64>,
-    /// First word and bytes of each.
+    lines: Vec<TensorMap>,
+    /// First line and bytes of each.
     parts: Vec<(usize, usize)>,
 }
 
@@ -58,15 +68,15 @@ impl Args {
     /// Adds a value as its bytes; structs are laid out as the kernel's.
     pub fn with<T: bytemuck::NoUninit>(mut self, value: T) -> Args {
         let bytes = bytemuck::bytes_of(&value);
-        let first = self.words.len();
-        self.words.resize(first + bytes.len().div_ceil(8), 0);
-        bytemuck::cast_slice_mut(&mut self.words[first..])[..bytes.len()].copy_from_slice(bytes);
+        let first = self.lines.len();
+        self.lines.resize(first + bytes.len().div_ceil(size_of::<TensorMap>()), TensorMap([0; 16]));
+        bytemuck::cast_slice_mut(&mut self.lines[first..])[..bytes.len()].copy_from_slice(bytes);
         self.parts.push((first, bytes.len()));
         self
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
-        self.parts.iter().map(|&(first, bytes)| &bytemuck::cast_slice(&self.words[first..])[..bytes])
+        self.parts.iter().map(|&(first, bytes)| &bytemuck::cast_slice(&self.lines[first..])[..bytes])
     }
 }
 

@@ -1,6 +1,6 @@
 //! The kernel emulator as a device.
 
-use beautiful_prompt::device::{Address, Args, Launcher, Limits, Shape};
+use beautiful_prompt::device::{Address, Args, Launcher, Limits, Shape, TensorMap};
 use beautiful_prompt::error::{Error, Result};
 use kernel_emulator::Emulator;
 use std::cell::RefCell;
@@ -9,15 +9,18 @@ use std::rc::Rc;
 
 pub struct Emulated {
     pub emulator: Emulator,
+    /// Whether this is a Hopper GPU.
+    pub hopper: bool,
     /// Launches of each kernel.
     pub launched: RefCell<BTreeMap<String, usize>>,
 }
 
-/// A device with room for a gigabyte. `check_order` runs every launch twice, in two orders of threads.
-pub fn device(check_order: bool) -> Rc<Emulated> {
+/// A GPU with room for a gigabyte, of Hopper's kind or older. `check_order` runs every launch twice, in two orders of
+/// threads.
+pub fn gpu(check_order: bool, hopper: bool) -> Rc<Emulated> {
     let mut emulator = Emulator::new(1 << 30);
     emulator.check_order = check_order;
-    Rc::new(Emulated { emulator, launched: RefCell::default() })
+    Rc::new(Emulated { emulator, hopper, launched: RefCell::default() })
 }
 
 fn failed<T>(r: std::result::Result<T, String>) -> Result<T> {
@@ -26,7 +29,7 @@ fn failed<T>(r: std::result::Result<T, String>) -> Result<T> {
 
 impl Launcher for Emulated {
     fn limits(&self) -> Limits {
-        Limits { shared_bytes: self.emulator.shared_limit, processors: 4 }
+        Limits { shared_bytes: self.emulator.shared_limit, processors: 4, hopper: self.hopper }
     }
     fn allocate(&self, bytes: usize) -> Result<Address> {
         failed(self.emulator.allocate(bytes))
@@ -52,5 +55,8 @@ impl Launcher for Emulated {
             cooperative: false,
         };
         failed(self.emulator.launch(kernel, shape, &args.iter().collect::<Vec<_>>()))
+    }
+    fn tensor_map(&self, at: Address, rows: usize, cols: usize, tile_rows: usize) -> Result<TensorMap> {
+        Ok(TensorMap(kernel_emulator::tensor_map(at, rows, cols, tile_rows)))
     }
 }

@@ -1,5 +1,6 @@
 // Kernels that are wrong, one for each kind of fault that the emulator must report.
 #include "memory.cuh"
+#include "hopper.cuh"
 #include "tensor_core.cuh"
 
 // One thread does not come to the barrier.
@@ -79,3 +80,52 @@ KERNEL(copy_awaited, 32)(Eight* out, const Eight* in) {
     out[threadIdx.x] = shared[31 - threadIdx.x];
 }
 EXPORT(copy_awaited)
+
+// Waits for bytes that nobody sends.
+KERNEL(fault_phase_never_ends, 32)(uint32_t* out) {
+    uint64_t* barrier = reinterpret_cast<uint64_t*>(shared_memory());
+    if (threadIdx.x == 0) barrier_init(barrier, 1);
+    sync_block();
+    if (threadIdx.x == 0) barrier_arrive_expecting(barrier, 128);
+    barrier_wait(barrier, 0);
+    out[threadIdx.x] = 1;
+}
+EXPORT(fault_phase_never_ends)
+
+// Uses a barrier object before it is initialized.
+KERNEL(fault_barrier_not_initialized, 32)(uint32_t* out) {
+    barrier_arrive(reinterpret_cast<uint64_t*>(shared_memory()));
+    out[threadIdx.x] = 1;
+}
+EXPORT(fault_barrier_not_initialized)
+
+// Reads a tile that another thread asks for, without waiting for it.
+KERNEL(fault_tile_not_awaited, 64)(const GRID_CONSTANT TensorMap map, uint16_t* out) {
+    char* shared = shared_memory();
+    uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + 1024);
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, 1);
+        barrier_arrive_expecting(barrier, 1024);
+        copy_tile(shared, &map, 0, 0, barrier);
+    }
+    out[threadIdx.x] = reinterpret_cast<uint16_t*>(shared)[threadIdx.x];
+}
+EXPORT(fault_tile_not_awaited)
+
+// The same kernel, right.
+KERNEL(tile_awaited, 64)(const GRID_CONSTANT TensorMap map, uint16_t* out) {
+    char* shared = shared_memory();
+    uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + 1024);
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, 1);
+        barrier_init_done();
+    }
+    sync_block();
+    if (threadIdx.x == 0) {
+        barrier_arrive_expecting(barrier, 1024);
+        copy_tile(shared, &map, 1, 8, barrier);
+    }
+    barrier_wait(barrier, 0);
+    out[threadIdx.x] = reinterpret_cast<uint16_t*>(shared)[threadIdx.x];
+}
+EXPORT(tile_awaited)

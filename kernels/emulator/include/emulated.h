@@ -28,6 +28,11 @@ void emulator_collective(uint32_t size, uint32_t mask, void (*op)(void** data, u
 void emulator_copy_async(void* shared, const void* global, uint32_t bytes, uint32_t zeros);
 void emulator_copy_commit();
 void emulator_copy_wait(uint32_t groups_left);
+// Barrier objects, and the copy engine.
+void emulator_barrier_init(uint64_t* barrier, uint32_t count);
+void emulator_barrier_arrive(uint64_t* barrier, uint32_t bytes);
+void emulator_barrier_wait(uint64_t* barrier, uint32_t parity);
+void emulator_copy_tile(void* shared, const void* map, uint32_t row, uint32_t column, uint64_t* barrier);
 // Lets the other threads run: for loops that wait for memory.
 void emulator_yield();
 void emulator_fault(const char* message);
@@ -59,7 +64,9 @@ struct Kernel<kernel> {
 #define KERNEL(name, threads)                                      \
     constexpr uint32_t threads_of_##name = threads;                \
     extern "C" void name
+#define KERNEL_ALONE(name, threads) KERNEL(name, threads)
 #define EXPORT(name) static emulated::Kernel<&name> registration_of_##name(#name, threads_of_##name);
 #define DEVICE static inline __attribute__((always_inline))
 #define UNROLL
+#define GRID_CONSTANT
 #define DEVICE_MEMBER

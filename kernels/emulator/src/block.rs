@@ -6,6 +6,7 @@ use crate::registry::Kernel;
 use corosensei::stack::{Stack, StackPointer};
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_void};
 use std::ops::Range;
 use std::sync::Mutex;
@@ -48,8 +49,22 @@ type CollectiveOp = unsafe extern "C" fn(*mut *mut c_void, u32);
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Wait {
     Runnable,
-    Barrier { id: u32, count: u32 },
-    Collective { size: u32, mask: u32, op: usize, data: usize, name: *const c_char },
+    Barrier {
+        id: u32,
+        count: u32,
+    },
+    Collective {
+        size: u32,
+        mask: u32,
+        op: usize,
+        data: usize,
+        name: *const c_char,
+    },
+    /// Until the phase of the barrier object at this address is no longer of this parity.
+    Phase {
+        barrier: usize,
+        parity: u32,
+    },
     Ended,
     Fault,
 }
@@ -82,8 +97,28 @@ pub struct Block<'a> {
     _shared: Vec<u8>,
     /// State of each byte of shared memory.
     pub states: Vec<u8>,
+    /// Barrier objects (`mbarrier`) by address.
+    barriers: BTreeMap<usize, PhaseBarrier>,
     /// Where the arguments and the list of their addresses lie.
     pub arguments: [Range<usize>; 2],
+}
+
+/// A barrier object: a phase ends when all arrivals and all bytes have come.
+#[derive(Clone, Copy, Debug, Default)]
+struct PhaseBarrier {
+    expected: u32,
+    arrived: u32,
+    bytes: i64,
+    parity: u32,
+}
+
+impl PhaseBarrier {
+    fn settle(&mut self) {
+        if self.arrived == self.expected && self.bytes == 0 {
+            self.parity ^= 1;
+            self.arrived = 0;
+        }
+    }
 }
 
 /// The thread that runs on this machine's thread.
@@ -235,6 +270,7 @@ impl Launch<'_> {
             threads: (0..self.shape.threads).map(thread).collect(),
             states: vec![UNWRITTEN; bytes],
             _shared: shared,
+            barriers: BTreeMap::new(),
             arguments,
         })
     }
@@ -289,6 +325,11 @@ impl Launch<'_> {
                 let block = pointers[i / per_block];
                 let block = unsafe { &mut *block };
                 let t = i % per_block;
+                if let Wait::Phase { barrier, parity } = block.threads[t].wait
+                    && block.barriers.get(&barrier).is_some_and(|b| b.parity != parity)
+                {
+                    block.threads[t].wait = Wait::Runnable;
+                }
                 if block.threads[t].wait != Wait::Runnable {
                     continue;
                 }
@@ -408,6 +449,11 @@ impl Block<'_> {
         let what = match first.wait {
             Wait::Barrier { id, count } => format!("at barrier {id} for {count}"),
             Wait::Collective { name, mask, .. } => format!("in {} with mask {mask:#x}", text(name)),
+            Wait::Phase { barrier, parity } => format!(
+                "for the end of a phase of parity {parity} of the barrier object at shared byte {}, which is {:?}",
+                barrier.wrapping_sub(self.threads[0].place.shared as usize),
+                self.barriers.get(&barrier)
+            ),
             _ => "for nothing".to_owned(),
         };
         let ended = self.threads.len() - waiting.len();
@@ -517,4 +563,96 @@ extern "C" fn emulator_copy_wait(groups_left: u32) {
     if let Err(message) = block.finish_copies(t, groups_left as usize) {
         fault(&message);
     }
+}
+
+/// The barrier object at an address, or a fault if there is none.
+fn barrier_at(block: &mut Block<'static>, at: usize) -> *mut PhaseBarrier {
+    if !block.barriers.contains_key(&at) {
+        fault("a barrier object is used that was not initialized");
+    }
+    block.barriers.get_mut(&at).expect("looked at above")
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn emulator_barrier_init(at: usize, count: u32) {
+    // SAFETY: called by a kernel.
+    let (block, _) = unsafe { here() };
+    block.barriers.insert(at, PhaseBarrier { expected: count, ..PhaseBarrier::default() });
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn emulator_barrier_arrive(at: usize, bytes: u32) {
+    // SAFETY: called by a kernel; nothing else holds the barrier.
+    let barrier = unsafe { &mut *barrier_at(here().0, at) };
+    if barrier.arrived == barrier.expected {
+        fault("more arrivals at a barrier object than it expects in a phase");
+    }
+    barrier.bytes += bytes as i64;
+    barrier.arrived += 1;
+    barrier.settle();
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn emulator_barrier_wait(at: usize, parity: u32) {
+    // SAFETY: called by a kernel.
+    let over = unsafe { (*barrier_at(here().0, at)).parity } != parity;
+    // others get a chance either way
+    suspend(if over { Wait::Runnable } else { Wait::Phase { barrier: at, parity } });
+}
+
+/// A matrix of 16-bit elements and the tiles to copy of it, as [`crate::tensor_map`] writes it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct TensorMap {
+    pub magic: u64,
+    pub at: u64,
+    pub rows: u64,
+    pub cols: u64,
+    pub tile_rows: u64,
+}
+
+impl TensorMap {
+    pub const MAGIC: u64 = 0x7465_6e73_6f72_6d70;
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn emulator_copy_tile(to: usize, map: *const TensorMap, row: u32, column: u32, barrier: usize) {
+    // SAFETY: called by a kernel, with one of its arguments.
+    let ((block, t), map) = unsafe { (here(), *map) };
+    let start = to.wrapping_sub(block.threads[t].place.shared as usize);
+    let bytes = map.tile_rows as usize * 128;
+    if map.magic != TensorMap::MAGIC {
+        fault("a tile is copied with something that is no tensor map");
+    }
+    if !start.is_multiple_of(1024) || start + bytes > block.states.len() {
+        fault(&format!(
+            "a tile of {bytes} bytes is copied to shared byte {start}: not aligned to 1024, or out of bounds"
+        ));
+    }
+    for r in 0..map.tile_rows {
+        for piece in 0..8u64 {
+            let offset = (r * 128 + (piece ^ (r & 7)) * 16) as usize;
+            let (y, x) = (row as u64 + r, column as u64 + piece * 8);
+            let mut values = [0u16; 8];
+            for (i, v) in values.iter_mut().enumerate() {
+                if y < map.rows && x + (i as u64) < map.cols {
+                    let from = (map.at + (y * map.cols + x + i as u64) * 2) as usize;
+                    let found = block.launch.arena.find(from).map(|at| block.launch.arena.access(at, 2, false));
+                    match found {
+                        // SAFETY: checked just now.
+                        Some(Ok(())) => *v = unsafe { *(from as *const u16) },
+                        Some(Err(e)) => fault(&format!("a tile's copy reads memory that is {e}")),
+                        None => fault("a tile's copy reads outside device memory"),
+                    }
+                }
+            }
+            block.states[start + offset..start + offset + 16].fill(WRITTEN);
+            // SAFETY: inside shared memory, checked above.
+            unsafe { ((to + offset) as *mut [u16; 8]).write_unaligned(values) };
+        }
+    }
+    // SAFETY: as in `emulator_barrier_arrive`.
+    let barrier = unsafe { &mut *barrier_at(block, barrier) };
+    barrier.bytes -= bytes as i64;
+    barrier.settle();
 }

@@ -35,6 +35,14 @@ pub struct Emulator {
     launches: AtomicU64,
 }
 
+/// A tensor map for kernels: tiles of `tile_rows` by 64 of a row-major matrix `[rows, cols]` of 16-bit elements, swizzled by
+/// 128 bytes, zeros beyond the matrix.
+pub fn tensor_map(at: Address, rows: usize, cols: usize, tile_rows: usize) -> [u64; 16] {
+    let mut map = [0; 16];
+    map[..5].copy_from_slice(&[block::TensorMap::MAGIC, at, rows as u64, cols as u64, tile_rows as u64]);
+    map
+}
+
 /// What a launch needs; sizes as in CUDA.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {

@@ -1,6 +1,6 @@
 //! Each kind of fault is reported, and right kernels are not.
 
-use kernel_emulator::{Emulator, Shape};
+use kernel_emulator::{Emulator, Shape, tensor_map};
 
 const SHAPE: Shape = Shape { grid: [1, 1, 1], threads: 32, shared_bytes: 0, cooperative: false };
 
@@ -96,6 +96,37 @@ fn a_copy_that_is_not_awaited() {
     let mut bytes = [0; 512];
     device.read(out, &mut bytes).unwrap();
     assert_eq!(bytes[..16], (240..=255).collect::<Vec<u8>>());
+}
+
+#[test]
+fn barrier_objects() {
+    let shape = Shape { shared_bytes: 64, ..SHAPE };
+    let r = report("fault_phase_never_ends", shape, false, &[]);
+    says(&r, "deadlock: 32 threads wait as thread 0 does, for the end of a phase of parity 0");
+    says(&r, "bytes: 128");
+    says(&report("fault_barrier_not_initialized", shape, false, &[]), "not initialized");
+}
+
+#[test]
+fn tiles() {
+    let mut device = Emulator::new(1 << 24);
+    device.check_order = true;
+    // 9 rows of 16 elements that say where they are
+    let (data, out) = (device.allocate(288).unwrap(), device.allocate(128).unwrap());
+    let values: Vec<u8> = (0..9u16).flat_map(|r| (0..16u16).flat_map(move |c| (r * 100 + c).to_le_bytes())).collect();
+    device.write(data, &values).unwrap();
+    let map: Vec<u8> = tensor_map(data, 9, 16, 8).iter().flat_map(|w| w.to_ne_bytes()).collect();
+    let args: [&[u8]; 2] = [&map, &out.to_ne_bytes()];
+    let shape = Shape { threads: 64, shared_bytes: 2048, ..SHAPE };
+    let r = device.launch("fault_tile_not_awaited", shape, &args).unwrap_err();
+    assert!(r.contains("nothing wrote") || r.contains("depends on the order"), "{r}");
+    device.launch("tile_awaited", shape, &args).unwrap();
+    let mut bytes = [0; 128];
+    device.read(out, &mut bytes).unwrap();
+    let row: Vec<u16> = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
+    // the tile begins at row 1, column 8; its first row is not swizzled, and beyond the matrix there are zeros
+    let expected: Vec<u16> = (108..116).chain([0; 56]).collect();
+    assert_eq!(row, expected);
 }
 
 #[test]

@@ -14,6 +14,11 @@ const OUTPUTS: usize = 16;
 const TILE: usize = 128;
 const SLICE: usize = 64;
 const STAGES: usize = 3;
+/// As in `kernels/linear_hopper.cu`: tokens and outputs of a tile, threads, shared memory of four stages and their barriers.
+const HOPPER_M: usize = 128;
+const HOPPER_N: usize = 256;
+const HOPPER_THREADS: u32 = 384;
+const HOPPER_SHARED: usize = 4 * (HOPPER_M + HOPPER_N) * SLICE * 2 + 4 * 2 * 8;
 /// Most tokens of one launch of the skinny kernels; more go to the tiles.
 const TOKENS: usize = 64;
 /// Most tokens that every block normalizes for itself; beyond, a launch of its own costs less.
@@ -136,6 +141,16 @@ impl<L: Launcher> Cuda<L> {
             }
         }
         assert_eq!(narrow, input.weight == 0, "products read 16-bit rows, or normalize f32 rows");
+        let limits = self.launcher.limits();
+        if tokens > TOKENS && !self.batch_invariant && limits.hopper && !weight.int8() {
+            let map = |at, rows, tile_rows| self.launcher.tensor_map(at, rows, weight.cols, tile_rows);
+            let args =
+                Args::new().with(map(input.x, tokens, HOPPER_M)?).with(map(weight.data.at, weight.rows, HOPPER_N)?);
+            let args = args.with(tokens as u32).with(weight.cols as u32).with(finish);
+            let tiles = tokens.div_ceil(HOPPER_M) * weight.rows.div_ceil(HOPPER_N);
+            let grid = [tiles.min(limits.processors as usize), 1, 1];
+            return self.launch(&format!("linear_hopper_{}", self.suffix()), grid, HOPPER_THREADS, HOPPER_SHARED, args);
+        }
         if tokens > TOKENS && !self.batch_invariant {
             let int8 = if weight.int8() { "_int8" } else { "" };
             let row_bytes = if weight.int8() { SLICE + 16 } else { 2 * SLICE };

@@ -1,0 +1,107 @@
+// y = epilogue(x W^T) for many tokens on Hopper: copies by the copy engine, products by warpgroups.
+//
+//   x [tokens, inputs] and W [outputs, inputs] in 16 bits
+//
+// FLOPs: 2 * tokens * inputs * outputs; a block reads (128 + 256) * inputs elements for 128 * 256 outputs: 85 FLOPs a byte from
+// the second-level cache. One block fills a multiprocessor and takes tile after tile. One thread of the first warpgroup
+// asks for slices of 64 inputs, four ahead; the other two warpgroups multiply 64 tokens by 256 outputs each, straight from
+// shared memory, with the next slice's products begun before the last one's are waited for. A pair of barrier objects for
+// each stage says when it is full and when it is free.
+#include "epilogue.cuh"
+#include "hopper.cuh"
+#include "linear.cuh"
+#include "memory.cuh"
+
+#if HOPPER
+
+constexpr int TILE_M = 128, TILE_N = 256, SLICE = 64;
+constexpr int STAGES = 4;
+constexpr int CONSUMERS = 2;
+constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
+constexpr int X_BYTES = TILE_M * SLICE * 2, W_BYTES = TILE_N * SLICE * 2;
+constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
+
+// Shared memory: the stages, then a full and an empty barrier for each.
+template <class T>
+DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t tokens, uint32_t inputs, const Epilogue& e) {
+    char* shared = shared_memory();
+    uint64_t* full = reinterpret_cast<uint64_t*>(shared + STAGES * STAGE_BYTES);
+    uint64_t* empty = full + STAGES;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(&full[i], 1);
+            barrier_init(&empty[i], CONSUMERS * WARPGROUP / WARP);
+        }
+        barrier_init_done();
+    }
+    sync_block();
+    wait_for_earlier_kernels();
+    uint32_t rows_of_tiles = (tokens + TILE_M - 1) / TILE_M;
+    uint32_t tiles = rows_of_tiles * ((e.width + TILE_N - 1) / TILE_N);
+    uint32_t slices = (inputs + SLICE - 1) / SLICE;
+    uint32_t turn = 0; // slices so far, over all tiles: stage turn % STAGES, for the (turn / STAGES)-th time
+    if (threadIdx.x < WARPGROUP) {
+        give_registers<40>();
+        if (threadIdx.x == 0) {
+            for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+                for (uint32_t s = 0; s < slices; s++, turn++) {
+                    uint32_t stage = turn % STAGES;
+                    char* to = shared + stage * STAGE_BYTES;
+                    barrier_wait(&empty[stage], (turn / STAGES + 1) & 1);
+                    barrier_arrive_expecting(&full[stage], STAGE_BYTES);
+                    copy_tile(to, x, tile % rows_of_tiles * TILE_M, s * SLICE, &full[stage]);
+                    copy_tile(to + X_BYTES, w, tile / rows_of_tiles * TILE_N, s * SLICE, &full[stage]);
+                }
+            }
+        }
+    } else {
+        take_registers<232>();
+        int group = threadIdx.x / WARPGROUP - 1, lane = lane_index();
+        int g = lane / 4, t = lane % 4;
+        for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+            float d[128];
+            UNROLL
+            for (int i = 0; i < 128; i++) d[i] = 0;
+            for (uint32_t s = 0; s < slices; s++, turn++) {
+                uint32_t stage = turn % STAGES;
+                const char* from = shared + stage * STAGE_BYTES;
+                barrier_wait(&full[stage], turn / STAGES & 1);
+                products_begin();
+                UNROLL
+                for (int k = 0; k < SLICE; k += 16) {
+                    multiply_group<T>(d, operand(from + group * 64 * SLICE * 2, k), operand(from + X_BYTES, k));
+                }
+                products_commit();
+                products_wait<1>();
+                if (s > 0 && lane == 0) barrier_arrive(&empty[(turn + STAGES - 1) % STAGES]); // the slice before is done
+            }
+            products_wait<0>();
+            if (lane == 0) barrier_arrive(&empty[(turn + STAGES - 1) % STAGES]);
+            uint32_t first_token = tile % rows_of_tiles * TILE_M + group * 64 + warp_index() % 4 * 16 + g;
+            uint32_t first_row = tile / rows_of_tiles * TILE_N + 2 * t;
+            UNROLL
+            for (int j = 0; j < TILE_N / 8; j++) {
+                uint32_t row = first_row + j * 8;
+                if (row >= e.width) continue;
+                UNROLL
+                for (int half = 0; half < 2; half++) {
+                    uint32_t token = first_token + half * 8;
+                    if (token < tokens) {
+                        finish_pair<T>(e, token, row, d[4 * j + 2 * half], d[4 * j + 2 * half + 1], row + 1 < e.width);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#define LINEAR_HOPPER(T)                                                                                               \
+    KERNEL_ALONE(linear_hopper_##T, THREADS)                                                                           \
+    (const GRID_CONSTANT TensorMap x, const GRID_CONSTANT TensorMap w, uint32_t tokens, uint32_t inputs, Epilogue e) { \
+        linear_hopper<T>(&x, &w, tokens, inputs, e);                                                                   \
+    }                                                                                                                  \
+    EXPORT(linear_hopper_##T)
+LINEAR_HOPPER(bf16)
+LINEAR_HOPPER(f16)
+
+#endif // HOPPER
