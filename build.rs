@@ -2,7 +2,7 @@
 //! the program says what is missing when it is asked for CUDA.
 //!
 //! nvcc is `NVCC`, else that of `CUDA_HOME` or `CUDA_PATH`, else the one in `PATH`. `BPROMPT_CUDA_ARCHS` lists what to compile for
-//! ("80,90a" if not set); PTX for later GPUs comes with it. What was compiled from the same text is not compiled again.
+//! ("80,90a" if not set); PTX for later GPUs comes with it. `BPROMPT_NVCC_FLAGS` adds flags, such as `-lineinfo` for a profiler. What was compiled from the same text is not compiled again.
 
 use std::collections::hash_map::DefaultHasher;
 use std::fmt::Write;
@@ -23,7 +23,7 @@ struct Job {
 
 fn main() {
     println!("cargo:rerun-if-changed=kernels");
-    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "BPROMPT_CUDA_ARCHS"] {
+    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "BPROMPT_CUDA_ARCHS", "BPROMPT_NVCC_FLAGS"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
@@ -75,6 +75,7 @@ fn compile(nvcc: &Path, out: &Path) -> Vec<Job> {
     }
     let read = |p: &PathBuf| std::fs::read(p).unwrap_or_else(|e| panic!("{}: {e}", p.display()));
     let headers: Vec<Vec<u8>> = files(Path::new("kernels/include"), "cuh").iter().map(read).collect();
+    let more = std::env::var("BPROMPT_NVCC_FLAGS").unwrap_or_default();
     let failures = Mutex::new(Vec::new());
     let next = AtomicUsize::new(0);
     let workers = std::env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
@@ -83,8 +84,8 @@ fn compile(nvcc: &Path, out: &Path) -> Vec<Job> {
             s.spawn(|| {
                 while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let mut hash = DefaultHasher::new();
-                    (read(&job.source), &headers, nvcc, FLAGS).hash(&mut hash);
-                    if let Err(message) = run(nvcc, job, &format!("{:x}", hash.finish())) {
+                    (read(&job.source), &headers, nvcc, FLAGS, &more).hash(&mut hash);
+                    if let Err(message) = run(nvcc, job, &more, &format!("{:x}", hash.finish())) {
                         failures.lock().expect("nothing panics with the lock").push(message);
                     }
                 }
@@ -100,14 +101,21 @@ fn compile(nvcc: &Path, out: &Path) -> Vec<Job> {
 const FLAGS: [&str; 8] =
     ["-std=c++17", "-O3", "-lineinfo", "-Ikernels/include", "-Xptxas", "-warn-spills", "-Werror", "all-warnings"];
 
-fn run(nvcc: &Path, job: &Job, hash: &str) -> Result<(), String> {
+fn run(nvcc: &Path, job: &Job, more: &str, hash: &str) -> Result<(), String> {
     let stamp = job.output.with_extension("stamp");
     if job.output.exists() && std::fs::read_to_string(&stamp).is_ok_and(|s| s == hash) {
         return Ok(());
     }
     let kind = if job.arch.starts_with("compute") { "-ptx" } else { "-cubin" };
     let mut command = Command::new(nvcc);
-    command.args(FLAGS).arg(kind).arg(format!("-arch={}", job.arch)).arg(&job.source).arg("-o").arg(&job.output);
+    command
+        .args(FLAGS)
+        .args(more.split_whitespace())
+        .arg(kind)
+        .arg(format!("-arch={}", job.arch))
+        .arg(&job.source)
+        .arg("-o")
+        .arg(&job.output);
     let done = command.output().map_err(|e| format!("{}: {e}", nvcc.display()))?;
     if !done.status.success() {
         let text = [done.stdout, done.stderr].concat();

@@ -1,59 +1,13 @@
 //! BLOOM inference against transformers (tests/golden/make_bloom.py) on every instruction set and storage type.
 
-use beautiful_prompt::checkpoint::Checkpoint;
+mod golden_models;
+
 use beautiful_prompt::models::bloom::{Bloom, Scratch};
+use beautiful_prompt::ops::Batch;
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
-use beautiful_prompt::ops::{BLOCK, Batch};
 use beautiful_prompt::tensor::DType;
-use serde::Deserialize;
-use std::path::PathBuf;
-
-const MODELS: [&str; 4] = ["f32_six_heads", "bf16_sharded", "f16_pytorch_sharded", "bf16_pytorch"];
-
-#[derive(Deserialize)]
-struct Expected {
-    prompt_ids: Vec<u32>,
-}
-
-fn folder(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bloom").join(name)
-}
-
-fn expected(name: &str) -> (Vec<u32>, Vec<f32>) {
-    let text = std::fs::read(folder(name).join("expected.json")).unwrap();
-    let report: Expected = serde_json::from_slice(&text).unwrap();
-    let bytes = std::fs::read(folder(name).join("expected.safetensors")).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    (report.prompt_ids, bytemuck::pod_collect_to_vec(file.tensor("logits").unwrap().data()))
-}
-
-/// Largest difference over the largest magnitude.
-fn error(ours: &[f32], theirs: &[f32]) -> f32 {
-    assert_eq!(ours.len(), theirs.len());
-    let most = theirs.iter().fold(0f32, |m, v| m.max(v.abs()));
-    ours.iter().zip(theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / most
-}
-
-/// Logits of every position, fed in spans of at most `chunk` tokens.
-fn logits(cpu: &Cpu, model: &Bloom<Cpu>, ids: &[u32], chunk: usize) -> Vec<f32> {
-    let blocks = ids.len().div_ceil(BLOCK);
-    // blocks in an unusual order, as a cache in use would hand them out
-    let table: Vec<u32> = (0..blocks as u32).rev().collect();
-    let mut cache = model.cache(cpu, blocks).unwrap();
-    let mut scratch = Scratch::default();
-    let (mut all, mut some) = (Vec::new(), Vec::new());
-    for start in (0..ids.len()).step_by(chunk) {
-        let part = &ids[start..(start + chunk).min(ids.len())];
-        let mut batch = Batch::default();
-        batch.push(part, start, &table);
-        model.forward(cpu, &batch, &mut cache, &mut scratch);
-        let rows: Vec<usize> = (0..part.len()).collect();
-        model.logits(cpu, &rows, &mut scratch, &mut some).unwrap();
-        all.extend_from_slice(&some);
-    }
-    all
-}
+use golden_models::{MODELS, error, logits, open};
 
 fn isas() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|i| i.available())
@@ -62,8 +16,7 @@ fn isas() -> impl Iterator<Item = Isa> {
 #[test]
 fn f32_logits_are_within_2e_5_of_transformers() {
     for name in MODELS {
-        let checkpoint = Checkpoint::open(&folder(name)).unwrap();
-        let (ids, theirs) = expected(name);
+        let (checkpoint, ids, theirs) = open(name);
         for isa in isas() {
             let cpu = Cpu::new(2, isa);
             let model = Bloom::load(&cpu, &checkpoint, Some(DType::F32)).unwrap();
@@ -78,8 +31,7 @@ fn f32_logits_are_within_2e_5_of_transformers() {
 #[test]
 fn narrow_types_stay_within_their_rounding() {
     for name in MODELS {
-        let checkpoint = Checkpoint::open(&folder(name)).unwrap();
-        let (ids, theirs) = expected(name);
+        let (checkpoint, ids, theirs) = open(name);
         for isa in isas() {
             let cpu = Cpu::new(1, isa);
             for (dtype, most) in [(DType::F16, 2e-3), (DType::Bf16, 2e-2), (DType::Int8, 4e-2)] {
@@ -94,8 +46,7 @@ fn narrow_types_stay_within_their_rounding() {
 #[test]
 fn chunks_neighbours_and_threads_leave_the_bits_alone() {
     for name in MODELS {
-        let checkpoint = Checkpoint::open(&folder(name)).unwrap();
-        let (ids, _) = expected(name);
+        let (checkpoint, ids, _) = open(name);
         for isa in isas() {
             for dtype in [DType::F32, DType::Bf16, DType::F16, DType::Int8] {
                 let cpu = Cpu::new(1, isa);

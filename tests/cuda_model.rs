@@ -1,61 +1,18 @@
 //! The CUDA backend, its kernels executed by the emulator: whole models against transformers and against the CPU.
 
 mod emulated;
+mod golden_models;
 
-use beautiful_prompt::checkpoint::Checkpoint;
 use beautiful_prompt::engine::{Engine, EngineOptions, Event, Request, Sampling};
 use beautiful_prompt::models::bloom::{Bloom, Scratch};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::cuda::Cuda;
-use beautiful_prompt::ops::{BLOCK, Backend, Batch};
+use beautiful_prompt::ops::{Backend, Batch};
 use beautiful_prompt::tensor::DType;
 use emulated::{Emulated, gpu};
-use serde::Deserialize;
+use golden_models::{MODELS, error, logits, open};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
-
-const MODELS: [&str; 4] = ["f32_six_heads", "bf16_sharded", "f16_pytorch_sharded", "bf16_pytorch"];
-
-#[derive(Deserialize)]
-struct Expected {
-    prompt_ids: Vec<u32>,
-}
-
-fn open(name: &str) -> (Checkpoint, Vec<u32>, Vec<f32>) {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bloom").join(name);
-    let report: Expected = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
-    let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let logits = bytemuck::pod_collect_to_vec(file.tensor("logits").unwrap().data());
-    (Checkpoint::open(&folder).unwrap(), report.prompt_ids, logits)
-}
-
-/// Largest difference over the largest magnitude.
-fn error(ours: &[f32], theirs: &[f32]) -> f32 {
-    assert_eq!(ours.len(), theirs.len());
-    let most = theirs.iter().fold(0f32, |m, v| m.max(v.abs()));
-    ours.iter().zip(theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / most
-}
-
-/// Logits of every position, fed in spans of at most `chunk` tokens.
-fn logits<B: Backend>(backend: &B, model: &Bloom<B>, ids: &[u32], chunk: usize) -> Vec<f32> {
-    let blocks = ids.len().div_ceil(BLOCK);
-    let table: Vec<u32> = (0..blocks as u32).rev().collect();
-    let mut cache = model.cache(backend, blocks).unwrap();
-    let mut scratch = Scratch::default();
-    let (mut all, mut some) = (Vec::new(), Vec::new());
-    for start in (0..ids.len()).step_by(chunk) {
-        let part = &ids[start..(start + chunk).min(ids.len())];
-        let mut batch = Batch::default();
-        batch.push(part, start, &table);
-        model.forward(backend, &batch, &mut cache, &mut scratch);
-        let rows: Vec<usize> = (0..part.len()).collect();
-        model.logits(backend, &rows, &mut scratch, &mut some).unwrap();
-        all.extend_from_slice(&some);
-    }
-    all
-}
 
 /// Errors that the storage types explain: activations, weights and cache have 8 bits of mantissa in bf16 and 11 in f16;
 /// 8-bit weights are rounded to their row's largest element.

@@ -12,6 +12,7 @@
 //! - arguments, block sizes and shared memory that do not fit the kernel.
 
 mod block;
+mod calls;
 mod check;
 mod memory;
 mod registry;
@@ -39,7 +40,7 @@ pub struct Emulator {
 /// 128 bytes, zeros beyond the matrix.
 pub fn tensor_map(at: Address, rows: usize, cols: usize, tile_rows: usize) -> [u64; 16] {
     let mut map = [0; 16];
-    map[..5].copy_from_slice(&[block::TensorMap::MAGIC, at, rows as u64, cols as u64, tile_rows as u64]);
+    map[..5].copy_from_slice(&[calls::TensorMap::MAGIC, at, rows as u64, cols as u64, tile_rows as u64]);
     map
 }
 
