@@ -53,6 +53,23 @@ impl Shapes {
         }
     }
 
+    /// Drawn from the seed, small enough for the emulator.
+    pub fn random(seed: u64) -> Shapes {
+        let mut words = Words::new(seed, 2);
+        let mut between = |least: usize, most: usize| least + words.below(most - least + 1);
+        let sizes = [32, 64, 80, 96, 128];
+        Shapes {
+            heads: (0..2).map(|_| (between(1, 4), sizes[between(0, 4)])).collect(),
+            matrices: (0..3).map(|_| (between(1, 300), 16 * between(1, 24))).collect(),
+            tokens: (0..4).map(|i| between(1, [16, 32, 64, 150][i])).collect(),
+            batches: (0..3)
+                .map(|_| (0..between(1, 4)).map(|_| (between(0, 3) * between(0, 60), between(1, 70))).collect())
+                .collect(),
+            vocabulary: between(30, 600),
+            seed,
+        }
+    }
+
     /// BLOOM's own.
     pub fn real(seed: u64) -> Shapes {
         Shapes {

@@ -52,6 +52,19 @@ fn every_kernel_agrees_with_the_cpu() {
     assert!(missed.is_empty(), "never launched: {missed:?}");
 }
 
+#[test]
+fn random_shapes_agree_with_the_cpu() {
+    std::thread::scope(|s| {
+        for (half, seeds) in [(DType::Bf16, 10..12), (DType::F16, 12..14)] {
+            s.spawn(move || {
+                for seed in seeds {
+                    all(half, &Shapes::random(seed), false, seed % 2 == 0);
+                }
+            });
+        }
+    });
+}
+
 /// Every launch runs twice, with its threads in different orders.
 #[test]
 fn the_order_of_threads_does_not_matter() {

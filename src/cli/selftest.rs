@@ -16,7 +16,7 @@ pub struct SelftestArgs {
     /// Small shapes only: quick enough under compute-sanitizer.
     #[arg(long)]
     small: bool,
-    /// Begins the random numbers.
+    /// Begins the random numbers and shapes.
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Print every case, not only each operation's worst.
@@ -49,6 +49,7 @@ impl SelftestArgs {
         };
         for half in [DType::Bf16, DType::F16] {
             run(&driver, half, &Shapes::small(self.seed), &mut each)?;
+            run(&driver, half, &Shapes::random(self.seed), &mut each)?;
             if !self.small {
                 run(&driver, half, &Shapes::real(self.seed), &mut each)?;
             }
