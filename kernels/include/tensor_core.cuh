@@ -2,6 +2,13 @@
 #pragma once
 #include "threads.cuh"
 
+// The instruction of `multiply`.
+#define PRODUCT_OF(type)                                                                                               \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, " \
+                 "{%0,%1,%2,%3};"                                                                                      \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
 // c += a b^T for a = [16, 16], b = [8, 16] (both with the inner dimension last) and c = [16, 8] in f32.
 // With g = lane / 4 and t = lane % 4, a lane holds
 //   a: pairs (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)
@@ -43,14 +50,10 @@ DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
         },
         &mine, "multiply");
 #else
-    if constexpr (sizeof(T) == 2 && std::is_same<T, bf16>::value) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    if constexpr (std::is_same<T, bf16>::value) {
+        PRODUCT_OF("bf16");
     } else {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        PRODUCT_OF("f16");
     }
 #endif
 }

@@ -66,7 +66,7 @@ DEVICE float warp_max(float x) {
 }
 
 // Adds to a counter in device memory and returns what it was; what this thread wrote before is seen by whoever sees the
-// new value and calls `acquire`.
+// new value.
 DEVICE uint32_t count_up(uint32_t* counter) {
 #ifdef KERNEL_EMULATOR
     return __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL);
@@ -75,6 +75,17 @@ DEVICE uint32_t count_up(uint32_t* counter) {
     uint32_t before = atomicAdd(counter, 1u);
     __threadfence();
     return before;
+#endif
+}
+
+// Waits until a counter in device memory has come to `n`. The blocks that count must be alive: cooperative launches alone.
+DEVICE void wait_for_count(uint32_t* counter, uint32_t n) {
+#ifdef KERNEL_EMULATOR
+    while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < n) emulator_yield();
+#else
+    while (*static_cast<volatile uint32_t*>(counter) < n) {
+    }
+    __threadfence();
 #endif
 }
 

@@ -129,3 +129,15 @@ KERNEL(tile_awaited, 64)(const GRID_CONSTANT TensorMap map, uint16_t* out) {
     out[threadIdx.x] = reinterpret_cast<uint16_t*>(shared)[threadIdx.x];
 }
 EXPORT(tile_awaited)
+
+// Blocks that wait for each other.
+KERNEL(grid_awaited, 32)(uint32_t* out, uint32_t* counter) {
+    if (threadIdx.x == 0) {
+        out[blockIdx.x] = blockIdx.x + 1;
+        count_up(counter);
+        wait_for_count(counter, gridDim.x);
+    }
+    sync_block();
+    if (threadIdx.x == 1) out[gridDim.x + blockIdx.x] = out[(blockIdx.x + 1) % gridDim.x];
+}
+EXPORT(grid_awaited)

@@ -35,7 +35,6 @@ void emulator_barrier_wait(uint64_t* barrier, uint32_t parity);
 void emulator_copy_tile(void* shared, const void* map, uint32_t row, uint32_t column, uint64_t* barrier);
 // Lets the other threads run: for loops that wait for memory.
 void emulator_yield();
-void emulator_fault(const char* message);
 void emulator_register(const char* name, void (*call)(void** args), uint32_t threads, const uint32_t* sizes, uint32_t count);
 }
 

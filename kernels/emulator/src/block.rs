@@ -500,7 +500,7 @@ impl Block<'_> {
     }
 }
 
-pub fn text(name: *const c_char) -> String {
+fn text(name: *const c_char) -> String {
     // SAFETY: names are literals of the vocabulary.
     unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
 }

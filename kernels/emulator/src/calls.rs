@@ -1,6 +1,6 @@
 //! What kernels call: the other side of `include/emulated.h`.
 
-use crate::block::{Block, CURRENT, CollectiveOp, Copy, PhaseBarrier, Place, Wait, fault, suspend, text};
+use crate::block::{Block, CURRENT, CollectiveOp, Copy, PhaseBarrier, Place, Wait, fault, suspend};
 use crate::memory::WRITTEN;
 use std::ffi::{c_char, c_void};
 
@@ -33,11 +33,6 @@ extern "C" fn emulator_collective(size: u32, mask: u32, op: CollectiveOp, data: 
 #[unsafe(no_mangle)]
 extern "C" fn emulator_yield() {
     suspend(Wait::Runnable);
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn emulator_fault(message: *const c_char) {
-    fault(&text(message));
 }
 
 #[unsafe(no_mangle)]

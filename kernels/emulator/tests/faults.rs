@@ -130,6 +130,19 @@ fn tiles() {
 }
 
 #[test]
+fn blocks_of_a_cooperative_launch_wait_for_each_other() {
+    let device = Emulator::new(1 << 24);
+    let (out, counter) = (device.allocate(40).unwrap(), device.allocate(4).unwrap());
+    device.write(counter, &[0; 4]).unwrap();
+    let shape = Shape { grid: [5, 1, 1], cooperative: true, ..SHAPE };
+    device.launch("grid_awaited", shape, &[&out.to_ne_bytes(), &counter.to_ne_bytes()]).unwrap();
+    let mut bytes = [0; 40];
+    device.read(out, &mut bytes).unwrap();
+    let words: Vec<u32> = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    assert_eq!(words, [1, 2, 3, 4, 5, 2, 3, 4, 5, 1]);
+}
+
+#[test]
 fn launches_that_do_not_fit_the_kernel() {
     let device = Emulator::new(1 << 24);
     let out = device.allocate(4096).unwrap().to_ne_bytes();

@@ -20,7 +20,6 @@ use crate::error::{Error, Result};
 use crate::models::bloom::BloomConfig;
 use crate::ops::BLOCK;
 use crate::tensor::{Bytes, DType, Tensor};
-use half::{bf16, f16};
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -135,11 +134,7 @@ impl<L: Launcher> Cuda<L> {
     pub fn upload(&self, x: &[f32], width: usize, narrow: bool) -> Result<Buffer<L>> {
         let mut buffer = Buffer::default();
         self.reserve(&mut buffer, x.len() / width, width, narrow)?;
-        let bytes: Vec<u8> = match (narrow, self.half) {
-            (false, _) => bytemuck::cast_slice(x).to_vec(),
-            (true, DType::F16) => x.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
-            (true, _) => x.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
-        };
+        let bytes = if narrow { weights::narrow(x, self.half) } else { bytemuck::cast_slice(x).to_vec() };
         self.launcher.write(buffer.at(), &bytes)?;
         Ok(buffer)
     }

@@ -2,6 +2,9 @@
 
 use crate::device::{Launcher, Memory};
 use crate::error::{Error, Result};
+use crate::ops::cpu::product::quantize_offset;
+use crate::ops::cpu::rows::{narrow_bf16, narrow_f16};
+use crate::ops::cpu::simd::Isa;
 use crate::tensor::{DType, Tensor};
 use half::{bf16, f16};
 use std::rc::Rc;
@@ -33,13 +36,7 @@ impl<L: Launcher> Matrix<L> {
             let width = cols * tensor.dtype.size();
             let bytes = tensor.bytes.slice(range.start * width..range.end * width);
             let part = Tensor { dtype: tensor.dtype, shape: vec![range.len(), cols], bytes }.to_f32();
-            let converted: Vec<u8> = if int8 {
-                part.chunks_exact(cols).flat_map(|row| quantize(row, &mut scales)).collect()
-            } else if half == DType::F16 {
-                part.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect()
-            } else {
-                part.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect()
-            };
+            let converted = if int8 { quantize(&part, cols, &mut scales) } else { narrow(&part, half) };
             launcher.write(data.at + (first * cols * size) as u64, &converted)?;
         }
         let scales = if int8 { Some(Memory::from_bytes(launcher, bytemuck::cast_slice(&scales))?) } else { None };
@@ -56,10 +53,25 @@ impl<L: Launcher> Matrix<L> {
     }
 }
 
-/// A row in whole multiples, at most 127, of its largest element over 127.
-fn quantize(row: &[f32], scales: &mut Vec<f32>) -> Vec<u8> {
-    let most = row.iter().fold(0f32, |m, v| m.max(v.abs()));
-    let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
-    scales.push(most / 127.0);
-    row.iter().map(|v| (v * inverse).round_ties_even() as i8 as u8).collect()
+/// Rows of `cols` as the CPU quantizes them, and a scale for each.
+fn quantize(x: &[f32], cols: usize, scales: &mut Vec<f32>) -> Vec<u8> {
+    let mut out = vec![0; x.len()];
+    for (row, out) in x.chunks_exact(cols).zip(out.chunks_exact_mut(cols)) {
+        scales.push(quantize_offset(Isa::detect(), row, out));
+        out.iter_mut().for_each(|q| *q = q.wrapping_sub(128));
+    }
+    out
+}
+
+/// Numbers in the 16-bit type `half`, as bytes.
+pub(super) fn narrow(x: &[f32], half: DType) -> Vec<u8> {
+    if half == DType::F16 {
+        let mut out = vec![f16::ZERO; x.len()];
+        narrow_f16(Isa::detect(), x, &mut out);
+        bytemuck::cast_slice(&out).to_vec()
+    } else {
+        let mut out = vec![bf16::ZERO; x.len()];
+        narrow_bf16(Isa::detect(), x, &mut out);
+        bytemuck::cast_slice(&out).to_vec()
+    }
 }

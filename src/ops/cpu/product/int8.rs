@@ -147,7 +147,7 @@ pub fn product(cpu: &Cpu, x: &[f32], w: &Int8, finish: &Finish) {
 
 simd_fn! {
     /// Rounds `x` to whole multiples, at most 127, of the returned scale (its largest element over 127), and adds 128.
-    fn quantize_offset<S>(x: &[f32], out: &mut [u8]) -> f32 {
+    pub fn quantize_offset<S>(x: &[f32], out: &mut [u8]) -> f32 {
         let full = x.len() / 16 * 16;
         assert!(x.len() <= out.len());
         let mut most = S::splat(0.0);

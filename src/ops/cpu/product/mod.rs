@@ -11,6 +11,7 @@ mod int8;
 mod weights;
 
 pub use dot::Element;
+pub use int8::quantize_offset;
 pub use weights::Matrix;
 
 use super::Cpu;
