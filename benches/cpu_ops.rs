@@ -71,7 +71,7 @@ fn sampling(c: &mut Criterion) {
         ("top-k 50, top-p 0.95", Sampling { top_k: 50, top_p: 0.95, ..plain }),
         ("top-p 0.95", Sampling { top_p: 0.95, ..plain }),
     ] {
-        let row = SampleRow { row: 0, sampling: &sampling, seen: &[5, 6, 7], candidate: 0, position: 9 };
+        let row = SampleRow { seen: &[5, 6, 7], ..SampleRow::new(0, &sampling, 0, 9) };
         group.bench_function(name, |b| b.iter(|| choose(&mut logits, 0.0, &row)));
     }
 }

@@ -351,7 +351,7 @@ impl<L: Launcher> Test<'_, L> {
             .map(|i| {
                 let sampling = &settings[i % settings.len()];
                 let row = if i < count { i / settings.len() } else { i - count + 5 };
-                (row, SampleRow { row, sampling, seen: &seen, candidate: i as u32, position: 77 + i as u32 })
+                (row, SampleRow { seen: &seen, ..SampleRow::new(row, sampling, i as u32, 77 + i as u32) })
             })
             .collect();
         let list: Vec<(usize, &SampleRow)> = list.iter().map(|(row, r)| (*row, r)).collect();

@@ -3,7 +3,7 @@
 mod emulated;
 mod golden_models;
 
-use beautiful_prompt::engine::{Engine, EngineOptions, Event, Request, Sampling};
+use beautiful_prompt::engine::{Counters, Engine, EngineOptions, Event, Request, Sampling, Verdict};
 use beautiful_prompt::models::bloom::{Bloom, Scratch};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
@@ -53,14 +53,10 @@ fn requests(prompt: &[u32]) -> Vec<Request> {
         (Sampling { top_k: 5, top_p: 0.9, ..sampled(3) }, &prompt[2..], 1),
     ];
     let request = |(id, (sampling, prompt, candidates)): (usize, (Sampling, &[u32], u32))| Request {
-        id: id as u64,
-        prompt: prompt.to_vec(),
         candidates,
         sampling,
-        max_new: 6,
-        eos: 2,
         ignore_eos: true,
-        prompt_logprobs: false,
+        ..Request::new(id as u64, prompt.to_vec(), 6, 2)
     };
     plan.into_iter().enumerate().map(request).collect()
 }
@@ -70,6 +66,15 @@ type Tokens = BTreeMap<(u64, u32), Vec<(u32, u32)>>;
 /// Tokens and the bits of their log-probabilities.
 fn generate<B: Backend>(backend: &B, model: &Bloom<B>, requests: &[Request], batch_tokens: usize) -> Tokens {
     let options = EngineOptions { batch_tokens, cache_tokens: 1024, ..EngineOptions::default() };
+    generate_counting(backend, model, requests, options).0
+}
+
+fn generate_counting<B: Backend>(
+    backend: &B,
+    model: &Bloom<B>,
+    requests: &[Request],
+    options: EngineOptions,
+) -> (Tokens, Counters) {
     let mut engine = Engine::new(backend, model, options).unwrap();
     for r in requests {
         engine.submit(r.clone()).unwrap();
@@ -80,15 +85,16 @@ fn generate<B: Backend>(backend: &B, model: &Bloom<B>, requests: &[Request], bat
             if let Event::Token { request, candidate, token, logprob, .. } = event {
                 out.entry((request, candidate)).or_default().push((token, logprob.to_bits()));
             }
-            true
+            Verdict::Go
         };
         engine.step(&mut sink).unwrap();
     }
-    out
+    assert_eq!(engine.blocks_in_use(), 0, "blocks leaked");
+    (out, engine.counters)
 }
 
-/// A sequence's tokens and log-probabilities are the same, bit for bit, alone, together, in another order, and cut into
-/// other chunks.
+/// A sequence's tokens and log-probabilities are the same, bit for bit, alone, together, in another order, cut into other
+/// chunks, with drafts, when it has to give up its blocks, and behind a prefix that was computed before.
 #[test]
 fn neighbours_leave_a_sequence_alone() {
     let (checkpoint, ids, _) = open("f16_pytorch_sharded");
@@ -104,6 +110,26 @@ fn neighbours_leave_a_sequence_alone() {
     }
     all.reverse();
     assert_eq!(generate(&cuda, &model, &all, 9), together);
+
+    let options = EngineOptions { batch_tokens: 64, cache_tokens: 1024, ..EngineOptions::default() };
+    let (drafted, counters) = generate_counting(&cuda, &model, &all, EngineOptions { draft_tokens: 3, ..options });
+    assert_eq!(drafted, together);
+    assert!(counters.drafted_tokens > 0);
+
+    let least = all.iter().map(Request::blocks).max().unwrap();
+    let (tight, counters) =
+        generate_counting(&cuda, &model, &all, EngineOptions { cache_tokens: 16 * least, ..options });
+    assert_eq!(tight, together);
+    assert!(counters.preemptions > 0);
+
+    let again = all.iter().map(|r| Request { id: r.id + 10, ..r.clone() });
+    let twice: Vec<Request> = all.iter().cloned().chain(again).collect();
+    let (cached, counters) = generate_counting(&cuda, &model, &twice, EngineOptions { sequences: 1, ..options });
+    assert!(counters.prefix_hits > 0);
+    for ((id, candidate), tokens) in &together {
+        assert_eq!(&cached[&(*id, *candidate)], tokens);
+        assert_eq!(&cached[&(id + 10, *candidate)], tokens, "from the prefix cache");
+    }
 }
 
 /// With the same weights in f16, the CPU and the kernels choose the same tokens under the same seeds.

@@ -2,7 +2,7 @@
 
 use super::machine::{self, Machine};
 use crate::checkpoint::Checkpoint;
-use crate::engine::{Engine, EngineOptions, Request, Sampling};
+use crate::engine::{Engine, EngineOptions, Request, Verdict};
 use crate::error::Result;
 use crate::models::bloom::{Bloom, BloomConfig};
 use crate::ops::Backend;
@@ -96,24 +96,24 @@ pub fn run<B: Backend + Machine>(backend: &B, model: &Bloom<B>, options: LlmOpti
             cache_tokens: o.batch * (o.prompt_tokens + o.new_tokens + 16),
             batch_tokens: o.batch * o.prompt_tokens,
             sequences: o.batch,
+            ..EngineOptions::default()
         };
         let mut engine = Engine::new(backend, model, engine)?;
         let mut words = Words::new(7, repeat as u64);
         for id in 0..o.batch {
             engine.submit(Request {
-                id: id as u64,
-                prompt: (0..o.prompt_tokens).map(|_| words.below(config.vocab_size) as u32).collect(),
-                candidates: 1,
-                sampling: Sampling::default(),
-                max_new: o.new_tokens + 1,
-                eos: config.eos_token_id,
                 ignore_eos: true,
-                prompt_logprobs: false,
+                ..Request::new(
+                    id as u64,
+                    (0..o.prompt_tokens).map(|_| words.below(config.vocab_size) as u32).collect(),
+                    o.new_tokens + 1,
+                    config.eos_token_id,
+                )
             })?;
         }
         let mut timed = || -> Result<f64> {
             let started = Instant::now();
-            engine.step(&mut |_| true)?;
+            engine.step(&mut |_| Verdict::Go)?;
             Ok(started.elapsed().as_secs_f64())
         };
         prefill_times.push(timed()?);

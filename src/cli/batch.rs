@@ -136,8 +136,9 @@ impl Run<'_> {
             cache_tokens: (args.sequences * room.min(longest)).max(n * longest),
             batch_tokens: args.batch_tokens,
             sequences: args.sequences,
+            ..EngineOptions::default()
         };
-        let mut session = rewriter.session(&args.sampling.stop, engine)?;
+        let mut session = rewriter.session(engine)?;
         let mut running: HashMap<u64, Line> = HashMap::new();
         let mut end = false;
         loop {
@@ -182,7 +183,7 @@ impl Run<'_> {
                 self.write_ready()?;
                 return Ok(true);
             }
-            for completed in session.step(&mut |_, _, _| {})? {
+            for completed in session.step(&mut |_| {})? {
                 let line = running.remove(&completed.id).expect("submitted above");
                 self.finished.insert(completed.id, self.render(&line, &completed));
             }

@@ -72,17 +72,17 @@ impl EvalArgs {
             let ids = rewriter.encode(&prompt)?;
             let engine =
                 EngineOptions { cache_tokens: rewriter.options.cache_tokens(ids.len()), ..EngineOptions::default() };
-            let mut session = rewriter.session(&self.sampling.stop, engine)?;
+            let mut session = rewriter.session(engine)?;
             session.submit(0, ids, &rewriter.options)?;
             let mut done = Vec::new();
             while !session.is_idle() {
-                done.extend(session.step(&mut |_, _, _| {})?);
+                done.extend(session.step(&mut |_| {})?);
             }
             let candidate = &done[0].candidates[0];
             let rewrite = Rewrite {
                 seconds: started.elapsed().as_secs_f64(),
                 output: candidate.text.trim().to_owned(),
-                tokens: candidate.token_ids.len(),
+                tokens: candidate.tokens.len(),
                 input: prompt,
             };
             if self.show {

@@ -1,7 +1,7 @@
 //! `bprompt generate`: continues a text as it is, without a template.
 
 use super::model::{ModelArgs, SamplingArgs};
-use crate::engine::session::Length;
+use crate::engine::session::{Length, Update};
 use crate::engine::{EngineOptions, Sampling};
 use crate::models::generation_config::GenerationDefaults;
 use clap::Args;
@@ -41,14 +41,14 @@ impl GenerateArgs {
             (None, None) => unreachable!("the parser asks for one of them"),
         };
         let engine = EngineOptions { cache_tokens: options.cache_tokens(ids.len()), ..EngineOptions::default() };
-        let mut session = loaded.session(&self.sampling.stop, engine)?;
+        let mut session = loaded.session(engine)?;
         session.submit(0, ids, &options)?;
         let mut out = std::io::stdout().lock();
         let mut write_error = None;
         let mut done = Vec::new();
         while !session.is_idle() && write_error.is_none() {
-            done.extend(session.step(&mut |_, _, text| {
-                if !self.json {
+            done.extend(session.step(&mut |update| {
+                if let (false, Update::Text { text, .. }) = (self.json, update) {
                     write_error = write!(out, "{text}").and_then(|()| out.flush()).err();
                 }
             })?);
@@ -64,10 +64,10 @@ impl GenerateArgs {
         let candidate = &completed.candidates[0];
         let object = json!({
             "prompt_ids": completed.prompt_ids,
-            "prompt_logprobs": completed.prompt_logprobs,
-            "output_ids": candidate.token_ids,
+            "prompt_logprobs": completed.prompt_scores.iter().map(|s| s.0).collect::<Vec<f32>>(),
+            "output_ids": candidate.token_ids(),
             "text": candidate.text,
-            "logprobs": candidate.logprobs,
+            "logprobs": candidate.logprobs(),
             "finish_reason": candidate.finish,
         });
         writeln!(out, "{object}")?;

@@ -84,14 +84,10 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    pub fn session<'a>(
-        &'a self,
-        stops: &'a [String],
-        options: EngineOptions,
-    ) -> anyhow::Result<Box<dyn Generate + 'a>> {
+    pub fn session(&self, options: EngineOptions) -> anyhow::Result<Box<dyn Generate + '_>> {
         Ok(match &self.placed {
-            Placed::Cpu(cpu, model) => Box::new(Session::new(cpu, model, &self.tokenizer, stops, options)?),
-            Placed::Cuda(cuda, model) => Box::new(Session::new(cuda, model, &self.tokenizer, stops, options)?),
+            Placed::Cpu(cpu, model) => Box::new(Session::new(cpu, model, &self.tokenizer, options)?),
+            Placed::Cuda(cuda, model) => Box::new(Session::new(cuda, model, &self.tokenizer, options)?),
         })
     }
 
@@ -217,6 +213,7 @@ impl SamplingArgs {
             repetition_penalty: self.repetition_penalty.unwrap_or(d.repetition_penalty),
             penalize_prompt: self.penalty_scope == PenaltyScope::All,
             seed: self.seed.unwrap_or_else(random_seed),
+            ..Sampling::default()
         };
         ensure!((0.0..=100.0).contains(&s.temperature), "--temperature {} is outside [0, 100]", s.temperature);
         ensure!(s.top_p > 0.0 && s.top_p <= 1.0, "--top-p {} is outside (0, 1]", s.top_p);
@@ -233,7 +230,8 @@ impl SamplingArgs {
             sampling: s,
             length: self.max_tokens.map_or(defaults.length, Length::New),
             ignore_eos: self.ignore_eos,
-            prompt_logprobs: false,
+            stops: self.stop.clone(),
+            ..GenerateOptions::default()
         })
     }
 }

@@ -3,7 +3,7 @@
 use super::batch;
 use super::model::{Loaded, ModelArgs, SamplingArgs};
 use crate::engine::EngineOptions;
-use crate::engine::session::{Completed, Generate, GenerateOptions};
+use crate::engine::session::{Completed, Generate, GenerateOptions, Update};
 use crate::text::template::Template;
 use anyhow::ensure;
 use clap::{Args, ValueEnum};
@@ -75,8 +75,8 @@ impl Rewriter {
         Ok(self.loaded.tokenizer.encode_literal(&self.template.apply(prompt))?)
     }
 
-    pub fn session<'a>(&'a self, stops: &'a [String], engine: EngineOptions) -> anyhow::Result<Box<dyn Generate + 'a>> {
-        self.loaded.session(stops, engine)
+    pub fn session(&self, engine: EngineOptions) -> anyhow::Result<Box<dyn Generate + '_>> {
+        self.loaded.session(engine)
     }
 }
 
@@ -108,8 +108,9 @@ impl RewriteArgs {
             cache_tokens: rewriter.options.cache_tokens(ids.len()),
             batch_tokens: self.batch_tokens,
             sequences: self.sequences,
+            ..EngineOptions::default()
         };
-        let mut session = rewriter.session(&self.sampling.stop, engine)?;
+        let mut session = rewriter.session(engine)?;
         session.submit(0, ids, &rewriter.options)?;
         let mut out = std::io::stdout().lock();
         let streams = n == 1 && !self.json;
@@ -117,8 +118,8 @@ impl RewriteArgs {
         let mut write_error = None;
         let mut done = Vec::new();
         while !session.is_idle() && write_error.is_none() {
-            done.extend(session.step(&mut |_, _, text| {
-                if streams {
+            done.extend(session.step(&mut |update| {
+                if let (true, Update::Text { text, .. }) = (streams, update) {
                     let text = if begun { text } else { text.trim_start() };
                     begun |= !text.is_empty();
                     write_error = write!(out, "{text}").and_then(|()| out.flush()).err();
@@ -154,9 +155,9 @@ pub fn record(id: Value, prompt: &str, completed: &Completed, seed: u64) -> Valu
         .map(|c| {
             json!({
                 "text": c.text.trim(),
-                "tokens": c.token_ids.len(),
+                "tokens": c.tokens.len(),
                 "finish_reason": c.finish,
-                "logprob": c.logprobs.iter().sum::<f32>(),
+                "logprob": c.logprobs().iter().sum::<f32>(),
             })
         })
         .collect();

@@ -1,24 +1,28 @@
 //! Requests in, tokens out.
 //!
 //! There are no phases: every sequence has computed positions chasing its known ones, and each step hands out one
-//! token budget, running sequences first, then waiting requests. A request is admitted when the blocks it may ever
-//! need are free, so a running sequence never waits for memory. Candidates share their prompt's full blocks.
+//! token budget, running sequences first, then waiting ones. Full blocks stay findable by what they hold, so that a prompt that
+//! begins as an earlier one starts behind it. When blocks run out the newest sequence gives up its own and waits;
+//! later it computes them again. None of this changes a token.
 
 mod blocks;
+mod drafts;
 mod request;
 mod sampling;
 pub mod session;
 pub mod text;
 
-pub use request::{Event, Finish, Request};
-pub use sampling::{Chosen, SampleRow, Sampling, choose};
+pub use request::{Event, Finish, Request, Verdict};
+pub use sampling::{Chosen, SampleRow, Sampling, Top, choose, log_sum_exp};
 
 use crate::error::{Error, Result};
 use crate::models::bloom::{Bloom, Scratch};
 use crate::ops::{BLOCK, Backend, Batch};
 use blocks::Blocks;
-use request::{Group, Sequence};
-use std::collections::{HashMap, VecDeque};
+use drafts::Drafter;
+use request::Sequence;
+use std::collections::VecDeque;
+use std::time::Instant;
 
 #[derive(Clone, Copy, Debug)]
 pub struct EngineOptions {
@@ -28,12 +32,32 @@ pub struct EngineOptions {
     pub batch_tokens: usize,
     /// Most sequences that run at once.
     pub sequences: usize,
+    /// Whether prompts start behind what earlier ones have in common with them.
+    pub prefix_cache: bool,
+    /// Most tokens guessed ahead of a sequence; 0 for none.
+    pub draft_tokens: usize,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        EngineOptions { cache_tokens: 32 * 512, batch_tokens: 512, sequences: 32 }
+        EngineOptions { cache_tokens: 32 * 512, batch_tokens: 512, sequences: 32, prefix_cache: true, draft_tokens: 0 }
     }
+}
+
+/// What an engine has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Forward passes, and their tokens: prompts, outputs, and drafts.
+    pub steps: u64,
+    pub computed_tokens: u64,
+    /// Tokens of prompts that were looked up, and those that were found computed.
+    pub prefix_queries: u64,
+    pub prefix_hits: u64,
+    /// Sequences that gave up their blocks.
+    pub preemptions: u64,
+    pub drafts: u64,
+    pub drafted_tokens: u64,
+    pub accepted_tokens: u64,
 }
 
 pub struct Engine<'a, B: Backend> {
@@ -42,14 +66,38 @@ pub struct Engine<'a, B: Backend> {
     cache: B::Cache,
     blocks: Blocks,
     options: EngineOptions,
-    waiting: VecDeque<Request>,
+    waiting: VecDeque<Sequence>,
+    /// The oldest first.
     running: Vec<Sequence>,
-    groups: HashMap<u64, Group>,
+    drafter: Drafter,
     scratch: Scratch<B>,
     logits: Vec<f32>,
-    /// Tokens computed so far, prompts included.
-    pub computed_tokens: u64,
+    pub counters: Counters,
 }
+
+/// A running sequence's part of a step.
+struct Planned {
+    /// Among the running ones.
+    at: usize,
+    /// First token in the batch, known tokens from there, and guesses or forced tokens after those.
+    start: usize,
+    known: usize,
+    ahead: Vec<u32>,
+}
+
+/// A choice to make, with what it is made from.
+struct Choice {
+    /// Running sequence, and how many of its guesses come before the choice.
+    at: usize,
+    ahead: usize,
+    /// Token of the batch.
+    row: usize,
+    /// Tokens that count as seen, if they are not just the sequence's.
+    seen: Option<Vec<u32>>,
+    bias: Vec<(u32, f32)>,
+}
+
+type Sink<'s> = &'s mut dyn FnMut(Event) -> Verdict;
 
 impl<'a, B: Backend> Engine<'a, B> {
     pub fn new(backend: &'a B, model: &'a Bloom<B>, options: EngineOptions) -> Result<Engine<'a, B>> {
@@ -66,10 +114,10 @@ impl<'a, B: Backend> Engine<'a, B> {
             },
             waiting: VecDeque::new(),
             running: Vec::new(),
-            groups: HashMap::new(),
+            drafter: Drafter::new(options.draft_tokens),
             scratch: Scratch::default(),
             logits: Vec::new(),
-            computed_tokens: 0,
+            counters: Counters::default(),
         })
     }
 
@@ -79,7 +127,8 @@ impl<'a, B: Backend> Engine<'a, B> {
         if prompt == 0 {
             return Err(Error::invalid("the prompt has no tokens; expected at least one"));
         }
-        if let Some(id) = request.prompt.iter().find(|&&id| id as usize >= self.model.config.vocab_size) {
+        let biased = request.bias.iter().map(|b| &b.0);
+        if let Some(id) = request.prompt.iter().chain(biased).find(|&&id| id as usize >= self.model.config.vocab_size) {
             return Err(Error::invalid(format!("token id {id} is outside the model's vocabulary")));
         }
         let context = self.model.config.context;
@@ -90,21 +139,38 @@ impl<'a, B: Backend> Engine<'a, B> {
         }
         if request.blocks() > self.blocks.total() {
             return Err(Error::invalid(format!(
-                "the prompt of {prompt} tokens with {} candidates of up to {} needs a KV cache of {} tokens, there are {}; \
-                 lower --max-tokens or -n",
-                request.candidates,
+                "the prompt of {prompt} tokens and up to {} new ones need a KV cache of {} tokens, there are {}; \
+                 lower --max-tokens",
                 request.max_new,
                 request.blocks() * BLOCK,
                 self.blocks.total() * BLOCK
             )));
         }
-        self.waiting.push_back(request);
+        self.waiting.push_back(Sequence::new(request));
         Ok(())
     }
 
-    /// Requests that have not started.
+    /// Ends a request, wherever it is; its blocks are free at once.
+    pub fn cancel(&mut self, id: u64) {
+        for s in self.running.iter_mut().chain(&mut self.waiting) {
+            s.done |= s.request.id == id;
+        }
+        self.waiting.retain(|s| !s.done);
+        self.retire();
+    }
+
+    /// Has the drafter expect runs of tokens that outputs often hold.
+    pub fn expect_run(&mut self, tokens: &[u32]) {
+        self.drafter.learn(tokens);
+    }
+
+    /// Sequences that wait, started ones without blocks among them.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
+    }
+
+    pub fn running(&self) -> usize {
+        self.running.len()
     }
 
     /// Blocks of the KV cache that sequences hold.
@@ -112,167 +178,374 @@ impl<'a, B: Backend> Engine<'a, B> {
         self.blocks.in_use()
     }
 
+    pub fn total_blocks(&self) -> usize {
+        self.blocks.total()
+    }
+
     pub fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// One forward pass. `sink` receives what happened; returning `false` for a token ends its candidate.
-    pub fn step(&mut self, sink: &mut dyn FnMut(Event) -> bool) -> Result<()> {
-        self.admit();
-        let mut batch = Batch::default();
-        // (running sequence, first token in the batch, tokens)
-        let mut spans: Vec<(usize, usize, usize)> = Vec::new();
-        let mut budget = self.options.batch_tokens;
-        for (i, s) in self.running.iter_mut().enumerate() {
-            let n = (s.tokens.len() - s.computed).min(budget);
-            if n == 0 {
-                continue;
-            }
-            budget -= n;
-            let needed = (s.computed + n).div_ceil(BLOCK);
-            while s.blocks.len() < needed {
-                s.blocks.push(self.blocks.allocate());
-            }
-            spans.push((i, batch.ids.len(), n));
-            batch.push(&s.tokens[s.computed..s.computed + n], s.computed, &s.blocks);
-        }
-        if spans.is_empty() {
+    /// One forward pass. `sink` hears what happened and says what is to become of the candidate.
+    pub fn step(&mut self, sink: Sink) -> Result<()> {
+        self.expire(sink);
+        let started = Instant::now();
+        let (batch, plan) = self.schedule(sink);
+        if plan.is_empty() {
             return Ok(());
         }
         self.model.forward(self.backend, &batch, &mut self.cache, &mut self.scratch);
-        self.computed_tokens += batch.ids.len() as u64;
-        for &(i, start, n) in &spans {
-            self.score_prompt(i, start, n, sink)?;
-            self.running[i].computed += n;
+        self.counters.steps += 1;
+        self.counters.computed_tokens += batch.ids.len() as u64;
+        for p in &plan {
+            self.score_prompt(p, sink)?;
+            self.running[p.at].computed += p.known;
         }
-        let ready: Vec<(usize, usize)> = spans
-            .iter()
-            .filter(|&&(i, _, _)| self.running[i].computed == self.running[i].tokens.len())
-            .map(|&(i, start, n)| (i, start + n - 1))
-            .collect();
-        self.sample(&ready, sink)?;
+        let decodes = plan.iter().all(|p| p.known == 1);
+        self.sample(&plan, sink)?;
+        if decodes {
+            self.drafter.timed(batch.ids.len(), started.elapsed().as_secs_f64());
+        }
+        if self.options.prefix_cache {
+            plan.iter().for_each(|p| self.register(p.at));
+        }
         self.retire();
         Ok(())
     }
 
-    fn admit(&mut self) {
-        let mut running: usize = self.running.iter().map(|s| s.fork.max(1) as usize).sum();
-        while let Some(request) = self.waiting.front() {
-            let fits = running == 0 || running + request.candidates as usize <= self.options.sequences;
-            if !fits || !self.blocks.reserve(request.blocks()) {
-                return;
-            }
-            running += request.candidates as usize;
-            let request = self.waiting.pop_front().expect("looked at above");
-            let group = Group { left: request.candidates.max(1), reserved: request.blocks() };
-            self.groups.insert(request.id, group);
-            self.running.push(Sequence::new(request));
+    /// Ends what is past its deadline.
+    fn expire(&mut self, sink: Sink) {
+        if self.running.iter().chain(&self.waiting).all(|s| s.request.deadline.is_none()) {
+            return;
         }
+        let now = Instant::now();
+        for s in self.running.iter_mut().chain(&mut self.waiting) {
+            if s.request.deadline.is_some_and(|d| d <= now) {
+                for candidate in s.candidate..s.candidate + s.fork.max(1) {
+                    sink(Event::Ended { request: s.request.id, candidate, finish: Finish::Deadline });
+                }
+                s.done = true;
+            }
+        }
+        self.waiting.retain(|s| !s.done);
+        self.retire();
+    }
+
+    /// Hands out the step's tokens.
+    fn schedule(&mut self, sink: Sink) -> (Batch, Vec<Planned>) {
+        let mut batch = Batch::default();
+        let mut plan = Vec::new();
+        let mut budget = self.options.batch_tokens;
+        let drafting = self.drafter.pays(self.running.len());
+        let mut at = 0;
+        while at < self.running.len() && budget > 0 {
+            // guesses come after everybody's own tokens
+            let spare = budget.saturating_sub(self.running.len() - at);
+            if !self.plan(at, budget, if drafting { spare } else { 0 }, &mut batch, &mut plan) {
+                self.preempt(at);
+                return (batch, plan);
+            }
+            budget = self.options.batch_tokens - batch.ids.len();
+            at += 1;
+        }
+        while budget > 0 && self.admit(sink) {
+            let planned = self.plan(self.running.len() - 1, budget, 0, &mut batch, &mut plan);
+            debug_assert!(planned, "a sequence is admitted with all blocks for what it knows");
+            budget = self.options.batch_tokens - batch.ids.len();
+        }
+        (batch, plan)
+    }
+
+    /// Gives a running sequence its part of a step; `false` if there are no blocks for it, nor a newer sequence to take them from.
+    fn plan(&mut self, at: usize, budget: usize, guesses: usize, batch: &mut Batch, plan: &mut Vec<Planned>) -> bool {
+        let s = &self.running[at];
+        let all = s.tokens.len() - s.computed;
+        let known = all.min(budget);
+        let mut ahead = Vec::new();
+        if known == all && !s.forced.is_empty() {
+            ahead = s.forced[..s.forced.len().min(budget - known)].to_vec();
+        } else if known == 1 && all == 1 && s.outputs() > 0 {
+            let left = s.request.max_new - s.outputs();
+            ahead = self.drafter.propose(&s.tokens, guesses.min(s.draft).min(left - 1));
+        }
+        while !self.take_blocks(at, known + ahead.len()) {
+            if !ahead.is_empty() {
+                ahead.clear();
+            } else if self.running.len() - 1 > at {
+                self.preempt(self.running.len() - 1);
+            } else {
+                return false;
+            }
+        }
+        let s = &self.running[at];
+        let start = batch.ids.len();
+        let ids = [&s.tokens[s.computed..s.computed + known], &ahead].concat();
+        batch.push(&ids, s.computed, &s.blocks);
+        plan.push(Planned { at, start, known, ahead });
+        true
+    }
+
+    /// Makes room for `n` more positions.
+    fn take_blocks(&mut self, at: usize, n: usize) -> bool {
+        let s = &mut self.running[at];
+        let needed = (s.computed + n).div_ceil(BLOCK);
+        while s.blocks.len() < needed {
+            match self.blocks.allocate() {
+                Some(block) => s.blocks.push(block),
+                None => return false,
+            }
+        }
+        true
+    }
+
+    /// Has a running sequence wait without blocks.
+    fn preempt(&mut self, at: usize) {
+        let mut s = self.running.remove(at);
+        self.blocks.release(&s.preempt());
+        self.counters.preemptions += 1;
+        self.waiting.push_front(s);
+    }
+
+    /// Starts the first waiting sequence, if there is room for it.
+    fn admit(&mut self, sink: Sink) -> bool {
+        let lanes: usize = self.running.iter().map(|s| s.fork.max(1) as usize).sum();
+        let Some(s) = self.waiting.front_mut() else { return false };
+        if lanes > 0 && lanes + s.fork.max(1) as usize > self.options.sequences {
+            return false;
+        }
+        // whoever wants the prompt's log-probabilities needs it computed
+        if self.options.prefix_cache && (s.started || !s.request.prompt_logprobs) {
+            let most = (s.tokens.len() - 1) / BLOCK;
+            for tokens in s.tokens.chunks_exact(BLOCK).take(most) {
+                let Some((block, node)) = self.blocks.find(s.node(), tokens) else { break };
+                s.blocks.push(block);
+                s.nodes.push(node);
+            }
+        }
+        s.computed = s.blocks.len() * BLOCK;
+        if self.blocks.available() < s.tokens.len().div_ceil(BLOCK) - s.blocks.len() {
+            self.blocks.release(&s.preempt());
+            return false;
+        }
+        let mut s = self.waiting.pop_front().expect("looked at above");
+        if !s.started {
+            s.started = true;
+            if self.options.prefix_cache {
+                self.counters.prefix_queries += s.prompt as u64;
+                self.counters.prefix_hits += s.computed as u64;
+            }
+            sink(Event::Started { request: s.request.id, cached: s.computed });
+        }
+        self.running.push(s);
+        true
     }
 
     /// Log-probabilities of the prompt's own tokens, where the request asks for them.
-    fn score_prompt(&mut self, i: usize, start: usize, n: usize, sink: &mut dyn FnMut(Event) -> bool) -> Result<()> {
+    fn score_prompt(&mut self, p: &Planned, sink: Sink) -> Result<()> {
         /// Rows of logits in memory at once.
         const ROWS: usize = 16;
-        let s = &self.running[i];
+        let s = &mut self.running[p.at];
         if !s.request.prompt_logprobs || s.computed >= s.prompt {
             return Ok(());
         }
         // position p predicts token p + 1
-        let positions: Vec<usize> = (s.computed..s.computed + n).filter(|p| p + 1 < s.prompt).collect();
-        let mut logprobs = Vec::with_capacity(positions.len());
+        let first = s.computed.max(s.scored);
+        let positions: Vec<usize> = (first..s.computed + p.known).filter(|p| p + 1 < s.prompt).collect();
+        s.scored = s.scored.max(s.computed + p.known);
+        let mut scores = Vec::with_capacity(positions.len());
         for part in positions.chunks(ROWS) {
-            let rows: Vec<usize> = part.iter().map(|p| start + p - s.computed).collect();
+            let rows: Vec<usize> = part.iter().map(|position| p.start + position - s.computed).collect();
             self.model.logits(self.backend, &rows, &mut self.scratch, &mut self.logits)?;
             let vocab = self.logits.len() / rows.len();
             for (row, p) in self.logits.chunks_exact(vocab).zip(part) {
-                logprobs.push(sampling::logprob(row, s.tokens[p + 1]));
+                let lse = log_sum_exp(row);
+                let top = sampling::top(row, lse, s.request.top_logprobs);
+                scores.push((row[s.tokens[p + 1] as usize] - lse, top));
             }
         }
-        let request = s.request.id;
-        if s.computed + n >= s.prompt || !logprobs.is_empty() {
-            sink(Event::Prompt { request, logprobs });
+        if !scores.is_empty() {
+            sink(Event::Prompt { request: s.request.id, scores });
         }
         Ok(())
     }
 
-    /// Chooses the next token of each `(sequence, row)`; a fresh prompt splits into its candidates.
-    fn sample(&mut self, ready: &[(usize, usize)], sink: &mut dyn FnMut(Event) -> bool) -> Result<()> {
-        let mut forked = Vec::new();
-        for &(i, row) in ready {
-            let count = std::mem::replace(&mut self.running[i].fork, 0).max(1);
+    /// Chooses the next tokens of all planned sequences whose tokens are computed; a fresh prompt splits into its candidates.
+    fn sample(&mut self, plan: &[Planned], sink: Sink) -> Result<()> {
+        let mut choices = Vec::new();
+        // guesses by running sequence, first choice of each, and how many
+        let mut targets: Vec<(usize, &[u32], usize)> = Vec::new();
+        let mut homeless = Vec::new();
+        for p in plan.iter() {
+            let s = &mut self.running[p.at];
+            if s.computed < s.tokens.len() {
+                continue;
+            }
+            let count = std::mem::replace(&mut s.fork, 0).max(1);
+            let row = p.start + p.known - 1;
+            targets.push((p.at, &p.ahead, choices.len()));
+            choices.extend((0..=p.ahead.len()).map(|ahead| self.choice(p.at, &p.ahead[..ahead], row + ahead)));
             for candidate in 1..count {
-                let copy = self.fork(i, candidate);
-                forked.push((copy, row));
+                match self.fork(p.at, candidate) {
+                    Ok(copy) => {
+                        self.running.push(copy);
+                        let at = self.running.len() - 1;
+                        targets.push((at, &[], choices.len()));
+                        choices.push(self.choice(at, &[], row));
+                    }
+                    Err(copy) => homeless.push(copy),
+                }
             }
         }
-        let mut targets: Vec<(usize, usize)> = ready.to_vec();
-        for (s, row) in forked {
-            targets.push((self.running.len(), row));
-            self.running.push(s);
-        }
-        let rows: Vec<SampleRow> = targets
+        // candidates without a block wait in order
+        homeless.into_iter().rev().for_each(|s| self.waiting.push_front(s));
+        let rows: Vec<SampleRow> = choices
             .iter()
-            .map(|&(i, row)| {
-                let s = &self.running[i];
+            .map(|c| {
+                let s = &self.running[c.at];
                 SampleRow {
-                    row,
+                    row: c.row,
                     sampling: &s.request.sampling,
-                    seen: &s.seen,
+                    seen: c.seen.as_deref().unwrap_or(&s.seen),
+                    bias: &c.bias,
+                    forced: s.forced.get(c.ahead).copied(),
+                    top: s.request.top_logprobs,
                     candidate: s.candidate,
-                    position: s.tokens.len() as u32,
+                    position: (s.tokens.len() + c.ahead) as u32,
                 }
             })
             .collect();
-        let chosen = self.model.sample(self.backend, &rows, &mut self.scratch, &mut self.logits)?;
-        for (&(i, _), c) in targets.iter().zip(chosen) {
-            let s = &mut self.running[i];
+        let mut chosen = self.model.sample(self.backend, &rows, &mut self.scratch, &mut self.logits)?;
+        for (at, ahead, first) in targets {
+            self.take(at, ahead, &mut chosen[first..=first + ahead.len()], sink);
+        }
+        Ok(())
+    }
+
+    /// What goes into the choice after a sequence's tokens and these guesses.
+    fn choice(&self, at: usize, ahead: &[u32], row: usize) -> Choice {
+        let s = &self.running[at];
+        let sampling = &s.request.sampling;
+        let seen = (sampling.repetition_penalty != 1.0 && !ahead.is_empty()).then(|| {
+            let mut seen = s.seen.clone();
+            for t in ahead {
+                if !seen.contains(t) {
+                    seen.push(*t);
+                }
+            }
+            seen
+        });
+        let mut bias = s.request.bias.clone();
+        if sampling.presence_penalty != 0.0 || sampling.frequency_penalty != 0.0 {
+            let mut counts = s.counts.clone();
+            ahead.iter().for_each(|&t| *counts.entry(t).or_default() += 1);
+            let penalty = |n: u32| sampling.presence_penalty + sampling.frequency_penalty * n as f32;
+            bias.extend(counts.into_iter().map(|(t, n)| (t, -penalty(n))));
+        }
+        let position = s.tokens.len() + ahead.len();
+        bias.extend(s.banned.iter().filter(|b| b.0 == position).map(|b| (b.1, f32::NEG_INFINITY)));
+        if s.outputs() + ahead.len() < s.request.min_new {
+            bias.push((s.request.eos, f32::NEG_INFINITY));
+        }
+        bias.sort_by_key(|b| b.0);
+        bias.dedup_by(|next, kept| {
+            let same = next.0 == kept.0;
+            kept.1 += if same { next.1 } else { 0.0 };
+            same
+        });
+        Choice { at, ahead: ahead.len(), row, seen, bias }
+    }
+
+    /// Takes chosen tokens while they are what was guessed.
+    fn take(&mut self, at: usize, ahead: &[u32], chosen: &mut [Chosen], sink: Sink) {
+        let s = &mut self.running[at];
+        let guessed = if s.forced.is_empty() { ahead.len() } else { 0 };
+        let mut accepted = 0;
+        for (i, c) in chosen.iter_mut().enumerate() {
             s.push(c.token);
+            if !s.forced.is_empty() {
+                s.forced.remove(0);
+            }
             let finish = if c.token == s.request.eos && !s.request.ignore_eos {
                 Some(Finish::Stop)
-            } else if s.tokens.len() - s.prompt >= s.request.max_new {
+            } else if s.outputs() >= s.request.max_new {
                 Some(Finish::Length)
             } else {
                 None
             };
-            let goes_on = sink(Event::Token {
+            let verdict = sink(Event::Token {
                 request: s.request.id,
                 candidate: s.candidate,
                 token: c.token,
                 logprob: c.logprob,
+                top: std::mem::take(&mut c.top),
                 finish,
             });
-            s.done = finish.is_some() || !goes_on;
+            let matches = ahead.get(i) == Some(&c.token);
+            // a token that was guessed is in the cache already
+            s.computed += usize::from(matches);
+            accepted += usize::from(matches);
+            let goes_on = verdict == Verdict::Go && finish.is_none();
+            match verdict {
+                Verdict::Go => s.done = finish.is_some(),
+                Verdict::End => s.done = true,
+                Verdict::Rewind { keep, ban } => {
+                    s.banned.push((s.prompt + keep, ban));
+                    self.blocks.release(&s.truncate(keep));
+                }
+                Verdict::Force { keep, tokens } => {
+                    self.blocks.release(&s.truncate(keep));
+                    s.forced = tokens;
+                }
+            }
+            if !goes_on || !matches {
+                break;
+            }
         }
-        Ok(())
+        if s.done {
+            self.drafter.learn(&s.tokens[s.prompt..]);
+        }
+        if guessed > 0 {
+            s.draft = (accepted + 2).min(self.options.draft_tokens);
+            self.drafter.checked(guessed, accepted);
+            self.counters.drafts += 1;
+            self.counters.drafted_tokens += guessed as u64;
+            self.counters.accepted_tokens += accepted as u64;
+        }
     }
 
-    /// A sequence that shares the full blocks of sequence `i` and has a copy of the last one.
-    fn fork(&mut self, i: usize, candidate: u32) -> Sequence {
-        let s = &self.running[i];
+    /// A candidate that shares the full blocks of sequence `at` and has a copy of the last one; without a block for that, one
+    /// that has to wait.
+    fn fork(&mut self, at: usize, candidate: u32) -> std::result::Result<Sequence, Sequence> {
+        let s = &self.running[at];
+        let mut copy = s.sibling(candidate);
         let full = s.computed / BLOCK;
-        let mut blocks = s.blocks[..full].to_vec();
-        blocks.iter().for_each(|&b| self.blocks.share(b));
-        if full < s.blocks.len() {
-            let copy = self.blocks.allocate();
-            self.backend.copy_block(&mut self.cache, s.blocks[full], copy);
-            blocks.push(copy);
+        copy.blocks = s.blocks[..full].to_vec();
+        if full * BLOCK < s.computed {
+            let Some(block) = self.blocks.allocate() else { return Err(s.sibling(candidate)) };
+            self.backend.copy_block(&mut self.cache, s.blocks[full], block);
+            copy.blocks.push(block);
         }
-        s.forked(candidate, blocks)
+        s.blocks[..full].iter().for_each(|&b| self.blocks.share(b));
+        copy.nodes = s.nodes.clone();
+        copy.computed = s.computed;
+        Ok(copy)
+    }
+
+    /// Makes a sequence's full blocks known.
+    fn register(&mut self, at: usize) {
+        let s = &mut self.running[at];
+        while (s.nodes.len() + 1) * BLOCK <= s.computed {
+            let n = s.nodes.len();
+            let node = self.blocks.register(s.node(), &s.tokens[n * BLOCK..(n + 1) * BLOCK], s.blocks[n]);
+            s.nodes.push(node);
+        }
     }
 
     fn retire(&mut self) {
         let blocks = &mut self.blocks;
-        let groups = &mut self.groups;
         self.running.retain(|s| {
             if s.done {
-                s.blocks.iter().for_each(|&b| blocks.release(b));
-                let group = groups.get_mut(&s.request.id).expect("every sequence has its group");
-                group.left -= 1;
-                if group.left == 0 {
-                    blocks.unreserve(group.reserved);
-                    groups.remove(&s.request.id);
-                }
+                blocks.release(&s.blocks);
             }
             !s.done
         });

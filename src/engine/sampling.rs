@@ -1,7 +1,8 @@
 //! Choosing the next token: penalties, temperature, filters, Gumbel-max.
 //!
-//! Order and meaning are transformers': repetition penalty, temperature, top-k (ties stay), top-p, min-p. The noise
-//! is a function of (seed, candidate, position, token) alone, so a seed gives the same tokens in any company.
+//! Order and meaning are transformers': repetition penalty, temperature, top-k (ties stay), top-p, min-p; before the
+//! temperature come OpenAI's presence and frequency penalties and biases, all added to the logits. The noise is a function of
+//! (seed, candidate, position, token) alone, so a seed gives the same tokens in any company.
 
 use crate::random::{philox, uniform};
 
@@ -19,6 +20,9 @@ pub struct Sampling {
     pub repetition_penalty: f32,
     /// Whether the prompt's tokens count as seen, as in transformers.
     pub penalize_prompt: bool,
+    /// Taken from the logits of tokens that were put out: once, and for each time.
+    pub presence_penalty: f32,
+    pub frequency_penalty: f32,
     pub seed: u64,
 }
 
@@ -31,53 +35,100 @@ impl Default for Sampling {
             min_p: 0.0,
             repetition_penalty: 1.0,
             penalize_prompt: true,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
             seed: 0,
         }
     }
 }
 
 /// One choice to make.
+#[derive(Clone, Copy)]
 pub struct SampleRow<'a> {
     /// Token of the batch whose logits count.
     pub row: usize,
     pub sampling: &'a Sampling,
     /// Tokens that the repetition penalty counts, each once.
     pub seen: &'a [u32],
+    /// Added to the logits of tokens, each at most once.
+    pub bias: &'a [(u32, f32)],
+    /// The choice, if there is none: only its log-probability is wanted.
+    pub forced: Option<u32>,
+    /// Likely tokens to report.
+    pub top: usize,
     pub candidate: u32,
     /// Position that the token will have.
     pub position: u32,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Default)]
+impl<'a> SampleRow<'a> {
+    /// A choice without anything that is special to it.
+    pub fn new(row: usize, sampling: &'a Sampling, candidate: u32, position: u32) -> SampleRow<'a> {
+        SampleRow { row, sampling, seen: &[], bias: &[], forced: None, top: 0, candidate, position }
+    }
+
+    /// Whether the choice follows from the sampling parameters and the seen tokens alone.
+    pub fn is_plain(&self) -> bool {
+        self.bias.is_empty() && self.forced.is_none() && self.top == 0
+    }
+}
+
+/// The most likely tokens with their log-probabilities, the likeliest first.
+pub type Top = Vec<(u32, f32)>;
+
+#[derive(Clone, Debug, PartialEq, Default)]
 pub struct Chosen {
     pub token: u32,
     /// Of the model itself, before penalties and temperature.
     pub logprob: f32,
+    pub top: Top,
 }
 
-/// log softmax(logits)[token].
-pub fn logprob(logits: &[f32], token: u32) -> f32 {
+/// log(sum(exp(logits))).
+pub fn log_sum_exp(logits: &[f32]) -> f32 {
     let most = logits.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
     let sum: f64 = logits.iter().map(|v| (v - most).exp() as f64).sum();
-    ((logits[token as usize] - most) as f64 - sum.ln()) as f32
+    (most as f64 + sum.ln()) as f32
+}
+
+/// The `count` most likely tokens; of equal ones the lower first.
+pub fn top(logits: &[f32], lse: f32, count: usize) -> Top {
+    let count = count.min(logits.len());
+    if count == 0 {
+        return Vec::new();
+    }
+    let least = kth_largest(logits, count);
+    let mut top: Top = logits.iter().enumerate().filter(|l| *l.1 >= least).map(|(t, &v)| (t as u32, v - lse)).collect();
+    top.sort_by(|a, b| b.1.total_cmp(&a.1));
+    top.truncate(count);
+    top
 }
 
 /// Chooses among `logits`, whose log-sum-exp is `lse`. `logits` come back as they were.
 pub fn choose(logits: &mut [f32], lse: f32, row: &SampleRow) -> Chosen {
+    let top = top(logits, lse, row.top);
+    if let Some(token) = row.forced {
+        return Chosen { token, logprob: logits[token as usize] - lse, top };
+    }
     let s = row.sampling;
     let mut before = Vec::new();
     if s.repetition_penalty != 1.0 {
         for &t in row.seen {
             let v = &mut logits[t as usize];
-            before.push(*v);
+            before.push((t, *v));
             *v = if *v > 0.0 { *v / s.repetition_penalty } else { *v * s.repetition_penalty };
         }
     }
+    for &(t, add) in row.bias {
+        let v = &mut logits[t as usize];
+        before.push((t, *v));
+        *v += add;
+    }
     let token = if s.temperature <= 0.0 { argmax(logits) } else { sample(logits, row) };
-    for (&t, v) in row.seen.iter().zip(before) {
+    for (t, v) in before.into_iter().rev() {
         logits[t as usize] = v;
     }
-    Chosen { token, logprob: logits[token as usize] - lse }
+    Chosen { token, logprob: logits[token as usize] - lse, top }
 }
 
 /// The first of the largest.
@@ -201,7 +252,7 @@ mod tests {
     use super::*;
 
     fn row(sampling: &Sampling, position: u32) -> SampleRow<'_> {
-        SampleRow { row: 0, sampling, seen: &[], candidate: 0, position }
+        SampleRow::new(0, sampling, 0, position)
     }
 
     #[test]
@@ -254,5 +305,22 @@ mod tests {
         assert_eq!(logits, [1.0, 0.9, -0.1, -0.2]);
         let mut negative = [-0.1, -0.11];
         assert_eq!(choose(&mut negative, 0.0, &r).token, 1);
+    }
+
+    #[test]
+    fn biases_forced_tokens_and_likely_ones() {
+        let mut logits = [1.0, 0.9, -0.1, 0.9];
+        let lse = log_sum_exp(&logits);
+        let s = Sampling { repetition_penalty: 1.2, ..Default::default() };
+        let r = SampleRow { seen: &[0], bias: &[(0, f32::NEG_INFINITY), (3, 0.5)], top: 3, ..row(&s, 0) };
+        let c = choose(&mut logits, lse, &r);
+        assert_eq!((c.token, c.logprob), (3, 0.9 - lse), "the log-probability is the model's own");
+        assert_eq!(c.top, [(0, 1.0 - lse), (1, 0.9 - lse), (3, 0.9 - lse)]);
+        assert_eq!(logits, [1.0, 0.9, -0.1, 0.9]);
+        let c = choose(&mut logits, lse, &SampleRow { forced: Some(2), ..r });
+        assert_eq!((c.token, c.logprob), (2, -0.1 - lse));
+        let warm = Sampling { temperature: 1.0, ..s };
+        let r = SampleRow { bias: &[(0, f32::NEG_INFINITY), (1, -f32::INFINITY), (3, -1e9)], ..row(&warm, 0) };
+        assert!((0..50).all(|p| choose(&mut logits, lse, &SampleRow { position: p, ..r }).token == 2));
     }
 }

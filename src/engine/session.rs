@@ -1,21 +1,54 @@
 //! Prompts in, texts out: the engine with a tokenizer around it.
 
-use super::text::TextStream;
-use super::{Engine, EngineOptions, Event, Finish, Request, Sampling};
+use super::text::{Growing, Rules, Token};
+use super::{Counters, Engine, EngineOptions, Event, Finish, Request, Sampling, Top, Verdict};
 use crate::error::{Error, Result};
 use crate::models::bloom::Bloom;
 use crate::ops::{BLOCK, Backend};
 use crate::text::Tokenizer;
+use crate::text::phrases::Phrases;
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
 
 /// How to continue a prompt.
 #[derive(Clone, Debug)]
 pub struct GenerateOptions {
     pub candidates: u32,
     pub sampling: Sampling,
+    /// Added to the logits of tokens.
+    pub bias: Vec<(u32, f32)>,
     pub length: Length,
+    /// No end of sequence before so many tokens.
+    pub min_new: usize,
     pub ignore_eos: bool,
+    /// Texts that end a continuation, and are left out.
+    pub stops: Vec<String>,
+    /// What a continuation must not hold, and what it must.
+    pub ban: Arc<Phrases>,
+    pub keep: Arc<Phrases>,
     pub prompt_logprobs: bool,
+    pub top_logprobs: usize,
+    pub deadline: Option<Instant>,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        GenerateOptions {
+            candidates: 1,
+            sampling: Sampling::default(),
+            bias: Vec::new(),
+            length: Length::New(128),
+            min_new: 0,
+            ignore_eos: false,
+            stops: Vec::new(),
+            ban: Arc::default(),
+            keep: Arc::default(),
+            prompt_logprobs: false,
+            top_logprobs: 0,
+            deadline: None,
+        }
+    }
 }
 
 impl GenerateOptions {
@@ -43,9 +76,18 @@ pub enum Length {
 #[derive(Clone, Debug)]
 pub struct Candidate {
     pub text: String,
-    pub token_ids: Vec<u32>,
-    pub logprobs: Vec<f32>,
+    pub tokens: Vec<Token>,
     pub finish: Finish,
+}
+
+impl Candidate {
+    pub fn token_ids(&self) -> Vec<u32> {
+        self.tokens.iter().map(|t| t.id).collect()
+    }
+
+    pub fn logprobs(&self) -> Vec<f32> {
+        self.tokens.iter().map(|t| t.logprob).collect()
+    }
 }
 
 /// A prompt with all its continuations.
@@ -53,20 +95,25 @@ pub struct Candidate {
 pub struct Completed {
     pub id: u64,
     pub prompt_ids: Vec<u32>,
-    pub prompt_logprobs: Vec<f32>,
+    /// Log-probability and likely tokens for each of the prompt's tokens but the first, if asked for.
+    pub prompt_scores: Vec<(f32, Top)>,
+    /// Tokens of the prompt that were computed before.
+    pub cached: usize,
     pub candidates: Vec<Candidate>,
 }
 
-struct Growing<'a> {
-    stream: TextStream<'a>,
-    token_ids: Vec<u32>,
-    logprobs: Vec<f32>,
-    finish: Option<Finish>,
+/// What a step brought.
+pub enum Update<'a> {
+    /// Computing a prompt begins.
+    Started { id: u64 },
+    /// New text of a candidate, with the tokens that are certain now; the last one has a `finish`.
+    Text { id: u64, candidate: u32, text: &'a str, tokens: &'a [Token], finish: Option<Finish> },
 }
 
 struct Pending<'a> {
     prompt_ids: Vec<u32>,
-    prompt_logprobs: Vec<f32>,
+    prompt_scores: Vec<(f32, Top)>,
+    cached: usize,
     candidates: Vec<Growing<'a>>,
 }
 
@@ -74,15 +121,19 @@ struct Pending<'a> {
 pub trait Generate {
     /// Queues a prompt under an id that is not in flight.
     fn submit(&mut self, id: u64, prompt: Vec<u32>, options: &GenerateOptions) -> Result<()>;
-    /// One forward pass. `on_text` is told of new text of `(id, candidate)`; prompts that are done come back.
-    fn step(&mut self, on_text: &mut dyn FnMut(u64, u32, &str)) -> Result<Vec<Completed>>;
+    /// Forgets a prompt.
+    fn cancel(&mut self, id: u64);
+    /// One forward pass; prompts that are done come back.
+    fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Completed>>;
     fn is_idle(&self) -> bool;
     /// Prompts queued or running.
     fn in_flight(&self) -> usize;
-    /// Prompts that wait for room.
+    /// Sequences that run, and those that wait for room.
+    fn running(&self) -> usize;
     fn waiting(&self) -> usize;
-    /// Tokens computed so far, prompts included.
-    fn computed_tokens(&self) -> u64;
+    /// Blocks of the KV cache: held by sequences, and all.
+    fn blocks(&self) -> (usize, usize);
+    fn counters(&self) -> Counters;
     /// Tokens chosen so far.
     fn generated_tokens(&self) -> u64;
 }
@@ -90,7 +141,6 @@ pub trait Generate {
 pub struct Session<'a, B: Backend> {
     engine: Engine<'a, B>,
     tokenizer: &'a Tokenizer,
-    stops: &'a [String],
     context: usize,
     eos: u32,
     pending: HashMap<u64, Pending<'a>>,
@@ -102,13 +152,19 @@ impl<'a, B: Backend> Session<'a, B> {
         backend: &'a B,
         model: &'a Bloom<B>,
         tokenizer: &'a Tokenizer,
-        stops: &'a [String],
         options: EngineOptions,
     ) -> Result<Session<'a, B>> {
+        let mut engine = Engine::new(backend, model, options)?;
+        if options.draft_tokens > 0 {
+            for phrase in include_str!("../../assets/style_phrases.txt").lines() {
+                let tokens = tokenizer.encode_literal(&format!(", {phrase},"))?;
+                // twice makes a run that is guessed
+                (0..2).for_each(|_| engine.expect_run(&tokens));
+            }
+        }
         Ok(Session {
-            engine: Engine::new(backend, model, options)?,
+            engine,
             tokenizer,
-            stops,
             context: model.config.context,
             eos: model.config.eos_token_id,
             pending: HashMap::new(),
@@ -120,21 +176,30 @@ impl<'a, B: Backend> Session<'a, B> {
 impl<B: Backend> Generate for Session<'_, B> {
     fn submit(&mut self, id: u64, prompt: Vec<u32>, options: &GenerateOptions) -> Result<()> {
         let request = request(id, prompt, options, self.eos, self.context)?;
+        let rules = Rules::new(self.tokenizer, options.stops.clone(), options.ban.clone(), options.keep.clone())?;
+        if rules.reserved_tokens() > request.max_new {
+            return Err(Error::invalid(format!(
+                "the words to keep take {} tokens, and there is room for {}; raise --max-tokens",
+                rules.reserved_tokens(),
+                request.max_new
+            )));
+        }
+        let rules = Arc::new(rules);
+        let grow = |_| Growing::new(self.tokenizer, rules.clone(), self.eos, request.max_new);
         let pending = Pending {
             prompt_ids: request.prompt.clone(),
-            prompt_logprobs: vec![],
-            candidates: (0..request.candidates)
-                .map(|_| Growing {
-                    stream: TextStream::new(self.tokenizer, self.stops),
-                    token_ids: vec![],
-                    logprobs: vec![],
-                    finish: None,
-                })
-                .collect(),
+            prompt_scores: vec![],
+            cached: 0,
+            candidates: (0..request.candidates).map(grow).collect(),
         };
         self.engine.submit(request)?;
         self.pending.insert(id, pending);
         Ok(())
+    }
+
+    fn cancel(&mut self, id: u64) {
+        self.engine.cancel(id);
+        self.pending.remove(&id);
     }
 
     fn is_idle(&self) -> bool {
@@ -145,51 +210,79 @@ impl<B: Backend> Generate for Session<'_, B> {
         self.pending.len()
     }
 
+    fn running(&self) -> usize {
+        self.engine.running()
+    }
+
     fn waiting(&self) -> usize {
         self.engine.waiting()
     }
 
-    fn computed_tokens(&self) -> u64 {
-        self.engine.computed_tokens
+    fn blocks(&self) -> (usize, usize) {
+        (self.engine.blocks_in_use(), self.engine.total_blocks())
     }
 
-    fn step(&mut self, on_text: &mut dyn FnMut(u64, u32, &str)) -> Result<Vec<Completed>> {
+    fn counters(&self) -> Counters {
+        self.engine.counters
+    }
+
+    fn generated_tokens(&self) -> u64 {
+        self.generated_tokens
+    }
+
+    fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Completed>> {
         let mut done = Vec::new();
         let mut failed = None;
-        let (pending, eos) = (&mut self.pending, self.eos);
+        let pending = &mut self.pending;
         let mut generated = 0;
-        self.engine.step(&mut |event| match event {
-            Event::Prompt { request, logprobs } => {
-                if let Some(p) = pending.get_mut(&request) {
-                    p.prompt_logprobs.extend(logprobs);
+        self.engine.step(&mut |event| {
+            let (id, candidate) = match event {
+                Event::Started { request, cached } => {
+                    if let Some(p) = pending.get_mut(&request) {
+                        p.cached = cached;
+                    }
+                    on_update(Update::Started { id: request });
+                    return Verdict::Go;
                 }
-                true
+                Event::Prompt { request, scores } => {
+                    if let Some(p) = pending.get_mut(&request) {
+                        p.prompt_scores.extend(scores);
+                    }
+                    return Verdict::Go;
+                }
+                Event::Token { request, candidate, .. } | Event::Ended { request, candidate, .. } => {
+                    (request, candidate)
+                }
+            };
+            let Some(p) = pending.get_mut(&id) else { return Verdict::End };
+            let c = &mut p.candidates[candidate as usize];
+            let pushed = match event {
+                Event::Token { token, logprob, top, finish, .. } => {
+                    generated += 1;
+                    c.push(token, logprob, top, finish)
+                }
+                Event::Ended { finish, .. } => c.end(finish).map(|()| Verdict::End),
+                _ => unreachable!("told above"),
+            };
+            let verdict = pushed.unwrap_or_else(|e| {
+                failed = Some(e);
+                Verdict::End
+            });
+            let finish = c.finish;
+            let (text, tokens) = c.fresh();
+            if !text.is_empty() || finish.is_some() {
+                on_update(Update::Text { id, candidate, text, tokens, finish });
             }
-            Event::Token { request, candidate, token, logprob, finish } => {
-                generated += 1;
-                let p = pending.get_mut(&request).expect("every request was submitted here");
-                let c = &mut p.candidates[candidate as usize];
-                match c.push(token, logprob, finish, eos) {
-                    Ok(text) if !text.is_empty() => on_text(request, candidate, &text),
-                    Ok(_) => {}
-                    Err(e) => failed = Some(e),
-                }
-                let goes_on = c.finish.is_none();
-                if p.candidates.iter().all(|c| c.finish.is_some()) {
-                    done.push(request);
-                }
-                goes_on
+            if finish.is_some() && p.candidates.iter().all(|c| c.finish.is_some()) {
+                done.push(id);
             }
+            verdict
         })?;
         self.generated_tokens += generated;
         if let Some(e) = failed {
             return Err(e);
         }
         Ok(done.into_iter().map(|id| completed(id, self.pending.remove(&id).expect("just seen"))).collect())
-    }
-
-    fn generated_tokens(&self) -> u64 {
-        self.generated_tokens
     }
 }
 
@@ -207,37 +300,29 @@ fn request(id: u64, prompt: Vec<u32>, options: &GenerateOptions, eos: u32, conte
         Length::Total(n) => n.saturating_sub(prompt.len()).clamp(1, room),
     };
     Ok(Request {
-        id,
-        prompt,
         candidates: options.candidates.max(1),
         sampling: options.sampling,
-        max_new: max_new.max(1),
-        eos,
+        bias: options.bias.clone(),
+        min_new: options.min_new,
         ignore_eos: options.ignore_eos,
         prompt_logprobs: options.prompt_logprobs,
+        top_logprobs: options.top_logprobs,
+        deadline: options.deadline,
+        ..Request::new(id, prompt, max_new.max(1), eos)
     })
-}
-
-impl Growing<'_> {
-    /// Adds a token; returns the text that it makes certain.
-    fn push(&mut self, token: u32, logprob: f32, finish: Option<Finish>, eos: u32) -> Result<String> {
-        self.token_ids.push(token);
-        self.logprobs.push(logprob);
-        let mut text = if token == eos { String::new() } else { self.stream.push(token)? };
-        if finish.is_some() {
-            text.push_str(&self.stream.finish()?);
-        }
-        self.finish = if self.stream.stopped { Some(Finish::Stop) } else { finish };
-        Ok(text)
-    }
 }
 
 fn completed(id: u64, p: Pending) -> Completed {
     let candidates = p.candidates.into_iter().map(|c| Candidate {
-        text: c.stream.text,
-        token_ids: c.token_ids,
-        logprobs: c.logprobs,
+        text: c.text,
+        tokens: c.tokens,
         finish: c.finish.expect("only whole prompts complete"),
     });
-    Completed { id, prompt_ids: p.prompt_ids, prompt_logprobs: p.prompt_logprobs, candidates: candidates.collect() }
+    Completed {
+        id,
+        prompt_ids: p.prompt_ids,
+        prompt_scores: p.prompt_scores,
+        cached: p.cached,
+        candidates: candidates.collect(),
+    }
 }

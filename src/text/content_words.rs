@@ -2,6 +2,7 @@
 
 use rust_stemmers::{Algorithm, Stemmer};
 use std::collections::HashSet;
+use std::ops::Range;
 
 /// Words that say nothing about the picture by themselves.
 const STOP_WORDS: &str = "a about after all also am an and any are as at be because been being both but by can could did \
@@ -10,14 +11,26 @@ is it its itself just like made make me more most my of off on once only or othe
 some such than that the their theirs them then there these they this those through to too under until up upon very \
 was we were what when where which while who whom why will with would you your";
 
-/// The words of `text` in lower case: runs of letters and digits, with inner apostrophes.
+/// The words of `text` in lower case: runs of letters and digits, with inner apostrophes and without a possessive's end.
 pub fn words(text: &str) -> Vec<String> {
-    let text = text.to_lowercase().replace('’', "'");
-    text.split(|c: char| !c.is_alphanumeric() && c != '\'')
-        .map(|w| w.trim_matches('\'').trim_end_matches("'s"))
-        .filter(|w| !w.is_empty())
-        .map(str::to_owned)
-        .collect()
+    word_spans(text).map(|(_, w)| w).collect()
+}
+
+/// [`words`] with the bytes they take in `text`.
+pub fn word_spans(text: &str) -> impl Iterator<Item = (Range<usize>, String)> {
+    let inside = |c: char| c.is_alphanumeric() || c == '\'' || c == '’';
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let start = at + text[at..].find(inside)?;
+        let end = text[start..].find(|c| !inside(c)).map_or(text.len(), |n| start + n);
+        at = end;
+        Some((start..end, &text[start..end]))
+    })
+    .filter_map(|(span, word)| {
+        let word = word.to_lowercase().replace('’', "'");
+        let word = word.trim_matches('\'').trim_end_matches("'s");
+        (!word.is_empty()).then(|| (span, word.to_owned()))
+    })
 }
 
 /// Finds content words: everything but stop words, stemmed (Snowball English).

@@ -1,6 +1,7 @@
 //! Text in and out of the model: tokenizer, templates, content words.
 
 pub mod content_words;
+pub mod phrases;
 pub mod template;
 mod tokenizer;
 mod tokenizer_training;

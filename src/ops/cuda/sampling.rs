@@ -3,7 +3,7 @@
 use super::linear::{HEAD_ROWS, head_blocks};
 use super::{Buffer, Cuda, Matrix};
 use crate::device::{Args, Launcher, Memory};
-use crate::engine::{Chosen, SampleRow, Sampling, choose};
+use crate::engine::{Chosen, SampleRow, choose, log_sum_exp};
 use crate::error::Result;
 use bytemuck::{Pod, Zeroable};
 use std::ops::Range;
@@ -74,9 +74,12 @@ enum Way {
 }
 
 impl Way {
-    fn of(s: &Sampling, vocabulary: usize) -> Way {
+    fn of(row: &SampleRow, vocabulary: usize) -> Way {
+        let s = row.sampling;
         let top_k = s.top_k > 0 && s.top_k < vocabulary;
-        if s.temperature <= 0.0 || !(top_k || s.top_p < 1.0 || s.min_p > 0.0) {
+        if !row.is_plain() {
+            Way::Host
+        } else if s.temperature <= 0.0 || !(top_k || s.top_p < 1.0 || s.min_p > 0.0) {
             Way::Fused
         } else if top_k && s.top_k <= MOST_LISTED {
             Way::Listed
@@ -115,7 +118,7 @@ impl<L: Launcher> Cuda<L> {
         for first in (0..x.rows).step_by(HEAD_ROWS) {
             let range = first..(first + HEAD_ROWS).min(x.rows);
             let here = |i: &usize| range.contains(&rows[*i].0);
-            let ways = (0..rows.len()).filter(here).map(|i| (i, Way::of(rows[i].1.sampling, head.rows)));
+            let ways = (0..rows.len()).filter(here).map(|i| (i, Way::of(rows[i].1, head.rows)));
             let (mut fused, mut listed) = (Vec::new(), Vec::new());
             for (i, way) in ways {
                 match way {
@@ -136,9 +139,8 @@ impl<L: Launcher> Cuda<L> {
             for i in on_host {
                 let (row, choice) = rows[i];
                 let logits = &mut logits[row * head.rows..(row + 1) * head.rows];
-                let most = logits.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
-                let sum: f64 = logits.iter().map(|v| ((v - most) as f64).exp()).sum();
-                chosen[i] = choose(logits, most + sum.ln() as f32, choice);
+                let lse = log_sum_exp(logits);
+                chosen[i] = choose(logits, lse, choice);
             }
         }
         Ok(chosen)
@@ -173,7 +175,7 @@ impl<L: Launcher> Cuda<L> {
         self.launcher.read(at, bytemuck::cast_slice_mut(&mut results))?;
         let mut left = Vec::new();
         for (&i, [token, logprob]) in part.iter().zip(results) {
-            chosen[i] = Chosen { token, logprob: f32::from_bits(logprob) };
+            chosen[i] = Chosen { token, logprob: f32::from_bits(logprob), ..Chosen::default() };
             if token == TOO_MANY {
                 left.push(i);
             }
