@@ -17,6 +17,12 @@ pub fn philox(key: u64, counter: [u32; 4]) -> [u32; 4] {
     [c0, c1, c2, c3]
 }
 
+/// A seed of the moment, which fits a double, so that every JSON reader keeps it.
+pub fn seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(std::time::SystemTime::now()) >> 11
+}
+
 /// A number in the open interval (0, 1) from 32 random bits; 23 of them count.
 pub fn uniform(bits: u32) -> f32 {
     ((bits >> 9) as f32 + 0.5) * (1.0 / 8_388_608.0)

@@ -9,6 +9,7 @@ mod inspect;
 mod model;
 mod rewrite;
 mod selftest;
+mod serve;
 mod train;
 
 use crate::ops::cpu::Cpu;
@@ -31,6 +32,8 @@ enum Command {
     Rewrite(Box<rewrite::RewriteArgs>),
     /// Continue a text as it is, without a template.
     Generate(Box<generate::GenerateArgs>),
+    /// Serve rewrites over HTTP: OpenAI's API, a page, metrics.
+    Serve(Box<serve::ServeArgs>),
     /// Show what a model folder holds, or what is wrong with it.
     Inspect(inspect::InspectArgs),
     /// Measure rewrites on held-out prompts: words kept, words added, repetition, time.
@@ -105,6 +108,7 @@ impl Cli {
         match self.command {
             Command::Rewrite(c) => c.run(),
             Command::Generate(c) => c.run(),
+            Command::Serve(c) => c.run(),
             Command::Inspect(c) => c.run(),
             Command::Eval(c) => c.run(),
             Command::Bench(c) => c.run(),

@@ -18,6 +18,7 @@ use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DTypeChoice {
@@ -77,7 +78,7 @@ pub enum Placed {
 pub struct Loaded {
     placed: Placed,
     pub config: BloomConfig,
-    pub tokenizer: Tokenizer,
+    pub tokenizer: Arc<Tokenizer>,
     /// The template that comes with the model.
     own_template: Option<Template>,
     pub defaults: GenerationDefaults,
@@ -123,7 +124,7 @@ impl ModelArgs {
         };
         let config = checkpoint.config.clone();
         let placed = self.place(checkpoint, self.dtype.dtype())?;
-        Ok(Loaded { placed, config, tokenizer, own_template: template, defaults })
+        Ok(Loaded { placed, config, tokenizer: Arc::new(tokenizer), own_template: template, defaults })
     }
 
     /// Prepares the weights of a checkpoint where they are to be used; `dtype` as for [`Bloom::load`].
@@ -212,7 +213,7 @@ impl SamplingArgs {
             min_p: self.min_p.unwrap_or(d.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(d.repetition_penalty),
             penalize_prompt: self.penalty_scope == PenaltyScope::All,
-            seed: self.seed.unwrap_or_else(random_seed),
+            seed: self.seed.unwrap_or_else(crate::random::seed),
             ..Sampling::default()
         };
         ensure!((0.0..=100.0).contains(&s.temperature), "--temperature {} is outside [0, 100]", s.temperature);
@@ -234,10 +235,4 @@ impl SamplingArgs {
             ..GenerateOptions::default()
         })
     }
-}
-
-/// A seed that fits a double, so that every JSON reader keeps it.
-fn random_seed() -> u64 {
-    use std::hash::{BuildHasher, RandomState};
-    RandomState::new().hash_one(std::time::SystemTime::now()) >> 11
 }

@@ -59,14 +59,16 @@ impl Request {
 }
 
 /// Why a candidate ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
+#[schema(as = FinishReason)]
 pub enum Finish {
     /// The end-of-sequence token or a stop string.
     Stop,
     /// As many tokens as were asked for.
     Length,
     /// The request's time was over.
+    #[serde(rename = "abort")]
     Deadline,
 }
 

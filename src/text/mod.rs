@@ -1,5 +1,6 @@
 //! Text in and out of the model: tokenizer, templates, content words.
 
+pub mod clip;
 pub mod content_words;
 pub mod phrases;
 pub mod template;

@@ -68,8 +68,23 @@ impl Tokenizer {
         self.inner.decode(ids, true).map_err(|e| Error::invalid(format!("cannot decode token ids: {e}")))
     }
 
+    /// The bytes that a token stands for, alone perhaps not text; its name's for special ones.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        let name = self.inner.id_to_token(id).unwrap_or_default();
+        name.chars().map(byte_of).collect::<Option<Vec<u8>>>().unwrap_or_else(|| name.into_bytes())
+    }
+
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+}
+
+/// The byte that byte-level vocabularies write as `c`: printable Latin-1 as itself, the rest in order from U+0100 on.
+fn byte_of(c: char) -> Option<u8> {
+    let printable = |b: u8| matches!(b, 33..=126 | 161..=172 | 174..=255);
+    match c as u32 {
+        code @ 0..=255 => Some(code as u8).filter(|b| printable(*b)),
+        code => (0..=255).filter(|b| !printable(*b)).nth(code as usize - 256),
     }
 }
 

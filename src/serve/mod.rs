@@ -1,0 +1,163 @@
+//! The HTTP server: OpenAI's API, rewriting, metrics, a page.
+
+pub mod errors;
+mod info;
+mod layers;
+pub mod metrics;
+mod openai;
+mod rewrite;
+mod sse;
+mod state;
+pub mod worker;
+
+pub use state::Shared;
+
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::routing::get;
+use axum::{Json, Router};
+use errors::ApiError;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::CorsLayer;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+/// How the server behaves towards its clients.
+#[derive(Clone, Debug)]
+pub struct HttpOptions {
+    /// Most bytes of a request's body.
+    pub body_limit: usize,
+    /// Longest time for a request's head, and between requests of a connection; and for a request's body.
+    pub header_timeout: Duration,
+    pub body_timeout: Duration,
+    /// Origins whose pages may call; `*` for all.
+    pub cors_origins: Vec<String>,
+    /// How long `/ready` fails before the server stops accepting connections, and how long requests may take after that.
+    pub shutdown_delay: Duration,
+    pub shutdown_timeout: Duration,
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "beautiful-prompt",
+        description = "Rewrites plain text-to-image prompts into rich ones. Where an API key is set, requests bring it as a bearer token."
+    ),
+    components(schemas(rewrite::RewritePiece, rewrite::RewriteResult))
+)]
+struct Document;
+
+/// All routes.
+pub fn app(shared: Arc<Shared>, options: &HttpOptions) -> anyhow::Result<Router> {
+    let guarded = OpenApiRouter::new()
+        .routes(routes!(openai::completions::completions))
+        .routes(routes!(openai::chat::chat_completions))
+        .routes(routes!(openai::models::models))
+        .routes(routes!(openai::models::model_by_name))
+        .routes(routes!(rewrite::rewrite))
+        .routes(routes!(rewrite::generate_prompt))
+        .routes(routes!(rewrite::model_list))
+        .routes(routes!(info::tokenize))
+        .routes(routes!(info::detokenize))
+        .route_layer(from_fn_with_state(shared.clone(), layers::authorize));
+    let open = OpenApiRouter::new()
+        .routes(routes!(info::health))
+        .routes(routes!(info::ready))
+        .routes(routes!(info::version))
+        .routes(routes!(info::metrics));
+    let (router, document) =
+        OpenApiRouter::with_openapi(Document::openapi()).merge(guarded).merge(open).split_for_parts();
+    let mut router = router
+        .route("/", get(info::page))
+        .route("/ping", get(info::health))
+        .route("/openapi.json", get(move || std::future::ready(Json(document))))
+        .fallback(|request: Request| async move { ApiError::no_such_path(request.uri().path()) })
+        .method_not_allowed_fallback(|request: Request| async move { ApiError::wrong_method(request.uri().path()) })
+        .layer(DefaultBodyLimit::max(options.body_limit))
+        .layer(from_fn_with_state(options.body_timeout, layers::limit_body_time));
+    if !options.cors_origins.is_empty() {
+        router = router.layer(cors(&options.cors_origins)?);
+    }
+    let panicked = |_: Box<dyn std::any::Any + Send>| {
+        use axum::response::IntoResponse;
+        ApiError::internal("the server made a mistake; its log says more").into_response()
+    };
+    Ok(router
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn_with_state(shared.clone(), layers::observe))
+        .layer(from_fn(layers::request_id))
+        .with_state(shared))
+}
+
+fn cors(origins: &[String]) -> anyhow::Result<CorsLayer> {
+    use tower_http::cors::{AllowOrigin, Any};
+    let layer = CorsLayer::new().allow_methods(Any).allow_headers(Any);
+    if origins.iter().any(|o| o == "*") {
+        return Ok(layer.allow_origin(Any));
+    }
+    let list = origins.iter().map(|o| o.parse().map_err(|_| anyhow::anyhow!("--cors-origin {o}: not an origin")));
+    Ok(layer.allow_origin(AllowOrigin::list(list.collect::<anyhow::Result<Vec<_>>>()?)))
+}
+
+/// Serves until `stop` resolves, then drains: `/ready` fails first, then no connection is accepted any more, and what was
+/// accepted is answered. Returns how many requests the time was too short for.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    shared: Arc<Shared>,
+    options: HttpOptions,
+    stop: impl Future<Output = ()>,
+) -> usize {
+    let mut builder = hyper::server::conn::http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(options.header_timeout);
+    let graceful = GracefulShutdown::new();
+    let accept = |stream: tokio::net::TcpStream| {
+        // a token is a small packet that somebody waits for
+        let _ = stream.set_nodelay(true);
+        let service = TowerToHyperService::new(router.clone());
+        let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service));
+        tokio::spawn(async move {
+            if let Err(e) = connection.await {
+                tracing::debug!("connection: {e}");
+            }
+        });
+    };
+    let mut stop = std::pin::pin!(stop);
+    let mut leaving = std::pin::pin!(None::<tokio::time::Sleep>);
+    loop {
+        tokio::select! {
+            connection = listener.accept() => match connection {
+                Ok((stream, _)) => accept(stream),
+                Err(e) => {
+                    // most likely out of file descriptors, which others give back
+                    tracing::warn!("cannot accept a connection: {e}");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            },
+            () = &mut stop, if leaving.is_none() => {
+                shared.draining.store(true, Ordering::Relaxed);
+                tracing::info!("shutting down; {} requests in flight", shared.engine.in_flight());
+                leaving.set(Some(tokio::time::sleep(options.shutdown_delay)));
+            }
+            () = async { leaving.as_mut().as_pin_mut().expect("checked").await }, if leaving.is_some() => break,
+        }
+    }
+    // who has connected already is served
+    while let Ok(Ok((stream, _))) = tokio::time::timeout(Duration::from_millis(20), listener.accept()).await {
+        accept(stream);
+    }
+    drop(listener);
+    match tokio::time::timeout(options.shutdown_timeout, graceful.shutdown()).await {
+        Ok(()) => 0,
+        Err(_) => shared.engine.in_flight().max(1),
+    }
+}

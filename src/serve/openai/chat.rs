@@ -1,0 +1,230 @@
+//! `/v1/chat/completions`: the last user message is a plain prompt, the answer its rewrite.
+
+use super::{SamplingParams, StreamOptions, Usage, finite, now, token_text, top_logprobs, with_top};
+use crate::engine::Finish;
+use crate::engine::text::Token;
+use crate::serve::errors::{ApiError, ErrorBody, Json};
+use crate::serve::sse::{self, Item};
+use crate::serve::state::{Shared, StateArc};
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct ChatRequest {
+    /// The served model's name, or nothing.
+    pub model: Option<String>,
+    /// The last message of the role "user" is rewritten.
+    #[schema(min_items = 1)]
+    pub messages: Vec<Message>,
+    #[schema(minimum = 1)]
+    pub max_tokens: Option<u32>,
+    /// The newer name of `max_tokens`.
+    #[schema(minimum = 1)]
+    pub max_completion_tokens: Option<u32>,
+    /// Whether to report log-probabilities.
+    pub logprobs: Option<bool>,
+    #[schema(minimum = 0, maximum = 20)]
+    pub top_logprobs: Option<u32>,
+    pub stream: Option<bool>,
+    pub stream_options: Option<StreamOptions>,
+    #[serde(flatten)]
+    pub sampling: SamplingParams,
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct Message {
+    pub role: String,
+    pub content: Option<Content>,
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum Content {
+    Text(String),
+    Parts(Vec<Part>),
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct Part {
+    /// "text"
+    pub r#type: String,
+    pub text: Option<String>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ChatCompletion {
+    pub id: String,
+    pub object: &'static str,
+    pub created: u64,
+    pub model: String,
+    pub choices: Vec<ChatChoice>,
+    pub usage: Usage,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ChatChoice {
+    pub index: usize,
+    pub message: Answer,
+    pub logprobs: Option<ChatLogprobs>,
+    pub finish_reason: Finish,
+}
+
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub struct Answer {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Chunk<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<ChunkChoice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Usage>,
+}
+
+#[derive(Debug, Serialize)]
+struct ChunkChoice {
+    index: usize,
+    delta: Answer,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<Finish>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ChatLogprobs {
+    pub content: Vec<TokenLogprob>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct TokenLogprob {
+    pub token: String,
+    pub logprob: f32,
+    pub bytes: Vec<u8>,
+    pub top_logprobs: Vec<TopLogprob>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct TopLogprob {
+    pub token: String,
+    pub logprob: f32,
+    pub bytes: Vec<u8>,
+}
+
+fn logprobs(shared: &Shared, tokens: &[Token]) -> ChatLogprobs {
+    let one = |(id, own, top): (u32, f32, &[(u32, f32)])| TokenLogprob {
+        token: token_text(shared, id),
+        logprob: finite(own),
+        bytes: shared.tokenizer.token_bytes(id),
+        top_logprobs: top
+            .iter()
+            .map(|&(id, l)| TopLogprob {
+                token: token_text(shared, id),
+                logprob: finite(l),
+                bytes: shared.tokenizer.token_bytes(id),
+            })
+            .collect(),
+    };
+    ChatLogprobs { content: with_top(tokens).map(one).collect() }
+}
+
+/// The plain prompt of a conversation.
+fn plain_prompt(messages: &[Message]) -> Result<String, ApiError> {
+    let last = messages.iter().rev().find(|m| m.role == "user");
+    let last = last.ok_or_else(|| ApiError::field("messages", "there is no message of the role \"user\""))?;
+    match &last.content {
+        Some(Content::Text(text)) => Ok(text.clone()),
+        Some(Content::Parts(parts)) => {
+            if let Some(other) = parts.iter().find(|p| p.r#type != "text") {
+                let message = format!("a part of the type \"{}\" cannot be read; expected \"text\"", other.r#type);
+                return Err(ApiError::field("messages", message));
+            }
+            Ok(parts.iter().filter_map(|p| p.text.as_deref()).collect::<Vec<_>>().join(" "))
+        }
+        None => Err(ApiError::field("messages", "the last message has no content")),
+    }
+}
+
+/// Rewrite a plain prompt.
+#[utoipa::path(
+    post,
+    path = "/v1/chat/completions",
+    tag = "OpenAI",
+    request_body = ChatRequest,
+    responses(
+        (status = 200, description = "The rewrite, or with `stream` server-sent events of pieces", content(
+            (ChatCompletion = "application/json"), (String = "text/event-stream")
+        )),
+        (status = "4XX", description = "The request cannot be served", body = ErrorBody),
+        (status = "5XX", description = "The server cannot serve", body = ErrorBody),
+    )
+)]
+pub async fn chat_completions(State(shared): StateArc, Json(r): Json<ChatRequest>) -> Result<Response, ApiError> {
+    shared.check_model(r.model.as_deref())?;
+    let prompt = plain_prompt(&r.messages)?;
+    let ids = shared.encode(&prompt).map_err(|e| ApiError::field("messages", e))?;
+    let wanted = r.logprobs.unwrap_or(false);
+    if r.top_logprobs.is_some_and(|n| n > 0) && !wanted {
+        return Err(ApiError::field("top_logprobs", "top_logprobs makes sense with logprobs alone"));
+    }
+    let mut options = r.sampling.options(&shared.defaults, r.max_completion_tokens.or(r.max_tokens), &shared)?;
+    options.top_logprobs = top_logprobs(r.top_logprobs, "top_logprobs")?;
+    let mut generations = shared.engine.submit(vec![(ids, options.clone())]).await?;
+    let id = format!("chatcmpl-{}", uuid::Uuid::new_v4().simple());
+    let created = now();
+    if !r.stream.unwrap_or(false) {
+        let completed = generations.remove(0).complete().await?;
+        let choices = completed.candidates.iter().enumerate().map(|(index, c)| ChatChoice {
+            index,
+            message: Answer { role: Some("assistant"), content: Some(c.text.trim_start().to_owned()) },
+            logprobs: wanted.then(|| logprobs(&shared, &c.tokens)),
+            finish_reason: c.finish,
+        });
+        let mut usage = Usage::default();
+        usage.add(&completed);
+        let choices = choices.collect();
+        let answer =
+            ChatCompletion { id, object: "chat.completion", created, model: shared.name.clone(), choices, usage };
+        return Ok(axum::Json(answer).into_response());
+    }
+    let include_usage = r.stream_options.and_then(|o| o.include_usage).unwrap_or(false);
+    let mut usage = Usage::default();
+    let mut begun = vec![false; options.candidates as usize];
+    let mut role_given = begun.clone();
+    Ok(sse::respond(generations, move |item| {
+        let chunk = |choices, usage| {
+            sse::data(&Chunk { id: &id, object: "chat.completion.chunk", created, model: &shared.name, choices, usage })
+        };
+        Ok(match item {
+            Item::Text { candidate, text, tokens, finish, .. } => {
+                let index = candidate as usize;
+                // the space after the template is none of the answer's
+                let text = if begun[index] { text } else { text.trim_start().to_owned() };
+                begun[index] |= !text.is_empty();
+                let role = (!std::mem::replace(&mut role_given[index], true)).then_some("assistant");
+                vec![chunk(
+                    vec![ChunkChoice {
+                        index,
+                        delta: Answer { role, content: Some(text) },
+                        logprobs: wanted.then(|| logprobs(&shared, &tokens)),
+                        finish_reason: finish,
+                    }],
+                    None,
+                )]
+            }
+            Item::Done(completed) => {
+                usage.add(&completed);
+                vec![]
+            }
+            Item::End if include_usage => vec![chunk(vec![], Some(usage))],
+            Item::End => vec![],
+        })
+    }))
+}

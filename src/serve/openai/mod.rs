@@ -1,0 +1,208 @@
+//! OpenAI's API: what its endpoints have in common.
+
+pub mod chat;
+pub mod completions;
+pub mod models;
+
+use super::errors::ApiError;
+use super::state::Shared;
+use crate::engine::Sampling;
+use crate::engine::session::{Completed, GenerateOptions, Length};
+use crate::engine::text::Token;
+use crate::models::generation_config::GenerationDefaults;
+use crate::text::phrases::Phrases;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use utoipa::ToSchema;
+
+/// Most candidates of a prompt, and most likely tokens reported with each.
+const MOST_CANDIDATES: u32 = 128;
+const MOST_LOGPROBS: usize = 20;
+
+/// One text or several.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl OneOrMany {
+    pub fn list(self) -> Vec<String> {
+        match self {
+            OneOrMany::One(s) => vec![s],
+            OneOrMany::Many(l) => l,
+        }
+    }
+}
+
+/// How to sample: OpenAI's parameters and vLLM's additions.
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
+pub struct SamplingParams {
+    /// Candidates for each prompt.
+    #[schema(minimum = 1, maximum = 128)]
+    pub n: Option<u32>,
+    /// 0 always takes the most likely token.
+    #[schema(minimum = 0, maximum = 100)]
+    pub temperature: Option<f32>,
+    #[schema(exclusive_minimum = 0, maximum = 1)]
+    pub top_p: Option<f32>,
+    /// 0 or -1 for all tokens.
+    #[schema(minimum = -1)]
+    pub top_k: Option<i64>,
+    #[schema(minimum = 0, maximum = 1)]
+    pub min_p: Option<f32>,
+    #[schema(exclusive_minimum = 0, maximum = 100)]
+    pub repetition_penalty: Option<f32>,
+    /// Whether the repetition penalty counts the prompt's tokens too, as in transformers.
+    pub penalize_prompt: Option<bool>,
+    #[schema(minimum = -2, maximum = 2)]
+    pub presence_penalty: Option<f32>,
+    #[schema(minimum = -2, maximum = 2)]
+    pub frequency_penalty: Option<f32>,
+    /// Added to the logits of tokens, by id; -100 to 100.
+    pub logit_bias: Option<BTreeMap<String, f32>>,
+    /// The same seed gives the same texts, whatever else the server does.
+    pub seed: Option<i64>,
+    /// Texts that end a candidate, and are left out; at most 16.
+    pub stop: Option<OneOrMany>,
+    /// Phrases that a candidate must not hold, however they are cut into tokens.
+    pub bad_words: Option<Vec<String>>,
+    #[schema(minimum = 0)]
+    pub min_tokens: Option<u32>,
+    /// Go on after the end-of-sequence token.
+    pub ignore_eos: Option<bool>,
+    /// Seconds until the request ends with what there is by then.
+    #[schema(exclusive_minimum = 0)]
+    pub timeout: Option<f32>,
+}
+
+impl SamplingParams {
+    /// What an engine needs to know; `defaults` hold where the request says nothing.
+    pub fn options(
+        self,
+        defaults: &GenerationDefaults,
+        max_tokens: Option<u32>,
+        shared: &Shared,
+    ) -> Result<GenerateOptions, ApiError> {
+        fn within<T: PartialOrd + std::fmt::Display>(name: &str, v: T, from: T, to: T) -> Result<T, ApiError> {
+            if v >= from && v <= to {
+                return Ok(v);
+            }
+            Err(ApiError::field(name, format!("{name} is {v}, expected {from} to {to}")))
+        }
+        let d = defaults.sampling;
+        let least = f32::MIN_POSITIVE;
+        let top_k = within("top_k", self.top_k.unwrap_or(d.top_k as i64), -1, i64::MAX)?;
+        let sampling = Sampling {
+            temperature: within("temperature", self.temperature.unwrap_or(d.temperature), 0.0, 100.0)?,
+            top_k: top_k.max(0) as usize,
+            top_p: within("top_p", self.top_p.unwrap_or(d.top_p), least, 1.0)?,
+            min_p: within("min_p", self.min_p.unwrap_or(d.min_p), 0.0, 1.0)?,
+            repetition_penalty: within(
+                "repetition_penalty",
+                self.repetition_penalty.unwrap_or(d.repetition_penalty),
+                least,
+                100.0,
+            )?,
+            penalize_prompt: self.penalize_prompt.unwrap_or(d.penalize_prompt),
+            presence_penalty: within("presence_penalty", self.presence_penalty.unwrap_or(0.0), -2.0, 2.0)?,
+            frequency_penalty: within("frequency_penalty", self.frequency_penalty.unwrap_or(0.0), -2.0, 2.0)?,
+            seed: self.seed.map_or_else(crate::random::seed, |s| s as u64),
+        };
+        let mut bias = Vec::new();
+        for (token, value) in self.logit_bias.unwrap_or_default() {
+            let id = token.parse::<u32>().ok().filter(|&id| (id as usize) < shared.config.vocab_size);
+            let id = id.ok_or_else(|| {
+                ApiError::field(
+                    "logit_bias",
+                    format!("logit_bias names \"{token}\", which is no token id of this model"),
+                )
+            })?;
+            bias.push((id, within("logit_bias", value, -100.0, 100.0)?));
+        }
+        let stops = self.stop.map(OneOrMany::list).unwrap_or_default();
+        if stops.len() > 16 {
+            return Err(ApiError::field("stop", format!("there are {} stop texts; 16 at most", stops.len())));
+        }
+        let own = self.timeout.map(|t| within("timeout", t, least, 86_400.0)).transpose()?;
+        let limit = shared.request_timeout;
+        let timeout = own.map(Duration::from_secs_f32).map_or(limit, |own| Some(limit.map_or(own, |l| own.min(l))));
+        let length = match max_tokens {
+            Some(0) => return Err(ApiError::field("max_tokens", "max_tokens is 0, expected at least 1")),
+            Some(n) => Length::New(n as usize),
+            None => defaults.length,
+        };
+        Ok(GenerateOptions {
+            candidates: within("n", self.n.unwrap_or(1), 1, MOST_CANDIDATES)?,
+            sampling,
+            bias,
+            length,
+            min_new: self.min_tokens.unwrap_or(0) as usize,
+            ignore_eos: self.ignore_eos.unwrap_or(false),
+            stops,
+            ban: Arc::new(Phrases::new(self.bad_words.unwrap_or_default())),
+            deadline: timeout.map(|t| Instant::now() + t),
+            ..GenerateOptions::default()
+        })
+    }
+}
+
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
+pub struct StreamOptions {
+    /// A last chunk with the usage.
+    pub include_usage: Option<bool>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Serialize, ToSchema)]
+pub struct Usage {
+    pub prompt_tokens: usize,
+    pub completion_tokens: usize,
+    pub total_tokens: usize,
+    pub prompt_tokens_details: PromptTokensDetails,
+}
+
+#[derive(Clone, Copy, Debug, Default, Serialize, ToSchema)]
+pub struct PromptTokensDetails {
+    /// Found in the prefix cache.
+    pub cached_tokens: usize,
+}
+
+impl Usage {
+    pub fn add(&mut self, completed: &Completed) {
+        self.prompt_tokens += completed.prompt_ids.len();
+        self.completion_tokens += completed.candidates.iter().map(|c| c.tokens.len()).sum::<usize>();
+        self.total_tokens = self.prompt_tokens + self.completion_tokens;
+        self.prompt_tokens_details.cached_tokens += completed.cached;
+    }
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// How many likely tokens to report.
+fn top_logprobs(asked: Option<u32>, name: &str) -> Result<usize, ApiError> {
+    match asked.unwrap_or(0) as usize {
+        n if n <= MOST_LOGPROBS => Ok(n),
+        n => Err(ApiError::field(name, format!("{name} is {n}; {MOST_LOGPROBS} at most"))),
+    }
+}
+
+/// Log-probabilities that JSON can hold.
+fn finite(logprob: f32) -> f32 {
+    logprob.max(-9999.0)
+}
+
+/// What a token alone says.
+fn token_text(shared: &Shared, id: u32) -> String {
+    String::from_utf8_lossy(&shared.tokenizer.token_bytes(id)).into_owned()
+}
+
+/// Tokens with the likely ones beside each.
+fn with_top<'a>(tokens: &'a [Token]) -> impl Iterator<Item = (u32, f32, &'a [(u32, f32)])> {
+    tokens.iter().map(|t| (t.id, t.logprob, t.top.as_slice()))
+}

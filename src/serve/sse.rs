@@ -1,0 +1,66 @@
+//! Server-sent events from generations.
+
+use super::errors::{ApiError, ErrorBody};
+use super::worker::{Generation, Reply};
+use crate::engine::Finish;
+use crate::engine::session::Completed;
+use crate::engine::text::Token;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream::{self, StreamExt};
+use serde::Serialize;
+use std::convert::Infallible;
+
+/// What happened, in which of the generations.
+pub enum Item {
+    Text {
+        at: usize,
+        candidate: u32,
+        text: String,
+        tokens: Vec<Token>,
+        finish: Option<Finish>,
+    },
+    Done(Box<Completed>),
+    /// All generations are done.
+    End,
+}
+
+/// Streams what `render` makes of generations, and `[DONE]` at the end. The first failure ends it.
+pub fn respond(
+    generations: Vec<Generation>,
+    mut render: impl FnMut(Item) -> Result<Vec<Event>, ApiError> + Send + 'static,
+) -> Response {
+    let replies = stream::select_all(generations.into_iter().enumerate().map(|(at, generation)| {
+        Box::pin(stream::unfold(generation, move |mut g| async move {
+            let reply = g.next().await?;
+            Some(((at, reply), g))
+        }))
+    }));
+    let items = replies.map(|(at, reply)| match reply? {
+        Reply::Text { candidate, text, tokens, finish } => Ok(Some(Item::Text { at, candidate, text, tokens, finish })),
+        Reply::Done(completed) => Ok(Some(Item::Done(completed))),
+        Reply::Accepted | Reply::Refused(_) => Ok(None),
+    });
+    let end = stream::iter([Ok(Some(Item::End))]);
+    let mut failed = false;
+    let events = items.chain(end).flat_map(move |item: Result<Option<Item>, ApiError>| {
+        let rendered = match item {
+            _ if failed => Ok(vec![]),
+            Ok(Some(item)) => render(item),
+            Ok(None) => Ok(vec![]),
+            Err(e) => Err(e),
+        };
+        let rendered = rendered.unwrap_or_else(|e| {
+            failed = true;
+            vec![data(&ErrorBody { error: e.detail })]
+        });
+        stream::iter(rendered)
+    });
+    let done = stream::iter([Event::default().data("[DONE]")]);
+    Sse::new(events.chain(done).map(Ok::<Event, Infallible>)).keep_alive(KeepAlive::default()).into_response()
+}
+
+/// An event that holds `value` as JSON.
+pub fn data(value: &impl Serialize) -> Event {
+    Event::default().json_data(value).expect("answers are plain data")
+}
