@@ -1,10 +1,12 @@
 //! `bprompt eval`: measures rewrites.
 
+use super::guard::GuardArgs;
 use super::model::{ModelArgs, SamplingArgs};
 use super::rewrite::Rewriter;
 use crate::data::records::{read_pairs, read_prompts};
 use crate::engine::EngineOptions;
 use crate::eval::{Rewrite, report};
+use crate::rewrite::{Rewriting, Source};
 use crate::text::content_words::words;
 use anyhow::ensure;
 use clap::Args;
@@ -33,6 +35,8 @@ pub struct EvalArgs {
     /// Print the report as one JSON object.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    guard: GuardArgs,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -63,26 +67,24 @@ impl EvalArgs {
         let prompts = self.prompts()?;
         ensure!(!prompts.is_empty(), "{}: holds no prompts of up to {} words", self.input.display(), self.max_words);
         let loaded = self.model.load()?;
-        let options = self.sampling.options(&loaded.defaults, 1)?;
+        let mut options = self.sampling.options(&loaded.defaults, 1)?;
+        let guard = self.guard.options(&mut options)?;
         let template = loaded.template(None)?;
-        let rewriter = Rewriter { loaded, template, options };
+        let rewriter = Rewriter { loaded, template, options, guard };
+        let mut session = rewriter.session(EngineOptions { prefix_cache: false, ..EngineOptions::default() })?;
         let mut rewrites = Vec::new();
         for prompt in prompts {
             let started = Instant::now();
-            let ids = rewriter.encode(&prompt)?;
-            let engine =
-                EngineOptions { cache_tokens: rewriter.options.cache_tokens(ids.len()), ..EngineOptions::default() };
-            let mut session = rewriter.session(engine)?;
-            session.submit(0, ids, &rewriter.options)?;
-            let mut done = Vec::new();
-            while !session.is_idle() {
-                done.extend(session.step(&mut |_| {})?);
-            }
-            let candidate = &done[0].candidates[0];
+            let (options, guard) = (rewriter.options.clone(), rewriter.guard.clone());
+            let rewriting = Rewriting::new(rewriter.prompter(), &prompt, options, guard)?;
+            let done = rewriter.rewrite(&mut *session, rewriting, &mut |_| {})?;
+            let candidate = &done.candidates[0];
             let rewrite = Rewrite {
                 seconds: started.elapsed().as_secs_f64(),
-                output: candidate.text.trim().to_owned(),
-                tokens: candidate.tokens.len(),
+                output: candidate.text.clone(),
+                tokens: done.output_tokens,
+                kept: candidate.kept,
+                from_model: candidate.source == Source::Model,
                 input: prompt,
             };
             if self.show {
@@ -97,6 +99,8 @@ impl EvalArgs {
         }
         println!("prompts                         {}", r.prompts);
         println!("content words kept              {:.1} %", 100.0 * r.kept_content_words);
+        println!("meaning kept                    {:.1} %", 100.0 * r.kept_meaning);
+        println!("outputs that fell back          {:.1} %", 100.0 * r.fallbacks);
         println!("outputs that keep all           {:.1} %", 100.0 * r.kept_all);
         println!("outputs adding 8 or more words  {:.1} %", 100.0 * r.adds_eight_words);
         println!("outputs repeating 4 words thrice {:.1} %", 100.0 * r.repeats_four_words);

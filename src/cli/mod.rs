@@ -3,8 +3,11 @@
 mod batch;
 mod bench;
 mod data;
+mod engine;
 mod eval;
 mod generate;
+mod guard;
+mod hosted;
 mod inspect;
 mod model;
 mod rewrite;

@@ -1,11 +1,13 @@
 //! `bprompt rewrite`: plain prompts into rich ones, one at a time or files of them.
 
-use super::batch;
+use super::batch::{self, Shard};
+use super::engine::EngineArgs;
+use super::guard::GuardArgs;
 use super::model::{Loaded, ModelArgs, SamplingArgs};
 use crate::engine::EngineOptions;
 use crate::engine::session::{Completed, Generate, GenerateOptions, Update};
+use crate::rewrite::{GuardOptions, Prompter, Rewrite, Rewriting};
 use crate::text::template::Template;
-use anyhow::ensure;
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use std::io::{IsTerminal, Write};
@@ -16,15 +18,19 @@ pub struct RewriteArgs {
     /// Plain prompts.
     #[arg(value_name = "PROMPT", required_unless_present = "input", conflicts_with = "input")]
     prompts: Vec<String>,
-    /// File of prompts, `-` for standard input: JSON lines with "prompt" (and "id", "seed"), or text with one a line.
-    #[arg(long, value_name = "FILE")]
-    pub input: Option<PathBuf>,
+    /// Files of prompts, or patterns such as "part-*.jsonl.gz"; `-` for standard input. JSON lines with "prompt" (and "id", "seed"), or
+    /// text with one a line; plain, gzip or zstd.
+    #[arg(long, value_name = "FILES", num_args = 1..)]
+    pub input: Vec<String>,
     /// Where results go, `-` for standard output.
     #[arg(long, value_name = "FILE", requires = "input", default_value = "-")]
     pub output: PathBuf,
-    /// How results are written; by default JSON lines, or text if the output's name ends in .txt.
+    /// How lines are read and results written; by default JSON lines, or text if the output's name ends in .txt.
     #[arg(long, value_enum, requires = "input")]
     pub format: Option<Format>,
+    /// Take every n-th line alone, from the i-th on: one of n parts for n machines.
+    #[arg(long, value_name = "I/N", requires = "input")]
+    pub shard: Option<Shard>,
     /// Go on where an interrupted run stopped.
     #[arg(long, requires = "input")]
     pub resume: bool,
@@ -34,23 +40,21 @@ pub struct RewriteArgs {
     /// Leave out input lines that cannot be read, and count them.
     #[arg(long, requires = "input")]
     pub skip_bad_lines: bool,
-    /// Most tokens of one forward pass.
-    #[arg(long, default_value_t = 512)]
-    pub batch_tokens: usize,
-    /// Most sequences that run at once.
-    #[arg(long, default_value_t = 32)]
-    pub sequences: usize,
     /// Candidates for each prompt.
     #[arg(short, long = "candidates", default_value_t = 1)]
     n: u32,
     /// v1, v2 or a file with {raw} in it; by default the model's own, else v1.
     #[arg(long, value_name = "NAME|FILE")]
-    template: Option<String>,
+    pub template: Option<String>,
     /// One JSON object a prompt: id, prompt, candidates, seed.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    model: ModelArgs,
+    guard: GuardArgs,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
     #[command(flatten)]
     pub sampling: SamplingArgs,
 }
@@ -59,6 +63,8 @@ pub struct RewriteArgs {
 pub enum Format {
     Jsonl,
     Text,
+    /// OpenAI's batch files: requests with custom_id, url and body; answers in the same way.
+    Openai,
 }
 
 /// A loaded model with the template and settings of the command line.
@@ -66,17 +72,40 @@ pub struct Rewriter {
     pub loaded: Loaded,
     pub template: Template,
     pub options: GenerateOptions,
+    pub guard: GuardOptions,
 }
 
 impl Rewriter {
-    /// Token ids of a plain prompt in its template.
-    pub fn encode(&self, prompt: &str) -> anyhow::Result<Vec<u32>> {
-        ensure!(!prompt.trim().is_empty(), "the prompt is empty; expected a few words");
-        Ok(self.loaded.tokenizer.encode_literal(&self.template.apply(prompt))?)
+    pub fn prompter(&self) -> Prompter {
+        Prompter { tokenizer: self.loaded.tokenizer.clone(), template: self.template.clone() }
     }
 
     pub fn session(&self, engine: EngineOptions) -> anyhow::Result<Box<dyn Generate + '_>> {
         self.loaded.session(engine)
+    }
+
+    /// Rewrites one prompt, alone.
+    pub fn rewrite(
+        &self,
+        session: &mut dyn Generate,
+        mut rewriting: Rewriting,
+        on_update: &mut dyn FnMut(Update),
+    ) -> anyhow::Result<Rewrite> {
+        loop {
+            let work = rewriting.work()?;
+            if work.is_empty() {
+                return Ok(rewriting.finish());
+            }
+            for (part, (ids, options)) in work.into_iter().enumerate() {
+                session.submit(part as u64, ids, &options)?;
+            }
+            let mut done: Vec<Completed> = Vec::new();
+            while !session.is_idle() {
+                done.extend(session.step(on_update)?);
+            }
+            done.sort_by_key(|c| c.id);
+            rewriting.take(&done);
+        }
     }
 }
 
@@ -84,60 +113,55 @@ impl RewriteArgs {
     pub fn rewriter(&self) -> anyhow::Result<Rewriter> {
         let loaded = self.model.load()?;
         let template = loaded.template(self.template.as_deref())?;
-        let options = self.sampling.options(&loaded.defaults, self.n)?;
-        Ok(Rewriter { loaded, template, options })
+        let mut options = self.sampling.options(&loaded.defaults, self.n)?;
+        let guard = self.guard.options(&mut options)?;
+        Ok(Rewriter { loaded, template, options, guard })
     }
 
     pub fn run(self) -> anyhow::Result<()> {
-        ensure!(self.batch_tokens > 0 && self.sequences > 0, "--batch-tokens and --sequences must be at least 1");
-        if let Some(input) = self.input.clone() {
-            return batch::run(&self, &input);
+        if !self.input.is_empty() {
+            return batch::run(&self);
         }
+        let engine = self.engine.options()?;
         let rewriter = self.rewriter()?;
         for (i, prompt) in self.prompts.iter().enumerate() {
-            self.one(&rewriter, i, prompt)?;
+            self.one(&rewriter, engine, i, prompt)?;
         }
         Ok(())
     }
 
-    /// Rewrites one prompt; a single candidate in text streams.
-    fn one(&self, rewriter: &Rewriter, id: usize, prompt: &str) -> anyhow::Result<()> {
-        let ids = rewriter.encode(prompt)?;
+    /// Rewrites one prompt; a single candidate in text streams, if nothing is demanded of it.
+    fn one(&self, rewriter: &Rewriter, engine: EngineOptions, id: usize, prompt: &str) -> anyhow::Result<()> {
         let n = rewriter.options.candidates;
-        let engine = EngineOptions {
-            cache_tokens: rewriter.options.cache_tokens(ids.len()),
-            batch_tokens: self.batch_tokens,
-            sequences: self.sequences,
-            ..EngineOptions::default()
-        };
-        let mut session = rewriter.session(engine)?;
-        session.submit(0, ids, &rewriter.options)?;
+        let guard = rewriter.guard.clone();
+        let rewriting = Rewriting::new(rewriter.prompter(), prompt, rewriter.options.clone(), guard)?;
+        let length = rewriter.prompter().encode(prompt)?.len();
+        let cache_tokens = self.engine.cache_tokens.unwrap_or(rewriter.options.cache_tokens(length));
+        let mut session = rewriter.session(EngineOptions { cache_tokens, ..engine })?;
         let mut out = std::io::stdout().lock();
-        let streams = n == 1 && !self.json;
+        let streams = n == 1 && !self.json && rewriting.streams();
         let mut begun = false;
         let mut write_error = None;
-        let mut done = Vec::new();
-        while !session.is_idle() && write_error.is_none() {
-            done.extend(session.step(&mut |update| {
-                if let (true, Update::Text { text, .. }) = (streams, update) {
-                    let text = if begun { text } else { text.trim_start() };
-                    begun |= !text.is_empty();
-                    write_error = write!(out, "{text}").and_then(|()| out.flush()).err();
-                }
-            })?);
-        }
+        let rewrite = rewriter.rewrite(&mut *session, rewriting, &mut |update| {
+            if let (true, None, Update::Text { text, .. }) = (streams, &write_error, update) {
+                let text = if begun { text } else { text.trim_start() };
+                begun |= !text.is_empty();
+                write_error = write!(out, "{text}").and_then(|()| out.flush()).err();
+            }
+        })?;
         if let Some(e) = write_error {
             return Err(e.into());
         }
-        let completed = done.pop().expect("the one prompt is done");
         if self.json {
-            let object = record(json!(id), prompt, &completed, rewriter.options.sampling.seed);
-            writeln!(out, "{object}")?;
+            writeln!(out, "{}", record(json!(id), prompt, &rewrite))?;
         } else if streams {
             writeln!(out)?;
         } else {
-            for c in &completed.candidates {
+            for c in &rewrite.candidates {
                 writeln!(out, "{}", one_line(&c.text))?;
+                if let (Some(reason), true) = (&c.reason, std::io::stderr().is_terminal()) {
+                    eprintln!("  ({reason})");
+                }
             }
         }
         if self.prompts.len() > 1 && !self.json && n > 1 && std::io::stdout().is_terminal() {
@@ -148,20 +172,8 @@ impl RewriteArgs {
 }
 
 /// The JSON object of a prompt's rewrites.
-pub fn record(id: Value, prompt: &str, completed: &Completed, seed: u64) -> Value {
-    let candidates: Vec<Value> = completed
-        .candidates
-        .iter()
-        .map(|c| {
-            json!({
-                "text": c.text.trim(),
-                "tokens": c.tokens.len(),
-                "finish_reason": c.finish,
-                "logprob": c.logprobs().iter().sum::<f32>(),
-            })
-        })
-        .collect();
-    json!({ "id": id, "prompt": prompt, "candidates": candidates, "seed": seed })
+pub fn record(id: Value, prompt: &str, rewrite: &Rewrite) -> Value {
+    json!({ "id": id, "prompt": prompt, "candidates": rewrite.candidates, "seed": rewrite.seed })
 }
 
 /// A candidate's text where a line stands for a candidate.

@@ -1,18 +1,13 @@
 //! `bprompt serve`: rewrites over HTTP.
 
+use super::engine::EngineArgs;
+use super::hosted::{HostOptions, Hosted};
 use super::model::ModelArgs;
-use crate::engine::EngineOptions;
-use crate::ops::BLOCK;
-use crate::rewrite::Prompter;
-use crate::serve::metrics::Metrics;
-use crate::serve::worker::{self, Inbox};
-use crate::serve::{HttpOptions, Shared, app, serve};
+use crate::serve::{HttpOptions, app, serve};
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use std::io::IsTerminal;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::mpsc::channel;
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 
@@ -75,41 +70,6 @@ pub enum LogFormat {
     Json,
 }
 
-/// How much the engine does at once.
-#[derive(Args, Clone, Debug)]
-pub struct EngineArgs {
-    /// Most tokens of one forward pass.
-    #[arg(long, default_value_t = 512, env = "BPROMPT_BATCH_TOKENS")]
-    pub batch_tokens: usize,
-    /// Most sequences that run at once.
-    #[arg(long, default_value_t = 32, env = "BPROMPT_SEQUENCES")]
-    pub sequences: usize,
-    /// Positions that the KV cache holds; room for all sequences at 512 each if not given.
-    #[arg(long, env = "BPROMPT_CACHE_TOKENS")]
-    pub cache_tokens: Option<usize>,
-    /// Compute every prompt from its beginning.
-    #[arg(long, env = "BPROMPT_NO_PREFIX_CACHE")]
-    pub no_prefix_cache: bool,
-    /// Most tokens guessed ahead of a sequence, which changes no result; 0 for none.
-    #[arg(long, default_value_t = 4, env = "BPROMPT_DRAFT_TOKENS")]
-    pub draft_tokens: usize,
-}
-
-impl EngineArgs {
-    pub fn options(&self) -> anyhow::Result<EngineOptions> {
-        ensure!(self.batch_tokens > 0 && self.sequences > 0, "--batch-tokens and --sequences must be at least 1");
-        ensure!(self.cache_tokens != Some(0), "--cache-tokens must be at least 1");
-        ensure!(self.draft_tokens <= 64, "--draft-tokens {} is too many; 64 at most", self.draft_tokens);
-        Ok(EngineOptions {
-            cache_tokens: self.cache_tokens.unwrap_or(self.sequences.saturating_mul(512)),
-            batch_tokens: self.batch_tokens,
-            sequences: self.sequences,
-            prefix_cache: !self.no_prefix_cache,
-            draft_tokens: self.draft_tokens,
-        })
-    }
-}
-
 fn seconds(flag: &str, value: f64) -> anyhow::Result<Duration> {
     Duration::try_from_secs_f64(value).map_err(|_| anyhow::anyhow!("{flag} {value}: expected seconds, 0 or more"))
 }
@@ -149,54 +109,20 @@ impl ServeArgs {
             .block_on(tokio::net::TcpListener::bind(&address))
             .with_context(|| format!("cannot listen at {address}; --host and --port choose another address"))?;
 
-        // the model lives on the engine's thread: not every device's handles can move
-        let (facts_in, facts) = channel();
-        let (start, started) = channel::<(Inbox, Arc<Metrics>)>();
-        let (model, template) = (self.model.clone(), self.template.clone());
-        let engine_thread =
-            std::thread::Builder::new().name("engine".into()).spawn(move || -> anyhow::Result<()> {
-                let loaded = match model.load() {
-                    Ok(loaded) => loaded,
-                    Err(e) => return Ok(drop(facts_in.send(Err(e)))),
-                };
-                let prepared = loaded.template(template.as_deref()).and_then(|t| Ok((t, loaded.session(options)?)));
-                let (template, mut session) = match prepared {
-                    Ok(prepared) => prepared,
-                    Err(e) => return Ok(drop(facts_in.send(Err(e)))),
-                };
-                let prompter = Prompter { tokenizer: loaded.tokenizer.clone(), template };
-                let facts = (prompter, loaded.defaults, loaded.config.clone(), session.blocks().1);
-                if facts_in.send(Ok(facts)).is_err() {
-                    return Ok(());
-                }
-                drop(facts_in);
-                let Ok((inbox, metrics)) = started.recv() else { return Ok(()) };
-                Ok(worker::run(&mut *session, inbox, &metrics)?)
-            })?;
-        let (prompter, defaults, config, blocks) = facts.recv().context("the engine stopped while loading")??;
-
-        let name = self.name();
-        let metrics = Arc::new(Metrics::new(&name, blocks));
-        let (engine, inbox) = worker::engine(options.sequences + self.max_queue);
-        let shared = Arc::new(Shared {
-            engine,
-            tokenizer: prompter.tokenizer.clone(),
-            prompter,
-            defaults,
-            config,
-            name,
-            created: std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
-            metrics: metrics.clone(),
+        let host = HostOptions {
+            model: self.model,
+            name: self.served_model_name,
+            template: self.template,
+            engine: options,
+            max_queue: self.max_queue,
             request_timeout: (!timeout.is_zero()).then_some(timeout),
-            api_keys: self.api_key.clone(),
-            draining: Default::default(),
-        });
+            api_keys: self.api_key,
+        };
+        let Hosted { shared, thread: engine_thread } = host.start()?;
         let router = app(shared.clone(), &http)?;
         let local: SocketAddr = listener.local_addr()?;
-        start.send((inbox, metrics)).map_err(|_| anyhow::anyhow!("the engine stopped while loading"))?;
         tracing::info!(
             model = shared.name,
-            cache_tokens = blocks * BLOCK,
             "listening at http://{local}{}",
             if local.ip().is_loopback() { " (this machine alone; --host 0.0.0.0 for others)" } else { "" }
         );
@@ -225,12 +151,6 @@ impl ServeArgs {
         }
         tracing::info!("stopped");
         Ok(())
-    }
-
-    fn name(&self) -> String {
-        let folder = self.model.model.as_ref().and_then(|m| m.canonicalize().ok());
-        let folder = folder.and_then(|f| f.file_name().map(|n| n.to_string_lossy().into_owned()));
-        self.served_model_name.clone().or(folder).unwrap_or_else(|| "beautiful-prompt".into())
     }
 }
 

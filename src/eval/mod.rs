@@ -8,7 +8,12 @@ pub struct Rewrite {
     pub input: String,
     pub output: String,
     pub seconds: f64,
+    /// Of all rounds.
     pub tokens: usize,
+    /// Part of the input's meaning that the output keeps.
+    pub kept: f64,
+    /// Whether it is not made of the input.
+    pub from_model: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -16,6 +21,10 @@ pub struct RewriteReport {
     pub prompts: usize,
     /// Mean part of the input's content words that the output has.
     pub kept_content_words: f64,
+    /// Mean part of the input's meaning that the output keeps, numbers, places and negations included.
+    pub kept_meaning: f64,
+    /// Part of the outputs that had to be made of their inputs.
+    pub fallbacks: f64,
     /// Part of the outputs with all content words of their inputs.
     pub kept_all: f64,
     /// Part of the outputs with at least eight words more than their inputs.
@@ -39,6 +48,8 @@ pub fn report(rewrites: &[Rewrite]) -> RewriteReport {
     RewriteReport {
         prompts: rewrites.len(),
         kept_content_words: mean(&|r| content.kept(&r.input, &r.output)),
+        kept_meaning: mean(&|r| r.kept),
+        fallbacks: share(&|r| !r.from_model),
         kept_all: share(&|r| content.kept(&r.input, &r.output) == 1.0),
         adds_eight_words: share(&|r| words(&r.output).len() >= words(&r.input).len() + 8),
         repeats_four_words: share(&|r| most_repeated(&r.output, 4) >= 3),

@@ -240,8 +240,8 @@ impl Rewriting {
             input = format!("{input}, {}", keep.join(", "));
         }
         let mut phrases: Vec<&str> = failed.added.iter().map(String::as_str).collect();
-        // special parts stand in the input already
-        phrases.retain(|p| Verbatim::parse(p).is_plain());
+        // what is about the same things may contradict the input; special parts stand in it already
+        phrases.retain(|p| Verbatim::parse(p).is_plain() && self.kept.is_apart(prompt, p));
         let join = |phrases: &[&str]| [&[input.as_str()], phrases].concat().join(", ");
         if let Some(most) = self.guard.max_clip_tokens {
             while !phrases.is_empty() && longest_part(&join(&phrases)) > most {

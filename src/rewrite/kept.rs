@@ -73,6 +73,12 @@ impl Kept {
         output.split(',').map(str::trim).filter(new).map(str::to_owned).collect()
     }
 
+    /// Whether a phrase has no content word in common with `input`.
+    pub fn is_apart(&self, input: &str, phrase: &str) -> bool {
+        let have: HashSet<String> = self.content.stems(&Verbatim::parse(input).plain()).into_iter().collect();
+        self.content.stems(phrase).iter().all(|s| !have.contains(s))
+    }
+
     /// What a plain text says, each once, with the words it says it in. Words of place count in a `prompt` only if they are
     /// specific; in an answer all count.
     fn units(&self, text: &str, prompt: bool) -> Vec<(Unit, String)> {
@@ -159,5 +165,7 @@ mod tests {
     fn added_phrases_say_something_new() {
         let added = Kept::default().added("a cat in the rain", "a cat in the rain, highly detailed, the rain, 8k");
         assert_eq!(added, ["highly detailed", "8k"]);
+        let apart = |phrase| Kept::default().is_apart("two cats in the rain", phrase);
+        assert!(apart("in the style of x") && !apart("three cats"));
     }
 }

@@ -9,10 +9,13 @@ use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as Normalizers};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer};
+use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer};
 
 const MERGES: &[u8] = include_bytes!("../../assets/clip/merges.txt.gz");
 const WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+
+/// What begins and ends an input.
+const SPECIAL: [&str; 2] = ["<|startoftext|>", "<|endoftext|>"];
 
 /// Tokens of `text` as CLIP's text encoder counts them, the first and the last of every input included: 77 fill it.
 pub fn clip_tokens(text: &str) -> usize {
@@ -31,6 +34,7 @@ fn tokenizer() -> Tokenizer {
     let mut names: Vec<String> = letters.iter().map(char::to_string).collect();
     names.extend(letters.iter().map(|c| format!("{c}</w>")));
     names.extend(merges.iter().map(|(a, b)| format!("{a}{b}")));
+    names.extend(SPECIAL.map(str::to_owned));
     let vocabulary: Vec<(String, u32)> = names.into_iter().zip(0..).collect();
     let model = BPE::builder()
         .vocab_and_merges(vocabulary.into_iter().collect::<Vocab>(), merges)
@@ -38,6 +42,7 @@ fn tokenizer() -> Tokenizer {
         .build()
         .expect("the embedded merges are whole");
     let mut tokenizer = Tokenizer::new(model);
+    tokenizer.add_special_tokens(&SPECIAL.map(|s| AddedToken::from(s, true)));
     let spaces = Replace::new(tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".into()), " ");
     let normalizers = Normalizers::new(vec![
         NormalizerWrapper::NFC(NFC),

@@ -1,0 +1,40 @@
+//! The arguments of the engine.
+
+use crate::engine::EngineOptions;
+use anyhow::ensure;
+use clap::Args;
+
+/// How much the engine does at once.
+#[derive(Args, Clone, Debug)]
+pub struct EngineArgs {
+    /// Most tokens of one forward pass.
+    #[arg(long, default_value_t = 512, env = "BPROMPT_BATCH_TOKENS")]
+    pub batch_tokens: usize,
+    /// Most sequences that run at once.
+    #[arg(long, default_value_t = 32, env = "BPROMPT_SEQUENCES")]
+    pub sequences: usize,
+    /// Positions that the KV cache holds; room for all sequences at 512 each if not given.
+    #[arg(long, env = "BPROMPT_CACHE_TOKENS")]
+    pub cache_tokens: Option<usize>,
+    /// Compute every prompt from its beginning.
+    #[arg(long, env = "BPROMPT_NO_PREFIX_CACHE")]
+    pub no_prefix_cache: bool,
+    /// Most tokens guessed ahead of a sequence, which changes no result; 0 for none.
+    #[arg(long, default_value_t = 4, env = "BPROMPT_DRAFT_TOKENS")]
+    pub draft_tokens: usize,
+}
+
+impl EngineArgs {
+    pub fn options(&self) -> anyhow::Result<EngineOptions> {
+        ensure!(self.batch_tokens > 0 && self.sequences > 0, "--batch-tokens and --sequences must be at least 1");
+        ensure!(self.cache_tokens != Some(0), "--cache-tokens must be at least 1");
+        ensure!(self.draft_tokens <= 64, "--draft-tokens {} is too many; 64 at most", self.draft_tokens);
+        Ok(EngineOptions {
+            cache_tokens: self.cache_tokens.unwrap_or(self.sequences.saturating_mul(512)),
+            batch_tokens: self.batch_tokens,
+            sequences: self.sequences,
+            prefix_cache: !self.no_prefix_cache,
+            draft_tokens: self.draft_tokens,
+        })
+    }
+}

@@ -1,0 +1,84 @@
+//! A model on a thread of its own, with the server's handlers around it.
+
+use super::model::ModelArgs;
+use crate::engine::EngineOptions;
+use crate::rewrite::Prompter;
+use crate::serve::Shared;
+use crate::serve::metrics::Metrics;
+use crate::serve::worker::{self, Inbox};
+use anyhow::{Context, anyhow};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// What to host, and how.
+pub struct HostOptions {
+    pub model: ModelArgs,
+    /// What clients call the model; its folder's name if not given.
+    pub name: Option<String>,
+    pub template: Option<String>,
+    pub engine: EngineOptions,
+    /// Prompts that may wait beyond those that run.
+    pub max_queue: usize,
+    pub request_timeout: Option<Duration>,
+    pub api_keys: Vec<String>,
+}
+
+pub struct Hosted {
+    pub shared: Arc<Shared>,
+    /// Ends by itself when nobody holds `shared` any more, or if something is wrong.
+    pub thread: JoinHandle<anyhow::Result<()>>,
+}
+
+impl HostOptions {
+    pub fn start(self) -> anyhow::Result<Hosted> {
+        let name = self.model_name();
+        let HostOptions { model, template, engine: options, .. } = self;
+        // not every device's handles can move to another thread, so the model is loaded on its own
+        let (facts_in, facts) = channel();
+        let (start, started) = channel::<(Inbox, Arc<Metrics>)>();
+        let thread = std::thread::Builder::new().name("engine".into()).spawn(move || -> anyhow::Result<()> {
+            let loaded = match model.load() {
+                Ok(loaded) => loaded,
+                Err(e) => return Ok(drop(facts_in.send(Err(e)))),
+            };
+            let prepared = loaded.template(template.as_deref()).and_then(|t| Ok((t, loaded.session(options)?)));
+            let (template, mut session) = match prepared {
+                Ok(prepared) => prepared,
+                Err(e) => return Ok(drop(facts_in.send(Err(e)))),
+            };
+            let prompter = Prompter { tokenizer: loaded.tokenizer.clone(), template };
+            let facts = (prompter, loaded.defaults, loaded.config.clone(), session.blocks().1);
+            if facts_in.send(Ok(facts)).is_err() {
+                return Ok(());
+            }
+            let Ok((inbox, metrics)) = started.recv() else { return Ok(()) };
+            Ok(worker::run(&mut *session, inbox, &metrics)?)
+        })?;
+        let (prompter, defaults, config, blocks) = facts.recv().context("the engine stopped while loading")??;
+        let metrics = Arc::new(Metrics::new(&name, blocks));
+        let (engine, inbox) = worker::engine(options.sequences + self.max_queue);
+        start.send((inbox, metrics.clone())).map_err(|_| anyhow!("the engine stopped while loading"))?;
+        let shared = Arc::new(Shared {
+            engine,
+            tokenizer: prompter.tokenizer.clone(),
+            prompter,
+            defaults,
+            config,
+            name,
+            created: std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            metrics,
+            request_timeout: self.request_timeout,
+            api_keys: self.api_keys,
+            draining: Default::default(),
+        });
+        Ok(Hosted { shared, thread })
+    }
+
+    fn model_name(&self) -> String {
+        let folder = self.model.model.as_ref().and_then(|m| m.canonicalize().ok());
+        let folder = folder.and_then(|f| f.file_name().map(|n| n.to_string_lossy().into_owned()));
+        self.name.clone().or(folder).unwrap_or_else(|| "beautiful-prompt".into())
+    }
+}
