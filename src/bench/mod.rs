@@ -2,4 +2,5 @@
 
 pub mod llm;
 pub mod machine;
+pub mod serve;
 pub mod train;

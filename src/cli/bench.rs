@@ -18,6 +18,8 @@ pub enum BenchCommand {
     Llm(LlmArgs),
     /// A training step: forward, backward, AdamW.
     Train(TrainArgs),
+    /// Load on a server of OpenAI's API: throughput and latencies.
+    Serve(super::bench_serve::ServeBenchArgs),
 }
 
 #[derive(Args)]
@@ -73,6 +75,7 @@ impl BenchCommand {
         match self {
             BenchCommand::Llm(args) => args.run(),
             BenchCommand::Train(args) => args.run(),
+            BenchCommand::Serve(args) => args.run(),
         }
     }
 }

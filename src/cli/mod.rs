@@ -2,6 +2,7 @@
 
 mod batch;
 mod bench;
+mod bench_serve;
 mod data;
 mod engine;
 mod eval;
@@ -91,6 +92,15 @@ impl DeviceArgs {
             Isa::detect().name()
         );
         Ok(Cpu::new(self.threads, isa))
+    }
+}
+
+/// Has writing to a connection whose other end is gone fail instead of ending the program.
+fn ignore_broken_pipes() {
+    #[cfg(unix)]
+    // SAFETY: the signal's default does nothing that others rely on.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_IGN);
     }
 }
 

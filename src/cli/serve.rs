@@ -76,12 +76,7 @@ fn seconds(flag: &str, value: f64) -> anyhow::Result<Duration> {
 
 impl ServeArgs {
     pub fn run(self) -> anyhow::Result<()> {
-        // a client that goes away must not end the server
-        #[cfg(unix)]
-        // SAFETY: no other thread has been started.
-        unsafe {
-            libc::signal(libc::SIGPIPE, libc::SIG_IGN);
-        }
+        super::ignore_broken_pipes();
         let filter = EnvFilter::try_new(&self.log).with_context(|| format!("--log {}", self.log))?;
         let log = tracing_subscriber::fmt()
             .with_env_filter(filter)

@@ -46,6 +46,19 @@ pub struct HttpOptions {
     pub shutdown_timeout: Duration,
 }
 
+impl Default for HttpOptions {
+    fn default() -> Self {
+        HttpOptions {
+            body_limit: 1 << 20,
+            header_timeout: Duration::from_secs(60),
+            body_timeout: Duration::from_secs(30),
+            cors_origins: vec![],
+            shutdown_delay: Duration::ZERO,
+            shutdown_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
 #[derive(OpenApi)]
 #[openapi(
     info(

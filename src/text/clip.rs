@@ -42,7 +42,7 @@ fn tokenizer() -> Tokenizer {
         .build()
         .expect("the embedded merges are whole");
     let mut tokenizer = Tokenizer::new(model);
-    tokenizer.add_special_tokens(SPECIAL.map(|s| AddedToken::from(s, true)));
+    tokenizer.add_special_tokens(SPECIAL.map(|s| AddedToken::from(s, true))).expect("two more tokens");
     let spaces = Replace::new(tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".into()), " ");
     let normalizers = Normalizers::new(vec![
         NormalizerWrapper::NFC(NFC),

@@ -35,16 +35,7 @@ pub fn run(args: &RewriteArgs, mut lines: Lines) -> anyhow::Result<()> {
         api_keys: vec![],
     };
     let Hosted { shared, thread } = host.start()?;
-    let hour = Duration::from_secs(3600);
-    let http = HttpOptions {
-        body_limit: 64 << 20,
-        header_timeout: hour,
-        body_timeout: hour,
-        cors_origins: vec![],
-        shutdown_delay: Duration::ZERO,
-        shutdown_timeout: hour,
-    };
-    let router = app(shared, &http)?;
+    let router = app(shared, &HttpOptions { body_limit: 64 << 20, ..HttpOptions::default() })?;
     let mut out = Output::open(&args.output, args.resume)?;
     let stop = crate::cli::interrupt_flag()?;
     let report = Report::new(before);
