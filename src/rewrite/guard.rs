@@ -207,9 +207,8 @@ impl Rewriting {
         if let Some(most) = self.guard.max_clip_tokens {
             for i in 0..texts.len() {
                 while clip_tokens(&Verbatim::parse(&text).chunks.get(i).map_or("", |c| &c.plain)) > most {
-                    // phrases at the end say the least
-                    let Some((shorter, _)) = texts[i].rsplit_once(',') else { break };
-                    texts[i] = shorter.trim_end().to_owned();
+                    let Some(shorter) = self.shortened(&texts[i]) else { break };
+                    texts[i] = shorter;
                     text = restored(&texts);
                 }
             }
@@ -228,6 +227,16 @@ impl Rewriting {
             candidate.reason = Some(format!("lacks {}", held.join(", ")));
         }
         (candidate.reason.is_none(), candidate)
+    }
+
+    /// A text without its last phrase that holds none of the words to keep; phrases at the end say the least.
+    fn shortened(&self, text: &str) -> Option<String> {
+        let phrases: Vec<&str> = text.split(',').collect();
+        let held = |text: &str| self.options.keep.missing(text).len();
+        (1..phrases.len()).rev().find_map(|i| {
+            let shorter = [&phrases[..i], &phrases[i + 1..]].concat().join(",");
+            (held(&shorter) == held(text)).then_some(shorter)
+        })
     }
 
     /// The input with what a candidate added, as far as there is room.

@@ -6,6 +6,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use utoipa::ToSchema;
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -105,27 +106,53 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// A JSON body; what is wrong with one is reported like any other error.
+/// A JSON body; what is wrong with one is reported like any other error. Whole numbers may be written with a fraction of zero,
+/// as JSON Schema has it.
 pub struct Json<T>(pub T);
 
 impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &S) -> Result<Json<T>, ApiError> {
-        match axum::Json::<T>::from_request(request, state).await {
-            Ok(axum::Json(value)) => Ok(Json(value)),
-            Err(JsonRejection::MissingJsonContentType(_)) => Err(ApiError::new(
-                StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                "invalid_request_error",
-                "expected the header Content-Type: application/json",
-            )),
-            Err(e @ (JsonRejection::JsonDataError(_) | JsonRejection::JsonSyntaxError(_))) => {
+        let mut value = match axum::Json::<Value>::from_request(request, state).await {
+            Ok(axum::Json(value)) => value,
+            Err(JsonRejection::MissingJsonContentType(_)) => {
+                return Err(ApiError::new(
+                    StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                    "invalid_request_error",
+                    "expected the header Content-Type: application/json",
+                ));
+            }
+            Err(JsonRejection::JsonSyntaxError(e)) => {
                 let text = e.body_text();
                 // the cause comes after axum's introduction
                 let cause = text.split_once(": ").map_or(text.as_str(), |t| t.1);
-                Err(ApiError::invalid(format!("the body is not what is expected here: {cause}")))
+                return Err(ApiError::invalid(format!("the body is not JSON: {cause}")));
             }
-            Err(e) => Err(ApiError::new(e.status(), "invalid_request_error", e.body_text())),
+            Err(e) => return Err(ApiError::new(e.status(), "invalid_request_error", e.body_text())),
+        };
+        whole_numbers(&mut value);
+        serde_path_to_error::deserialize(value).map(Json).map_err(|e| {
+            let path = e.path().to_string();
+            match path.as_str() {
+                "." => ApiError::invalid(e.inner().to_string()),
+                _ => ApiError::field(&path, format!("{path}: {}", e.inner())),
+            }
+        })
+    }
+}
+
+fn whole_numbers(value: &mut Value) {
+    match value {
+        Value::Array(list) => list.iter_mut().for_each(whole_numbers),
+        Value::Object(map) => map.values_mut().for_each(whole_numbers),
+        Value::Number(n) if n.is_f64() => {
+            // up to where doubles hold every whole number
+            let v = n.as_f64().filter(|v| v.fract() == 0.0 && v.abs() < 9e15);
+            if let Some(v) = v {
+                *value = Value::from(v as i64);
+            }
         }
+        _ => {}
     }
 }

@@ -65,6 +65,10 @@ pub async fn detokenize(
     State(shared): StateArc,
     Json(r): Json<DetokenizeRequest>,
 ) -> Result<axum::Json<DetokenizeResponse>, ApiError> {
+    let known = |id: &&u32| (**id as usize) < shared.config.vocab_size;
+    if let Some(id) = r.tokens.iter().find(|id| !known(id)) {
+        return Err(ApiError::field("tokens", format!("{id} is no token id of this model")));
+    }
     let prompt = shared.tokenizer.decode(&r.tokens).map_err(|e| ApiError::field("tokens", e.to_string()))?;
     Ok(axum::Json(DetokenizeResponse { prompt }))
 }

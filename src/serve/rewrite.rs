@@ -259,11 +259,11 @@ pub struct GeneratePromptRequest {
     #[schema(minimum = 0, maximum = 100)]
     pub temperature: Option<f32>,
     #[schema(exclusive_minimum = 0, maximum = 100)]
-    pub repetition_penalty: Option<f32>,
+    pub repetition_penalty: Option<f64>,
     #[schema(minimum = -1)]
     pub top_k: Option<i64>,
     #[schema(exclusive_minimum = 0, maximum = 1)]
-    pub top_p: Option<f32>,
+    pub top_p: Option<f64>,
     /// 5 if not given.
     #[schema(minimum = 1, maximum = 50)]
     pub num_return_sequences: Option<u32>,

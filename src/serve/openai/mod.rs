@@ -48,14 +48,14 @@ pub struct SamplingParams {
     #[schema(minimum = 0, maximum = 100)]
     pub temperature: Option<f32>,
     #[schema(exclusive_minimum = 0, maximum = 1)]
-    pub top_p: Option<f32>,
+    pub top_p: Option<f64>,
     /// 0 or -1 for all tokens.
     #[schema(minimum = -1)]
     pub top_k: Option<i64>,
     #[schema(minimum = 0, maximum = 1)]
     pub min_p: Option<f32>,
     #[schema(exclusive_minimum = 0, maximum = 100)]
-    pub repetition_penalty: Option<f32>,
+    pub repetition_penalty: Option<f64>,
     /// Whether the repetition penalty counts the prompt's tokens too, as in transformers.
     pub penalize_prompt: Option<bool>,
     #[schema(minimum = -2, maximum = 2)]
@@ -75,8 +75,8 @@ pub struct SamplingParams {
     /// Go on after the end-of-sequence token.
     pub ignore_eos: Option<bool>,
     /// Seconds until the request ends with what there is by then.
-    #[schema(exclusive_minimum = 0)]
-    pub timeout: Option<f32>,
+    #[schema(exclusive_minimum = 0, maximum = 86400)]
+    pub timeout: Option<f64>,
 }
 
 impl SamplingParams {
@@ -87,6 +87,14 @@ impl SamplingParams {
         max_tokens: Option<u32>,
         shared: &Shared,
     ) -> Result<GenerateOptions, ApiError> {
+        fn above_zero(name: &str, v: Option<f64>, default: f32, to: f64) -> Result<f32, ApiError> {
+            match v {
+                None => Ok(default),
+                // a double's least numbers are none for the engine
+                Some(v) if v > 0.0 && v <= to => Ok((v as f32).max(f32::MIN_POSITIVE)),
+                Some(v) => Err(ApiError::field(name, format!("{name} is {v}, expected above 0, at most {to}"))),
+            }
+        }
         fn within<T: PartialOrd + std::fmt::Display>(name: &str, v: T, from: T, to: T) -> Result<T, ApiError> {
             if v >= from && v <= to {
                 return Ok(v);
@@ -94,19 +102,13 @@ impl SamplingParams {
             Err(ApiError::field(name, format!("{name} is {v}, expected {from} to {to}")))
         }
         let d = defaults.sampling;
-        let least = f32::MIN_POSITIVE;
         let top_k = within("top_k", self.top_k.unwrap_or(d.top_k as i64), -1, i64::MAX)?;
         let sampling = Sampling {
             temperature: within("temperature", self.temperature.unwrap_or(d.temperature), 0.0, 100.0)?,
             top_k: top_k.max(0) as usize,
-            top_p: within("top_p", self.top_p.unwrap_or(d.top_p), least, 1.0)?,
+            top_p: above_zero("top_p", self.top_p, d.top_p, 1.0)?,
             min_p: within("min_p", self.min_p.unwrap_or(d.min_p), 0.0, 1.0)?,
-            repetition_penalty: within(
-                "repetition_penalty",
-                self.repetition_penalty.unwrap_or(d.repetition_penalty),
-                least,
-                100.0,
-            )?,
+            repetition_penalty: above_zero("repetition_penalty", self.repetition_penalty, d.repetition_penalty, 100.0)?,
             penalize_prompt: self.penalize_prompt.unwrap_or(d.penalize_prompt),
             presence_penalty: within("presence_penalty", self.presence_penalty.unwrap_or(0.0), -2.0, 2.0)?,
             frequency_penalty: within("frequency_penalty", self.frequency_penalty.unwrap_or(0.0), -2.0, 2.0)?,
@@ -127,7 +129,7 @@ impl SamplingParams {
         if stops.len() > 16 {
             return Err(ApiError::field("stop", format!("there are {} stop texts; 16 at most", stops.len())));
         }
-        let own = self.timeout.map(|t| within("timeout", t, least, 86_400.0)).transpose()?;
+        let own = self.timeout.map(|t| above_zero("timeout", Some(t), 0.0, 86_400.0)).transpose()?;
         let limit = shared.request_timeout;
         let timeout = own.map(Duration::from_secs_f32).map_or(limit, |own| Some(limit.map_or(own, |l| own.min(l))));
         let length = match max_tokens {
