@@ -29,31 +29,31 @@ struct Shared {
     float partial[WARPS][2];
     Partial best[WARPS];
     uint32_t count, prefix, left, kept;
-    uint32_t seen[1]; // a bit for each token, to the end of shared memory
+    uint32_t changed[1]; // a bit for each token, to the end of shared memory
 };
 
-DEVICE float filtered_logit(const float* logits, const uint32_t* seen, const Choice& c, uint32_t token) {
+DEVICE float filtered_logit(const float* logits, const uint32_t* bits, const Change* changes, const Choice& c, uint32_t token) {
     float x = logits[token];
-    return seen[token / 32] >> (token % 32) & 1 ? penalized(x, c.penalty) : x;
+    return bits[token / 32] >> (token % 32) & 1 ? changed(x, changes, c, token) : x;
 }
 
-KERNEL(choose_filtered, THREADS)
-(Chosen* out, const float* all_logits, const Choice* choices, const uint32_t* seen_lists, uint32_t vocabulary) {
+KERNEL_ALONE(choose_filtered, THREADS)
+(Chosen* out, const float* all_logits, const Choice* choices, const Change* changes, uint32_t vocabulary) {
     wait_for_earlier_kernels();
     Shared& s = *reinterpret_cast<Shared*>(shared_memory());
     const Choice& c = choices[blockIdx.x];
     const float* logits = all_logits + static_cast<size_t>(c.row) * vocabulary;
     int warp = warp_index(), lane = lane_index();
-    for (uint32_t i = threadIdx.x; i < (vocabulary + 31) / 32; i += THREADS) s.seen[i] = 0;
+    for (uint32_t i = threadIdx.x; i < (vocabulary + 31) / 32; i += THREADS) s.changed[i] = 0;
     if (threadIdx.x == 0) {
         s.count = 0;
         s.prefix = 0;
         s.left = c.top_k;
     }
     sync_block();
-    for (uint32_t i = threadIdx.x; i < c.seen_count; i += THREADS) {
-        uint32_t token = seen_lists[c.seen_start + i];
-        set_bits_shared(&s.seen[token / 32], 1u << (token % 32));
+    for (uint32_t i = threadIdx.x; i < c.changes_count; i += THREADS) {
+        uint32_t token = changes[c.changes_start + i].token & ~SEEN;
+        set_bits_shared(&s.changed[token / 32], 1u << (token % 32));
     }
     // log-sum-exp of the model's own logits
     float most = -INFINITY;
@@ -71,7 +71,7 @@ KERNEL(choose_filtered, THREADS)
         for (int i = lane; i < 256; i += WARP) s.histograms[warp][i] = 0;
         sync_block();
         for (uint32_t i = threadIdx.x; i < vocabulary; i += THREADS) {
-            uint32_t key = ordered(filtered_logit(logits, s.seen, c, i));
+            uint32_t key = ordered(filtered_logit(logits, s.changed, changes, c, i));
             if (shift == 24 || key >> (shift + 8) == s.prefix) add_shared(&s.histograms[warp][key >> shift & 255], 1);
         }
         sync_block();
@@ -92,7 +92,7 @@ KERNEL(choose_filtered, THREADS)
     }
     uint32_t least = s.prefix;
     for (uint32_t i = threadIdx.x; i < vocabulary; i += THREADS) {
-        uint32_t key = ordered(filtered_logit(logits, s.seen, c, i));
+        uint32_t key = ordered(filtered_logit(logits, s.changed, changes, c, i));
         if (key >= least) {
             uint32_t at = add_shared(&s.count, 1);
             if (at < LIST) s.list[at] = static_cast<unsigned long long>(key) << 32 | ~i;

@@ -345,20 +345,33 @@ impl<L: Launcher> Test<'_, L> {
         let likely = Sampling { top_k: 7, min_p: 0.2, ..warm };
         let on_host = Sampling { top_p: 0.5, ..warm };
         let settings = [plain, penalty, warm, both, ranked, likely, on_host];
+        let bias: Vec<(u32, f32)> = (0..vocabulary as u32)
+            .step_by(3)
+            .take(60)
+            .map(|t| (t, [1.5, -0.5, f32::NEG_INFINITY][t as usize / 3 % 3]))
+            .collect();
         // several choices of the first rows, then one of each
         let count = 5 * settings.len();
         let list: Vec<(usize, SampleRow)> = (0..count + rows - 5)
             .map(|i| {
                 let sampling = &settings[i % settings.len()];
                 let row = if i < count { i / settings.len() } else { i - count + 5 };
-                (row, SampleRow { seen: &seen, ..SampleRow::new(row, sampling, i as u32, 77 + i as u32) })
+                let plain = SampleRow { seen: &seen, ..SampleRow::new(row, sampling, i as u32, 77 + i as u32) };
+                let row_of = match i % 4 {
+                    1 => SampleRow { bias: &bias, ..plain },
+                    2 if i % 5 == 0 => SampleRow { forced: Some(i as u32 % vocabulary as u32), ..plain },
+                    3 if i % 5 == 0 => SampleRow { top: 3, ..plain },
+                    _ => plain,
+                };
+                (row, row_of)
             })
             .collect();
         let list: Vec<(usize, &SampleRow)> = list.iter().map(|(row, r)| (*row, r)).collect();
         let (mut logits, mut expected_logits) = (Vec::new(), Vec::new());
         let ours = self.cuda.sample(&narrow, &head, &list, &mut logits)?;
         let theirs = self.cpu.sample(&x, &cpu_head, &list, &mut expected_logits)?;
-        let different = ours.iter().zip(&theirs).filter(|(a, b)| a.token != b.token).count();
+        let different =
+            ours.iter().zip(&theirs).filter(|(a, b)| a.token != b.token || a.top.len() != b.top.len()).count();
         let case = format!("{rows} x {width} to {vocabulary} tokens{}", if int8 { ", int8" } else { "" });
         self.report("sampled tokens that differ", case.clone(), different as f32, 0.0);
         let get = |c: &[crate::engine::Chosen]| c.iter().map(|c| c.logprob).collect::<Vec<_>>();

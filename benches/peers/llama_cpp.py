@@ -20,7 +20,7 @@ from common import alternate, finish, llm
 HIDDEN, LAYERS, HEADS, VOCAB = 1536, 24, 16, 250_880
 
 
-def write_model(path, kind):
+def write_model(path, kind, add_vocabulary=lambda w: w.add_string("tokenizer.ggml.model", "no_vocab")):
     """A GGUF file of random weights; matrices in `kind`, vectors in f32."""
     w = gguf.GGUFWriter(path, "bloom")
     w.add_context_length(2048)
@@ -31,7 +31,7 @@ def write_model(path, kind):
     w.add_head_count_kv(HEADS)
     w.add_layer_norm_eps(1e-5)
     w.add_vocab_size(VOCAB)
-    w.add_string("tokenizer.ggml.model", "no_vocab")
+    add_vocabulary(w)
     rng = np.random.default_rng(1)
 
     def matrix(name, rows, cols):
@@ -115,4 +115,5 @@ def main():
     finish(report, a.output)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-// Choosing a token while the head's products are in shared memory: penalty, temperature, Gumbel-max, log-sum-exp.
+// Choosing a token while the head's products are in shared memory: penalty, bias, temperature, Gumbel-max, log-sum-exp.
 //
 // Each block reduces its own outputs to one `Partial` for each choice; `merge_choices` reduces those. Logits never go to
 // memory. Order and meaning are those of src/engine/sampling.rs.
@@ -10,14 +10,23 @@
 struct Choice {
     uint32_t row;           // of the products
     float inverse_temperature; // 0: the most likely token
-    float penalty;          // 1: none
-    uint32_t seen_start, seen_count; // sorted tokens that the penalty counts
+    float penalty;          // of seen tokens
+    uint32_t changes_start, changes_count; // tokens whose logits are changed, sorted
+    uint32_t forced;        // the choice, if there is none: its log-probability is wanted; else 0xffffffff
     uint32_t seed_low, seed_high, candidate, position;
     // for choices by rank and probability: at most so many tokens; of these the most likely ones that together have this
     // probability; and none less likely than this part of the most likely one
     uint32_t top_k;
     float top_p, min_p;
 };
+
+// A token whose logit is not taken as it is.
+struct Change {
+    uint32_t token; // with SEEN if the penalty counts it
+    float bias;     // added after the penalty
+};
+
+constexpr uint32_t SEEN = 0x80000000;
 
 struct Chosen {
     uint32_t token;
@@ -33,27 +42,29 @@ struct Partial {
 
 struct Choices {
     const Choice* list;
-    const uint32_t* seen;
+    const Change* changes;
     Partial* partials; // [choice, block]
     uint32_t count, blocks;
 };
 
-DEVICE bool contains(const uint32_t* sorted, uint32_t count, uint32_t token) {
-    uint32_t first = 0;
+// A token's logit with its penalty and bias.
+DEVICE float changed(float logit, const Change* changes, const Choice& c, uint32_t token) {
+    const Change* list = changes + c.changes_start;
+    uint32_t first = 0, count = c.changes_count;
     while (count > 0) {
         uint32_t half = count / 2;
-        if (sorted[first + half] < token) {
+        if ((list[first + half].token & ~SEEN) < token) {
             first += half + 1;
             count -= half + 1;
         } else {
             count = half;
         }
     }
-    return sorted[first] == token; // the list ends with a number that is no token
+    Change found = list[first]; // the list ends with a number that is no token
+    if ((found.token & ~SEEN) != token) return logit;
+    if (found.token & SEEN) logit = logit > 0 ? logit / c.penalty : logit * c.penalty;
+    return logit + found.bias;
 }
-
-// A seen token's logit.
-DEVICE float penalized(float logit, float penalty) { return logit > 0 ? logit / penalty : logit * penalty; }
 
 DEVICE float gumbel(const Choice& c, uint32_t token) {
     Words w = philox(c.seed_low, c.seed_high, Words{{token / 4, c.position, c.candidate, 0}});
@@ -91,10 +102,12 @@ DEVICE void choose_in_block(const float* sums, int per_block, const Choices& cho
         uint32_t token = blockIdx.x * per_block + lane_index();
         if (lane_index() < per_block && token < outputs) {
             float logit = sums[c.row * per_block + lane_index()], score = logit;
-            if (c.penalty != 1.0f && contains(choices.seen + c.seen_start, c.seen_count, token)) {
-                score = penalized(score, c.penalty);
+            if (c.forced != 0xffffffff) {
+                score = token == c.forced ? 0 : -INFINITY;
+            } else {
+                if (c.changes_count > 0) score = changed(score, choices.changes, c, token);
+                if (c.inverse_temperature > 0) score = score * c.inverse_temperature + gumbel(c, token);
             }
-            if (c.inverse_temperature > 0) score = score * c.inverse_temperature + gumbel(c, token);
             p = Partial{score, token, logit, logit, 1.0f};
         }
         for (int mask = 16; mask > 0; mask /= 2) p = merged_with_lane(p, mask);

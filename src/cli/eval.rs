@@ -1,10 +1,10 @@
 //! `bprompt eval`: measures rewrites.
 
+use super::engine::EngineArgs;
 use super::guard::GuardArgs;
 use super::model::{ModelArgs, SamplingArgs};
 use super::rewrite::Rewriter;
 use crate::data::records::{read_pairs, read_prompts};
-use crate::engine::EngineOptions;
 use crate::eval::{Rewrite, report};
 use crate::rewrite::{Rewriting, Source};
 use crate::text::content_words::words;
@@ -37,6 +37,8 @@ pub struct EvalArgs {
     json: bool,
     #[command(flatten)]
     guard: GuardArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -71,7 +73,7 @@ impl EvalArgs {
         let guard = self.guard.options(&mut options)?;
         let template = loaded.template(None)?;
         let rewriter = Rewriter { loaded, template, options, guard };
-        let mut session = rewriter.session(EngineOptions { prefix_cache: false, ..EngineOptions::default() })?;
+        let mut session = rewriter.session(self.engine.options()?)?;
         let mut rewrites = Vec::new();
         for prompt in prompts {
             let started = Instant::now();
@@ -92,7 +94,10 @@ impl EvalArgs {
             }
             rewrites.push(rewrite);
         }
-        let r = report(&rewrites);
+        let mut r = report(&rewrites);
+        let counters = session.counters();
+        r.tokens_per_step = rewrites.iter().map(|r| r.tokens).sum::<usize>() as f64 / counters.steps.max(1) as f64;
+        r.drafts_accepted = counters.accepted_tokens as f64 / counters.drafted_tokens.max(1) as f64;
         if self.json {
             println!("{}", serde_json::to_string_pretty(&r)?);
             return Ok(());
@@ -106,6 +111,7 @@ impl EvalArgs {
         println!("outputs repeating 4 words thrice {:.1} %", 100.0 * r.repeats_four_words);
         println!("words in, out                   {:.1}, {:.1}", r.mean_words_in, r.mean_words_out);
         println!("tokens a rewrite                {:.1}", r.mean_tokens);
+        println!("tokens a step, drafts accepted   {:.2}, {:.1} %", r.tokens_per_step, 100.0 * r.drafts_accepted);
         println!("seconds a rewrite               {:.3} median, {:.3} slowest", r.median_seconds, r.slowest_seconds);
         Ok(())
     }

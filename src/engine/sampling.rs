@@ -66,11 +66,6 @@ impl<'a> SampleRow<'a> {
     pub fn new(row: usize, sampling: &'a Sampling, candidate: u32, position: u32) -> SampleRow<'a> {
         SampleRow { row, sampling, seen: &[], bias: &[], forced: None, top: 0, candidate, position }
     }
-
-    /// Whether the choice follows from the sampling parameters and the seen tokens alone.
-    pub fn is_plain(&self) -> bool {
-        self.bias.is_empty() && self.forced.is_none() && self.top == 0
-    }
 }
 
 /// The most likely tokens with their log-probabilities, the likeliest first.

@@ -34,6 +34,9 @@ pub struct RewriteReport {
     pub mean_words_in: f64,
     pub mean_words_out: f64,
     pub mean_tokens: f64,
+    /// Tokens that a forward pass brought, and the part of drafted tokens that was accepted.
+    pub tokens_per_step: f64,
+    pub drafts_accepted: f64,
     pub median_seconds: f64,
     pub slowest_seconds: f64,
 }
@@ -56,6 +59,8 @@ pub fn report(rewrites: &[Rewrite]) -> RewriteReport {
         mean_words_in: mean(&|r| words(&r.input).len() as f64),
         mean_words_out: mean(&|r| words(&r.output).len() as f64),
         mean_tokens: mean(&|r| r.tokens as f64),
+        tokens_per_step: 1.0,
+        drafts_accepted: 0.0,
         median_seconds: seconds.get(seconds.len() / 2).copied().unwrap_or(0.0),
         slowest_seconds: seconds.last().copied().unwrap_or(0.0),
     }

@@ -24,14 +24,14 @@ pub(super) struct Scratch<L: Launcher> {
     pub rows: Option<Memory<L>>,
     logits: Option<Memory<L>>,
     choices: Option<Memory<L>>,
-    seen: Option<Memory<L>>,
+    changes: Option<Memory<L>>,
     partials: Option<Memory<L>>,
     chosen: Option<Memory<L>>,
 }
 
 impl<L: Launcher> Default for Scratch<L> {
     fn default() -> Self {
-        Scratch { rows: None, logits: None, choices: None, seen: None, partials: None, chosen: None }
+        Scratch { rows: None, logits: None, choices: None, changes: None, partials: None, chosen: None }
     }
 }
 
@@ -42,8 +42,9 @@ struct Choice {
     row: u32,
     inverse_temperature: f32,
     penalty: f32,
-    seen_start: u32,
-    seen_count: u32,
+    changes_start: u32,
+    changes_count: u32,
+    forced: u32,
     seed_low: u32,
     seed_high: u32,
     candidate: u32,
@@ -58,11 +59,23 @@ struct Choice {
 #[repr(C)]
 struct Choices {
     list: u64,
-    seen: u64,
+    changes: u64,
     partials: u64,
     count: u32,
     blocks: u32,
 }
+
+/// `Change` of `kernels/include/choice.cuh`.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Change {
+    token: u32,
+    bias: f32,
+}
+
+/// Marks a token that the penalty counts; and ends a list, or stands for no token.
+const SEEN: u32 = 0x8000_0000;
+const NONE: u32 = u32::MAX;
 
 /// Where a choice is made.
 enum Way {
@@ -77,9 +90,9 @@ impl Way {
     fn of(row: &SampleRow, vocabulary: usize) -> Way {
         let s = row.sampling;
         let top_k = s.top_k > 0 && s.top_k < vocabulary;
-        if !row.is_plain() {
+        if row.top > 0 {
             Way::Host
-        } else if s.temperature <= 0.0 || !(top_k || s.top_p < 1.0 || s.min_p > 0.0) {
+        } else if row.forced.is_some() || s.temperature <= 0.0 || !(top_k || s.top_p < 1.0 || s.min_p > 0.0) {
             Way::Fused
         } else if top_k && s.top_k <= MOST_LISTED {
             Way::Listed
@@ -87,6 +100,24 @@ impl Way {
             Way::Host
         }
     }
+}
+
+/// Tokens whose logits a choice changes, in order, each once.
+fn changed(row: &SampleRow) -> Vec<Change> {
+    let mut list: Vec<Change> = row.bias.iter().map(|&(token, bias)| Change { token, bias }).collect();
+    if row.sampling.repetition_penalty != 1.0 {
+        list.extend(row.seen.iter().map(|&token| Change { token: token | SEEN, bias: 0.0 }));
+    }
+    // a seen token comes after its bias, and takes it over
+    list.sort_unstable_by_key(|c| (c.token & !SEEN, c.token));
+    list.dedup_by(|next, kept| {
+        let same = next.token & !SEEN == kept.token & !SEEN;
+        if same {
+            *kept = Change { token: next.token | kept.token, bias: next.bias + kept.bias };
+        }
+        same
+    });
+    list
 }
 
 impl<L: Launcher> Cuda<L> {
@@ -157,13 +188,13 @@ impl<L: Launcher> Cuda<L> {
         chosen: &mut [Chosen],
     ) -> Result<Vec<usize>> {
         let mut scratch = self.scratch.borrow_mut();
-        let (list, seen) = self.send_choices(&mut scratch, range.start, rows, part)?;
+        let (list, changes) = self.send_choices(&mut scratch, range.start, rows, part)?;
         self.grow(&mut scratch.logits, range.len() * head.rows * 4)?;
         let logits = scratch.logits.as_ref().map_or(0, |m| m.at);
         self.head("head_logits", x, range, head, |args| args.with(logits))?;
         self.grow(&mut scratch.chosen, part.len() * 8)?;
         let out = scratch.chosen.as_ref().map_or(0, |m| m.at);
-        let args = Args::new().with(out).with(logits).with(list).with(seen).with(head.rows as u32);
+        let args = Args::new().with(out).with(logits).with(list).with(changes).with(head.rows as u32);
         let shared = LISTED_SHARED + head.rows.div_ceil(32) * 4;
         self.launch("choose_filtered", [part.len(), 1, 1], LISTED_THREADS, shared, args)?;
         self.receive(out, part, chosen)
@@ -183,7 +214,7 @@ impl<L: Launcher> Cuda<L> {
         Ok(left)
     }
 
-    /// Writes the choices and their lists of seen tokens to the device.
+    /// Writes the choices and the tokens whose logits they change to the device.
     fn send_choices(
         &self,
         scratch: &mut Scratch<L>,
@@ -191,25 +222,23 @@ impl<L: Launcher> Cuda<L> {
         rows: &[(usize, &SampleRow)],
         part: &[usize],
     ) -> Result<(u64, u64)> {
-        let mut seen: Vec<u32> = Vec::new();
+        let mut changes: Vec<Change> = Vec::new();
         let list: Vec<Choice> = part
             .iter()
             .map(|&i| {
                 let (row, r) = rows[i];
                 let s = r.sampling;
-                let start = seen.len();
-                if s.repetition_penalty != 1.0 {
-                    seen.extend_from_slice(r.seen);
-                    seen[start..].sort_unstable();
-                }
-                let count = seen.len() - start;
-                seen.push(u32::MAX); // ends the list for the kernel's search
+                let start = changes.len();
+                changes.extend(changed(r));
+                let count = changes.len() - start;
+                changes.push(Change { token: NONE, bias: 0.0 }); // ends the list for the kernel's search
                 Choice {
                     row: (row - first_row) as u32,
                     inverse_temperature: if s.temperature > 0.0 { 1.0 / s.temperature } else { 0.0 },
                     penalty: s.repetition_penalty,
-                    seen_start: start as u32,
-                    seen_count: count as u32,
+                    changes_start: start as u32,
+                    changes_count: count as u32,
+                    forced: r.forced.unwrap_or(NONE),
                     seed_low: s.seed as u32,
                     seed_high: (s.seed >> 32) as u32,
                     candidate: r.candidate,
@@ -227,7 +256,7 @@ impl<L: Launcher> Cuda<L> {
             Ok(at)
         };
         let list = send(&mut scratch.choices, bytemuck::cast_slice(&list))?;
-        Ok((list, send(&mut scratch.seen, bytemuck::cast_slice(&seen))?))
+        Ok((list, send(&mut scratch.changes, bytemuck::cast_slice(&changes))?))
     }
 
     fn choose_fused(
@@ -241,10 +270,10 @@ impl<L: Launcher> Cuda<L> {
     ) -> Result<()> {
         let blocks = head_blocks(head.rows);
         let mut scratch = self.scratch.borrow_mut();
-        let (list, seen) = self.send_choices(&mut scratch, range.start, rows, part)?;
+        let (list, changes) = self.send_choices(&mut scratch, range.start, rows, part)?;
         self.grow(&mut scratch.partials, part.len() * blocks * PARTIAL)?;
         let partials = scratch.partials.as_ref().map_or(0, |m| m.at);
-        let choices = Choices { list, seen, partials, count: part.len() as u32, blocks: blocks as u32 };
+        let choices = Choices { list, changes, partials, count: part.len() as u32, blocks: blocks as u32 };
         self.head("head_choice", x, range, head, |args| args.with(choices))?;
         self.grow(&mut scratch.chosen, part.len() * 8)?;
         let at = scratch.chosen.as_ref().map_or(0, |m| m.at);
