@@ -75,9 +75,11 @@ impl EvalArgs {
         let rewriter = Rewriter { loaded, template, options, guard };
         let mut session = rewriter.session(self.engine.options()?)?;
         let mut rewrites = Vec::new();
-        for prompt in prompts {
+        for (i, prompt) in prompts.into_iter().enumerate() {
             let started = Instant::now();
-            let (options, guard) = (rewriter.options.clone(), rewriter.guard.clone());
+            let (mut options, guard) = (rewriter.options.clone(), rewriter.guard.clone());
+            // the same noise for all would make their outputs alike
+            options.sampling.seed = options.sampling.seed.wrapping_add(i as u64);
             let rewriting = Rewriting::new(rewriter.prompter(), &prompt, options, guard)?;
             let done = rewriter.rewrite(&mut *session, rewriting, &mut |_| {})?;
             let candidate = &done.candidates[0];
