@@ -3,7 +3,8 @@
     pip install 'ray[data]==2.60.0'
     python examples/ray_data.py --bprompt target/release/bprompt --input prompts.jsonl --output rewritten
 
-On a cluster give every actor its GPU or its cores (--gpus 1, --cpus 8); rows keep their other columns.
+On a cluster give every actor its GPU or its cores (--gpus 1, --cpus 8), and leave a core for reading and writing: actors that hold
+all of them wait for their input for ever. Rows keep their other columns.
 """
 
 import argparse

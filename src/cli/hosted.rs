@@ -39,14 +39,24 @@ impl HostOptions {
         let (facts_in, facts) = channel();
         let (start, started) = channel::<(Inbox, Arc<Metrics>)>();
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || -> anyhow::Result<()> {
+            // whoever waits for the facts is told why there are none
+            let fail = |e: anyhow::Error| {
+                let _ = facts_in.send(Err(e));
+            };
             let loaded = match model.load() {
                 Ok(loaded) => loaded,
-                Err(e) => return Ok(drop(facts_in.send(Err(e)))),
+                Err(e) => {
+                    fail(e);
+                    return Ok(());
+                }
             };
             let prepared = loaded.template(template.as_deref()).and_then(|t| Ok((t, loaded.session(options)?)));
             let (template, mut session) = match prepared {
                 Ok(prepared) => prepared,
-                Err(e) => return Ok(drop(facts_in.send(Err(e)))),
+                Err(e) => {
+                    fail(e);
+                    return Ok(());
+                }
             };
             let prompter = Prompter { tokenizer: loaded.tokenizer.clone(), template };
             let facts = (prompter, loaded.defaults, loaded.config.clone(), session.blocks().1);

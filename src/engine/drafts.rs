@@ -65,10 +65,10 @@ impl Drafter {
             // what is followed by the end goes round
             Some(tokens[at + n..].iter().copied().cycle().take(limit).collect::<Vec<u32>>())
         };
-        earlier(3).or_else(|| self.from_table(tokens, limit)).or_else(|| earlier(2)).unwrap_or_default()
+        earlier(3).or_else(|| self.look_up(tokens, limit)).or_else(|| earlier(2)).unwrap_or_default()
     }
 
-    fn from_table(&self, tokens: &[u32], limit: usize) -> Option<Vec<u32>> {
+    fn look_up(&self, tokens: &[u32], limit: usize) -> Option<Vec<u32>> {
         let mut run: Vec<u32> = tokens[tokens.len().saturating_sub(3)..].to_vec();
         let known = run.len();
         while run.len() < known + limit {

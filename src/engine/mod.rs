@@ -386,13 +386,13 @@ impl<'a, B: Backend> Engine<'a, B> {
             choices.extend((0..=p.ahead.len()).map(|ahead| self.choice(p.at, &p.ahead[..ahead], row + ahead)));
             for candidate in 1..count {
                 match self.fork(p.at, candidate) {
-                    Ok(copy) => {
+                    Some(copy) => {
                         self.running.push(copy);
                         let at = self.running.len() - 1;
                         targets.push((at, &[], choices.len()));
                         choices.push(self.choice(at, &[], row));
                     }
-                    Err(copy) => homeless.push(copy),
+                    None => homeless.push(self.running[p.at].sibling(candidate)),
                 }
             }
         }
@@ -513,22 +513,21 @@ impl<'a, B: Backend> Engine<'a, B> {
         }
     }
 
-    /// A candidate that shares the full blocks of sequence `at` and has a copy of the last one; without a block for that, one
-    /// that has to wait.
-    fn fork(&mut self, at: usize, candidate: u32) -> std::result::Result<Sequence, Sequence> {
+    /// A candidate that shares the full blocks of sequence `at` and has a copy of the last one, if there is a block for that.
+    fn fork(&mut self, at: usize, candidate: u32) -> Option<Sequence> {
         let s = &self.running[at];
         let mut copy = s.sibling(candidate);
         let full = s.computed / BLOCK;
         copy.blocks = s.blocks[..full].to_vec();
         if full * BLOCK < s.computed {
-            let Some(block) = self.blocks.allocate() else { return Err(s.sibling(candidate)) };
+            let block = self.blocks.allocate()?;
             self.backend.copy_block(&mut self.cache, s.blocks[full], block);
             copy.blocks.push(block);
         }
         s.blocks[..full].iter().for_each(|&b| self.blocks.share(b));
         copy.nodes = s.nodes.clone();
         copy.computed = s.computed;
-        Ok(copy)
+        Some(copy)
     }
 
     /// Makes a sequence's full blocks known.

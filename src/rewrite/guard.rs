@@ -206,7 +206,7 @@ impl Rewriting {
         let mut text = restored(&texts);
         if let Some(most) = self.guard.max_clip_tokens {
             for i in 0..texts.len() {
-                while clip_tokens(&Verbatim::parse(&text).chunks.get(i).map_or("", |c| &c.plain)) > most {
+                while clip_tokens(Verbatim::parse(&text).chunks.get(i).map_or("", |c| &c.plain)) > most {
                     let Some(shorter) = self.shortened(&texts[i]) else { break };
                     texts[i] = shorter;
                     text = restored(&texts);

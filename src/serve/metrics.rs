@@ -16,7 +16,7 @@ pub struct Metrics {
     waiting: IntGauge,
     cache_usage: [Gauge; 2],
     /// Counters of the engine, each with how to read it.
-    counters: Vec<(IntCounter, fn(&Counters) -> u64)>,
+    counters: Vec<(IntCounter, ReadCounter)>,
     prompt_tokens: IntCounter,
     generation_tokens: IntCounter,
     success: IntCounterVec,
@@ -35,6 +35,8 @@ pub struct Metrics {
     request_n: Histogram,
     http: HistogramVec,
 }
+
+type ReadCounter = fn(&Counters) -> u64;
 
 const SECONDS: [f64; 20] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0,
@@ -85,7 +87,7 @@ impl Metrics {
             &["block_size", "num_gpu_blocks", "engine"],
         );
         m.add(info).with_label_values(&[&BLOCK.to_string(), &blocks.to_string(), &"0".to_string()]).set(1);
-        let counter = |name: &str, help: &str, read: fn(&Counters) -> u64| (m.counter(name, help), read);
+        let counter = |name: &str, help: &str, read: ReadCounter| (m.counter(name, help), read);
         Metrics {
             running: m.gauge("num_requests_running", "Sequences in the batch."),
             waiting: m.gauge("num_requests_waiting", "Sequences that wait for room."),

@@ -205,6 +205,6 @@ fn token_text(shared: &Shared, id: u32) -> String {
 }
 
 /// Tokens with the likely ones beside each.
-fn with_top<'a>(tokens: &'a [Token]) -> impl Iterator<Item = (u32, f32, &'a [(u32, f32)])> {
+fn with_top(tokens: &[Token]) -> impl Iterator<Item = (u32, f32, &[(u32, f32)])> {
     tokens.iter().map(|t| (t.id, t.logprob, t.top.as_slice()))
 }
