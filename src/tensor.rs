@@ -48,6 +48,8 @@ impl DType {
 #[derive(Clone)]
 pub enum Bytes {
     Mapped(Arc<Mmap>, Range<usize>),
+    /// Of no file, in large pages.
+    Resident(Arc<Mmap>, Range<usize>),
     Static(&'static [u8]),
     Owned(Arc<Vec<u8>>, Range<usize>),
 }
@@ -57,7 +59,7 @@ impl std::ops::Deref for Bytes {
 
     fn deref(&self) -> &[u8] {
         match self {
-            Bytes::Mapped(map, range) => &map[range.clone()],
+            Bytes::Mapped(map, range) | Bytes::Resident(map, range) => &map[range.clone()],
             Bytes::Static(bytes) => bytes,
             Bytes::Owned(bytes, range) => &bytes[range.clone()],
         }
@@ -65,12 +67,49 @@ impl std::ops::Deref for Bytes {
 }
 
 impl Bytes {
+    /// Memory of `len` bytes in large pages, where the system has them: reading all of it misses the address cache far less than
+    /// reading a mapped file, whose pages are small. `fill` gets it zeroed.
+    pub fn resident(len: usize, fill: impl FnOnce(&mut [u8])) -> std::io::Result<Bytes> {
+        let mut memory = memmap2::MmapMut::map_anon(len.max(1))?;
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        fill(&mut memory[..len]);
+        Ok(Bytes::Resident(Arc::new(memory.make_read_only()?), 0..len))
+    }
+
+    /// A copy of these bytes in [`Bytes::resident`] memory. A mapped file's pages are given back on the way, so that
+    /// they never take memory twice.
+    pub fn to_resident(&self) -> std::io::Result<Bytes> {
+        /// Bytes between giving back.
+        const PART: usize = 16 << 20;
+        if let Bytes::Resident(..) = self {
+            return Ok(self.clone());
+        }
+        Bytes::resident(self.len(), |out| {
+            for (i, part) in out.chunks_mut(PART).enumerate() {
+                let at = i * PART;
+                part.copy_from_slice(&self[at..at + part.len()]);
+                #[cfg(target_os = "linux")]
+                if let Bytes::Mapped(map, range) = self {
+                    // SAFETY: the mapping is of a file and read-only; its pages come back from the file when they are read again.
+                    let _ = unsafe {
+                        map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start + at, part.len())
+                    };
+                }
+            }
+        })
+    }
+
     /// A part of these bytes; `range` must lie inside them.
     pub fn slice(&self, range: Range<usize>) -> Bytes {
         match self {
             Bytes::Mapped(map, outer) => {
                 assert!(range.start <= range.end && outer.start + range.end <= outer.end);
                 Bytes::Mapped(map.clone(), outer.start + range.start..outer.start + range.end)
+            }
+            Bytes::Resident(map, outer) => {
+                assert!(range.start <= range.end && outer.start + range.end <= outer.end);
+                Bytes::Resident(map.clone(), outer.start + range.start..outer.start + range.end)
             }
             Bytes::Static(bytes) => Bytes::Static(&bytes[range]),
             Bytes::Owned(bytes, outer) => {

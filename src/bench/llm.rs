@@ -3,7 +3,7 @@
 use super::machine::{self, Machine};
 use crate::checkpoint::Checkpoint;
 use crate::engine::{Engine, EngineOptions, Request, Verdict};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::models::bloom::{Bloom, BloomConfig};
 use crate::ops::Backend;
 use crate::random::Words;
@@ -11,7 +11,6 @@ use crate::tensor::{Bytes, DType, Tensor};
 use half::{bf16, f16};
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Instant;
 
 #[derive(Clone, Copy, Debug)]
@@ -58,7 +57,7 @@ pub struct LlmReport {
 }
 
 /// A checkpoint of random weights in `dtype` (int8 is quantized from bf16 at load).
-pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Checkpoint {
+pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Result<Checkpoint> {
     let stored = if dtype == DType::Int8 { DType::Bf16 } else { dtype };
     // one block of noise serves all tensors: each takes a stretch of it
     let mut words = Words::new(1, 0);
@@ -71,16 +70,19 @@ pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Checkpoint {
     let mut tensors = BTreeMap::new();
     for (i, p) in config.parameters().into_iter().enumerate() {
         let len = p.len() * stored.size();
-        let mut data = Vec::with_capacity(len);
-        let mut at = (i * 4099 * stored.size()) % bytes.len();
-        while data.len() < len {
-            let n = (bytes.len() - at).min(len - data.len());
-            data.extend_from_slice(&bytes[at..at + n]);
-            at = 0;
-        }
-        tensors.insert(p.name, Tensor { dtype: stored, shape: p.shape, bytes: Bytes::Owned(Arc::new(data), 0..len) });
+        let filled = Bytes::resident(len, |mut data| {
+            let mut at = (i * 4099 * stored.size()) % bytes.len();
+            while !data.is_empty() {
+                let n = (bytes.len() - at).min(data.len());
+                data[..n].copy_from_slice(&bytes[at..at + n]);
+                data = &mut data[n..];
+                at = 0;
+            }
+        });
+        let bytes = filled.map_err(Error::io("memory", "reserve"))?;
+        tensors.insert(p.name, Tensor { dtype: stored, shape: p.shape, bytes });
     }
-    Checkpoint { config, tensors, path: "random weights".into(), files: vec![] }
+    Ok(Checkpoint { config, tensors, path: "random weights".into(), files: vec![] })
 }
 
 /// Measures `model`.

@@ -37,6 +37,15 @@ const LAYOUTS: [(&str, bool); 4] = [
 ];
 
 impl Checkpoint {
+    /// Copies the matrices into memory of large pages ([`Bytes::resident`]): a pause at the start for whoever reads them many
+    /// times.
+    pub fn make_resident(&mut self) -> Result<()> {
+        for tensor in self.tensors.values_mut().filter(|t| t.shape.len() > 1) {
+            tensor.bytes = tensor.bytes.to_resident().map_err(Error::io("memory", "reserve"))?;
+        }
+        Ok(())
+    }
+
     /// Opens a folder; nothing is copied, and every tensor's name and shape is checked.
     pub fn open(folder: &Path) -> Result<Checkpoint> {
         if !folder.is_dir() {

@@ -135,7 +135,7 @@ impl LlmArgs {
                 let config = BloomConfig::published(shape).with_context(|| {
                     format!("--shape {shape} is unknown; try bloom-560m, bloom-1b1, bloom-1b7, bloom-3b or bloom-7b1")
                 })?;
-                random_checkpoint(config, dtype.unwrap_or(DType::Bf16))
+                random_checkpoint(config, dtype.unwrap_or(DType::Bf16))?
             }
             (None, Some(folder)) => Checkpoint::open(folder)?,
             (None, None) => embedded::checkpoint(),

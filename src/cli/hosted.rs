@@ -34,7 +34,8 @@ pub struct Hosted {
 impl HostOptions {
     pub fn start(self) -> anyhow::Result<Hosted> {
         let name = self.model_name();
-        let HostOptions { model, template, engine: options, .. } = self;
+        let HostOptions { mut model, template, engine: options, .. } = self;
+        model.long_running = true;
         // not every device's handles can move to another thread, so the model is loaded on its own
         let (facts_in, facts) = channel();
         let (start, started) = channel::<(Inbox, Arc<Metrics>)>();

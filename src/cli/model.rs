@@ -66,6 +66,9 @@ pub struct ModelArgs {
     pub batch_invariant: bool,
     #[command(flatten)]
     pub compute: DeviceArgs,
+    /// Whether the weights will be read many times: worth a copy into faster memory.
+    #[arg(skip)]
+    pub long_running: bool,
 }
 
 /// A model on its device.
@@ -128,8 +131,12 @@ impl ModelArgs {
     }
 
     /// Prepares the weights of a checkpoint where they are to be used; `dtype` as for [`Bloom::load`].
-    pub fn place(&self, checkpoint: Checkpoint, dtype: Option<DType>) -> anyhow::Result<Placed> {
+    pub fn place(&self, mut checkpoint: Checkpoint, dtype: Option<DType>) -> anyhow::Result<Placed> {
         let Some(driver) = self.driver(&checkpoint.config)? else {
+            let kept = |t: &crate::tensor::Tensor| dtype.is_none_or(|d| d == t.dtype);
+            if self.long_running && checkpoint.tensors.values().all(kept) {
+                checkpoint.make_resident()?;
+            }
             let cpu = self.compute.cpu()?;
             let model = Bloom::load(&cpu, &checkpoint, dtype)?;
             return Ok(Placed::Cpu(cpu, model));

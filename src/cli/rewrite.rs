@@ -111,7 +111,8 @@ impl Rewriter {
 
 impl RewriteArgs {
     pub fn rewriter(&self) -> anyhow::Result<Rewriter> {
-        let loaded = self.model.load()?;
+        let model = ModelArgs { long_running: !self.input.is_empty(), ..self.model.clone() };
+        let loaded = model.load()?;
         let template = loaded.template(self.template.as_deref())?;
         let mut options = self.sampling.options(&loaded.defaults, self.n)?;
         let guard = self.guard.options(&mut options)?;
