@@ -16,11 +16,11 @@ fn noise(n: usize) -> Vec<f32> {
     (0..n).map(|_| words.uniform() - 0.5).collect()
 }
 
-fn matrix(rows: usize, cols: usize, dtype: DType) -> Matrix {
+fn matrix(cpu: &Cpu, rows: usize, cols: usize, dtype: DType) -> Matrix {
     let bytes: Vec<u8> = noise(rows * cols).into_iter().flat_map(f32::to_le_bytes).collect();
     let len = bytes.len();
     let tensor = Tensor { dtype: DType::F32, shape: vec![rows, cols], bytes: Bytes::Owned(Arc::new(bytes), 0..len) };
-    Matrix::new(&tensor, Some(dtype)).expect("two dimensions")
+    Matrix::new(cpu, tensor, Some(dtype)).expect("two dimensions")
 }
 
 /// The up projection of BLOOM-1b1.
@@ -29,7 +29,7 @@ fn products(c: &mut Criterion) {
     let (rows, cols) = (6144, 1536);
     let mut group = c.benchmark_group("product 6144x1536");
     for dtype in [DType::F32, DType::F16, DType::Bf16, DType::Int8] {
-        let w = matrix(rows, cols, dtype);
+        let w = matrix(&cpu, rows, cols, dtype);
         for tokens in [1, 4, 16, 128] {
             let x = noise(tokens * cols);
             group.throughput(Throughput::Elements((tokens * rows * cols) as u64));

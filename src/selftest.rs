@@ -179,8 +179,8 @@ impl<L: Launcher> Test<'_, L> {
             }
         }
         let t = tensor(&x, cols);
-        let ours = self.cuda.matrix(&t, int8.then_some(DType::Int8))?;
-        Ok((ours, self.cpu.matrix(&t, Some(DType::F32))?))
+        let ours = self.cuda.matrix(t.clone(), int8.then_some(DType::Int8))?;
+        Ok((ours, self.cpu.matrix(t, Some(DType::F32))?))
     }
 
     #[allow(clippy::type_complexity)]

@@ -77,29 +77,6 @@ impl Bytes {
         Ok(Bytes::Resident(Arc::new(memory.make_read_only()?), 0..len))
     }
 
-    /// A copy of these bytes in [`Bytes::resident`] memory. A mapped file's pages are given back on the way, so that
-    /// they never take memory twice.
-    pub fn to_resident(&self) -> std::io::Result<Bytes> {
-        /// Bytes between giving back.
-        const PART: usize = 16 << 20;
-        if let Bytes::Resident(..) = self {
-            return Ok(self.clone());
-        }
-        Bytes::resident(self.len(), |out| {
-            for (i, part) in out.chunks_mut(PART).enumerate() {
-                let at = i * PART;
-                part.copy_from_slice(&self[at..at + part.len()]);
-                #[cfg(target_os = "linux")]
-                if let Bytes::Mapped(map, range) = self {
-                    // SAFETY: the mapping is of a file and read-only; its pages come back from the file when they are read again.
-                    let _ = unsafe {
-                        map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start + at, part.len())
-                    };
-                }
-            }
-        })
-    }
-
     /// A part of these bytes; `range` must lie inside them.
     pub fn slice(&self, range: Range<usize>) -> Bytes {
         match self {

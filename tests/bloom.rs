@@ -19,7 +19,7 @@ fn f32_logits_are_within_2e_5_of_transformers() {
         let (checkpoint, ids, theirs) = open(name);
         for isa in isas() {
             let cpu = Cpu::new(2, isa);
-            let model = Bloom::load(&cpu, &checkpoint, Some(DType::F32)).unwrap();
+            let model = Bloom::load(&cpu, checkpoint.clone(), Some(DType::F32)).unwrap();
             let e = error(&logits(&cpu, &model, &ids, usize::MAX), &theirs);
             assert!(e < 2e-5, "{name} on {isa:?}: {e:e}");
         }
@@ -35,7 +35,7 @@ fn narrow_types_stay_within_their_rounding() {
         for isa in isas() {
             let cpu = Cpu::new(1, isa);
             for (dtype, most) in [(DType::F16, 2e-3), (DType::Bf16, 2e-2), (DType::Int8, 4e-2)] {
-                let model = Bloom::load(&cpu, &checkpoint, Some(dtype)).unwrap();
+                let model = Bloom::load(&cpu, checkpoint.clone(), Some(dtype)).unwrap();
                 let e = error(&logits(&cpu, &model, &ids, usize::MAX), &theirs);
                 assert!(e < most, "{name} in {} on {isa:?}: {e:e}", dtype.name());
             }
@@ -50,7 +50,7 @@ fn chunks_neighbours_and_threads_leave_the_bits_alone() {
         for isa in isas() {
             for dtype in [DType::F32, DType::Bf16, DType::F16, DType::Int8] {
                 let cpu = Cpu::new(1, isa);
-                let model = Bloom::load(&cpu, &checkpoint, Some(dtype)).unwrap();
+                let model = Bloom::load(&cpu, checkpoint.clone(), Some(dtype)).unwrap();
                 let whole = logits(&cpu, &model, &ids, usize::MAX);
                 for chunk in [1, 5, 16] {
                     assert!(logits(&cpu, &model, &ids, chunk) == whole, "{name} {dtype:?} {isa:?} chunk {chunk}");
@@ -69,6 +69,24 @@ fn chunks_neighbours_and_threads_leave_the_bits_alone() {
                 let mut some = Vec::new();
                 model.logits(&cpu, &rows, &mut scratch, &mut some).unwrap();
                 assert!(some == whole, "{name} {dtype:?} {isa:?} in company");
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_give_the_same_bits_wherever_they_lie() {
+    for name in MODELS {
+        let (checkpoint, ids, _) = open(name);
+        for isa in isas() {
+            for dtype in [None, Some(DType::Bf16)] {
+                let mapped = Cpu::new(2, isa);
+                let resident = Cpu { resident: true, ..Cpu::new(2, isa) };
+                let bits = |cpu: &Cpu| {
+                    let model = Bloom::load(cpu, checkpoint.clone(), dtype).unwrap();
+                    logits(cpu, &model, &ids, 7)
+                };
+                assert!(bits(&mapped) == bits(&resident), "{name} {dtype:?} {isa:?}");
             }
         }
     }

@@ -25,7 +25,7 @@ fn logits_are_transformers_own() {
         {
             for batch_invariant in [false, true] {
                 let cuda = Cuda::new(gpu(false, false), half, batch_invariant);
-                let model = Bloom::load(&cuda, &checkpoint, dtype).unwrap();
+                let model = Bloom::load(&cuda, checkpoint.clone(), dtype).unwrap();
                 let e = error(&logits(&cuda, &model, &ids, usize::MAX), &theirs);
                 assert!(e < most, "{name} in {half:?} {dtype:?}: {e:e}");
             }
@@ -38,7 +38,7 @@ fn the_order_of_threads_leaves_a_model_alone() {
     let (checkpoint, ids, _) = open("bf16_sharded");
     let run = |check_order| {
         let cuda = Cuda::new(gpu(check_order, false), DType::Bf16, true);
-        let model = Bloom::load(&cuda, &checkpoint, None).unwrap();
+        let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
         logits(&cuda, &model, &ids, 3)
     };
     assert!(run(true) == run(false));
@@ -99,7 +99,7 @@ fn generate_counting<B: Backend>(
 fn neighbours_leave_a_sequence_alone() {
     let (checkpoint, ids, _) = open("f16_pytorch_sharded");
     let cuda = Cuda::new(gpu(false, false), DType::F16, true);
-    let model = Bloom::load(&cuda, &checkpoint, None).unwrap();
+    let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
     let mut all = requests(&ids);
     let together = generate(&cuda, &model, &all, 64);
     assert_eq!(together.len(), 5);
@@ -138,9 +138,9 @@ fn the_cpu_chooses_the_same_tokens() {
     let (checkpoint, ids, _) = open("f16_pytorch_sharded");
     let all = requests(&ids);
     let cuda = Cuda::new(gpu(false, false), DType::F16, true);
-    let ours = generate(&cuda, &Bloom::load(&cuda, &checkpoint, None).unwrap(), &all, 64);
+    let ours = generate(&cuda, &Bloom::load(&cuda, checkpoint.clone(), None).unwrap(), &all, 64);
     let cpu = Cpu::new(1, Isa::detect());
-    let theirs = generate(&cpu, &Bloom::load(&cpu, &checkpoint, None).unwrap(), &all, 64);
+    let theirs = generate(&cpu, &Bloom::load(&cpu, checkpoint.clone(), None).unwrap(), &all, 64);
     for (key, tokens) in &ours {
         let ids = |t: &[(u32, u32)]| t.iter().map(|t| t.0).collect::<Vec<_>>();
         assert_eq!(ids(tokens), ids(&theirs[key]), "request {key:?}");
@@ -157,7 +157,7 @@ fn a_decoding_step_is_five_launches_a_layer() {
     let (checkpoint, ids, _) = open("bf16_sharded");
     let launcher: std::rc::Rc<Emulated> = gpu(false, false);
     let cuda = Cuda::new(launcher.clone(), DType::Bf16, true);
-    let model = Bloom::load(&cuda, &checkpoint, None).unwrap();
+    let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
     let mut cache = model.cache(&cuda, 4).unwrap();
     let mut scratch = Scratch::default();
     let mut batch = Batch::default();

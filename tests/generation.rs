@@ -70,7 +70,7 @@ fn greedy_continuations_are_transformers_own() {
         let (checkpoint, expected) = open(name);
         for isa in Isa::ALL.into_iter().filter(|i| i.available()) {
             let cpu = Cpu::new(2, isa);
-            let model = Bloom::load(&cpu, &checkpoint, Some(DType::F32)).unwrap();
+            let model = Bloom::load(&cpu, checkpoint.clone(), Some(DType::F32)).unwrap();
             let penalty = Sampling { repetition_penalty: 1.2, ..Sampling::default() };
             let mut requests = [
                 request(0, &expected.prompt_ids, Sampling::default(), 48),
@@ -94,7 +94,7 @@ fn greedy_continuations_are_transformers_own() {
 fn penalties_can_leave_the_prompt_out() {
     let (checkpoint, expected) = open("f32_six_heads");
     let cpu = Cpu::new(1, Isa::detect());
-    let model = Bloom::load(&cpu, &checkpoint, None).unwrap();
+    let model = Bloom::load(&cpu, checkpoint.clone(), None).unwrap();
     let all = Sampling { repetition_penalty: 5.0, ..Sampling::default() };
     let output = Sampling { penalize_prompt: false, ..all };
     let requests = [request(0, &expected.prompt_ids, all, 40), request(1, &expected.prompt_ids, output, 40)];
@@ -107,7 +107,7 @@ fn penalties_can_leave_the_prompt_out() {
 fn a_refused_token_ends_its_candidate_and_length_is_reported() {
     let (checkpoint, expected) = open("bf16_sharded");
     let cpu = Cpu::new(1, Isa::detect());
-    let model = Bloom::load(&cpu, &checkpoint, None).unwrap();
+    let model = Bloom::load(&cpu, checkpoint.clone(), None).unwrap();
     let mut engine = Engine::new(&cpu, &model, EngineOptions::default()).unwrap();
     engine.submit(request(0, &expected.prompt_ids, Sampling::default(), 5)).unwrap();
     engine.submit(request(1, &expected.prompt_ids, Sampling::default(), 50)).unwrap();
@@ -131,7 +131,7 @@ fn a_refused_token_ends_its_candidate_and_length_is_reported() {
 fn impossible_requests_are_refused_with_a_reason() {
     let (checkpoint, _) = open("bf16_sharded");
     let cpu = Cpu::new(1, Isa::detect());
-    let model = Bloom::load(&cpu, &checkpoint, None).unwrap();
+    let model = Bloom::load(&cpu, checkpoint.clone(), None).unwrap();
     let options = EngineOptions { cache_tokens: 64, ..EngineOptions::default() };
     let mut engine = Engine::new(&cpu, &model, options).unwrap();
     let mut refuse = |prompt: &[u32], max_new: usize, word: &str| {
@@ -160,7 +160,7 @@ fn the_newest_sequence_gives_up_its_blocks_and_loses_nothing() {
     for candidates in [1, 3] {
         let (checkpoint, requests) = crowd(candidates);
         let cpu = Cpu::new(1, Isa::detect());
-        let model = Bloom::load(&cpu, &checkpoint, None).unwrap();
+        let model = Bloom::load(&cpu, checkpoint.clone(), None).unwrap();
         let (expected, calm) = run_counting(&cpu, &model, &requests, EngineOptions::default());
         assert_eq!(calm.preemptions, 0);
         let (tokens, tight) =
@@ -174,7 +174,7 @@ fn the_newest_sequence_gives_up_its_blocks_and_loses_nothing() {
 fn prompts_start_behind_what_was_computed_before() {
     let (checkpoint, _) = open("bf16_sharded");
     let cpu = Cpu::new(1, Isa::detect());
-    let model = Bloom::load(&cpu, &checkpoint, None).unwrap();
+    let model = Bloom::load(&cpu, checkpoint.clone(), None).unwrap();
     let shared: Vec<u32> = (0..50).map(|t| 4 + t * 3 % 140).collect();
     let requests: Vec<Request> =
         (0..3).map(|i| request(i, &[&shared[..], &[9 + i as u32]].concat(), Sampling::default(), 4)).collect();
@@ -195,7 +195,7 @@ fn prompts_start_behind_what_was_computed_before() {
 fn drafts_save_steps_and_change_no_token() {
     let (checkpoint, expected) = open("f32_six_heads");
     let cpu = Cpu::new(1, Isa::detect());
-    let model = Bloom::load(&cpu, &checkpoint, None).unwrap();
+    let model = Bloom::load(&cpu, checkpoint.clone(), None).unwrap();
     // greedy decoding of a random model runs in circles
     let requests = [request(0, &expected.prompt_ids, Sampling::default(), 200)];
     let (plain, slow) = run_counting(&cpu, &model, &requests, EngineOptions::default());
@@ -211,7 +211,7 @@ fn drafts_save_steps_and_change_no_token() {
 fn cancelled_requests_free_their_blocks_at_once() {
     let (checkpoint, requests) = crowd(2);
     let cpu = Cpu::new(1, Isa::detect());
-    let model = Bloom::load(&cpu, &checkpoint, None).unwrap();
+    let model = Bloom::load(&cpu, checkpoint.clone(), None).unwrap();
     let options = EngineOptions { cache_tokens: 96, ..EngineOptions::default() };
     let (alone, _) = run(&cpu, &model, &requests[3..], options);
     let mut engine = Engine::new(&cpu, &model, options).unwrap();
@@ -240,7 +240,7 @@ fn cancelled_requests_free_their_blocks_at_once() {
 fn requests_end_at_their_deadline() {
     let (checkpoint, requests) = crowd(2);
     let cpu = Cpu::new(1, Isa::detect());
-    let model = Bloom::load(&cpu, &checkpoint, None).unwrap();
+    let model = Bloom::load(&cpu, checkpoint.clone(), None).unwrap();
     let mut engine = Engine::new(&cpu, &model, EngineOptions::default()).unwrap();
     let now = Some(std::time::Instant::now());
     engine.submit(Request { deadline: now, ..requests[0].clone() }).unwrap();
@@ -270,7 +270,7 @@ fn requests_end_at_their_deadline() {
 fn biases_and_penalties_of_openai() {
     let (checkpoint, expected) = open("bf16_sharded");
     let cpu = Cpu::new(1, Isa::detect());
-    let model = Bloom::load(&cpu, &checkpoint, None).unwrap();
+    let model = Bloom::load(&cpu, checkpoint.clone(), None).unwrap();
     let plain = request(0, &expected.prompt_ids, Sampling::default(), 60);
     let never = Request { bias: vec![(expected.greedy[0], -100.0)], id: 1, ..plain.clone() };
     let always = Request { bias: vec![(77, 100.0)], id: 2, ..plain.clone() };
@@ -308,7 +308,7 @@ proptest! {
         let (checkpoint, _) = open("bf16_sharded");
         let dtype = int8.then_some(DType::Int8);
         let alone = Cpu::new(1, Isa::detect());
-        let model = Bloom::load(&alone, &checkpoint, dtype).unwrap();
+        let model = Bloom::load(&alone, checkpoint.clone(), dtype).unwrap();
         let requests: Vec<Request> = lengths.iter().enumerate().map(|(i, &n)| {
             let prompt: Vec<u32> = (0..n as u32).map(|t| 4 + (t * 31 + i as u32 * 17) % 140).collect();
             let sampling = Sampling {

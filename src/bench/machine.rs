@@ -2,12 +2,12 @@
 
 use crate::device::Launcher;
 use crate::device::cuda::Driver;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::simd::Isa;
 use crate::ops::cuda::Cuda;
 use crate::simd_fn;
-use crate::tensor::DType;
+use crate::tensor::{Buffer, Bytes, DType};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -32,7 +32,7 @@ impl Machine for Cpu {
     }
     /// The best of many passes: what neighbours take away must not flatter a fraction of it.
     fn bandwidth(&self) -> Result<f64> {
-        Ok(read_bandwidth(self, 1 << 29, 10))
+        read_bandwidth(self, 1 << 29, 10)
     }
     fn peak(&self, dtype: DType) -> Result<f64> {
         Ok(match dtype {
@@ -61,8 +61,10 @@ impl Machine for Cuda<Driver> {
 }
 
 /// Bytes a second that all threads together read from memory: the best of several passes over `bytes` bytes.
-pub fn read_bandwidth(cpu: &Cpu, bytes: usize, passes: usize) -> f64 {
-    let data = vec![1f32; bytes / 4];
+pub fn read_bandwidth(cpu: &Cpu, bytes: usize, passes: usize) -> Result<f64> {
+    // as large pages as the weights are in
+    let data = Bytes::resident(bytes, |data| data.fill(1)).map_err(Error::io("memory", "reserve"))?;
+    let data = Buffer::<f32>::from_bytes(data);
     let mut best = 0f64;
     for _ in 0..passes {
         let started = Instant::now();
@@ -72,7 +74,7 @@ pub fn read_bandwidth(cpu: &Cpu, bytes: usize, passes: usize) -> f64 {
         });
         best = best.max((data.len() * 4) as f64 / started.elapsed().as_secs_f64());
     }
-    best
+    Ok(best)
 }
 
 simd_fn! {

@@ -18,7 +18,8 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// A checkpoint: its configuration and its tensors by name (always with the `transformer.` prefix).
+/// A checkpoint, cheap to copy: its configuration and its tensors by name (always with the `transformer.` prefix).
+#[derive(Clone)]
 pub struct Checkpoint {
     pub config: BloomConfig,
     pub tensors: BTreeMap<String, Tensor>,
@@ -37,15 +38,6 @@ const LAYOUTS: [(&str, bool); 4] = [
 ];
 
 impl Checkpoint {
-    /// Copies the matrices into memory of large pages ([`Bytes::resident`]): a pause at the start for whoever reads them many
-    /// times.
-    pub fn make_resident(&mut self) -> Result<()> {
-        for tensor in self.tensors.values_mut().filter(|t| t.shape.len() > 1) {
-            tensor.bytes = tensor.bytes.to_resident().map_err(Error::io("memory", "reserve"))?;
-        }
-        Ok(())
-    }
-
     /// Opens a folder; nothing is copied, and every tensor's name and shape is checked.
     pub fn open(folder: &Path) -> Result<Checkpoint> {
         if !folder.is_dir() {
@@ -101,6 +93,12 @@ impl Checkpoint {
             ));
         }
         Ok(t)
+    }
+
+    /// [`Checkpoint::parameter`], which is not in the checkpoint any more: whoever lays it out anew may be its only owner.
+    pub fn take(&mut self, p: &Parameter) -> Result<Tensor> {
+        self.parameter(p)?;
+        Ok(self.tensors.remove(&p.name).expect("it is there"))
     }
 
     /// All parameters in f32, one after the other in the order of the config.

@@ -131,14 +131,10 @@ impl ModelArgs {
     }
 
     /// Prepares the weights of a checkpoint where they are to be used; `dtype` as for [`Bloom::load`].
-    pub fn place(&self, mut checkpoint: Checkpoint, dtype: Option<DType>) -> anyhow::Result<Placed> {
+    pub fn place(&self, checkpoint: Checkpoint, dtype: Option<DType>) -> anyhow::Result<Placed> {
         let Some(driver) = self.driver(&checkpoint.config)? else {
-            let kept = |t: &crate::tensor::Tensor| dtype.is_none_or(|d| d == t.dtype);
-            if self.long_running && checkpoint.tensors.values().all(kept) {
-                checkpoint.make_resident()?;
-            }
-            let cpu = self.compute.cpu()?;
-            let model = Bloom::load(&cpu, &checkpoint, dtype)?;
+            let cpu = Cpu { resident: self.long_running, ..self.compute.cpu()? };
+            let model = Bloom::load(&cpu, checkpoint, dtype)?;
             return Ok(Placed::Cpu(cpu, model));
         };
         let stored = checkpoint.tensors.values().next().map(|t| t.dtype);
@@ -147,7 +143,7 @@ impl ModelArgs {
             _ => DType::Bf16,
         };
         let cuda = Cuda::new(Rc::new(driver), half, self.batch_invariant);
-        let model = Bloom::load(&cuda, &checkpoint, dtype)?;
+        let model = Bloom::load(&cuda, checkpoint, dtype)?;
         Ok(Placed::Cuda(cuda, model))
     }
 

@@ -97,7 +97,7 @@ pub trait Backend {
     type Cache;
 
     /// Prepares a weight; `None` keeps the stored type.
-    fn matrix(&self, tensor: &Tensor, dtype: Option<DType>) -> Result<Self::Matrix>;
+    fn matrix(&self, tensor: Tensor, dtype: Option<DType>) -> Result<Self::Matrix>;
     /// The type that a matrix is held in.
     fn stored(&self, matrix: &Self::Matrix) -> DType;
     fn vector(&self, tensor: &Tensor) -> Result<Self::Vector>;

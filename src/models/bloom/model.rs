@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::models::bloom::Parameter;
 use crate::ops::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
 use crate::tensor::DType;
+use std::cell::RefCell;
 
 pub struct Bloom<B: Backend> {
     pub config: BloomConfig,
@@ -56,23 +57,24 @@ impl<B: Backend> Default for Scratch<B> {
 }
 
 impl<B: Backend> Bloom<B> {
-    /// Prepares the weights of a checkpoint in `dtype`; `None` keeps what is stored, without a copy.
-    pub fn load(backend: &B, checkpoint: &Checkpoint, dtype: Option<DType>) -> Result<Bloom<B>> {
+    /// Prepares the weights of a checkpoint in `dtype`; `None` keeps what is stored.
+    pub fn load(backend: &B, checkpoint: Checkpoint, dtype: Option<DType>) -> Result<Bloom<B>> {
         let config = checkpoint.config.clone();
+        let checkpoint = RefCell::new(checkpoint);
         let tensor = |name: &str, shape: &[usize]| {
-            checkpoint.parameter(&Parameter { name: name.to_owned(), shape: shape.to_vec() })
+            checkpoint.borrow_mut().take(&Parameter { name: name.to_owned(), shape: shape.to_vec() })
         };
         let h = config.hidden_size;
         let norm = |name: &str| -> Result<_> {
             Ok(LayerNorm {
-                weight: backend.vector(tensor(&format!("{name}.weight"), &[h])?)?,
-                bias: backend.vector(tensor(&format!("{name}.bias"), &[h])?)?,
+                weight: backend.vector(&tensor(&format!("{name}.weight"), &[h])?)?,
+                bias: backend.vector(&tensor(&format!("{name}.bias"), &[h])?)?,
             })
         };
         let linear = |name: String, rows: usize, cols: usize| -> Result<_> {
             Ok(Linear {
                 weight: backend.matrix(tensor(&format!("{name}.weight"), &[rows, cols])?, dtype)?,
-                bias: backend.vector(tensor(&format!("{name}.bias"), &[rows])?)?,
+                bias: backend.vector(&tensor(&format!("{name}.bias"), &[rows])?)?,
             })
         };
         let embedding = tensor("transformer.word_embeddings.weight", &[config.vocab_size, h])?;

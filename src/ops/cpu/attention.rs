@@ -5,7 +5,7 @@
 //! sums depends on absolute positions alone, so chunked prefill, decoding and any batch give the same bits.
 
 use super::Cpu;
-use super::product::Element;
+use super::product::{Element, prefetch};
 use super::rows;
 use super::simd::{Isa, Simd};
 use super::threads::Disjoint;
@@ -14,11 +14,14 @@ use crate::ops::{BLOCK, Batch, Heads, Span};
 use crate::simd_fn;
 use crate::tensor::DType;
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// Largest head size; BLOOM's are 64 to 128.
 const MAX_HEAD: usize = 512;
 /// Queries of one task.
 const QUERIES: usize = 16;
+/// Heads of one task, if its sequence has one query: they lie together in the cache.
+const HEADS: usize = 4;
 /// Queries that read keys and values together.
 const TOGETHER: usize = 4;
 
@@ -122,11 +125,16 @@ impl<E: Attend> Blocks<E> {
     fn attend(&self, cpu: &Cpu, batch: &Batch, layer: usize, heads: &Heads, qkv: &[f32], out: &mut [f32]) {
         let (n, size, block) = (heads.count, heads.size, self.block);
         let [keys, values] = &self.data[layer];
-        let chunks: Vec<(&Span, usize)> =
-            batch.spans.iter().flat_map(|s| (0..s.len).step_by(QUERIES).map(move |i| (s, i))).collect();
+        // some queries of a sequence, and some heads
+        let mut tasks: Vec<(&Span, usize, Range<usize>)> = Vec::new();
+        for span in &batch.spans {
+            let together = if span.len == 1 { HEADS } else { 1 };
+            for first in (0..span.len).step_by(QUERIES) {
+                tasks.extend((0..n).step_by(together).map(|h| (span, first, h..(h + together).min(n))));
+            }
+        }
         let out = Disjoint::new(out);
-        cpu.threads.run(chunks.len() * n, |task| {
-            let ((span, first), head) = (chunks[task / n], task % n);
+        let attend = |span: &Span, first: usize, head: usize| {
             let view = View { keys, values, blocks: &span.blocks, stride: block, head: head * BLOCK * size, size };
             let end = (first + QUERIES).min(span.len);
             let mut i = first;
@@ -147,6 +155,10 @@ impl<E: Attend> Blocks<E> {
                 E::attend(cpu.isa, &queries, heads.slopes[head], &view, out);
                 i += count;
             }
+        };
+        cpu.threads.run(tasks.len(), |task| {
+            let (span, first, ref heads) = tasks[task];
+            heads.clone().for_each(|head| attend(span, first, head));
         });
     }
 }
@@ -226,6 +238,17 @@ unsafe fn attend<S: Simd, E: Element>(queries: &Queries, slope: f32, view: &View
             let at = index as usize * view.stride + view.head;
             let keys = view.keys[at..at + BLOCK * view.size].as_ptr();
             let values = view.values[at..at + BLOCK * view.size].as_ptr();
+            if count == 1 {
+                // a decoding query reads each of them once: they come from memory while the keys before are at work
+                let next = view.blocks.get(b + 1).filter(|_| b < whole);
+                let next = next.map_or(keys.wrapping_add(BLOCK * view.size), |&index| {
+                    view.keys.as_ptr().wrapping_add(index as usize * view.stride + view.head)
+                });
+                for i in (0..BLOCK * view.size).step_by(64 / size_of::<E>()) {
+                    prefetch::<_, true>(values.wrapping_add(i));
+                    prefetch::<_, true>(next.wrapping_add(i));
+                }
+            }
             if S::REGISTERS >= 32 && count == TOGETHER && b < whole {
                 dots_together::<S, E>(q.as_ptr(), stride, keys, view.size, &mut scores);
                 let mut weights = [[0f32; BLOCK]; TOGETHER];

@@ -8,6 +8,7 @@
 
 use super::Cpu;
 use super::matmul::View;
+use super::simd::transpose;
 use super::threads::Disjoint;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
@@ -202,35 +203,4 @@ unsafe fn load_words(v: View, first: usize, rows: usize, k: usize) -> [__m512i; 
         }
     }
     words
-}
-
-/// Transposes 16 x 16 words.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn transpose(w: &mut [__m512i; 16]) {
-    let mut t = [_mm512_setzero_si512(); 16];
-    for i in 0..8 {
-        t[2 * i] = _mm512_unpacklo_epi32(w[2 * i], w[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(w[2 * i], w[2 * i + 1]);
-    }
-    for i in 0..4 {
-        let s = 4 * i;
-        w[s] = _mm512_unpacklo_epi64(t[s], t[s + 2]);
-        w[s + 1] = _mm512_unpackhi_epi64(t[s], t[s + 2]);
-        w[s + 2] = _mm512_unpacklo_epi64(t[s + 1], t[s + 3]);
-        w[s + 3] = _mm512_unpackhi_epi64(t[s + 1], t[s + 3]);
-    }
-    // w[4g + j] holds, in its quarter q, column 4q + j of rows 4g..4g+4
-    for j in 0..4 {
-        let (a, b, c, d) = (w[j], w[4 + j], w[8 + j], w[12 + j]);
-        let ab_even = _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b);
-        let ab_odd = _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b);
-        let cd_even = _mm512_shuffle_i32x4::<0b10_00_10_00>(c, d);
-        let cd_odd = _mm512_shuffle_i32x4::<0b11_01_11_01>(c, d);
-        t[j] = _mm512_shuffle_i32x4::<0b10_00_10_00>(ab_even, cd_even);
-        t[8 + j] = _mm512_shuffle_i32x4::<0b11_01_11_01>(ab_even, cd_even);
-        t[4 + j] = _mm512_shuffle_i32x4::<0b10_00_10_00>(ab_odd, cd_odd);
-        t[12 + j] = _mm512_shuffle_i32x4::<0b11_01_11_01>(ab_odd, cd_odd);
-    }
-    *w = t;
 }

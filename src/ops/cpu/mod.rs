@@ -5,6 +5,7 @@ pub mod matmul;
 #[cfg(target_arch = "x86_64")]
 mod matmul_bf16;
 pub mod product;
+mod resident;
 pub mod rows;
 pub mod simd;
 pub mod threads;
@@ -24,12 +25,15 @@ use threads::{Disjoint, Threads};
 pub struct Cpu {
     pub threads: Threads,
     pub isa: Isa,
+    /// Whether weights of a mapped file are copied to where they are read fastest: a pause at the start for whoever reads
+    /// them many times. Results are the same.
+    pub resident: bool,
 }
 
 impl Cpu {
     /// `threads` as for [`Threads::new`].
     pub fn new(threads: usize, isa: Isa) -> Cpu {
-        Cpu { threads: Threads::new(threads), isa }
+        Cpu { threads: Threads::new(threads), isa, resident: false }
     }
 
     fn layer_norm(&self, x: &[f32], norm: &LayerNorm<Vec<f32>>, eps: f32, out: &mut Vec<f32>) {
@@ -54,8 +58,8 @@ impl Backend for Cpu {
     type Cache = Cache;
     type Pass = ();
 
-    fn matrix(&self, tensor: &Tensor, dtype: Option<DType>) -> Result<Matrix> {
-        Matrix::new(tensor, dtype)
+    fn matrix(&self, tensor: Tensor, dtype: Option<DType>) -> Result<Matrix> {
+        Matrix::new(self, tensor, dtype)
     }
 
     fn stored(&self, matrix: &Matrix) -> DType {

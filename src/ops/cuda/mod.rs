@@ -220,8 +220,8 @@ impl<L: Launcher> Backend for Cuda<L> {
     type Pass = Pass<L>;
 
     /// Weights are held in the backend's 16-bit type, or in 8 bits if `dtype` says so.
-    fn matrix(&self, tensor: &Tensor, dtype: Option<DType>) -> Result<Matrix<L>> {
-        Matrix::new(&self.launcher, tensor, self.half, dtype == Some(DType::Int8))
+    fn matrix(&self, tensor: Tensor, dtype: Option<DType>) -> Result<Matrix<L>> {
+        Matrix::new(&self.launcher, &tensor, self.half, dtype == Some(DType::Int8))
     }
 
     fn stored(&self, matrix: &Matrix<L>) -> DType {

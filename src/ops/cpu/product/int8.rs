@@ -1,35 +1,19 @@
-//! y = x W^T with 8-bit weights, quantized at load and laid out for the instructions that multiply them.
-//!
-//! Groups of 16 rows lie as `[inputs / 4][16 rows][4 inner]`: 64 bytes are one operand of `vpdpbusd`, whose 16
-//! sums are 16 outputs, so that nothing is summed across lanes. A tile is 12 tokens by 2 groups (24 vector sums). The
-//! products are integers and exact: every order of summation gives the same result.
+//! y = x W^T with 8-bit weights, quantized at load and laid out for the instructions that multiply them: [`super::lanes`] with
+//! words of four inner elements, for `vpdpbusd`. The products are integers and exact.
 
 use super::super::Cpu;
 use super::super::simd::Isa;
 use super::super::threads::Disjoint;
-use super::{Finish, prefetch, prepare};
+use super::Finish;
+use super::lanes::{self, GROUP, Groups, Lanes, Panel, WORD as INNER, panel};
 use crate::simd_fn;
-use memmap2::MmapMut;
+use crate::tensor::Bytes;
 use std::cell::RefCell;
-use std::ops::Range;
-
-/// Rows of a group: the lanes of one operand.
-const GROUP: usize = 16;
-/// Inner elements that one lane multiplies at a time.
-const INNER: usize = 4;
-/// Groups of one task.
-const PANEL: usize = 6;
-/// Inner elements that stay in the first-level cache, for two groups, while all tokens pass by.
-const CHUNK: usize = 512;
-/// Most tokens that pass a panel at once.
-const TOKENS: usize = 192;
-/// Bytes ahead of use that weights of a single tile are asked for.
-const AHEAD: usize = 2048;
 
 /// 8-bit weights with one scale for each row.
 pub struct Int8 {
     /// `[rows / 16][inputs / 4][16][4]`, zeros in what lies beyond the matrix.
-    data: MmapMut,
+    data: Bytes,
     pub scales: Vec<f32>,
     /// Sum of each row, which takes the activations' offset out of its products.
     sums: Vec<i32>,
@@ -38,27 +22,32 @@ pub struct Int8 {
 
 impl Int8 {
     /// Quantizes rows of `cols` elements that `row` makes.
-    pub fn new(rows: usize, cols: usize, row: impl Fn(usize) -> Vec<f32>) -> std::io::Result<Int8> {
-        let bytes = rows.div_ceil(GROUP) * cols.div_ceil(INNER) * GROUP * INNER;
-        let data = MmapMut::map_anon(bytes.max(1))?;
-        // fewer misses of the address cache; where the system has no huge pages, nothing is lost
-        #[cfg(target_os = "linux")]
-        let _ = data.advise(memmap2::Advice::HugePage);
-        let isa = Isa::detect();
-        let mut m = Int8 { data, scales: vec![0.0; rows], sums: vec![0; rows], cols };
-        let mut quantized = vec![0u8; cols];
-        for i in 0..rows {
-            m.scales[i] = quantize_offset(isa, &row(i), &mut quantized);
-            for (k, q) in quantized.chunks(INNER).enumerate() {
-                let at = m.at(i, k * INNER);
-                for (to, q) in m.data[at..].iter_mut().zip(q) {
-                    let q = *q as i32 - 128;
-                    *to = q as i8 as u8;
-                    m.sums[i] += q;
+    pub fn new(cpu: &Cpu, rows: usize, cols: usize, row: impl Fn(usize) -> Vec<f32> + Sync) -> std::io::Result<Int8> {
+        let (words, count) = (cols.div_ceil(INNER), rows.div_ceil(GROUP));
+        let (mut scales, mut sums) = (vec![0.0; rows], vec![0; rows]);
+        let data = Bytes::resident(count * words * GROUP * INNER, |data| {
+            let (data, scales, sums) = (Disjoint::new(data), Disjoint::new(&mut scales), Disjoint::new(&mut sums));
+            cpu.threads.run_ranges(count, 4, |groups| {
+                let mut quantized = vec![0u32; words];
+                for i in groups.start * GROUP..(groups.end * GROUP).min(rows) {
+                    let bytes = bytemuck::cast_slice_mut::<u32, u8>(&mut quantized);
+                    let group = i / GROUP * words * GROUP * INNER;
+                    // SAFETY: every group is one task's.
+                    let (scale, sum, group) = unsafe {
+                        (scales.slice(i..i + 1), sums.slice(i..i + 1), data.slice(group..group + words * GROUP * INNER))
+                    };
+                    scale[0] = quantize_offset(cpu.isa, &row(i), bytes);
+                    // the offset goes, here and below, and what is behind the row becomes zero with it
+                    bytes[cols..].fill(128);
+                    sum[0] = bytes.iter().map(|&q| q as i32).sum::<i32>() - 128 * bytes.len() as i32;
+                    let lanes = bytemuck::cast_slice_mut::<u8, [u32; GROUP]>(group);
+                    for (lanes, word) in lanes.iter_mut().zip(&quantized) {
+                        lanes[i % GROUP] = word ^ 0x8080_8080;
+                    }
                 }
-            }
-        }
-        Ok(m)
+            });
+        })?;
+        Ok(Int8 { data, scales, sums, cols })
     }
 
     pub fn rows(&self) -> usize {
@@ -87,19 +76,15 @@ impl Int8 {
 }
 
 thread_local! {
-    /// Sums of a panel and outputs of one token, kept from call to call.
-    static SUMS: RefCell<(Vec<i32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+    /// Outputs of one token, kept from call to call.
+    static OUTPUTS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
-
-/// `(weights from the panel's first group, bytes of a group, groups, activations, their width, tokens, sums)`; the
-/// sums are `[tokens, groups, 16]`.
-type Panel = unsafe fn(*const i8, usize, usize, &[u8], usize, Range<usize>, &mut [i32]);
 
 /// Computes x W^T for `x` = `[tokens, inputs]`, and hands every token's outputs to `finish`, panel by panel.
 pub fn product(cpu: &Cpu, x: &[f32], w: &Int8, finish: &Finish) {
     let (rows, inputs) = (w.rows(), w.cols);
     let tokens = x.len() / inputs;
-    let panel: Panel = match cpu.isa {
+    let panel: Panel<i32> = match cpu.isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Bf16 => x86::panel_vnni,
         #[cfg(target_arch = "x86_64")]
@@ -110,38 +95,28 @@ pub fn product(cpu: &Cpu, x: &[f32], w: &Int8, finish: &Finish) {
     let mut scales = vec![0f32; tokens];
     let scales_out = Disjoint::new(&mut scales);
     // SAFETY: every token is one task's.
-    let quantize = |cpu: &Cpu, x: &[f32], row: &mut [u8], t: usize| unsafe {
+    let quantize = |x: &[f32], row: &mut [u8], t: usize| unsafe {
         scales_out.slice(t..t + 1)[0] = quantize_offset(cpu.isa, x, row);
     };
-    prepare(cpu, x, inputs, quantize, |a, width| {
+    lanes::prepare(cpu, x, inputs, quantize, |a| {
         // SAFETY: all scales are written, and nobody writes them now.
         let scales = unsafe { &*scales_out.slice(0..tokens) };
-        let groups = rows.div_ceil(GROUP);
-        // panels small enough that the threads end together
-        let share = groups.div_ceil(cpu.threads.count() * 8).next_multiple_of(2).min(PANEL);
-        for first in (0..tokens).step_by(TOKENS) {
-            let tokens = first..(first + TOKENS).min(tokens);
-            cpu.threads.run(groups.div_ceil(share), |p| {
-                let n = share.min(groups - p * share);
-                let first_row = p * share * GROUP;
-                let real = (n * GROUP).min(rows - first_row);
-                SUMS.with_borrow_mut(|(sums, outputs)| {
-                    sums.clear();
-                    sums.resize(tokens.len() * n * GROUP, 0);
-                    outputs.resize(real, 0.0);
-                    // SAFETY: the instruction set was matched above; the panel lies inside the weights.
-                    unsafe {
-                        let at = w.data.as_ptr().add(p * share * w.group()).cast();
-                        panel(at, w.group(), n, a, width, tokens.clone(), sums);
-                    }
-                    let (row_sums, row_scales) = (&w.sums[first_row..], &w.scales[first_row..]);
-                    for (t, sums) in tokens.clone().zip(sums.chunks_exact(n * GROUP)) {
-                        scale_sums(cpu.isa, sums, row_sums, row_scales, scales[t], outputs);
-                        finish(t, first_row, outputs);
-                    }
-                });
+        lanes::tasks(cpu, rows.div_ceil(GROUP), tokens, |group, count, tokens, sums: &mut [i32]| {
+            let first = group * GROUP;
+            let real = (count * GROUP).min(rows - first);
+            // SAFETY: the instruction set was matched above; the panel lies inside the weights.
+            unsafe {
+                let at = w.data.as_ptr().add(group * w.group());
+                panel(Groups { at, bytes: w.group(), count }, a, tokens.clone(), sums);
+            }
+            OUTPUTS.with_borrow_mut(|outputs| {
+                outputs.resize(real, 0.0);
+                for (t, sums) in tokens.zip(sums.chunks_exact(count * GROUP)) {
+                    scale_sums(cpu.isa, sums, &w.sums[first..], &w.scales[first..], scales[t], outputs);
+                    finish(t, first, outputs);
+                }
             });
-        }
+        });
     });
 }
 
@@ -179,174 +154,25 @@ simd_fn! {
     }
 }
 
-/// How one group's 16 sums are kept and added to.
-///
-/// # Safety
-/// Every function needs the instruction set of the implementing type, 64 bytes of weights, 4 of activations and 16 sums.
-#[allow(clippy::missing_safety_doc)] // one contract for the whole trait, stated above
-trait Lanes {
-    type Acc: Copy;
-    type W: Copy;
-    /// Tokens of the largest tile and its groups: 12 and 2, or 4 and 1.
-    const TILE: (usize, usize);
-
-    unsafe fn zero() -> Self::Acc;
-    unsafe fn load(w: *const i8) -> Self::W;
-    unsafe fn dot(acc: Self::Acc, w: Self::W, a: *const u8) -> Self::Acc;
-    unsafe fn add_to(acc: Self::Acc, out: *mut i32);
-}
-
-/// # Safety
-/// Needs the instruction set of `L`; `groups` and `tokens` lie inside the weights and activations; sums are zero.
-#[inline(always)]
-unsafe fn panel<L: Lanes>(
-    w: *const i8,
-    group: usize,
-    groups: usize,
-    a: &[u8],
-    width: usize,
-    tokens: Range<usize>,
-    sums: &mut [i32],
-) {
-    let inner = group / GROUP; // inputs, rounded up to whole operands
-    let (tile_m, tile_n) = L::TILE;
-    // Where one tile takes all tokens, memory is the limit, and a few long streams are what it delivers fastest. Else
-    // a chunk of two groups stays in the first-level cache while all tokens use it, and the next is asked for meanwhile.
-    let streaming = tokens.len() <= tile_m;
-    let chunk = if streaming { inner } else { CHUNK };
-    let (height, step) = if streaming { (tile_n, groups / tile_n) } else { (tile_n, 1) };
-    let tiles = tokens.len().div_ceil(tile_m);
-    // tiles of nearly equal size, in whole fours
-    let tile_m = tokens.len().div_ceil(tiles).next_multiple_of(4).min(tile_m);
-    unsafe {
-        for k in (0..inner).step_by(chunk) {
-            let kn = chunk.min(inner - k);
-            let mut g = 0;
-            while g < groups {
-                let paired = g + height <= groups / height * height;
-                let (n, first, next) = if !paired {
-                    (1, g, 1)
-                } else if streaming {
-                    (height, g / height, 0)
-                } else {
-                    (height, g, height)
-                };
-                let at = w.add(first * group + k * GROUP);
-                let mut t = tokens.start;
-                let mut number = 0;
-                while t < tokens.end {
-                    let m = tile_m.min(tokens.end - t);
-                    let task = Task {
-                        w: at,
-                        stride: step * group,
-                        ahead: if streaming {
-                            at.wrapping_add(AHEAD)
-                        } else {
-                            at.wrapping_add((next + number % n) * group)
-                        },
-                        streaming,
-                        a: a.as_ptr().add(t * width + k),
-                        width,
-                        kn,
-                        out: sums.as_mut_ptr().add(((t - tokens.start) * groups + first) * GROUP),
-                        out_token: groups * GROUP,
-                        out_group: step * GROUP,
-                    };
-                    task.run::<L>(m, n);
-                    t += m;
-                    number += 1;
-                }
-                g += n;
-            }
-        }
-    }
-}
-
-/// A tile: its weights and activations, from the chunk's first inner element, and where its sums are added.
-struct Task {
-    w: *const i8,
-    /// Bytes from one group of the tile to the next.
-    stride: usize,
-    /// What to ask memory for: the weights themselves, further on, or a group that other tiles will use.
-    ahead: *const i8,
-    streaming: bool,
-    a: *const u8,
-    width: usize,
-    kn: usize,
-    out: *mut i32,
-    out_token: usize,
-    out_group: usize,
-}
-
-impl Task {
-    /// # Safety
-    /// As for [`panel`].
-    #[inline(always)]
-    unsafe fn run<L: Lanes>(&self, m: usize, n: usize) {
-        unsafe {
-            macro_rules! tiles {
-                ($n:literal: $($m:literal)*) => {
-                    match m {
-                        $($m => self.tile::<L, $m, $n>(),)*
-                        _ => unreachable!("tiles have at most {:?} tokens", L::TILE),
-                    }
-                };
-            }
-            match n {
-                2 => tiles!(2: 1 2 3 4 5 6 7 8 9 10 11 12),
-                _ if L::TILE.0 == 4 => tiles!(1: 1 2 3 4),
-                _ => tiles!(1: 1 2 3 4 5 6 7 8 9 10 11 12),
-            }
-        }
-    }
-
-    /// M tokens by N groups.
-    ///
-    /// # Safety
-    /// As for [`panel`].
-    #[inline(always)]
-    unsafe fn tile<L: Lanes, const M: usize, const N: usize>(&self) {
-        unsafe {
-            let mut acc = [[L::zero(); N]; M];
-            for i in (0..self.kn).step_by(INNER) {
-                if self.streaming {
-                    for n in 0..N {
-                        prefetch::<_, true>(self.ahead.wrapping_add(n * self.stride + i * GROUP));
-                    }
-                } else {
-                    prefetch::<_, false>(self.ahead.wrapping_add(i * GROUP));
-                }
-                let ws: [L::W; N] = std::array::from_fn(|n| L::load(self.w.add(n * self.stride + i * GROUP)));
-                for (m, row) in acc.iter_mut().enumerate() {
-                    let a = self.a.add(m * self.width + i);
-                    for (acc, w) in row.iter_mut().zip(ws) {
-                        *acc = L::dot(*acc, w, a);
-                    }
-                }
-            }
-            for (m, row) in acc.iter().enumerate() {
-                for (n, acc) in row.iter().enumerate() {
-                    L::add_to(*acc, self.out.add(m * self.out_token + n * self.out_group));
-                }
-            }
-        }
-    }
-}
-
 /// Plain Rust.
 struct Portable;
 
 impl Lanes for Portable {
     type Acc = [i32; GROUP];
     type W = [[i8; INNER]; GROUP];
-    const TILE: (usize, usize) = (4, 1);
+    type Sum = i32;
+    const WIDE: bool = false;
 
     #[inline(always)]
     unsafe fn zero() -> Self::Acc {
         [0; GROUP]
     }
     #[inline(always)]
-    unsafe fn load(w: *const i8) -> Self::W {
+    unsafe fn begin(_: *const i32) -> Self::Acc {
+        [0; GROUP]
+    }
+    #[inline(always)]
+    unsafe fn load(w: *const u8) -> Self::W {
         unsafe { w.cast::<Self::W>().read_unaligned() }
     }
     #[inline(always)]
@@ -355,7 +181,11 @@ impl Lanes for Portable {
         std::array::from_fn(|i| (0..INNER).fold(acc[i], |sum, k| sum + w[i][k] as i32 * a[k] as i32))
     }
     #[inline(always)]
-    unsafe fn add_to(acc: Self::Acc, out: *mut i32) {
+    unsafe fn dot4(acc: [Self::Acc; 4], w: Self::W, a: *const u8) -> [Self::Acc; 4] {
+        std::array::from_fn(|i| unsafe { Self::dot(acc[i], w, a.add(i * INNER)) })
+    }
+    #[inline(always)]
+    unsafe fn end(acc: Self::Acc, out: *mut i32) {
         for (i, sum) in acc.into_iter().enumerate() {
             unsafe { *out.add(i) += sum };
         }
@@ -364,24 +194,29 @@ impl Lanes for Portable {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Lanes, panel};
+    use super::super::lanes::panel_instance;
+    use super::Lanes;
     use std::arch::x86_64::*;
-    use std::ops::Range;
 
     /// 64 products an instruction.
-    struct Vnni;
+    pub struct Vnni;
 
     impl Lanes for Vnni {
         type Acc = __m512i;
         type W = __m512i;
-        const TILE: (usize, usize) = (12, 2);
+        type Sum = i32;
+        const WIDE: bool = true;
 
         #[inline(always)]
         unsafe fn zero() -> __m512i {
             unsafe { _mm512_setzero_si512() }
         }
         #[inline(always)]
-        unsafe fn load(w: *const i8) -> __m512i {
+        unsafe fn begin(out: *const i32) -> __m512i {
+            unsafe { _mm512_loadu_si512(out.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn load(w: *const u8) -> __m512i {
             unsafe { _mm512_loadu_si512(w.cast()) }
         }
         #[inline(always)]
@@ -389,26 +224,43 @@ mod x86 {
             unsafe { _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(a.cast::<i32>().read_unaligned()), w) }
         }
         #[inline(always)]
-        unsafe fn add_to(acc: __m512i, out: *mut i32) {
-            unsafe { _mm512_storeu_si512(out.cast(), _mm512_add_epi32(acc, _mm512_loadu_si512(out.cast()))) }
+        unsafe fn dot4(acc: [__m512i; 4], w: __m512i, a: *const u8) -> [__m512i; 4] {
+            unsafe {
+                let a = _mm512_broadcast_i32x4(_mm_loadu_si128(a.cast()));
+                [
+                    _mm512_dpbusd_epi32(acc[0], _mm512_shuffle_epi32::<0b00_00_00_00>(a), w),
+                    _mm512_dpbusd_epi32(acc[1], _mm512_shuffle_epi32::<0b01_01_01_01>(a), w),
+                    _mm512_dpbusd_epi32(acc[2], _mm512_shuffle_epi32::<0b10_10_10_10>(a), w),
+                    _mm512_dpbusd_epi32(acc[3], _mm512_shuffle_epi32::<0b11_11_11_11>(a), w),
+                ]
+            }
+        }
+        #[inline(always)]
+        unsafe fn end(acc: __m512i, out: *mut i32) {
+            unsafe { _mm512_storeu_si512(out.cast(), acc) }
         }
     }
 
     /// Values widened to 16 bits, whose products by pairs (`vpmaddwd`) cannot saturate.
-    struct Avx2;
+    pub struct Avx2;
 
     impl Lanes for Avx2 {
         /// Four rows each, two partial sums a row.
         type Acc = [__m256i; 4];
         type W = [__m256i; 4];
-        const TILE: (usize, usize) = (4, 1);
+        type Sum = i32;
+        const WIDE: bool = false;
 
         #[inline(always)]
         unsafe fn zero() -> Self::Acc {
             unsafe { [_mm256_setzero_si256(); 4] }
         }
         #[inline(always)]
-        unsafe fn load(w: *const i8) -> Self::W {
+        unsafe fn begin(_: *const i32) -> Self::Acc {
+            unsafe { Self::zero() }
+        }
+        #[inline(always)]
+        unsafe fn load(w: *const u8) -> Self::W {
             unsafe {
                 let part = w.cast::<__m128i>();
                 let [a, b, c, d] = [part, part.add(1), part.add(2), part.add(3)];
@@ -433,7 +285,18 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn add_to(acc: Self::Acc, out: *mut i32) {
+        unsafe fn dot4(acc: [Self::Acc; 4], w: Self::W, a: *const u8) -> [Self::Acc; 4] {
+            unsafe {
+                [
+                    Self::dot(acc[0], w, a),
+                    Self::dot(acc[1], w, a.add(4)),
+                    Self::dot(acc[2], w, a.add(8)),
+                    Self::dot(acc[3], w, a.add(12)),
+                ]
+            }
+        }
+        #[inline(always)]
+        unsafe fn end(acc: Self::Acc, out: *mut i32) {
             for half in 0..2 {
                 unsafe {
                     // halves of 128 bits hold rows 0 1 4 5 and 2 3 6 7 after the addition of neighbours
@@ -446,22 +309,6 @@ mod x86 {
         }
     }
 
-    macro_rules! instance {
-        ($name:ident, $lanes:ty, $features:literal) => {
-            #[target_feature(enable = $features)]
-            pub unsafe fn $name(
-                w: *const i8,
-                group: usize,
-                groups: usize,
-                a: &[u8],
-                width: usize,
-                tokens: Range<usize>,
-                sums: &mut [i32],
-            ) {
-                unsafe { panel::<$lanes>(w, group, groups, a, width, tokens, sums) }
-            }
-        };
-    }
-    instance!(panel_vnni, Vnni, "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c");
-    instance!(panel_avx2, Avx2, "avx2,fma,f16c");
+    panel_instance!(panel_vnni, Vnni, "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c");
+    panel_instance!(panel_avx2, Avx2, "avx2,fma,f16c");
 }

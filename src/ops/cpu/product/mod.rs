@@ -1,13 +1,17 @@
-//! y = x W^T for inference: weights `[outputs, inputs]` in the type and place they are stored in (8-bit weights: [`int8`]).
+//! y = x W^T for inference: weights `[outputs, inputs]` in the type and place they are stored in. Those that instructions for
+//! dot products take ([`bf16`], [`int8`]) go ways of their own, [`lanes`].
 //!
-//! Dot-product form: lanes run along the inner dimension, so that mapped files are read as they lie. A tile
+//! The others in dot-product form: lanes run along the inner dimension, so that mapped files are read as they lie. A tile
 //! is 4 tokens by 6 rows of weights (24 vector sums in registers, 10 loads for 24 multiply-adds). A task
 //! takes a panel of rows, whose chunk of [`CHUNK`] inner elements stays in the first-level cache while all tokens
 //! pass by it from the second: each weight is read from memory once a call. An output's sum runs over lanes,
 //! then chunks, in an order that depends on the inner size alone: a token's result is the same in every batch.
 
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod dot;
 mod int8;
+mod lanes;
 mod weights;
 
 pub use dot::Element;
@@ -15,7 +19,6 @@ pub use int8::quantize_offset;
 pub use weights::Matrix;
 
 use super::Cpu;
-use super::rows::narrow_bf16;
 use super::simd::Isa;
 use super::threads::Disjoint;
 use dot::{Dot, Float};
@@ -45,25 +48,14 @@ pub fn product(cpu: &Cpu, x: &[f32], weights: &Matrix, finish: &Finish) {
         Matrix::F32(w) => float(cpu, x, w, weights, finish),
         Matrix::F16(w) => float(cpu, x, w, weights, finish),
         #[cfg(target_arch = "x86_64")]
-        Matrix::Bf16(w) if cpu.isa == Isa::Avx512Bf16 => {
-            prepare(
-                cpu,
-                x,
-                weights.cols(),
-                |cpu, x, row, _| narrow_bf16(cpu.isa, x, &mut row[..x.len()]),
-                |a, width| {
-                    run::<dot::Bf16Avx512>(cpu, panel_bf16, a, width, &w.data, weights, finish);
-                },
-            );
-        }
+        Matrix::Bf16Packed(w) => bf16::product(cpu, x, w, finish),
         Matrix::Bf16(w) => float(cpu, x, w, weights, finish),
         Matrix::Int8(w) => int8::product(cpu, x, w, finish),
     }
 }
 
 fn float<E: Element + bytemuck::Pod>(cpu: &Cpu, x: &[f32], w: &weights::Plain<E>, shape: &Matrix, finish: &Finish) {
-    let copy = |_: &Cpu, x: &[f32], row: &mut [f32], _| row[..x.len()].copy_from_slice(x);
-    prepare(cpu, x, shape.cols(), copy, |a, width| match cpu.isa {
+    prepare(cpu, x, shape.cols(), |a, width| match cpu.isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Avx512Bf16 => {
             use super::simd::Avx512;
@@ -91,33 +83,26 @@ thread_local! {
     static PREPARED: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Has `convert` write each token's activations as the products want them, padded with zeros, and passes them on
-/// with their row width.
-fn prepare<A: bytemuck::Pod + Send>(
-    cpu: &Cpu,
-    x: &[f32],
-    inputs: usize,
-    convert: impl Fn(&Cpu, &[f32], &mut [A], usize) + Sync,
-    then: impl FnOnce(&[A], usize),
-) {
+/// Passes the activations on with their row width: aligned, and padded with zeros.
+fn prepare(cpu: &Cpu, x: &[f32], inputs: usize, then: impl FnOnce(&[f32], usize)) {
     let mut width = inputs.next_multiple_of(PAD);
-    if (width * size_of::<A>()).is_multiple_of(4096) {
+    if (width * size_of::<f32>()).is_multiple_of(4096) {
         width += PAD; // rows a multiple of 4 KiB apart would fight for the same cache sets
     }
     let tokens = x.len() / inputs;
     PREPARED.with_borrow_mut(|lines| {
-        let needed = (tokens * width * size_of::<A>()).div_ceil(64);
+        let needed = (tokens * width * size_of::<f32>()).div_ceil(size_of::<Line>());
         if lines.len() < needed {
             lines.resize(needed, bytemuck::Zeroable::zeroed());
         }
-        let a = &mut bytemuck::cast_slice_mut::<Line, A>(&mut lines[..needed])[..tokens * width];
+        let a = &mut bytemuck::cast_slice_mut::<Line, f32>(&mut lines[..needed])[..tokens * width];
         let out = Disjoint::new(a);
         cpu.threads.run_ranges(tokens, 4, |r| {
             for t in r {
                 // SAFETY: every token is one task's.
                 let row = unsafe { out.slice(t * width..(t + 1) * width) };
-                row[inputs..].fill(A::zeroed());
-                convert(cpu, &x[t * inputs..(t + 1) * inputs], row, t);
+                row[inputs..].fill(0.0);
+                row[..inputs].copy_from_slice(&x[t * inputs..(t + 1) * inputs]);
             }
         });
         then(a, width);
@@ -315,7 +300,7 @@ enum Ahead<W> {
 
 /// Asks for the cache line at `p`, into the first level or only the second; any address will do.
 #[inline(always)]
-fn prefetch<T, const FIRST: bool>(p: *const T) {
+pub(super) fn prefetch<T, const FIRST: bool>(p: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch never faults.
     unsafe {
@@ -434,7 +419,7 @@ unsafe fn step<D: Dot, const M: usize, const N: usize>(
 /// Instances of [`panel`] compiled with their instruction sets.
 #[cfg(target_arch = "x86_64")]
 mod instances {
-    use super::dot::{Bf16Avx512, Dot};
+    use super::dot::Dot;
     use super::panel;
     use std::ops::Range;
 
@@ -454,9 +439,8 @@ mod instances {
             }
         };
     }
-    instance!(panel_bf16, Bf16Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c");
     instance!(panel_avx512<D>, D, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
     instance!(panel_avx2<D>, D, "avx2,fma,f16c");
 }
 #[cfg(target_arch = "x86_64")]
-use instances::{panel_avx2, panel_avx512, panel_bf16};
+use instances::{panel_avx2, panel_avx512};

@@ -1,8 +1,14 @@
 //! Weight matrices as products read them.
 
+#[cfg(target_arch = "x86_64")]
+use super::bf16::Packed;
 use super::int8::Int8;
 use crate::error::{Error, Result};
-use crate::tensor::{Buffer, DType, Tensor};
+use crate::ops::cpu::Cpu;
+use crate::ops::cpu::resident::into_resident;
+use crate::ops::cpu::rows::{narrow_bf16, narrow_f16};
+use crate::ops::cpu::simd::Isa;
+use crate::tensor::{Buffer, Bytes, DType, Tensor};
 use bytemuck::Pod;
 use half::{bf16, f16};
 
@@ -18,49 +24,54 @@ pub enum Matrix {
     F32(Plain<f32>),
     F16(Plain<f16>),
     Bf16(Plain<bf16>),
+    #[cfg(target_arch = "x86_64")]
+    Bf16Packed(super::bf16::Packed),
     Int8(Int8),
 }
 
 impl Matrix {
-    /// Keeps the tensor's own memory if it is stored in `dtype` already (or if that is `None`).
-    pub fn new(tensor: &Tensor, dtype: Option<DType>) -> Result<Matrix> {
+    /// Prepares a tensor for products. One that is stored in `dtype` already (or if that is `None`) and lies in a mapped file
+    /// stays there, unless [`Cpu::resident`] or its layout says otherwise.
+    pub fn new(cpu: &Cpu, tensor: Tensor, dtype: Option<DType>) -> Result<Matrix> {
         let [rows, cols] = tensor.shape[..] else {
             return Err(Error::invalid(format!("a weight has shape {:?}, expected two dimensions", tensor.shape)));
         };
         let dtype = dtype.unwrap_or(tensor.dtype);
-        if dtype == tensor.dtype {
-            let bytes = tensor.bytes.clone();
-            return Ok(match dtype {
-                DType::F32 => Matrix::F32(Plain { data: Buffer::from_bytes(bytes), rows, cols }),
-                DType::F16 => Matrix::F16(Plain { data: Buffer::from_bytes(bytes), rows, cols }),
-                DType::Bf16 => Matrix::Bf16(Plain { data: Buffer::from_bytes(bytes), rows, cols }),
-                DType::Int8 => return Err(Error::invalid("int8 weights are made at load, not read")),
-            });
-        }
-        // converted row by row, so that a large matrix never exists twice in f32
-        let row = |i: usize| {
+        let reserved = |r: std::io::Result<Bytes>| r.map_err(Error::io("memory", "reserve"));
+        let bytes = if dtype == tensor.dtype {
+            tensor.bytes
+        } else {
+            // converted row by row, so that a large matrix never exists twice in f32
             let width = cols * tensor.dtype.size();
-            let bytes = tensor.bytes.slice(i * width..(i + 1) * width);
-            Tensor { dtype: tensor.dtype, shape: vec![cols], bytes }.to_f32()
+            let row = |i: usize| {
+                let bytes = tensor.bytes.slice(i * width..(i + 1) * width);
+                Tensor { dtype: tensor.dtype, shape: vec![cols], bytes }.to_f32()
+            };
+            if dtype == DType::Int8 {
+                return Ok(Matrix::Int8(Int8::new(cpu, rows, cols, row).map_err(Error::io("memory", "reserve"))?));
+            }
+            reserved(Bytes::resident(rows * cols * dtype.size(), |out| {
+                for (i, out) in out.chunks_exact_mut(cols * dtype.size()).enumerate() {
+                    narrow(cpu.isa, &row(i), dtype, out);
+                }
+            }))?
         };
-        let rows_of = || (0..rows).map(row);
+        #[cfg(target_arch = "x86_64")]
+        if dtype == DType::Bf16 && cpu.isa == Isa::Avx512Bf16 {
+            let packed = Packed::new(cpu, bytes, rows, cols);
+            return Ok(Matrix::Bf16Packed(packed.map_err(Error::io("memory", "reserve"))?));
+        }
+        let bytes = match bytes {
+            Bytes::Mapped(..) if cpu.resident => {
+                reserved(into_resident(cpu, bytes, 1 << 20, |from, to| to.copy_from_slice(from)))?
+            }
+            bytes => bytes,
+        };
         Ok(match dtype {
-            DType::F32 => {
-                let mut data = Vec::with_capacity(rows * cols);
-                rows_of().for_each(|r| data.extend(r));
-                Matrix::F32(Plain { data: Buffer::owned(data), rows, cols })
-            }
-            DType::F16 => {
-                let mut data = Vec::with_capacity(rows * cols);
-                rows_of().for_each(|r| data.extend(r.into_iter().map(f16::from_f32)));
-                Matrix::F16(Plain { data: Buffer::owned(data), rows, cols })
-            }
-            DType::Bf16 => {
-                let mut data = Vec::with_capacity(rows * cols);
-                rows_of().for_each(|r| data.extend(r.into_iter().map(bf16::from_f32)));
-                Matrix::Bf16(Plain { data: Buffer::owned(data), rows, cols })
-            }
-            DType::Int8 => Matrix::Int8(Int8::new(rows, cols, row).map_err(Error::io("memory", "reserve"))?),
+            DType::F32 => Matrix::F32(Plain { data: Buffer::from_bytes(bytes), rows, cols }),
+            DType::F16 => Matrix::F16(Plain { data: Buffer::from_bytes(bytes), rows, cols }),
+            DType::Bf16 => Matrix::Bf16(Plain { data: Buffer::from_bytes(bytes), rows, cols }),
+            DType::Int8 => return Err(Error::invalid("int8 weights are made at load, not read")),
         })
     }
 
@@ -69,6 +80,8 @@ impl Matrix {
             Matrix::F32(m) => m.rows,
             Matrix::F16(m) => m.rows,
             Matrix::Bf16(m) => m.rows,
+            #[cfg(target_arch = "x86_64")]
+            Matrix::Bf16Packed(m) => m.rows(),
             Matrix::Int8(m) => m.rows(),
         }
     }
@@ -78,6 +91,8 @@ impl Matrix {
             Matrix::F32(m) => m.cols,
             Matrix::F16(m) => m.cols,
             Matrix::Bf16(m) => m.cols,
+            #[cfg(target_arch = "x86_64")]
+            Matrix::Bf16Packed(m) => m.cols(),
             Matrix::Int8(m) => m.cols(),
         }
     }
@@ -87,6 +102,8 @@ impl Matrix {
             Matrix::F32(_) => DType::F32,
             Matrix::F16(_) => DType::F16,
             Matrix::Bf16(_) => DType::Bf16,
+            #[cfg(target_arch = "x86_64")]
+            Matrix::Bf16Packed(_) => DType::Bf16,
             Matrix::Int8(_) => DType::Int8,
         }
     }
@@ -107,7 +124,18 @@ impl Matrix {
             Matrix::F32(m) => out.copy_from_slice(&m.data[range]),
             Matrix::F16(m) => copy(&m.data[range], out, f16::to_f32),
             Matrix::Bf16(m) => copy(&m.data[range], out, bf16::to_f32),
+            #[cfg(target_arch = "x86_64")]
+            Matrix::Bf16Packed(m) => m.read_row(row, out),
             Matrix::Int8(m) => m.read_row(row, out),
         }
+    }
+}
+
+/// Writes `x` in the stored type.
+fn narrow(isa: Isa, x: &[f32], dtype: DType, out: &mut [u8]) {
+    match dtype {
+        DType::F16 => narrow_f16(isa, x, bytemuck::cast_slice_mut(out)),
+        DType::Bf16 => narrow_bf16(isa, x, bytemuck::cast_slice_mut(out)),
+        _ => out.copy_from_slice(bytemuck::cast_slice(x)),
     }
 }

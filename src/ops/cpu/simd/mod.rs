@@ -10,7 +10,7 @@ mod x86;
 
 pub use portable::Portable;
 #[cfg(target_arch = "x86_64")]
-pub use x86::{Avx2, Avx512};
+pub use x86::{Avx2, Avx512, transpose};
 
 use half::{bf16, f16};
 

@@ -1,0 +1,209 @@
+//! y = x W^T with bf16 weights on AVX-512 BF16: [`super::lanes`] with words of two inner elements, for `vdpbf16ps`.
+//!
+//! Weights are laid out once, at load. (Laid out as they are used, from where they lie in the file, one sequence decodes at
+//! a third of the speed; and after some thirty tokens the pause at the start has paid for itself in large pages alone.)
+
+use super::super::Cpu;
+use super::super::resident::into_resident;
+use super::super::rows::narrow_bf16;
+use super::super::simd::transpose;
+use super::Finish;
+use super::lanes::{self, GROUP, Groups, Lanes, WORD, panel_instance};
+use crate::tensor::Bytes;
+use half::bf16;
+use std::arch::x86_64::*;
+
+/// `[rows, cols]`, laid out for products.
+pub struct Packed {
+    /// `[rows / 16][cols / 2][16][2]`, zeros in what lies beyond the matrix.
+    data: Bytes,
+    rows: usize,
+    cols: usize,
+}
+
+/// Bytes of a group of rows of `cols` elements.
+fn group_bytes(cols: usize) -> usize {
+    cols.div_ceil(2) * GROUP * WORD
+}
+
+impl Packed {
+    /// Lays out a row-major matrix, in place where it is nobody else's. `cpu` must have AVX-512 BF16.
+    pub fn new(cpu: &Cpu, source: Bytes, rows: usize, cols: usize) -> std::io::Result<Packed> {
+        let group = group_bytes(cols);
+        let pack = |from: &[u8], to: &mut [u8]| {
+            // SAFETY: this type is only made where the instruction set is there.
+            unsafe { pack_group(from, cols, to) }
+        };
+        let data = if rows.is_multiple_of(GROUP) && cols.is_multiple_of(2) {
+            into_resident(cpu, source, group, pack)?
+        } else {
+            Bytes::resident(rows.div_ceil(GROUP) * group, |out| {
+                for (from, to) in source.chunks(GROUP * cols * 2).zip(out.chunks_exact_mut(group)) {
+                    pack(from, to);
+                }
+            })?
+        };
+        Ok(Packed { data, rows, cols })
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Copies a row in f32.
+    pub fn read_row(&self, row: usize, out: &mut [f32]) {
+        let group = &self.data[row / GROUP * group_bytes(self.cols)..];
+        for (k, v) in out.iter_mut().enumerate() {
+            let at = (k / 2 * GROUP + row % GROUP) * WORD + k % 2 * 2;
+            *v = bf16::from_le_bytes([group[at], group[at + 1]]).to_f32();
+        }
+    }
+}
+
+/// Computes x W^T; see [`super::product`].
+pub fn product(cpu: &Cpu, x: &[f32], w: &Packed, finish: &Finish) {
+    let (rows, cols, bytes) = (w.rows, w.cols, group_bytes(w.cols));
+    let narrow = |x: &[f32], row: &mut [bf16], _| narrow_bf16(cpu.isa, x, row);
+    lanes::prepare(cpu, x, cols, narrow, |a| {
+        lanes::tasks(cpu, rows.div_ceil(GROUP), x.len() / cols, |first, count, tokens, sums: &mut [f32]| {
+            let at = w.data[first * bytes..(first + count) * bytes].as_ptr();
+            // SAFETY: such a matrix is only made where the instruction set is there; the panel has so many groups.
+            unsafe { panel_bf16(Groups { at, bytes, count }, a, tokens.clone(), sums) };
+            let real = (count * GROUP).min(rows - first * GROUP);
+            for (t, sums) in tokens.zip(sums.chunks_exact_mut(count * GROUP)) {
+                finish(t, first * GROUP, &mut sums[..real]);
+            }
+        });
+    });
+}
+
+/// Lays out at most 16 rows of `cols` bf16 elements.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn pack_group(from: &[u8], cols: usize, to: &mut [u8]) {
+    let rows = from.len() / (2 * cols);
+    assert!(rows <= GROUP && from.len() == rows * 2 * cols && to.len() == group_bytes(cols));
+    let words = cols.div_ceil(2);
+    for word in (0..words).step_by(GROUP) {
+        let inner = (cols - 2 * word).min(2 * GROUP);
+        let mask = ((1u64 << inner) - 1) as __mmask32;
+        let mut block = [_mm512_setzero_si512(); GROUP];
+        // SAFETY: the mask covers elements of a row, `to` holds 16 rows of whole words.
+        unsafe {
+            for (row, lanes) in block.iter_mut().enumerate().take(rows) {
+                let at = from.as_ptr().cast::<i16>().add(row * cols + 2 * word);
+                *lanes = _mm512_maskz_loadu_epi16(mask, at);
+            }
+            transpose(&mut block);
+            for (i, lanes) in block.iter().enumerate().take(words - word) {
+                _mm512_storeu_si512(to.as_mut_ptr().add((word + i) * GROUP * WORD).cast(), *lanes);
+            }
+        }
+    }
+}
+
+/// 32 products an instruction.
+pub struct Bf16;
+
+impl Lanes for Bf16 {
+    type Acc = __m512;
+    type W = __m512bh;
+    type Sum = f32;
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    unsafe fn zero() -> __m512 {
+        unsafe { _mm512_setzero_ps() }
+    }
+    #[inline(always)]
+    unsafe fn begin(out: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(out) }
+    }
+    #[inline(always)]
+    unsafe fn load(w: *const u8) -> __m512bh {
+        unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(w.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn dot(acc: __m512, w: __m512bh, a: *const u8) -> __m512 {
+        unsafe {
+            let a = _mm512_set1_epi32(a.cast::<i32>().read_unaligned());
+            _mm512_dpbf16_ps(acc, w, std::mem::transmute::<__m512i, __m512bh>(a))
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot4(acc: [__m512; 4], w: __m512bh, a: *const u8) -> [__m512; 4] {
+        unsafe {
+            let a = _mm512_broadcast_i32x4(_mm_loadu_si128(a.cast()));
+            let bh = |v: __m512i| std::mem::transmute::<__m512i, __m512bh>(v);
+            [
+                _mm512_dpbf16_ps(acc[0], w, bh(_mm512_shuffle_epi32::<0b00_00_00_00>(a))),
+                _mm512_dpbf16_ps(acc[1], w, bh(_mm512_shuffle_epi32::<0b01_01_01_01>(a))),
+                _mm512_dpbf16_ps(acc[2], w, bh(_mm512_shuffle_epi32::<0b10_10_10_10>(a))),
+                _mm512_dpbf16_ps(acc[3], w, bh(_mm512_shuffle_epi32::<0b11_11_11_11>(a))),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn end(acc: __m512, out: *mut f32) {
+        unsafe { _mm512_storeu_ps(out, acc) }
+    }
+}
+
+panel_instance!(panel_bf16, Bf16, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c");
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Matrix, product};
+    use crate::ops::cpu::Cpu;
+    use crate::ops::cpu::simd::Isa;
+    use crate::ops::cpu::threads::Disjoint;
+    use crate::random::Words;
+    use crate::tensor::{Bytes, DType, Tensor};
+    use half::bf16;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        /// Against sums in f64 of the same rounded numbers; all tokens at once, and each alone.
+        #[test]
+        fn any_shape_is_exact_and_alone_as_in_company(rows in 1usize..120, cols in 1usize..700, tokens in 1usize..40) {
+            if !Isa::Avx512Bf16.available() {
+                return Ok(());
+            }
+            let cpu = Cpu::new(2, Isa::Avx512Bf16);
+            let mut words = Words::new(rows as u64, (cols * tokens) as u64);
+            let mut noise = |n: usize| (0..n).map(|_| bf16::from_f32(words.uniform() - 0.5)).collect::<Vec<_>>();
+            let (w, x) = (noise(rows * cols), noise(tokens * cols));
+            let x: Vec<f32> = x.into_iter().map(bf16::to_f32).collect();
+            let bytes = Bytes::resident(rows * cols * 2, |to| to.copy_from_slice(bytemuck::cast_slice(&w))).unwrap();
+            let tensor = Tensor { dtype: DType::Bf16, shape: vec![rows, cols], bytes };
+            let matrix = Matrix::new(&cpu, tensor, None).unwrap();
+            let mut row = vec![0f32; cols];
+            matrix.read_row(rows - 1, &mut row);
+            prop_assert!(row.iter().zip(&w[(rows - 1) * cols..]).all(|(a, b)| *a == b.to_f32()));
+            let run = |x: &[f32]| {
+                let mut out = vec![0f32; x.len() / cols * rows];
+                let place = Disjoint::new(&mut out);
+                product(&cpu, x, &matrix, &|t, first, sums: &mut [f32]| unsafe {
+                    place.slice(t * rows + first..t * rows + first + sums.len()).copy_from_slice(sums);
+                });
+                out
+            };
+            let all = run(&x);
+            for (t, x) in x.chunks_exact(cols).enumerate() {
+                let ours = &all[t * rows..(t + 1) * rows];
+                prop_assert!(run(x) == ours, "token {} alone", t);
+                for (r, ours) in ours.iter().enumerate() {
+                    let exact: f64 = x.iter().zip(&w[r * cols..]).map(|(x, w)| *x as f64 * w.to_f64()).sum();
+                    // a quarter is the largest term; each addition rounds the sum so far
+                    let most = cols as f64 * 0.25 * cols as f64 * f32::EPSILON as f64;
+                    prop_assert!((*ours as f64 - exact).abs() <= most, "row {} of token {}: {} {}", r, t, ours, exact);
+                }
+            }
+        }
+    }
+}

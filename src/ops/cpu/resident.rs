@@ -1,0 +1,67 @@
+//! Weights brought to where they are read fastest.
+
+use super::Cpu;
+use super::threads::Disjoint;
+use crate::tensor::Bytes;
+use std::cell::RefCell;
+use std::sync::Arc;
+
+/// Least bytes of a task, after which mapped pages are given back.
+const TASK: usize = 4 << 20;
+
+thread_local! {
+    /// A part before it is written over.
+    static BEFORE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Moves `bytes` to memory of large pages, where `write` puts them part by part, each of `part` bytes (the last one may have
+/// fewer). They never take memory twice: of a mapped file, pages are given back on the way; what is in such memory already
+/// and nobody else's is written over.
+pub fn into_resident(
+    cpu: &Cpu,
+    bytes: Bytes,
+    part: usize,
+    write: impl Fn(&[u8], &mut [u8]) + Sync,
+) -> std::io::Result<Bytes> {
+    let len = bytes.len();
+    let task = part * TASK.div_ceil(part);
+    let ranges = |i: usize| i * task..((i + 1) * task).min(len);
+    let shared = match bytes {
+        Bytes::Resident(map, range) if range == (0..map.len()) => match Arc::try_unwrap(map) {
+            Ok(map) => {
+                let mut map = map.make_mut()?;
+                let out = Disjoint::new(&mut map[..]);
+                cpu.threads.run(len.div_ceil(task), |i| {
+                    BEFORE.with_borrow_mut(|before| {
+                        // SAFETY: every task has its own range.
+                        for part in unsafe { out.slice(ranges(i)) }.chunks_mut(part) {
+                            before.clear();
+                            before.extend_from_slice(part);
+                            write(before, part);
+                        }
+                    });
+                });
+                return Ok(Bytes::Resident(Arc::new(map.make_read_only()?), range));
+            }
+            Err(map) => Bytes::Resident(map, range),
+        },
+        other => other,
+    };
+    Bytes::resident(len, |out| {
+        let out = Disjoint::new(out);
+        cpu.threads.run(len.div_ceil(task), |i| {
+            let range = ranges(i);
+            // SAFETY: every task has its own range.
+            let to = unsafe { out.slice(range.clone()) };
+            for (from, to) in shared[range.clone()].chunks(part).zip(to.chunks_mut(part)) {
+                write(from, to);
+            }
+            #[cfg(target_os = "linux")]
+            if let Bytes::Mapped(map, whole) = &shared {
+                let advice = memmap2::UncheckedAdvice::DontNeed;
+                // SAFETY: the mapping is of a file and read-only; its pages come back from the file when they are read again.
+                let _ = unsafe { map.unchecked_advise_range(advice, whole.start + range.start, range.len()) };
+            }
+        });
+    })
+}
