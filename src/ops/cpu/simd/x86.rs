@@ -90,6 +90,9 @@ macro_rules! lanes {
 }
 
 /// Transposes 16 x 16 words.
+///
+/// # Safety
+/// Needs AVX-512 F.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub fn transpose(w: &mut [__m512i; 16]) {
