@@ -125,6 +125,8 @@ pub fn run<L: Launcher>(launcher: &Rc<L>, half: DType, shapes: &Shapes, each: &m
             }
         }
     }
+    let (outputs, inputs) = shapes.matrices[0];
+    test.recorded_steps(outputs, inputs)?;
     for &(count, size) in &shapes.heads {
         for batch in &shapes.batches {
             test.attention(count, size, batch)?;
@@ -224,6 +226,36 @@ impl<L: Launcher> Test<'_, L> {
         self.cpu.gather_norm(&expected, &rows, &cpu_norm, EPS, &mut expected_rows);
         let e = error(&self.cuda.download(&gathered, inputs)?, &expected_rows);
         self.report("layer_norm", case, e, self.rounding());
+        Ok(())
+    }
+
+    /// Steps that are recorded and repeated, each beside the same one launched kernel by kernel.
+    fn recorded_steps(&mut self, outputs: usize, inputs: usize) -> Result<()> {
+        let (table, _) = self.matrix(100, inputs, false)?;
+        let (weight, _) = self.matrix(outputs, inputs, false)?;
+        let bias = self.noise(outputs);
+        let linear = Linear { weight, bias: self.cuda.vector(&tensor(&bias, outputs))? };
+        let (norm, _) = self.norm(inputs)?;
+        let ids: Vec<Vec<u32>> = (0..6).map(|_| (0..3).map(|_| self.words.below(100) as u32).collect()).collect();
+        let mut results = [vec![], vec![]];
+        for (records, results) in [true, false].into_iter().zip(&mut results) {
+            self.cuda.records = records;
+            let (mut pass, mut x, mut normed, mut out) = Default::default();
+            for ids in &ids {
+                let mut batch = Batch::default();
+                ids.iter().enumerate().for_each(|(block, id)| batch.push(&[*id], 5, &[block as u32]));
+                self.cuda.begin(&batch, &mut pass);
+                self.cuda.repeat(&pass, [1, 2, 3], &mut || {
+                    self.cuda.embed_norm(&batch, &pass, &table, &norm, EPS, &mut x);
+                    let norm = Norm { norm: &norm, eps: EPS, keep: false, normed: &mut normed };
+                    self.cuda.norm_linear(&x, norm, &linear, Epilogue::Bias, &mut out);
+                });
+                results.extend(self.cuda.download(&out, outputs)?);
+            }
+        }
+        self.cuda.records = true;
+        let e = error(&results[0], &results[1]);
+        self.report("recorded steps", format!("3 x {inputs} to {outputs}"), e, 0.0);
         Ok(())
     }
 

@@ -166,3 +166,67 @@ fn a_decoding_step_is_five_launches_a_layer() {
     let launched: usize = launcher.launched.borrow().values().sum();
     assert_eq!(launched, 1 + 5 * model.config.layers);
 }
+
+/// Steps of one shape are recorded the second time and repeated from then on; tokens and log-probabilities stay what they were
+/// without recordings, also when sequences come and go, drafts change the shape, and another engine takes the memory.
+#[test]
+fn recorded_steps_change_nothing() {
+    let (checkpoint, ids, _) = open("bf16_sharded");
+    let all: Vec<Request> =
+        requests(&ids).into_iter().map(|r| Request { max_new: 12 + r.id as usize % 2 * 20, ..r }).collect();
+    let run = |records: bool| {
+        let launcher = gpu(false, false);
+        let mut cuda = Cuda::new(launcher.clone(), DType::Bf16, true);
+        cuda.records = records;
+        let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
+        let options = EngineOptions { batch_tokens: 64, cache_tokens: 1024, ..EngineOptions::default() };
+        let plain = generate_counting(&cuda, &model, &all, options).0;
+        let launched = launcher.launched.borrow().clone();
+        // whether drafts pay is a matter of time
+        let drafted = generate_counting(&cuda, &model, &all, EngineOptions { draft_tokens: 3, ..options }).0;
+        assert_eq!(plain, drafted);
+        (plain, launcher.recorded.get(), launcher.replayed.get(), launched)
+    };
+    let (with, recorded, replayed, launched) = run(true);
+    let (without, none, _, launched_one_by_one) = run(false);
+    assert_eq!(with, without);
+    assert_eq!(none, 0);
+    assert!(recorded > 0 && replayed > 2 * recorded, "{recorded} recordings, {replayed} repeated");
+    assert_eq!(launched, launched_one_by_one);
+}
+
+/// Buffers that had to grow are elsewhere: a recording from before must not be repeated.
+#[test]
+fn recordings_end_when_memory_moves() {
+    let (checkpoint, ids, _) = open("bf16_sharded");
+    let long: Vec<u32> = ids.iter().cycle().take(70).copied().collect();
+    let run = |records: bool| {
+        let launcher = gpu(false, false);
+        let mut cuda = Cuda::new(launcher.clone(), DType::Bf16, false);
+        cuda.records = records;
+        let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
+        let (mut cache, mut scratch) = (model.cache(&cuda, 9).unwrap(), Scratch::default());
+        let mut logits = Vec::new();
+        let mut pass = |ids: &[u32], past: usize, blocks: &[u32]| {
+            let mut batch = Batch::default();
+            batch.push(ids, past, blocks);
+            model.forward(&cuda, &batch, &mut cache, &mut scratch);
+            let mut out = Vec::new();
+            model.logits(&cuda, &[ids.len() - 1], &mut scratch, &mut out).unwrap();
+            logits.push(out);
+        };
+        // a table so wide that the batch's own arrays have room for all that follows
+        pass(&ids[..1], 0, &[0; 600]);
+        for past in 0..4 {
+            pass(&ids[past..=past], past, &[0]);
+        }
+        pass(&long, 0, &[1, 2, 3, 4, 5]);
+        for past in 4..8 {
+            pass(&ids[past..=past], past, &[0]);
+        }
+        (logits, launcher.replayed.get())
+    };
+    let (with, replayed) = run(true);
+    assert!(replayed >= 5, "repeated {replayed} times");
+    assert!(with == run(false).0);
+}

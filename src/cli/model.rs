@@ -64,6 +64,9 @@ pub struct ModelArgs {
     /// On a GPU, give a prompt the same bits in any batch, at the price of slower long prompts; the CPU always does.
     #[arg(long, env = "BPROMPT_BATCH_INVARIANT")]
     pub batch_invariant: bool,
+    /// On a GPU, launch every kernel by itself instead of repeating recorded steps (CUDA graphs).
+    #[arg(long, env = "BPROMPT_NO_CUDA_GRAPHS")]
+    pub no_cuda_graphs: bool,
     #[command(flatten)]
     pub compute: DeviceArgs,
     /// Whether the weights will be read many times: worth a copy into faster memory.
@@ -142,7 +145,8 @@ impl ModelArgs {
             Some(DType::F16) => DType::F16,
             _ => DType::Bf16,
         };
-        let cuda = Cuda::new(Rc::new(driver), half, self.batch_invariant);
+        let mut cuda = Cuda::new(Rc::new(driver), half, self.batch_invariant);
+        cuda.records = !self.no_cuda_graphs;
         let model = Bloom::load(&cuda, checkpoint, dtype)?;
         Ok(Placed::Cuda(cuda, model))
     }

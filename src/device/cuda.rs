@@ -1,10 +1,10 @@
 //! The CUDA driver, through cudarc, which looks for it at run time.
 
 use super::images;
-use super::{Address, Args, Launcher, Limits, Shape, TensorMap};
+use super::{Address, Args, Launcher, Limits, Shape, TensorMap, not_recordable};
 use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 
@@ -23,6 +23,19 @@ pub struct Driver {
     stream: sys::CUstream,
     modules: Vec<sys::CUmodule>,
     functions: RefCell<HashMap<String, Function>>,
+    recording: Cell<bool>,
+    /// See [`Launcher::changes`].
+    changes: Cell<u64>,
+}
+
+/// A CUDA graph, ready to be launched.
+pub struct Graph(sys::CUgraphExec);
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: made in `Driver::record`; the driver lets a launched graph end before it goes.
+        let _ = unsafe { result::graph::exec_destroy(self.0) };
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -111,7 +124,18 @@ impl Driver {
                 .collect();
             let memory_bytes = result::device::total_mem(device).map_err(failed("the GPU's memory"))?;
             let functions = RefCell::default();
-            Ok(Driver { name, capability, memory_bytes, limits, stream, modules: modules?, functions })
+            let (recording, changes) = (Cell::new(false), Cell::new(0));
+            Ok(Driver {
+                name,
+                capability,
+                memory_bytes,
+                limits,
+                stream,
+                modules: modules?,
+                functions,
+                recording,
+                changes,
+            })
         }
     }
 
@@ -129,12 +153,23 @@ impl Driver {
     }
 }
 
+impl Driver {
+    /// Refuses what would become a part of a recording.
+    fn only_now(&self, what: &str) -> Result<()> {
+        if self.recording.get() { Err(not_recordable(what)) } else { Ok(()) }
+    }
+}
+
 impl Launcher for Driver {
+    type Recording = Graph;
+
     fn limits(&self) -> Limits {
         self.limits
     }
 
     fn allocate(&self, bytes: usize) -> Result<Address> {
+        self.only_now("memory")?;
+        self.changes.set(self.changes.get() + 1);
         // SAFETY: plain calls of the driver, here and below.
         unsafe { result::malloc_async(self.stream, bytes.max(1)) }.map_err(|e| {
             let (free, total) = result::mem_get_info().unwrap_or_default();
@@ -149,20 +184,24 @@ impl Launcher for Driver {
     }
 
     fn free(&self, at: Address) {
+        self.changes.set(self.changes.get() + 1);
         // what fails here has failed before and was reported then
         let _ = unsafe { result::free_async(at, self.stream) };
     }
 
     fn write(&self, at: Address, bytes: &[u8]) -> Result<()> {
+        self.only_now("a copy")?;
         // pageable memory: the driver has taken the bytes when the call returns
         unsafe { result::memcpy_htod_async(at, bytes, self.stream) }.map_err(failed("a copy to the GPU"))
     }
 
     fn zero(&self, at: Address, bytes: usize) -> Result<()> {
+        self.only_now("zeroed memory")?;
         unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }.map_err(failed("zeroing memory"))
     }
 
     fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()> {
+        self.only_now("a copy")?;
         unsafe {
             result::memcpy_dtoh_async(bytes, at, self.stream).map_err(failed("a copy from the GPU"))?;
             result::stream::synchronize(self.stream).map_err(failed("a kernel failed"))
@@ -207,6 +246,32 @@ impl Launcher for Driver {
             }
         };
         launched.map_err(failed(format!("launch of {kernel} as {shape:?}")))
+    }
+
+    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        use sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as MODE;
+        // SAFETY: plain calls of the driver; the graph that was captured is ours to destroy.
+        unsafe { result::stream::begin_capture(self.stream, MODE) }.map_err(failed("recording launches"))?;
+        self.recording.set(true);
+        let done = work();
+        self.recording.set(false);
+        // ended in any case, or the stream would stay in it
+        let graph = unsafe { result::stream::end_capture(self.stream) }.map_err(failed("recording launches"));
+        done?;
+        let graph = graph?;
+        let mut exec = std::ptr::null_mut();
+        let made = unsafe { sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0) }.result();
+        unsafe { result::graph::destroy(graph) }.map_err(failed("a CUDA graph"))?;
+        made.map_err(failed("a CUDA graph"))?;
+        Ok(Graph(exec))
+    }
+
+    fn replay(&self, recording: &Graph) -> Result<()> {
+        unsafe { result::graph::launch(recording.0, self.stream) }.map_err(failed("launch of a CUDA graph"))
+    }
+
+    fn changes(&self) -> u64 {
+        self.changes.get()
     }
 
     fn tensor_map(&self, at: Address, rows: usize, cols: usize, tile_rows: usize) -> Result<TensorMap> {

@@ -6,7 +6,7 @@
 pub mod cuda;
 mod images;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use std::rc::Rc;
 
 /// An address in device memory.
@@ -38,8 +38,16 @@ pub struct Limits {
 #[repr(C, align(64))]
 pub struct TensorMap(pub [u64; 16]);
 
+/// What a device answers to anything but launches while it records.
+pub(crate) fn not_recordable(what: &str) -> Error {
+    Error::invalid(format!("{what} was asked for while launches were recorded"))
+}
+
 /// A device. Work is done in the order in which it is asked for; only [`Launcher::read`] waits for it.
 pub trait Launcher {
+    /// Launches that are done together.
+    type Recording;
+
     fn limits(&self) -> Limits;
     fn allocate(&self, bytes: usize) -> Result<Address>;
     fn free(&self, at: Address);
@@ -47,6 +55,12 @@ pub trait Launcher {
     fn zero(&self, at: Address, bytes: usize) -> Result<()>;
     fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()>;
     fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()>;
+    /// Keeps the launches of `work` instead of doing them; it may ask for nothing but launches.
+    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Self::Recording>;
+    /// Does what was recorded, with the arguments of then.
+    fn replay(&self, recording: &Self::Recording) -> Result<()>;
+    /// How often memory has been reserved or freed: for as long as this stays, addresses in recordings hold.
+    fn changes(&self) -> u64;
     /// A map of tiles of `tile_rows` by 64 of a row-major matrix `[rows, cols]` of 16-bit elements, swizzled by 128 bytes, zeros
     /// beyond the matrix. `at` and its rows are aligned to 16 bytes.
     fn tensor_map(&self, at: Address, rows: usize, cols: usize, tile_rows: usize) -> Result<TensorMap>;

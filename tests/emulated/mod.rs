@@ -3,7 +3,7 @@
 use beautiful_prompt::device::{Address, Args, Launcher, Limits, Shape, TensorMap};
 use beautiful_prompt::error::{Error, Result};
 use kernel_emulator::Emulator;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -13,40 +13,66 @@ pub struct Emulated {
     pub hopper: bool,
     /// Launches of each kernel.
     pub launched: RefCell<BTreeMap<String, usize>>,
+    recording: RefCell<Option<Recording>>,
+    changes: Cell<u64>,
+    /// Recordings that were made, and how often one was repeated.
+    pub recorded: Cell<usize>,
+    pub replayed: Cell<usize>,
 }
+
+type Recording = Vec<(String, Shape, Args)>;
 
 /// A GPU with room for a gigabyte, of Hopper's kind or older. `check_order` runs every launch twice, in two orders of
 /// threads.
 pub fn gpu(check_order: bool, hopper: bool) -> Rc<Emulated> {
     let mut emulator = Emulator::new(1 << 30);
     emulator.check_order = check_order;
-    Rc::new(Emulated { emulator, hopper, launched: RefCell::default() })
+    let (launched, recording, changes) = Default::default();
+    let (recorded, replayed) = Default::default();
+    Rc::new(Emulated { emulator, hopper, launched, recording, changes, recorded, replayed })
 }
 
 fn failed<T>(r: std::result::Result<T, String>) -> Result<T> {
     r.map_err(Error::invalid)
 }
 
+impl Emulated {
+    fn only_now(&self) -> Result<()> {
+        if self.recording.borrow().is_some() { Err(Error::invalid("not while launches are recorded")) } else { Ok(()) }
+    }
+}
+
 impl Launcher for Emulated {
+    type Recording = Recording;
+
     fn limits(&self) -> Limits {
         Limits { shared_bytes: self.emulator.shared_limit, processors: 4, hopper: self.hopper }
     }
     fn allocate(&self, bytes: usize) -> Result<Address> {
+        self.only_now()?;
+        self.changes.set(self.changes.get() + 1);
         failed(self.emulator.allocate(bytes))
     }
     fn free(&self, at: Address) {
+        self.changes.set(self.changes.get() + 1);
         self.emulator.free(at);
     }
     fn write(&self, at: Address, bytes: &[u8]) -> Result<()> {
+        self.only_now()?;
         failed(self.emulator.write(at, bytes))
     }
     fn zero(&self, at: Address, bytes: usize) -> Result<()> {
-        failed(self.emulator.write(at, &vec![0; bytes]))
+        self.write(at, &vec![0; bytes])
     }
     fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()> {
+        self.only_now()?;
         failed(self.emulator.read(at, bytes))
     }
     fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()> {
+        if let Some(recording) = &mut *self.recording.borrow_mut() {
+            recording.push((kernel.to_owned(), shape, args.clone()));
+            return Ok(());
+        }
         *self.launched.borrow_mut().entry(kernel.to_owned()).or_default() += 1;
         let shape = kernel_emulator::Shape {
             grid: shape.grid,
@@ -55,6 +81,20 @@ impl Launcher for Emulated {
             cooperative: false,
         };
         failed(self.emulator.launch(kernel, shape, &args.iter().collect::<Vec<_>>()))
+    }
+    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Recording> {
+        *self.recording.borrow_mut() = Some(Vec::new());
+        let done = work();
+        let recording = self.recording.take().expect("begun above");
+        self.recorded.set(self.recorded.get() + 1);
+        done.map(|()| recording)
+    }
+    fn replay(&self, recording: &Recording) -> Result<()> {
+        self.replayed.set(self.replayed.get() + 1);
+        recording.iter().try_for_each(|(kernel, shape, args)| self.launch(kernel, *shape, args))
+    }
+    fn changes(&self) -> u64 {
+        self.changes.get()
     }
     fn tensor_map(&self, at: Address, rows: usize, cols: usize, tile_rows: usize) -> Result<TensorMap> {
         Ok(TensorMap(kernel_emulator::tensor_map(at, rows, cols, tile_rows)))

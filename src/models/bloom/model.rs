@@ -128,19 +128,23 @@ impl<B: Backend> Bloom<B> {
     pub fn forward(&self, backend: &B, batch: &Batch, cache: &mut B::Cache, s: &mut Scratch<B>) {
         let eps = self.config.layer_norm_epsilon;
         let post_norm = self.config.residual_post_layer_norm;
-        backend.begin(batch, &mut s.pass);
-        backend.embed_norm(batch, &s.pass, &self.embedding, &self.embedding_norm, eps, &mut s.x);
-        for (i, layer) in self.layers.iter().enumerate() {
-            let norm = Norm { norm: &layer.input_norm, eps, keep: post_norm, normed: &mut s.normed };
-            backend.norm_qkv(batch, &s.pass, i, &s.x, norm, &layer.qkv, &self.heads, cache, &mut s.qkv);
-            backend.attention(batch, &s.pass, i, &self.heads, &s.qkv, cache, &mut s.attention);
-            let residual = if post_norm { &s.normed } else { &s.x };
-            backend.linear(&s.attention, &layer.dense, Epilogue::BiasResidual(residual), &mut s.x2);
-            let norm = Norm { norm: &layer.post_norm, eps, keep: post_norm, normed: &mut s.normed };
-            backend.norm_linear(&s.x2, norm, &layer.up, Epilogue::BiasGelu, &mut s.wide);
-            let residual = if post_norm { &s.normed } else { &s.x2 };
-            backend.linear(&s.wide, &layer.down, Epilogue::BiasResidual(residual), &mut s.x);
-        }
+        let owners = [&raw const *self as usize, &raw const *cache as usize, &raw const *s as usize];
+        let Scratch { x, normed, qkv, attention, x2, wide, pass } = s;
+        backend.begin(batch, pass);
+        backend.repeat(pass, owners, &mut || {
+            backend.embed_norm(batch, pass, &self.embedding, &self.embedding_norm, eps, x);
+            for (i, layer) in self.layers.iter().enumerate() {
+                let norm = Norm { norm: &layer.input_norm, eps, keep: post_norm, normed };
+                backend.norm_qkv(batch, pass, i, x, norm, &layer.qkv, &self.heads, cache, qkv);
+                backend.attention(batch, pass, i, &self.heads, qkv, cache, attention);
+                let residual = if post_norm { &*normed } else { &*x };
+                backend.linear(attention, &layer.dense, Epilogue::BiasResidual(residual), x2);
+                let norm = Norm { norm: &layer.post_norm, eps, keep: post_norm, normed };
+                backend.norm_linear(x2, norm, &layer.up, Epilogue::BiasGelu, wide);
+                let residual = if post_norm { &*normed } else { &*x2 };
+                backend.linear(wide, &layer.down, Epilogue::BiasResidual(residual), x);
+            }
+        });
     }
 
     /// Logits `[rows.len(), vocabulary]` of chosen tokens of the last forward pass.

@@ -80,6 +80,11 @@ impl<L: Launcher> Cache<L> {
     }
 }
 
+/// Parts in which blocks of threads share the longest sequence.
+pub(super) fn splits(positions: usize) -> usize {
+    positions.div_ceil(SPLIT)
+}
+
 impl<L: Launcher> Cuda<L> {
     pub(super) fn attend(
         &self,
@@ -119,7 +124,7 @@ impl<L: Launcher> Cuda<L> {
         if pass.single_count == 0 {
             return Ok(());
         }
-        let splits = pass.longest_single.div_ceil(SPLIT);
+        let splits = splits(pass.longest_single);
         let (mut partials, mut counters) = (cache.partials.borrow_mut(), cache.counters.borrow_mut());
         if splits > 1 {
             let pairs = pass.single_count.min(MOST_ROWS) * heads.count;

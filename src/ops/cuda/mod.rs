@@ -5,6 +5,7 @@
 //! down + residual.
 
 mod attention;
+mod graphs;
 mod linear;
 mod measure;
 mod sampling;
@@ -39,6 +40,9 @@ pub struct Cuda<L: Launcher> {
     /// The first failure since results were last taken.
     failed: RefCell<Option<Error>>,
     scratch: RefCell<sampling::Scratch<L>>,
+    /// Whether decoding steps are recorded and repeated.
+    pub records: bool,
+    graphs: RefCell<graphs::Graphs<L>>,
 }
 
 /// Activations.
@@ -105,7 +109,8 @@ impl<L: Launcher> Cuda<L> {
     /// `half` is bf16 or f16.
     pub fn new(launcher: Rc<L>, half: DType, batch_invariant: bool) -> Cuda<L> {
         assert!(matches!(half, DType::Bf16 | DType::F16), "activations are bf16 or f16");
-        Cuda { launcher, half, batch_invariant, failed: RefCell::default(), scratch: RefCell::default() }
+        let (failed, scratch, graphs) = Default::default();
+        Cuda { launcher, half, batch_invariant, failed, scratch, records: true, graphs }
     }
 
     pub fn launcher(&self) -> &L {
@@ -284,6 +289,10 @@ impl<L: Launcher> Backend for Cuda<L> {
             (pass.singles, pass.single_count) = (pass.tiles + 4 * tiles.len() as u64, singles.len());
             Ok(())
         });
+    }
+
+    fn repeat(&self, pass: &Pass<L>, owners: [usize; 3], work: &mut dyn FnMut()) {
+        self.repeat_pass(pass, owners, work);
     }
 
     fn embed_norm(
