@@ -149,7 +149,7 @@ impl LlmArgs {
         };
         let report = match self.model.place(checkpoint, dtype)? {
             Placed::Cpu(cpu, model) => run(&cpu, &model, options)?,
-            Placed::Cuda(cuda, model) => run(&cuda, &model, options)?,
+            Placed::Cuda(cuda, model) => run(&*cuda, &model, options)?,
         };
         if self.json {
             println!("{}", serde_json::to_string_pretty(&report)?);

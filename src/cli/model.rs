@@ -77,7 +77,7 @@ pub struct ModelArgs {
 /// A model on its device.
 pub enum Placed {
     Cpu(Cpu, Bloom<Cpu>),
-    Cuda(Cuda<Driver>, Bloom<Cuda<Driver>>),
+    Cuda(Box<Cuda<Driver>>, Bloom<Cuda<Driver>>),
 }
 
 /// A model ready to run.
@@ -94,7 +94,7 @@ impl Loaded {
     pub fn session(&self, options: EngineOptions) -> anyhow::Result<Box<dyn Generate + '_>> {
         Ok(match &self.placed {
             Placed::Cpu(cpu, model) => Box::new(Session::new(cpu, model, &self.tokenizer, options)?),
-            Placed::Cuda(cuda, model) => Box::new(Session::new(cuda, model, &self.tokenizer, options)?),
+            Placed::Cuda(cuda, model) => Box::new(Session::new(&**cuda, model, &self.tokenizer, options)?),
         })
     }
 
@@ -148,7 +148,7 @@ impl ModelArgs {
         let mut cuda = Cuda::new(Rc::new(driver), half, self.batch_invariant);
         cuda.records = !self.no_cuda_graphs;
         let model = Bloom::load(&cuda, checkpoint, dtype)?;
-        Ok(Placed::Cuda(cuda, model))
+        Ok(Placed::Cuda(Box::new(cuda), model))
     }
 
     /// The GPU, if the model is to run on one.
