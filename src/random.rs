@@ -2,19 +2,42 @@
 //!
 //! The same numbers come out on every machine and device, in any order, on any number of threads.
 
+use crate::simd_fn;
+
 /// Four 32-bit words for `counter` under `key`.
 pub fn philox(key: u64, counter: [u32; 4]) -> [u32; 4] {
+    rounds(key, counter.map(|c| [c])).map(|c| c[0])
+}
+
+/// The rounds, for N counters side by side.
+#[inline(always)]
+fn rounds<const N: usize>(key: u64, counter: [[u32; N]; 4]) -> [[u32; N]; 4] {
     const M0: u64 = 0xD251_1F53;
     const M1: u64 = 0xCD9E_8D57;
     let (mut k0, mut k1) = (key as u32, (key >> 32) as u32);
     let [mut c0, mut c1, mut c2, mut c3] = counter;
     for _ in 0..10 {
-        let (p0, p1) = (M0 * c0 as u64, M1 * c2 as u64);
-        (c0, c1, c2, c3) = ((p1 >> 32) as u32 ^ c1 ^ k0, p1 as u32, (p0 >> 32) as u32 ^ c3 ^ k1, p0 as u32);
+        for i in 0..N {
+            let (p0, p1) = (M0 * c0[i] as u64, M1 * c2[i] as u64);
+            (c0[i], c1[i]) = ((p1 >> 32) as u32 ^ c1[i] ^ k0, p1 as u32);
+            (c2[i], c3[i]) = ((p0 >> 32) as u32 ^ c3[i] ^ k1, p0 as u32);
+        }
         k0 = k0.wrapping_add(0x9E37_79B9);
         k1 = k1.wrapping_add(0xBB67_AE85);
     }
     [c0, c1, c2, c3]
+}
+
+simd_fn! {
+    /// [`philox`] for sixteen counters whose first words follow each other from `first` on: word by word, `words[w][i]` being
+    /// word `w` of the counter `first + i`.
+    pub fn philox16<S>(key: u64, first: u32, rest: [u32; 3], words: &mut [[u32; 16]; 4]) {
+        let mut c = [[first; 16], [rest[0]; 16], [rest[1]; 16], [rest[2]; 16]];
+        for i in 0..16 {
+            c[0][i] = first + i as u32;
+        }
+        *words = rounds(key, c);
+    }
 }
 
 /// A seed of the moment, which fits a double, so that every JSON reader keeps it.

@@ -21,6 +21,8 @@ pub trait Machine {
     fn bandwidth(&self) -> Result<f64>;
     /// FLOP/s of the products that weights of this type run on.
     fn peak(&self, dtype: DType) -> Result<f64>;
+    /// Seconds that a call of `work` takes, measured over `calls` of them, which get their numbers.
+    fn time(&self, calls: usize, work: &mut dyn FnMut(usize)) -> Result<f64>;
 }
 
 impl Machine for Cpu {
@@ -41,6 +43,19 @@ impl Machine for Cpu {
             _ => peak_f32(self),
         })
     }
+    /// The median.
+    fn time(&self, calls: usize, work: &mut dyn FnMut(usize)) -> Result<f64> {
+        work(0);
+        let mut times: Vec<f64> = (0..calls)
+            .map(|i| {
+                let started = Instant::now();
+                work(i);
+                started.elapsed().as_secs_f64()
+            })
+            .collect();
+        times.sort_by(f64::total_cmp);
+        Ok(times[calls / 2])
+    }
 }
 
 impl Machine for Cuda<Driver> {
@@ -57,6 +72,9 @@ impl Machine for Cuda<Driver> {
     /// Weights of 8 bits are multiplied in 16.
     fn peak(&self, _: DType) -> Result<f64> {
         Cuda::peak(self, 1 << 16, 10)
+    }
+    fn time(&self, calls: usize, work: &mut dyn FnMut(usize)) -> Result<f64> {
+        self.seconds(calls, work)
     }
 }
 

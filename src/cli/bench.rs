@@ -1,8 +1,9 @@
 //! `bprompt bench`: measures beside the machine's floors.
 
 use super::DeviceArgs;
-use super::model::{DTypeChoice, ModelArgs, Placed};
+use super::model::{DTypeChoice, Device, ModelArgs, Placed};
 use super::train::PrecisionChoice;
+use crate::bench::kernels::{self, KernelOptions};
 use crate::bench::llm::{LlmOptions, LlmReport, Phase, random_checkpoint, run};
 use crate::bench::train::{self, TrainBenchOptions};
 use crate::checkpoint::Checkpoint;
@@ -16,6 +17,8 @@ use clap::{Args, Subcommand};
 pub enum BenchCommand {
     /// Prefill and decode of a language model.
     Llm(LlmArgs),
+    /// The operations of a language model, one by one.
+    Kernels(KernelArgs),
     /// A training step: forward, backward, AdamW.
     Train(TrainArgs),
     /// Load on a server of OpenAI's API: throughput and latencies.
@@ -70,10 +73,95 @@ pub struct LlmArgs {
     model: ModelArgs,
 }
 
+#[derive(Args)]
+pub struct KernelArgs {
+    /// bloom-560m, bloom-1b1, bloom-1b7, bloom-3b or bloom-7b1.
+    #[arg(long, default_value = "bloom-1b1")]
+    shape: String,
+    /// Sequences of decoding steps.
+    #[arg(long, value_delimiter = ',', default_value = "1,16")]
+    batch: Vec<usize>,
+    /// Positions of each.
+    #[arg(long, default_value_t = 128)]
+    context: usize,
+    /// Prompts, as sequences x tokens.
+    #[arg(long, value_delimiter = ',', default_value = "1x128", value_parser = prefill)]
+    prefill: Vec<(usize, usize)>,
+    /// Calls of each operation.
+    #[arg(long, default_value_t = 24)]
+    calls: usize,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+/// Reads `64x128`.
+fn prefill(text: &str) -> Result<(usize, usize), String> {
+    let sizes = text.split_once('x').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    sizes
+        .filter(|s: &(usize, usize)| s.0 > 0 && s.1 > 0)
+        .ok_or_else(|| "expected sequences x tokens, such as 64x128".into())
+}
+
+impl KernelArgs {
+    fn run(self) -> anyhow::Result<()> {
+        ensure!(self.model.model.is_none(), "bench kernels measures random weights: --shape instead of --model");
+        ensure!(self.batch.iter().all(|&b| b > 0) && self.context > 0, "--batch and --context must be at least 1");
+        let config = published(&self.shape)?;
+        let dtype = self.model.dtype.dtype().unwrap_or(DType::Bf16);
+        let options = KernelOptions {
+            batches: self.batch.clone(),
+            context: self.context,
+            prefills: self.prefill.clone(),
+            calls: self.calls,
+        };
+        let report = match self.model.device(&config)? {
+            Device::Cpu(cpu) => kernels::run(&cpu, config, dtype, &options)?,
+            Device::Cuda(driver) => kernels::run(&self.model.cuda(driver, dtype), config, dtype, &options)?,
+        };
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&report)?);
+            return Ok(());
+        }
+        println!("{} weights, {} ({})", report.weights, report.processor, report.isa);
+        println!(
+            "measured: read {:.1} GB/s, peak {:.0} GFLOP/s",
+            report.read_gigabytes_per_second, report.peak_gigaflops
+        );
+        println!(
+            "{:30}{:>10}{:>8}{:>11}{:>9}{:>9}{:>11}{:>10}",
+            "", "tokens", "of", "us", "GB/s", "TFLOP/s", "floor us", "fraction"
+        );
+        for r in &report.rows {
+            println!(
+                "{:30}{:>10}{:>8}{:>11.1}{:>9.1}{:>9.2}{:>11.1}{:>9.0}%",
+                r.operation,
+                format!("{} x {}", r.sequences, r.tokens),
+                r.positions,
+                r.microseconds,
+                r.gigabytes_per_second,
+                r.teraflops,
+                r.floor_microseconds,
+                100.0 * r.fraction
+            );
+        }
+        Ok(())
+    }
+}
+
+fn published(shape: &str) -> anyhow::Result<BloomConfig> {
+    BloomConfig::published(shape).with_context(|| {
+        format!("--shape {shape} is unknown; try bloom-560m, bloom-1b1, bloom-1b7, bloom-3b or bloom-7b1")
+    })
+}
+
 impl BenchCommand {
     pub fn run(self) -> anyhow::Result<()> {
         match self {
             BenchCommand::Llm(args) => args.run(),
+            BenchCommand::Kernels(args) => args.run(),
             BenchCommand::Train(args) => args.run(),
             BenchCommand::Serve(args) => args.run(),
         }
@@ -131,12 +219,7 @@ impl LlmArgs {
         );
         let dtype = self.model.dtype.dtype();
         let checkpoint = match (&self.shape, &self.model.model) {
-            (Some(shape), _) => {
-                let config = BloomConfig::published(shape).with_context(|| {
-                    format!("--shape {shape} is unknown; try bloom-560m, bloom-1b1, bloom-1b7, bloom-3b or bloom-7b1")
-                })?;
-                random_checkpoint(config, dtype.unwrap_or(DType::Bf16))?
-            }
+            (Some(shape), _) => random_checkpoint(published(shape)?, dtype.unwrap_or(DType::Bf16))?,
             (None, Some(folder)) => Checkpoint::open(folder)?,
             (None, None) => embedded::checkpoint(),
         };

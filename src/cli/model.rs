@@ -74,6 +74,12 @@ pub struct ModelArgs {
     pub long_running: bool,
 }
 
+/// A device, ready for a model.
+pub enum Device {
+    Cpu(Cpu),
+    Cuda(Driver),
+}
+
 /// A model on its device.
 pub enum Placed {
     Cpu(Cpu, Bloom<Cpu>),
@@ -135,24 +141,22 @@ impl ModelArgs {
 
     /// Prepares the weights of a checkpoint where they are to be used; `dtype` as for [`Bloom::load`].
     pub fn place(&self, checkpoint: Checkpoint, dtype: Option<DType>) -> anyhow::Result<Placed> {
-        let Some(driver) = self.driver(&checkpoint.config)? else {
-            let cpu = Cpu { resident: self.long_running, ..self.compute.cpu()? };
-            let model = Bloom::load(&cpu, checkpoint, dtype)?;
-            return Ok(Placed::Cpu(cpu, model));
-        };
         let stored = checkpoint.tensors.values().next().map(|t| t.dtype);
-        let half = match dtype.filter(|d| *d != DType::Int8).or(stored) {
-            Some(DType::F16) => DType::F16,
-            _ => DType::Bf16,
-        };
-        let mut cuda = Cuda::new(Rc::new(driver), half, self.batch_invariant);
-        cuda.records = !self.no_cuda_graphs;
-        let model = Bloom::load(&cuda, checkpoint, dtype)?;
-        Ok(Placed::Cuda(Box::new(cuda), model))
+        Ok(match self.device(&checkpoint.config)? {
+            Device::Cpu(cpu) => {
+                let model = Bloom::load(&cpu, checkpoint, dtype)?;
+                Placed::Cpu(cpu, model)
+            }
+            Device::Cuda(driver) => {
+                let cuda = self.cuda(driver, dtype.filter(|d| *d != DType::Int8).or(stored).unwrap_or(DType::Bf16));
+                let model = Bloom::load(&cuda, checkpoint, dtype)?;
+                Placed::Cuda(Box::new(cuda), model)
+            }
+        })
     }
 
-    /// The GPU, if the model is to run on one.
-    fn driver(&self, config: &BloomConfig) -> anyhow::Result<Option<Driver>> {
+    /// Where a model is to run.
+    pub fn device(&self, config: &BloomConfig) -> anyhow::Result<Device> {
         let possible = || {
             if self.dtype == DTypeChoice::F32 {
                 return Err(Error::invalid("the CUDA kernels hold weights in 16 or 8 bits; use --dtype bf16"));
@@ -160,11 +164,23 @@ impl ModelArgs {
             Cuda::<Driver>::supports(config)?;
             Driver::open()
         };
-        match self.device {
-            DeviceChoice::Cpu => Ok(None),
-            DeviceChoice::Auto => Ok(possible().ok()),
-            DeviceChoice::Cuda => Ok(Some(possible().context("--device cuda")?)),
-        }
+        let driver = match self.device {
+            DeviceChoice::Cpu => None,
+            DeviceChoice::Auto => possible().ok(),
+            DeviceChoice::Cuda => Some(possible().context("--device cuda")?),
+        };
+        Ok(match driver {
+            Some(driver) => Device::Cuda(driver),
+            None => Device::Cpu(Cpu { resident: self.long_running, ..self.compute.cpu()? }),
+        })
+    }
+
+    /// The backend of a GPU, for weights in f16, or else in bf16.
+    pub fn cuda(&self, driver: Driver, dtype: DType) -> Cuda<Driver> {
+        let half = if dtype == DType::F16 { DType::F16 } else { DType::Bf16 };
+        let mut cuda = Cuda::new(Rc::new(driver), half, self.batch_invariant);
+        cuda.records = !self.no_cuda_graphs;
+        cuda
     }
 }
 

@@ -270,6 +270,24 @@ impl Launcher for Driver {
         unsafe { result::graph::launch(recording.0, self.stream) }.map_err(failed("launch of a CUDA graph"))
     }
 
+    fn timed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        use sys::CUevent_flags_enum::CU_EVENT_DEFAULT as FLAGS;
+        let what = || failed("a measurement");
+        let [start, end] = [result::event::create(FLAGS), result::event::create(FLAGS)];
+        let (start, end) = (start.map_err(what())?, end.map_err(what())?);
+        // SAFETY: both events were made above.
+        unsafe {
+            result::event::record(start, self.stream).map_err(what())?;
+            let done = work();
+            result::event::record(end, self.stream).map_err(what())?;
+            result::event::synchronize(end).map_err(what())?;
+            let milliseconds = result::event::elapsed(start, end).map_err(what());
+            let _ = (result::event::destroy(start), result::event::destroy(end));
+            done?;
+            Ok(milliseconds? as f64 / 1e3)
+        }
+    }
+
     fn changes(&self) -> u64 {
         self.changes.get()
     }

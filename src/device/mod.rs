@@ -59,6 +59,8 @@ pub trait Launcher {
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Self::Recording>;
     /// Does what was recorded, with the arguments of then.
     fn replay(&self, recording: &Self::Recording) -> Result<()>;
+    /// Seconds by the device's clock from the first to the last thing that `work` asks for; waits for it.
+    fn timed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64>;
     /// How often memory has been reserved or freed: for as long as this stays, addresses in recordings hold.
     fn changes(&self) -> u64;
     /// A map of tiles of `tile_rows` by 64 of a row-major matrix `[rows, cols]` of 16-bit elements, swizzled by 128 bytes, zeros

@@ -4,7 +4,8 @@
 //! temperature come OpenAI's presence and frequency penalties and biases, all added to the logits. The noise is a function of
 //! (seed, candidate, position, token) alone, so a seed gives the same tokens in any company.
 
-use crate::random::{philox, uniform};
+use crate::ops::cpu::simd::Isa;
+use crate::random::{philox, philox16, uniform};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampling {
@@ -141,24 +142,77 @@ fn argmax(logits: &[f32]) -> u32 {
 
 fn sample(logits: &[f32], row: &SampleRow) -> u32 {
     let s = row.sampling;
-    let mut noise = Noise::new(row);
     let filtered = (s.top_k > 0 && s.top_k < logits.len()) || s.top_p < 1.0 || s.min_p > 0.0;
-    let inverse = 1.0 / s.temperature;
-    let mut best = (0u32, f32::NEG_INFINITY);
-    let mut consider = |token: u32, logit: f32| {
-        let score = logit * inverse + noise.gumbel(token);
-        if score > best.1 {
-            best = (token, score);
-        }
-    };
-    if filtered {
-        let mut kept = filter(logits, s);
-        kept.sort_unstable_by_key(|k| k.0); // in order of tokens, so that noise comes in fours
-        kept.iter().for_each(|&(t, v)| consider(t, v));
-    } else {
-        logits.iter().enumerate().for_each(|(t, &v)| consider(t as u32, v));
+    if !filtered {
+        return sample_all(logits, row);
     }
-    best.0
+    let mut noise = Noise::new(row);
+    let mut best = Best::new(row);
+    let mut kept = filter(logits, s);
+    kept.sort_unstable_by_key(|k| k.0); // in order of tokens, so that noise comes in fours
+    kept.iter().for_each(|&(t, v)| best.consider(t, v, noise.bits(t)));
+    best.token
+}
+
+/// The token with the largest logit over temperature plus Gumbel noise, the first one of equals.
+struct Best {
+    inverse: f32,
+    token: u32,
+    score: f32,
+}
+
+impl Best {
+    fn new(row: &SampleRow) -> Best {
+        Best { inverse: 1.0 / row.sampling.temperature, token: 0, score: f32::NEG_INFINITY }
+    }
+
+    fn consider(&mut self, token: u32, logit: f32, bits: u32) {
+        let score = logit * self.inverse - (-uniform(bits).ln()).ln();
+        if score > self.score {
+            (self.token, self.score) = (token, score);
+        }
+    }
+
+    /// What the upper 23 random bits of a token must reach, at least, for it to win with a logit of at most `most`: noise of t or
+    /// more takes a number of exp(-exp(-t)) or more. What logarithms in f32 may be off is allowed for.
+    fn least_bits(&self, most: f32) -> u32 {
+        /// A little above the noise of the largest random number.
+        const MOST: f64 = 16.7;
+        let noise = (self.score - most * self.inverse) as f64 - 1e-3;
+        if noise > MOST {
+            return 1 << 23;
+        }
+        ((-(-noise).exp()).exp() * 8_388_608.0 - 1.0) as u32
+    }
+}
+
+/// [`sample`] among all tokens. Logarithms are left to those that the best one so far does not beat by their random bits alone.
+fn sample_all(logits: &[f32], row: &SampleRow) -> u32 {
+    /// Four tokens for each of sixteen counters.
+    const CHUNK: usize = 64;
+    let isa = Isa::detect();
+    let mut words = [[0; 16]; 4];
+    let mut best = Best::new(row);
+    for (i, chunk) in logits.chunks(CHUNK).enumerate() {
+        let most = chunk.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+        let least = best.least_bits(most);
+        if least >= 1 << 23 {
+            continue;
+        }
+        let first = i * CHUNK;
+        philox16(isa, row.sampling.seed, (first / 4) as u32, [row.position, row.candidate, 0], &mut words);
+        let largest = words.iter().flatten().fold(0, |m: u32, &w| m.max(w));
+        if largest >> 9 < least {
+            continue;
+        }
+        for (j, &logit) in chunk.iter().enumerate() {
+            let bits = words[j % 4][j / 4];
+            if bits >> 9 >= least {
+                best.consider((first + j) as u32, logit, bits);
+            }
+        }
+    }
+    best.token
 }
 
 /// Tokens that the filters leave, with their logits.
@@ -212,7 +266,7 @@ fn kth_largest(logits: &[f32], k: usize) -> f32 {
     *v
 }
 
-/// Gumbel noise for the tokens of one choice; four tokens share a Philox block.
+/// Random bits for the tokens of one choice; four tokens share a Philox block.
 struct Noise {
     seed: u64,
     candidate: u32,
@@ -232,13 +286,13 @@ impl Noise {
         }
     }
 
-    fn gumbel(&mut self, token: u32) -> f32 {
+    /// The token's random bits.
+    fn bits(&mut self, token: u32) -> u32 {
         if token / 4 != self.block {
             self.block = token / 4;
             self.words = philox(self.seed, [self.block, self.position, self.candidate, 0]);
         }
-        let u = uniform(self.words[(token % 4) as usize]);
-        -(-u.ln()).ln()
+        self.words[(token % 4) as usize]
     }
 }
 
@@ -265,6 +319,23 @@ mod tests {
             // four deviations of a binomial share
             let tolerance = 4.0 * (expected * (1.0 - expected) / n as f64).sqrt();
             assert!((*c as f64 / n as f64 - expected).abs() < tolerance, "{counts:?}");
+        }
+    }
+
+    /// Beside the definition, over flat and steep logits, with ties, forbidden tokens and a last chunk that is not whole.
+    #[test]
+    fn shortcuts_choose_the_same_token() {
+        let mut words = crate::random::Words::new(3, 4);
+        for case in 0..60 {
+            let n = [1, 5, 64, 200, 3001][case % 5];
+            let steep = [0.0, 1.0, 30.0][case % 3];
+            let mut logits: Vec<f32> = (0..n).map(|_| (words.uniform() * steep * 8.0).round() / 8.0).collect();
+            logits[n / 2] = f32::NEG_INFINITY;
+            let s = Sampling { temperature: [0.3, 1.0, 1.7][case / 3 % 3], seed: case as u64, ..Default::default() };
+            let r = row(&s, case as u32);
+            let (mut noise, mut plain) = (Noise::new(&r), Best::new(&r));
+            logits.iter().enumerate().for_each(|(t, &v)| plain.consider(t as u32, v, noise.bits(t as u32)));
+            assert_eq!(sample_all(&logits, &r), plain.token, "{case}");
         }
     }
 

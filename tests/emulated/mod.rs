@@ -93,6 +93,11 @@ impl Launcher for Emulated {
         self.replayed.set(self.replayed.get() + 1);
         recording.iter().try_for_each(|(kernel, shape, args)| self.launch(kernel, *shape, args))
     }
+    fn timed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        let started = std::time::Instant::now();
+        work()?;
+        Ok(started.elapsed().as_secs_f64())
+    }
     fn changes(&self) -> u64 {
         self.changes.get()
     }

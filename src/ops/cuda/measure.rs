@@ -32,6 +32,26 @@ impl<L: Launcher> Cuda<L> {
         })
     }
 
+    /// Seconds of the device's own time that one of `calls` calls of `work` takes, by its clock; the best of three runs. Calls that
+    /// only launch are recorded, so that the host's time does not count.
+    pub fn seconds(&self, calls: usize, work: &mut dyn FnMut(usize)) -> Result<f64> {
+        let mut all = || {
+            (0..calls).for_each(&mut *work);
+            self.check()
+        };
+        all()?; // buffers have their sizes after this
+        let recording = self.launcher.record(&mut all);
+        let mut best = f64::INFINITY;
+        for _ in 0..3 {
+            let seconds = match &recording {
+                Ok(r) => self.launcher.timed(&mut || self.launcher.replay(r))?,
+                Err(_) => self.launcher.timed(&mut all)?,
+            };
+            best = best.min(seconds);
+        }
+        Ok(best / calls as f64)
+    }
+
     /// `amount` a second at the best of several launches, each of which is waited for.
     fn best(&self, passes: usize, amount: f64, out: &Memory<L>, launch: impl Fn() -> Result<()>) -> Result<f64> {
         let mut word = [0; 4];

@@ -1,0 +1,257 @@
+//! The operations of a layer and of the head, one by one, each beside its floor.
+//!
+//! Random weights of a published shape; its layers take turns, so that weights come from memory and not from a cache.
+
+use super::llm::random_checkpoint;
+use super::machine::Machine;
+use crate::engine::{SampleRow, Sampling};
+use crate::error::Result;
+use crate::models::bloom::{BloomConfig, Parameter, alibi_slopes};
+use crate::ops::{BLOCK, Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
+use crate::random::Words;
+use crate::tensor::DType;
+use serde::Serialize;
+use std::cell::RefCell;
+
+#[derive(Clone, Debug)]
+pub struct KernelOptions {
+    /// Sequences of decoding steps, each with `context` positions.
+    pub batches: Vec<usize>,
+    pub context: usize,
+    /// Sequences and tokens of prompts.
+    pub prefills: Vec<(usize, usize)>,
+    /// Calls that are timed together.
+    pub calls: usize,
+}
+
+#[derive(Debug, Serialize)]
+pub struct KernelRow {
+    pub operation: &'static str,
+    /// Sequences, their new tokens, and the positions that the last of these sees.
+    pub sequences: usize,
+    pub tokens: usize,
+    pub positions: usize,
+    pub microseconds: f64,
+    /// Read from and written to memory at least once; multiply-adds counted twice.
+    pub bytes: f64,
+    pub flops: f64,
+    pub gigabytes_per_second: f64,
+    pub teraflops: f64,
+    /// The longer of bytes over bandwidth and FLOPs over peak.
+    pub floor_microseconds: f64,
+    /// Floor over time.
+    pub fraction: f64,
+}
+
+#[derive(Debug, Serialize)]
+pub struct KernelReport {
+    pub weights: &'static str,
+    pub processor: String,
+    pub isa: String,
+    pub read_gigabytes_per_second: f64,
+    pub peak_gigaflops: f64,
+    pub rows: Vec<KernelRow>,
+}
+
+struct Layer<B: Backend> {
+    norm: LayerNorm<B::Vector>,
+    qkv: Linear<B::Matrix, B::Vector>,
+    dense: Linear<B::Matrix, B::Vector>,
+    up: Linear<B::Matrix, B::Vector>,
+    down: Linear<B::Matrix, B::Vector>,
+}
+
+struct Bench<'a, B: Backend + Machine> {
+    backend: &'a B,
+    config: BloomConfig,
+    heads: Heads,
+    layers: Vec<Layer<B>>,
+    table: B::Matrix,
+    /// Bytes of a weight and of an element of the KV cache.
+    weight: f64,
+    cached: f64,
+    bandwidth: f64,
+    peak: f64,
+    calls: usize,
+    rows: RefCell<Vec<KernelRow>>,
+}
+
+/// One kind of batch.
+#[derive(Clone, Copy)]
+struct Case {
+    sequences: usize,
+    tokens: usize,
+    positions: usize,
+}
+
+impl Case {
+    fn all(&self) -> usize {
+        self.sequences * self.tokens
+    }
+}
+
+/// Measures all operations in `dtype`.
+pub fn run<B: Backend + Machine>(
+    backend: &B,
+    config: BloomConfig,
+    dtype: DType,
+    options: &KernelOptions,
+) -> Result<KernelReport> {
+    let mut checkpoint = random_checkpoint(config.clone(), dtype)?;
+    let h = config.hidden_size;
+    let mut take = |name: String, shape: &[usize]| checkpoint.take(&Parameter { name, shape: shape.to_vec() });
+    let mut layers = Vec::new();
+    for i in 0..config.layers {
+        let mut linear = |part: &str, rows: usize, cols: usize| -> Result<_> {
+            let at = format!("transformer.h.{i}.{part}");
+            let weight = backend.matrix(take(format!("{at}.weight"), &[rows, cols])?, Some(dtype))?;
+            Ok(Linear { weight, bias: backend.vector(&take(format!("{at}.bias"), &[rows])?)? })
+        };
+        let (qkv, dense) = (linear("self_attention.query_key_value", 3 * h, h)?, linear("self_attention.dense", h, h)?);
+        let (up, down) = (linear("mlp.dense_h_to_4h", 4 * h, h)?, linear("mlp.dense_4h_to_h", h, 4 * h)?);
+        let at = format!("transformer.h.{i}.input_layernorm");
+        let mut vector = |part: &str| backend.vector(&take(format!("{at}.{part}"), &[h])?);
+        let norm = LayerNorm { weight: vector("weight")?, bias: vector("bias")? };
+        layers.push(Layer { norm, qkv, dense, up, down });
+    }
+    let table = take("transformer.word_embeddings.weight".into(), &[config.vocab_size, h])?;
+    let cache_dtype = if dtype == DType::Int8 { DType::Bf16 } else { dtype };
+    let bench = Bench {
+        backend,
+        heads: Heads { count: config.heads, size: config.head_size(), slopes: alibi_slopes(config.heads) },
+        layers,
+        table: backend.matrix(table, Some(dtype))?,
+        weight: dtype.size() as f64,
+        cached: cache_dtype.size() as f64,
+        bandwidth: backend.bandwidth()?,
+        peak: backend.peak(dtype)?,
+        calls: options.calls.max(1),
+        rows: RefCell::default(),
+        config,
+    };
+    for &sequences in &options.batches {
+        bench.case(Case { sequences, tokens: 1, positions: options.context }, cache_dtype)?;
+    }
+    for &(sequences, tokens) in &options.prefills {
+        bench.case(Case { sequences, tokens, positions: tokens }, cache_dtype)?;
+    }
+    let (processor, isa) = backend.describe();
+    Ok(KernelReport {
+        weights: dtype.name(),
+        processor,
+        isa,
+        read_gigabytes_per_second: bench.bandwidth / 1e9,
+        peak_gigaflops: bench.peak / 1e9,
+        rows: bench.rows.into_inner(),
+    })
+}
+
+impl<B: Backend + Machine> Bench<'_, B> {
+    /// All operations on one kind of batch.
+    fn case(&self, case: Case, cache_dtype: DType) -> Result<()> {
+        let per_sequence = case.positions.div_ceil(BLOCK);
+        let blocks = case.sequences * per_sequence;
+        let mut cache = self.backend.cache(cache_dtype, self.config.layers, &self.heads, blocks)?;
+        let mut words = Words::new(3, case.all() as u64);
+        let mut batch = Batch::default();
+        for s in 0..case.sequences {
+            let ids: Vec<u32> = (0..case.tokens).map(|_| words.below(self.config.vocab_size) as u32).collect();
+            let table: Vec<u32> = (0..per_sequence).map(|b| (s * per_sequence + b) as u32).collect();
+            batch.push(&ids, case.positions - case.tokens, &table);
+        }
+        let (b, eps) = (self.backend, 1e-5);
+        let (h, n) = (self.config.hidden_size as f64, case.all() as f64);
+        let mut pass = B::Pass::default();
+        b.begin(&batch, &mut pass);
+        let (mut x, mut normed, mut qkv, mut attended, mut x2, mut wide) = Default::default();
+        // queries see the positions before their own span, and on average half of that
+        let seen = (case.positions - case.tokens) as f64 + (case.tokens as f64 + 1.0) / 2.0;
+        let kv = 2.0 * case.sequences as f64 * case.positions as f64 * h * self.cached;
+        let product = |weight: f64, outputs: f64, inputs: f64| {
+            (outputs * inputs * weight + 2.0 * n * (outputs + inputs), 2.0 * n * outputs * inputs)
+        };
+        let w = self.weight;
+        let layer = |i: usize| &self.layers[i % self.layers.len()];
+        self.time("embedding + norm", case, (n * h * (w + 4.0), 0.0), &mut |i| {
+            b.embed_norm(&batch, &pass, &self.table, &layer(i).norm, eps, &mut x);
+        })?;
+        let norm = |i: usize| &layer(i).norm;
+        self.time("norm + QKV into cache", case, product(w, 3.0 * h, h), &mut |i| {
+            let norm = Norm { norm: norm(i), eps, keep: false, normed: &mut normed };
+            b.norm_qkv(
+                &batch,
+                &pass,
+                i % self.layers.len(),
+                &x,
+                norm,
+                &layer(i).qkv,
+                &self.heads,
+                &mut cache,
+                &mut qkv,
+            );
+        })?;
+        self.time("attention", case, (kv + 4.0 * n * h, 4.0 * n * seen * h), &mut |i| {
+            b.attention(&batch, &pass, i % self.layers.len(), &self.heads, &qkv, &cache, &mut attended);
+        })?;
+        self.time("dense + residual", case, product(w, h, h), &mut |i| {
+            b.linear(&attended, &layer(i).dense, Epilogue::BiasResidual(&x), &mut x2);
+        })?;
+        self.time("norm + up + GELU", case, product(w, 4.0 * h, h), &mut |i| {
+            let norm = Norm { norm: norm(i), eps, keep: false, normed: &mut normed };
+            b.norm_linear(&x2, norm, &layer(i).up, Epilogue::BiasGelu, &mut wide);
+        })?;
+        self.time("down + residual", case, product(w, h, 4.0 * h), &mut |i| {
+            b.linear(&wide, &layer(i).down, Epilogue::BiasResidual(&x2), &mut x);
+        })?;
+        // the head sees each sequence's last token
+        let rows: Vec<usize> = batch.spans.iter().map(|s| s.start + s.len - 1).collect();
+        b.gather_norm(&x, &rows, norm(0), eps, &mut normed);
+        let (vocabulary, r) = (self.config.vocab_size as f64, rows.len() as f64);
+        let counted = (vocabulary * h * w, 2.0 * r * vocabulary * h);
+        let plain = Sampling { temperature: 1.0, seed: 5, ..Sampling::default() };
+        let ways = [
+            ("head + greedy", Sampling::default()),
+            ("head + sampling", plain),
+            ("head + top-k 50, top-p 0.95", Sampling { top_k: 50, top_p: 0.95, ..plain }),
+        ];
+        let mut scratch = Vec::new();
+        for (name, sampling) in ways {
+            let choices: Vec<SampleRow> =
+                (0..rows.len()).map(|row| SampleRow::new(row, &sampling, row as u32, 1)).collect();
+            let choices: Vec<(usize, &SampleRow)> = choices.iter().enumerate().collect();
+            let mut done = Ok(());
+            self.time(name, case, counted, &mut |_| {
+                if let Err(e) = b.sample(&normed, &self.table, &choices, &mut scratch) {
+                    done = Err(e);
+                }
+            })?;
+            done?;
+        }
+        Ok(())
+    }
+
+    fn time(
+        &self,
+        operation: &'static str,
+        case: Case,
+        (bytes, flops): (f64, f64),
+        work: &mut dyn FnMut(usize),
+    ) -> Result<()> {
+        let seconds = self.backend.time(self.calls, work)?;
+        let floor = (bytes / self.bandwidth).max(flops / self.peak);
+        self.rows.borrow_mut().push(KernelRow {
+            operation,
+            sequences: case.sequences,
+            tokens: case.tokens,
+            positions: case.positions,
+            microseconds: seconds * 1e6,
+            bytes,
+            flops,
+            gigabytes_per_second: bytes / seconds / 1e9,
+            teraflops: flops / seconds / 1e12,
+            floor_microseconds: floor * 1e6,
+            fraction: floor / seconds,
+        });
+        Ok(())
+    }
+}
