@@ -1,18 +1,22 @@
-// Choosing a token by rank and probability (top-k, then top-p, then min-p), exactly, from logits in memory.
+// Choosing a token by rank and probability (top-k, then top-p, then min-p), exactly, from logits in memory; and listing the
+// most likely tokens.
 //
 //   logits [row, vocabulary] in f32 -> chosen [choice] = (token, log-probability)
+//   logits [row, vocabulary] in f32 -> tops [choice, most] = (token, log-probability), the likeliest first
 //
 // Least bytes: the row once; it is read six times, the later ones from the second-level cache (a row of 250,880 is 1 MB).
 // One block for each choice: a radix selection in four passes finds the k-th largest logit; what is not smaller (ties stay, as in
 // transformers) goes to a list in shared memory, is sorted by logit and token, cut by probability, and chosen from by
-// Gumbel-max. Probabilities are added in f64, in the sorted order, as on the CPU. A list that ties make too long for
-// shared memory is left to the host: its token is TOO_MANY.
+// Gumbel-max. Probabilities are added in f64; of listed tokens in the sorted order, as on the CPU. Without top-k the list holds the
+// largest MOST, which a cut by probability seldom goes beyond. Where it does, or ties make the list too long for shared
+// memory, the choice is left to the host: its token is TOO_MANY.
 #include "choice.cuh"
 #include "memory.cuh"
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / WARP;
-constexpr int LIST = 2048; // at most half of it is asked for; the rest is room for ties
+constexpr int LIST = 2048;
+constexpr int MOST = LIST / 2; // is asked for at most; the rest is room for ties
 constexpr uint32_t TOO_MANY = 0xfffffffe;
 
 // Keeps the order of floats in unsigned integers.
@@ -28,6 +32,7 @@ struct Shared {
     uint32_t histograms[WARPS][256];
     float partial[WARPS][2];
     Partial best[WARPS];
+    double total;
     uint32_t count, prefix, left, kept;
     uint32_t changed[1]; // a bit for each token, to the end of shared memory
 };
@@ -37,25 +42,9 @@ DEVICE float filtered_logit(const float* logits, const uint32_t* bits, const Cha
     return bits[token / 32] >> (token % 32) & 1 ? changed(x, changes, c, token) : x;
 }
 
-KERNEL_ALONE(choose_filtered, THREADS)
-(Chosen* out, const float* all_logits, const Choice* choices, const Change* changes, uint32_t vocabulary) {
-    wait_for_earlier_kernels();
-    Shared& s = *reinterpret_cast<Shared*>(shared_memory());
-    const Choice& c = choices[blockIdx.x];
-    const float* logits = all_logits + static_cast<size_t>(c.row) * vocabulary;
+// Log-sum-exp of a row, for all threads; barriers around it are the caller's.
+DEVICE float log_sum_exp(Shared& s, const float* logits, uint32_t vocabulary) {
     int warp = warp_index(), lane = lane_index();
-    for (uint32_t i = threadIdx.x; i < (vocabulary + 31) / 32; i += THREADS) s.changed[i] = 0;
-    if (threadIdx.x == 0) {
-        s.count = 0;
-        s.prefix = 0;
-        s.left = c.top_k;
-    }
-    sync_block();
-    for (uint32_t i = threadIdx.x; i < c.changes_count; i += THREADS) {
-        uint32_t token = changes[c.changes_start + i].token & ~SEEN;
-        set_bits_shared(&s.changed[token / 32], 1u << (token % 32));
-    }
-    // log-sum-exp of the model's own logits
     float most = -INFINITY;
     for (uint32_t i = threadIdx.x; i < vocabulary; i += THREADS) most = fmaxf(most, logits[i]);
     most = warp_max(most);
@@ -66,12 +55,28 @@ KERNEL_ALONE(choose_filtered, THREADS)
     for (uint32_t i = threadIdx.x; i < vocabulary; i += THREADS) sum += expf(logits[i] - most);
     sum = warp_sum(sum);
     if (lane == 0) s.partial[warp][1] = sum;
-    // the k-th largest: one byte of it at a time, from the top
+    sync_block();
+    float total = 0;
+    for (int i = 0; i < WARPS; i++) total += s.partial[i][1];
+    return most + logf(total);
+}
+
+// Lists the `k` largest of the numbers `at(i)`, and what equals the smallest of them: sorted, `s.count` of them. False if there are too
+// many.
+template <class At>
+DEVICE bool list_largest(Shared& s, const At& at, uint32_t vocabulary, uint32_t k) {
+    int warp = warp_index(), lane = lane_index();
+    if (threadIdx.x == 0) {
+        s.count = 0;
+        s.prefix = 0;
+        s.left = k;
+    }
+    // one byte of the k-th largest at a time, from the top
     for (int shift = 24; shift >= 0; shift -= 8) {
         for (int i = lane; i < 256; i += WARP) s.histograms[warp][i] = 0;
         sync_block();
         for (uint32_t i = threadIdx.x; i < vocabulary; i += THREADS) {
-            uint32_t key = ordered(filtered_logit(logits, s.changed, changes, c, i));
+            uint32_t key = ordered(at(i));
             if (shift == 24 || key >> (shift + 8) == s.prefix) add_shared(&s.histograms[warp][key >> shift & 255], 1);
         }
         sync_block();
@@ -92,18 +97,15 @@ KERNEL_ALONE(choose_filtered, THREADS)
     }
     uint32_t least = s.prefix;
     for (uint32_t i = threadIdx.x; i < vocabulary; i += THREADS) {
-        uint32_t key = ordered(filtered_logit(logits, s.changed, changes, c, i));
+        uint32_t key = ordered(at(i));
         if (key >= least) {
-            uint32_t at = add_shared(&s.count, 1);
-            if (at < LIST) s.list[at] = static_cast<unsigned long long>(key) << 32 | ~i;
+            uint32_t place = add_shared(&s.count, 1);
+            if (place < LIST) s.list[place] = static_cast<unsigned long long>(key) << 32 | ~i;
         }
     }
     sync_block();
     uint32_t count = s.count;
-    if (count > LIST) {
-        if (threadIdx.x == 0) out[blockIdx.x] = Chosen{TOO_MANY, 0};
-        return;
-    }
+    if (count > LIST) return false;
     // bitonic sort, largest first
     uint32_t size = 1;
     while (size < count) size *= 2;
@@ -125,37 +127,102 @@ KERNEL_ALONE(choose_filtered, THREADS)
             sync_block();
         }
     }
-    float largest = of_ordered(static_cast<uint32_t>(s.list[0] >> 32));
-    for (uint32_t i = threadIdx.x; i < count; i += THREADS) {
-        float x = of_ordered(static_cast<uint32_t>(s.list[i] >> 32));
-        s.weights[i] = exp(static_cast<double>((x - largest) * c.inverse_temperature));
+    return true;
+}
+
+DEVICE float listed_logit(const Shared& s, uint32_t i) { return of_ordered(static_cast<uint32_t>(s.list[i] >> 32)); }
+DEVICE uint32_t listed_token(const Shared& s, uint32_t i) { return ~static_cast<uint32_t>(s.list[i]); }
+
+KERNEL_ALONE(choose_filtered, THREADS)
+(Chosen* out, const float* all_logits, const Choice* choices, const Change* changes, uint32_t vocabulary) {
+    wait_for_earlier_kernels();
+    Shared& s = *reinterpret_cast<Shared*>(shared_memory());
+    const Choice& c = choices[blockIdx.x];
+    const float* logits = all_logits + static_cast<size_t>(c.row) * vocabulary;
+    int warp = warp_index(), lane = lane_index();
+    for (uint32_t i = threadIdx.x; i < (vocabulary + 31) / 32; i += THREADS) s.changed[i] = 0;
+    sync_block();
+    for (uint32_t i = threadIdx.x; i < c.changes_count; i += THREADS) {
+        uint32_t token = changes[c.changes_start + i].token & ~SEEN;
+        set_bits_shared(&s.changed[token / 32], 1u << (token % 32));
     }
+    float lse = log_sum_exp(s, logits, vocabulary); // of the model's own logits
+    auto at = [&](uint32_t i) { return filtered_logit(logits, s.changed, changes, c, i); };
+    bool all = c.top_k == 0; // is cut by probability
+    uint32_t k = all ? (vocabulary < MOST ? vocabulary : MOST) : c.top_k;
+    if (!list_largest(s, at, vocabulary, k)) {
+        if (threadIdx.x == 0) out[blockIdx.x] = Chosen{TOO_MANY, 0};
+        return;
+    }
+    uint32_t count = s.count;
+    float largest = listed_logit(s, 0);
+    auto weight = [&](float x) { return exp(static_cast<double>((x - largest) * c.inverse_temperature)); };
+    if (all && count < vocabulary) {
+        // the sum of all, thread by thread
+        double sum = 0;
+        for (uint32_t i = threadIdx.x; i < vocabulary; i += THREADS) sum += weight(at(i));
+        s.weights[threadIdx.x] = sum;
+        sync_block();
+        if (threadIdx.x == 0) {
+            double total = 0;
+            for (int i = 0; i < THREADS; i++) total += s.weights[i];
+            s.total = total;
+        }
+        sync_block();
+    }
+    for (uint32_t i = threadIdx.x; i < count; i += THREADS) s.weights[i] = weight(listed_logit(s, i));
     sync_block();
     if (threadIdx.x == 0) {
         double total = 0, before = 0;
         for (uint32_t i = 0; i < count; i++) total += s.weights[i];
+        if (all && count < vocabulary) total = s.total;
         uint32_t kept = 0;
         while (kept < count && (kept == 0 || c.top_p >= 1.0f || before < c.top_p * total)) before += s.weights[kept++];
-        while (kept > 1 && s.weights[kept - 1] < c.min_p) kept--;
-        s.kept = kept;
+        // whether tokens beyond the list would be kept as well
+        bool open = all && count < vocabulary && kept == count && (c.top_p >= 1.0f || before < c.top_p * total);
+        while (kept > 1 && s.weights[kept - 1] < c.min_p) {
+            kept--;
+            open = false;
+        }
+        s.kept = open ? 0 : kept;
     }
     sync_block();
+    if (s.kept == 0) {
+        if (threadIdx.x == 0) out[blockIdx.x] = Chosen{TOO_MANY, 0};
+        return;
+    }
     Partial best = nothing();
     for (uint32_t i = threadIdx.x; i < s.kept; i += THREADS) {
-        uint32_t token = ~static_cast<uint32_t>(s.list[i]);
-        float x = of_ordered(static_cast<uint32_t>(s.list[i] >> 32));
-        best = merged(best, Partial{x * c.inverse_temperature + gumbel(c, token), token, 0, 0, 0});
+        uint32_t token = listed_token(s, i);
+        best = merged(best, Partial{listed_logit(s, i) * c.inverse_temperature + gumbel(c, token), token, 0, 0, 0});
     }
     for (int mask = 16; mask > 0; mask /= 2) best = merged_with_lane(best, mask);
     if (lane == 0) s.best[warp] = best;
     sync_block();
     if (threadIdx.x == 0) {
-        float total = s.partial[0][1];
-        for (int i = 1; i < WARPS; i++) {
-            best = merged(best, s.best[i]);
-            total += s.partial[i][1];
-        }
-        out[blockIdx.x] = Chosen{best.token, logits[best.token] - (most + logf(total))};
+        for (int i = 1; i < WARPS; i++) best = merged(best, s.best[i]);
+        out[blockIdx.x] = Chosen{best.token, logits[best.token] - lse};
     }
 }
 EXPORT(choose_filtered)
+
+// What is wanted of a row; laid out as in src/ops/cuda/sampling.rs.
+struct Top {
+    uint32_t row, count;
+};
+
+KERNEL_ALONE(list_top, THREADS)
+(Chosen* out, const float* all_logits, const Top* tops, uint32_t most, uint32_t vocabulary) {
+    wait_for_earlier_kernels();
+    Shared& s = *reinterpret_cast<Shared*>(shared_memory());
+    Top top = tops[blockIdx.x];
+    const float* logits = all_logits + static_cast<size_t>(top.row) * vocabulary;
+    float lse = log_sum_exp(s, logits, vocabulary);
+    bool listed = list_largest(s, [&](uint32_t i) { return logits[i]; }, vocabulary, top.count);
+    for (uint32_t i = threadIdx.x; i < most; i += THREADS) {
+        Chosen c = {TOO_MANY, 0};
+        if (listed && i < top.count) c = Chosen{listed_token(s, i), listed_logit(s, i) - lse};
+        out[static_cast<size_t>(blockIdx.x) * most + i] = c;
+    }
+}
+EXPORT(list_top)

@@ -32,11 +32,11 @@ simd_fn! {
     /// [`philox`] for sixteen counters whose first words follow each other from `first` on: word by word, `words[w][i]` being
     /// word `w` of the counter `first + i`.
     pub fn philox16<S>(key: u64, first: u32, rest: [u32; 3], words: &mut [[u32; 16]; 4]) {
-        let mut c = [[first; 16], [rest[0]; 16], [rest[1]; 16], [rest[2]; 16]];
-        for i in 0..16 {
-            c[0][i] = first + i as u32;
+        let mut firsts = [first; 16];
+        for (i, c) in firsts.iter_mut().enumerate() {
+            *c += i as u32;
         }
-        *words = rounds(key, c);
+        *words = rounds(key, [firsts, [rest[0]; 16], [rest[1]; 16], [rest[2]; 16]]);
     }
 }
 

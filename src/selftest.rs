@@ -30,7 +30,7 @@ pub struct Shapes {
     pub tokens: Vec<usize>,
     /// `(positions in the cache, new tokens)` of the spans of attention batches.
     pub batches: Vec<Vec<(usize, usize)>>,
-    pub vocabulary: usize,
+    pub vocabularies: Vec<usize>,
     /// Begins the random numbers.
     pub seed: u64,
 }
@@ -48,7 +48,8 @@ impl Shapes {
                 vec![(0, 37), (5, 3), (31, 1)],
                 vec![(511, 1), (512, 1), (3, 1), (1040, 2)],
             ],
-            vocabulary: 203,
+            // the larger has more tokens than lists in shared memory
+            vocabularies: vec![203, 1300],
             seed,
         }
     }
@@ -65,7 +66,7 @@ impl Shapes {
             batches: (0..3)
                 .map(|_| (0..between(1, 4)).map(|_| (between(0, 3) * between(0, 60), between(1, 70))).collect())
                 .collect(),
-            vocabulary: between(30, 600),
+            vocabularies: vec![between(30, 600)],
             seed,
         }
     }
@@ -81,7 +82,7 @@ impl Shapes {
                 vec![(0, 128), (0, 384), (100, 30), (2047, 1)],
                 vec![(1500, 1), (512, 1), (511, 1)],
             ],
-            vocabulary: 250_880,
+            vocabularies: vec![250_880],
             seed,
         }
     }
@@ -134,8 +135,11 @@ pub fn run<L: Launcher>(launcher: &Rc<L>, half: DType, shapes: &Shapes, each: &m
     }
     let width = shapes.matrices.iter().map(|m| m.1).find(|i| *i <= 2048).unwrap_or(64);
     for int8 in [false, true] {
-        for rows in [5, 20, 50] {
-            test.sampling(shapes.vocabulary, width, rows, int8)?;
+        for &vocabulary in &shapes.vocabularies {
+            test.sampling(vocabulary, width, 5, int8)?;
+        }
+        for rows in [20, 50] {
+            test.sampling(shapes.vocabularies[0], width, rows, int8)?;
         }
     }
     Ok(())
@@ -375,8 +379,10 @@ impl<L: Launcher> Test<'_, L> {
         let both = Sampling { temperature: 1.3, seed: u64::MAX - 5, ..penalty };
         let ranked = Sampling { top_k: 20, top_p: 0.9, ..both };
         let likely = Sampling { top_k: 7, min_p: 0.2, ..warm };
-        let on_host = Sampling { top_p: 0.5, ..warm };
-        let settings = [plain, penalty, warm, both, ranked, likely, on_host];
+        let nucleus = Sampling { top_p: 0.5, ..warm };
+        let floor = Sampling { min_p: 0.4, ..both };
+        let on_host = Sampling { top_k: vocabulary - 1, min_p: 0.3, ..warm };
+        let settings = [plain, penalty, warm, both, ranked, likely, nucleus, floor, on_host];
         let bias: Vec<(u32, f32)> = (0..vocabulary as u32)
             .step_by(3)
             .take(60)
@@ -402,11 +408,13 @@ impl<L: Launcher> Test<'_, L> {
         let (mut logits, mut expected_logits) = (Vec::new(), Vec::new());
         let ours = self.cuda.sample(&narrow, &head, &list, &mut logits)?;
         let theirs = self.cpu.sample(&x, &cpu_head, &list, &mut expected_logits)?;
-        let different =
-            ours.iter().zip(&theirs).filter(|(a, b)| a.token != b.token || a.top.len() != b.top.len()).count();
+        let tokens = |c: &crate::engine::Chosen| (c.token, c.top.iter().map(|t| t.0).collect::<Vec<_>>());
+        let different = ours.iter().zip(&theirs).filter(|(a, b)| tokens(a) != tokens(b)).count();
         let case = format!("{rows} x {width} to {vocabulary} tokens{}", if int8 { ", int8" } else { "" });
         self.report("sampled tokens that differ", case.clone(), different as f32, 0.0);
-        let get = |c: &[crate::engine::Chosen]| c.iter().map(|c| c.logprob).collect::<Vec<_>>();
+        let get = |c: &[crate::engine::Chosen]| -> Vec<f32> {
+            c.iter().flat_map(|c| [c.logprob].into_iter().chain(c.top.iter().map(|t| t.1))).collect()
+        };
         let e = error(&get(&ours), &get(&theirs));
         self.report("log-probabilities", case.clone(), e, 1e-5);
         self.cuda.logits(&narrow, &head, &mut logits)?;

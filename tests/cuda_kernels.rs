@@ -28,7 +28,7 @@ fn large() -> Shapes {
         matrices: vec![(300, 336), (24, 48)],
         tokens: vec![65, 200],
         heads: vec![],
-        vocabulary: 50,
+        vocabularies: vec![50],
         ..Shapes::small(4)
     }
 }
@@ -73,7 +73,7 @@ fn the_order_of_threads_does_not_matter() {
         tokens: vec![2, 35, 66],
         heads: vec![(2, 96)],
         batches: vec![vec![(0, 18), (1030, 1)]],
-        vocabulary: 50,
+        vocabularies: vec![50],
         ..Shapes::small(3)
     };
     all(DType::Bf16, &shapes, true, false);

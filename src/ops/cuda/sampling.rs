@@ -13,7 +13,7 @@ const MERGE_THREADS: u32 = 256;
 /// As in `kernels/sampling_filtered.cu`: threads, shared memory before the bits of seen tokens, the largest top-k (half of the
 /// list there), and the token of a choice that was not made.
 const LISTED_THREADS: u32 = 512;
-const LISTED_SHARED: usize = 2048 * 16 + 16 * 256 * 4 + 16 * 8 + 16 * PARTIAL + 16;
+const LISTED_SHARED: usize = 2048 * 16 + 16 * 256 * 4 + 16 * 8 + 16 * PARTIAL + 8 + 16;
 const MOST_LISTED: usize = 1024;
 const TOO_MANY: u32 = 0xffff_fffe;
 /// Bytes of a `Partial`.
@@ -90,14 +90,14 @@ impl Way {
     fn of(row: &SampleRow, vocabulary: usize) -> Way {
         let s = row.sampling;
         let top_k = s.top_k > 0 && s.top_k < vocabulary;
-        if row.top > 0 {
+        if row.top > MOST_LISTED {
             Way::Host
         } else if row.forced.is_some() || s.temperature <= 0.0 || !(top_k || s.top_p < 1.0 || s.min_p > 0.0) {
             Way::Fused
-        } else if top_k && s.top_k <= MOST_LISTED {
-            Way::Listed
-        } else {
+        } else if top_k && s.top_k > MOST_LISTED {
             Way::Host
+        } else {
+            Way::Listed
         }
     }
 }
@@ -127,8 +127,7 @@ impl<L: Launcher> Cuda<L> {
         out.resize(x.rows * head.rows, 0.0);
         for (part, out) in out.chunks_mut(HEAD_ROWS * head.rows).enumerate() {
             let rows = part * HEAD_ROWS..part * HEAD_ROWS + out.len() / head.rows;
-            self.grow(&mut scratch.logits, out.len() * 4)?;
-            let at = scratch.logits.as_ref().map_or(0, |m| m.at);
+            let at = self.place(&mut scratch.logits, out.len() * 4)?;
             self.head("head_logits", x, rows, head, |args| args.with(at))?;
             self.launcher.read(at, bytemuck::cast_slice_mut(out))?;
         }
@@ -136,7 +135,8 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// See [`crate::ops::Backend::sample`]. Choices over the whole vocabulary are made where the products are; those by rank
-    /// or probability from logits in device memory; what is rare (no top-k, or a large one) on the host.
+    /// or probability, and lists of likely tokens, from logits in device memory; what is rare (a top-k above 1024, or a top-p that
+    /// more tokens take to reach) on the host.
     pub(super) fn choose(
         &self,
         x: &Buffer<L>,
@@ -161,10 +161,17 @@ impl<L: Launcher> Cuda<L> {
             if !fused.is_empty() {
                 self.choose_fused(x, head, range.clone(), rows, &fused, &mut chosen)?;
             }
-            if !listed.is_empty() {
-                on_host.extend(self.choose_listed(x, head, range, rows, &listed, &mut chosen)?);
+            let topped: Vec<usize> = fused.iter().chain(&listed).copied().filter(|&i| rows[i].1.top > 0).collect();
+            if !listed.is_empty() || !topped.is_empty() {
+                let mut scratch = self.scratch.borrow_mut();
+                let logits = self.place(&mut scratch.logits, range.len() * head.rows * 4)?;
+                self.head("head_logits", x, range.clone(), head, |args| args.with(logits))?;
+                on_host.extend(self.choose_listed(&mut scratch, head, range.start, rows, &listed, &mut chosen)?);
+                on_host.extend(self.list_top(&mut scratch, head, range.start, rows, &topped, &mut chosen)?);
             }
         }
+        on_host.sort_unstable();
+        on_host.dedup();
         if !on_host.is_empty() {
             self.head_logits(x, head, logits)?;
             for i in on_host {
@@ -177,27 +184,71 @@ impl<L: Launcher> Cuda<L> {
         Ok(chosen)
     }
 
-    /// Chooses from logits in device memory; returns what the host has to choose.
+    /// Chooses from the logits in scratch memory; returns what the host has to choose.
     fn choose_listed(
         &self,
-        x: &Buffer<L>,
+        scratch: &mut Scratch<L>,
         head: &Matrix<L>,
-        range: Range<usize>,
+        first_row: usize,
         rows: &[(usize, &SampleRow)],
         part: &[usize],
         chosen: &mut [Chosen],
     ) -> Result<Vec<usize>> {
-        let mut scratch = self.scratch.borrow_mut();
-        let (list, changes) = self.send_choices(&mut scratch, range.start, rows, part)?;
-        self.grow(&mut scratch.logits, range.len() * head.rows * 4)?;
+        if part.is_empty() {
+            return Ok(vec![]);
+        }
+        let (list, changes) = self.send_choices(scratch, first_row, rows, part)?;
         let logits = scratch.logits.as_ref().map_or(0, |m| m.at);
-        self.head("head_logits", x, range, head, |args| args.with(logits))?;
-        self.grow(&mut scratch.chosen, part.len() * 8)?;
-        let out = scratch.chosen.as_ref().map_or(0, |m| m.at);
+        let out = self.place(&mut scratch.chosen, part.len() * 8)?;
         let args = Args::new().with(out).with(logits).with(list).with(changes).with(head.rows as u32);
         let shared = LISTED_SHARED + head.rows.div_ceil(32) * 4;
         self.launch("choose_filtered", [part.len(), 1, 1], LISTED_THREADS, shared, args)?;
         self.receive(out, part, chosen)
+    }
+
+    /// Lists the likeliest tokens from the logits in scratch memory; returns what the host has to list.
+    fn list_top(
+        &self,
+        scratch: &mut Scratch<L>,
+        head: &Matrix<L>,
+        first_row: usize,
+        rows: &[(usize, &SampleRow)],
+        part: &[usize],
+        chosen: &mut [Chosen],
+    ) -> Result<Vec<usize>> {
+        // `Top` of the kernel
+        let wanted = |&i: &usize| [(rows[i].0 - first_row) as u32, rows[i].1.top.min(head.rows) as u32];
+        let tops: Vec<[u32; 2]> = part.iter().map(wanted).collect();
+        let Some(most) = tops.iter().map(|t| t[1] as usize).max() else { return Ok(vec![]) };
+        let list = self.send(&mut scratch.choices, bytemuck::cast_slice(&tops))?;
+        let logits = scratch.logits.as_ref().map_or(0, |m| m.at);
+        let out = self.place(&mut scratch.chosen, part.len() * most * 8)?;
+        let args = Args::new().with(out).with(logits).with(list).with(most as u32).with(head.rows as u32);
+        self.launch("list_top", [part.len(), 1, 1], LISTED_THREADS, LISTED_SHARED, args)?;
+        let mut results = vec![[0u32; 2]; part.len() * most];
+        self.launcher.read(out, bytemuck::cast_slice_mut(&mut results))?;
+        let mut left = Vec::new();
+        for ((&i, top), results) in part.iter().zip(&tops).zip(results.chunks_exact(most)) {
+            let results = &results[..top[1] as usize];
+            if results.iter().any(|r| r[0] == TOO_MANY) {
+                left.push(i);
+            }
+            chosen[i].top = results.iter().map(|r| (r[0], f32::from_bits(r[1]))).collect();
+        }
+        Ok(left)
+    }
+
+    /// Memory of at least `bytes`.
+    fn place(&self, memory: &mut Option<Memory<L>>, bytes: usize) -> Result<u64> {
+        self.grow(memory, bytes)?;
+        Ok(memory.as_ref().map_or(0, |m| m.at))
+    }
+
+    /// Writes `bytes` to the device.
+    fn send(&self, memory: &mut Option<Memory<L>>, bytes: &[u8]) -> Result<u64> {
+        let at = self.place(memory, bytes.len())?;
+        self.launcher.write(at, bytes)?;
+        Ok(at)
     }
 
     /// Reads tokens and log-probabilities; returns the choices that were not made.
@@ -249,14 +300,8 @@ impl<L: Launcher> Cuda<L> {
                 }
             })
             .collect();
-        let send = |memory: &mut Option<Memory<L>>, bytes: &[u8]| -> Result<u64> {
-            self.grow(memory, bytes.len())?;
-            let at = memory.as_ref().map_or(0, |m| m.at);
-            self.launcher.write(at, bytes)?;
-            Ok(at)
-        };
-        let list = send(&mut scratch.choices, bytemuck::cast_slice(&list))?;
-        Ok((list, send(&mut scratch.changes, bytemuck::cast_slice(&changes))?))
+        let list = self.send(&mut scratch.choices, bytemuck::cast_slice(&list))?;
+        Ok((list, self.send(&mut scratch.changes, bytemuck::cast_slice(&changes))?))
     }
 
     fn choose_fused(
@@ -271,12 +316,10 @@ impl<L: Launcher> Cuda<L> {
         let blocks = head_blocks(head.rows);
         let mut scratch = self.scratch.borrow_mut();
         let (list, changes) = self.send_choices(&mut scratch, range.start, rows, part)?;
-        self.grow(&mut scratch.partials, part.len() * blocks * PARTIAL)?;
-        let partials = scratch.partials.as_ref().map_or(0, |m| m.at);
+        let partials = self.place(&mut scratch.partials, part.len() * blocks * PARTIAL)?;
         let choices = Choices { list, changes, partials, count: part.len() as u32, blocks: blocks as u32 };
         self.head("head_choice", x, range, head, |args| args.with(choices))?;
-        self.grow(&mut scratch.chosen, part.len() * 8)?;
-        let at = scratch.chosen.as_ref().map_or(0, |m| m.at);
+        let at = self.place(&mut scratch.chosen, part.len() * 8)?;
         let shared = MERGE_THREADS as usize / 32 * PARTIAL;
         self.launch("merge_choices", [part.len(), 1, 1], MERGE_THREADS, shared, Args::new().with(choices).with(at))?;
         self.receive(at, part, chosen)?;
