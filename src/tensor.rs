@@ -77,6 +77,19 @@ impl Bytes {
         Ok(Bytes::Resident(Arc::new(memory.make_read_only()?), 0..len))
     }
 
+    /// Gives the memory of a part back where it is a mapped file's; it comes again when it is read.
+    pub fn give_back(&self, range: Range<usize>) {
+        #[cfg(target_os = "linux")]
+        if let Bytes::Mapped(map, whole) = self {
+            assert!(range.start <= range.end && whole.start + range.end <= whole.end);
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the mapping is of a file and read-only, so its pages are as they were when they come again.
+            let _ = unsafe { map.unchecked_advise_range(advice, whole.start + range.start, range.len()) };
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = range;
+    }
+
     /// A part of these bytes; `range` must lie inside them.
     pub fn slice(&self, range: Range<usize>) -> Bytes {
         match self {

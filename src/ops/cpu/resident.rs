@@ -56,12 +56,7 @@ pub fn into_resident(
             for (from, to) in shared[range.clone()].chunks(part).zip(to.chunks_mut(part)) {
                 write(from, to);
             }
-            #[cfg(target_os = "linux")]
-            if let Bytes::Mapped(map, whole) = &shared {
-                let advice = memmap2::UncheckedAdvice::DontNeed;
-                // SAFETY: the mapping is of a file and read-only; its pages come back from the file when they are read again.
-                let _ = unsafe { map.unchecked_advise_range(advice, whole.start + range.start, range.len()) };
-            }
+            shared.give_back(range);
         });
     })
 }

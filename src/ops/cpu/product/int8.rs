@@ -181,10 +181,6 @@ impl Lanes for Portable {
         std::array::from_fn(|i| (0..INNER).fold(acc[i], |sum, k| sum + w[i][k] as i32 * a[k] as i32))
     }
     #[inline(always)]
-    unsafe fn dot4(acc: [Self::Acc; 4], w: Self::W, a: *const u8) -> [Self::Acc; 4] {
-        std::array::from_fn(|i| unsafe { Self::dot(acc[i], w, a.add(i * INNER)) })
-    }
-    #[inline(always)]
     unsafe fn end(acc: Self::Acc, out: *mut i32) {
         for (i, sum) in acc.into_iter().enumerate() {
             unsafe { *out.add(i) += sum };
@@ -222,18 +218,6 @@ mod x86 {
         #[inline(always)]
         unsafe fn dot(acc: __m512i, w: __m512i, a: *const u8) -> __m512i {
             unsafe { _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(a.cast::<i32>().read_unaligned()), w) }
-        }
-        #[inline(always)]
-        unsafe fn dot4(acc: [__m512i; 4], w: __m512i, a: *const u8) -> [__m512i; 4] {
-            unsafe {
-                let a = _mm512_broadcast_i32x4(_mm_loadu_si128(a.cast()));
-                [
-                    _mm512_dpbusd_epi32(acc[0], _mm512_shuffle_epi32::<0b00_00_00_00>(a), w),
-                    _mm512_dpbusd_epi32(acc[1], _mm512_shuffle_epi32::<0b01_01_01_01>(a), w),
-                    _mm512_dpbusd_epi32(acc[2], _mm512_shuffle_epi32::<0b10_10_10_10>(a), w),
-                    _mm512_dpbusd_epi32(acc[3], _mm512_shuffle_epi32::<0b11_11_11_11>(a), w),
-                ]
-            }
         }
         #[inline(always)]
         unsafe fn end(acc: __m512i, out: *mut i32) {
@@ -281,17 +265,6 @@ mod x86 {
                     _mm256_add_epi32(acc[1], _mm256_madd_epi16(w[1], a)),
                     _mm256_add_epi32(acc[2], _mm256_madd_epi16(w[2], a)),
                     _mm256_add_epi32(acc[3], _mm256_madd_epi16(w[3], a)),
-                ]
-            }
-        }
-        #[inline(always)]
-        unsafe fn dot4(acc: [Self::Acc; 4], w: Self::W, a: *const u8) -> [Self::Acc; 4] {
-            unsafe {
-                [
-                    Self::dot(acc[0], w, a),
-                    Self::dot(acc[1], w, a.add(4)),
-                    Self::dot(acc[2], w, a.add(8)),
-                    Self::dot(acc[3], w, a.add(12)),
                 ]
             }
         }

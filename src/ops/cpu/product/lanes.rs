@@ -26,8 +26,6 @@ const CHUNK: usize = 512;
 const FEW: usize = 16;
 /// Of more than 12 such tokens, the bytes of their rows that stay in the first-level cache meanwhile.
 const TALL_CHUNK: usize = 1024;
-/// Quads of such a tile that are loaded at once.
-const SHUFFLED: usize = 1;
 /// Bytes ahead of use that streaming weights are asked for.
 const AHEAD: usize = 8192;
 
@@ -48,8 +46,6 @@ pub trait Lanes {
     unsafe fn begin(out: *const Self::Sum) -> Self::Acc;
     unsafe fn load(w: *const u8) -> Self::W;
     unsafe fn dot(acc: Self::Acc, w: Self::W, a: *const u8) -> Self::Acc;
-    /// [`Lanes::dot`] for the four words at `a`, which are loaded at once: fewer loads, more shuffles.
-    unsafe fn dot4(acc: [Self::Acc; 4], w: Self::W, a: *const u8) -> [Self::Acc; 4];
     unsafe fn end(acc: Self::Acc, out: *mut Self::Sum);
 }
 
@@ -321,16 +317,7 @@ impl<S: Copy> Tile<S> {
         unsafe {
             let ws: [L::W; N] = std::array::from_fn(|n| L::load(self.w.add(n * self.stride + i * GROUP)));
             let a = self.a.add(i * 4);
-            // where a tile is so tall that loads would be its limit, the first quads are loaded as such
-            let whole = if M > 12 { SHUFFLED } else { 0 };
-            for q in 0..whole {
-                let sums = [acc[4 * q][0], acc[4 * q + 1][0], acc[4 * q + 2][0], acc[4 * q + 3][0]];
-                let sums = L::dot4(sums, ws[0], a.add(q * self.quad));
-                for (j, sum) in sums.into_iter().enumerate() {
-                    acc[4 * q + j][0] = sum;
-                }
-            }
-            for (m, row) in acc.iter_mut().enumerate().skip(4 * whole) {
+            for (m, row) in acc.iter_mut().enumerate() {
                 let a = a.add(m / 4 * self.quad + m % 4 * WORD);
                 for (acc, w) in row.iter_mut().zip(ws) {
                     *acc = L::dot(*acc, w, a);

@@ -12,6 +12,9 @@ use crate::tensor::{Buffer, Bytes, DType, Tensor};
 use bytemuck::Pod;
 use half::{bf16, f16};
 
+/// Rows after whose conversion a mapped file's memory is given back.
+const GIVE_BACK: usize = 1024;
+
 /// A matrix of plain elements, mapped where the file's alignment allows.
 pub struct Plain<E: Pod> {
     pub data: Buffer<E>,
@@ -45,6 +48,9 @@ impl Matrix {
             let width = cols * tensor.dtype.size();
             let row = |i: usize| {
                 let bytes = tensor.bytes.slice(i * width..(i + 1) * width);
+                if i % GIVE_BACK == 0 {
+                    tensor.bytes.give_back(i.saturating_sub(GIVE_BACK) * width..i * width);
+                }
                 Tensor { dtype: tensor.dtype, shape: vec![cols], bytes }.to_f32()
             };
             if dtype == DType::Int8 {
