@@ -166,7 +166,13 @@ impl ModelArgs {
         };
         let driver = match self.device {
             DeviceChoice::Cpu => None,
-            DeviceChoice::Auto => possible().ok(),
+            DeviceChoice::Auto => possible()
+                .inspect_err(|e| {
+                    if Driver::likely() {
+                        eprintln!("the GPU is not used: {e}");
+                    }
+                })
+                .ok(),
             DeviceChoice::Cuda => Some(possible().context("--device cuda")?),
         };
         Ok(match driver {

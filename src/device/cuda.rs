@@ -54,6 +54,12 @@ fn failed(what: impl std::fmt::Display) -> impl FnOnce(result::DriverError) -> E
 }
 
 impl Driver {
+    /// Whether this program could use a GPU and the machine has a driver for one: if [`Driver::open`] fails then, it is worth a word.
+    pub fn likely() -> bool {
+        // SAFETY: only looks whether the library is there.
+        !images::IMAGES.is_empty() && unsafe { sys::is_culib_present() }
+    }
+
     /// The first GPU; `CUDA_VISIBLE_DEVICES` chooses another.
     pub fn open() -> Result<Driver> {
         if images::IMAGES.is_empty() {
