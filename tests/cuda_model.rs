@@ -151,20 +151,24 @@ fn the_cpu_chooses_the_same_tokens() {
     }
 }
 
-/// Five launches a layer, and three or four around the layers.
+/// Five launches a layer and four around the layers; two copies to the device: the batch, and the choice with its position.
 #[test]
 fn a_decoding_step_is_five_launches_a_layer() {
     let (checkpoint, ids, _) = open("bf16_sharded");
     let launcher: std::rc::Rc<Emulated> = gpu(false, false);
     let cuda = Cuda::new(launcher.clone(), DType::Bf16, true);
     let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
-    let mut cache = model.cache(&cuda, 4).unwrap();
-    let mut scratch = Scratch::default();
-    let mut batch = Batch::default();
-    batch.push(&ids[..1], 0, &[2]);
-    model.forward(&cuda, &batch, &mut cache, &mut scratch);
-    let launched: usize = launcher.launched.borrow().values().sum();
-    assert_eq!(launched, 1 + 5 * model.config.layers);
+    let mut engine =
+        Engine::new(&cuda, &model, EngineOptions { cache_tokens: 64, ..EngineOptions::default() }).unwrap();
+    engine.submit(Request { ignore_eos: true, ..Request::new(1, ids[..2].to_vec(), 9, 2) }).unwrap();
+    let mut step = || {
+        let before: usize = launcher.launched.borrow().values().sum();
+        let written = launcher.writes.get();
+        engine.step(&mut |_| Verdict::Go).unwrap();
+        (launcher.launched.borrow().values().sum::<usize>() - before, launcher.writes.get() - written)
+    };
+    let steps: Vec<(usize, usize)> = (0..6).map(|_| step()).collect();
+    assert_eq!(steps[3..], [(1 + 5 * model.config.layers + 3, 2); 3], "{steps:?}");
 }
 
 /// Steps of one shape are recorded the second time and repeated from then on; tokens and log-probabilities stay what they were

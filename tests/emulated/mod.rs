@@ -18,6 +18,8 @@ pub struct Emulated {
     /// Recordings that were made, and how often one was repeated.
     pub recorded: Cell<usize>,
     pub replayed: Cell<usize>,
+    /// Copies to the device.
+    pub writes: Cell<usize>,
 }
 
 type Recording = Vec<(String, Shape, Args)>;
@@ -28,8 +30,8 @@ pub fn gpu(check_order: bool, hopper: bool) -> Rc<Emulated> {
     let mut emulator = Emulator::new(1 << 30);
     emulator.check_order = check_order;
     let (launched, recording, changes) = Default::default();
-    let (recorded, replayed) = Default::default();
-    Rc::new(Emulated { emulator, hopper, launched, recording, changes, recorded, replayed })
+    let (recorded, replayed, writes) = Default::default();
+    Rc::new(Emulated { emulator, hopper, launched, recording, changes, recorded, replayed, writes })
 }
 
 fn failed<T>(r: std::result::Result<T, String>) -> Result<T> {
@@ -59,6 +61,7 @@ impl Launcher for Emulated {
     }
     fn write(&self, at: Address, bytes: &[u8]) -> Result<()> {
         self.only_now()?;
+        self.writes.set(self.writes.get() + 1);
         failed(self.emulator.write(at, bytes))
     }
     fn zero(&self, at: Address, bytes: usize) -> Result<()> {

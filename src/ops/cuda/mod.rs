@@ -65,6 +65,19 @@ impl<L: Launcher> Buffer<L> {
     }
 }
 
+/// Something that the host tells the device, most of the time the same: a copy is a good part of a decoding step's time.
+struct Sent<L: Launcher> {
+    memory: Option<Memory<L>>,
+    /// What is there.
+    bytes: Vec<u8>,
+}
+
+impl<L: Launcher> Default for Sent<L> {
+    fn default() -> Self {
+        Sent { memory: None, bytes: Vec::new() }
+    }
+}
+
 /// A batch on the device.
 pub struct Pass<L: Launcher> {
     memory: Option<Memory<L>>,
@@ -193,6 +206,23 @@ impl<L: Launcher> Cuda<L> {
             *memory = Some(Memory::new(&self.launcher, bytes.next_power_of_two().max(256))?);
         }
         Ok(())
+    }
+
+    /// Memory of at least `bytes`.
+    fn place(&self, memory: &mut Option<Memory<L>>, bytes: usize) -> Result<u64> {
+        self.grow(memory, bytes)?;
+        Ok(memory.as_ref().map_or(0, |m| m.at))
+    }
+
+    /// Writes `bytes` to the device, unless they are what it was sent last.
+    fn send(&self, sent: &mut Sent<L>, bytes: &[u8]) -> Result<u64> {
+        let at = self.place(&mut sent.memory, bytes.len())?;
+        if sent.bytes != bytes {
+            sent.bytes.clear(); // what is there if the write fails is anybody's guess
+            self.launcher.write(at, bytes)?;
+            sent.bytes.extend_from_slice(bytes);
+        }
+        Ok(at)
     }
 
     /// Normalized rows of `x` in 16 bits; `rows` (of device memory) chooses, 0 takes all.
@@ -367,9 +397,7 @@ impl<L: Launcher> Backend for Cuda<L> {
         self.attempt(|| {
             let words: Vec<u32> = rows.iter().map(|r| *r as u32).collect();
             let mut scratch = self.scratch.borrow_mut();
-            self.grow(&mut scratch.rows, words.len() * 4)?;
-            let at = scratch.rows.as_ref().map_or(0, |m| m.at);
-            self.launcher.write(at, bytemuck::cast_slice(&words))?;
+            let at = self.send(&mut scratch.rows, bytemuck::cast_slice(&words))?;
             self.layer_norm(x, at, rows.len(), norm, eps, out)
         });
     }

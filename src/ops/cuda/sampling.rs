@@ -1,7 +1,7 @@
 //! The head, and choosing tokens.
 
 use super::linear::{HEAD_ROWS, head_blocks};
-use super::{Buffer, Cuda, Matrix};
+use super::{Buffer, Cuda, Matrix, Sent};
 use crate::device::{Args, Launcher, Memory};
 use crate::engine::{Chosen, SampleRow, choose, log_sum_exp};
 use crate::error::Result;
@@ -21,17 +21,18 @@ const PARTIAL: usize = 20;
 
 /// Memory of the steps that follow the layers, kept from pass to pass.
 pub(super) struct Scratch<L: Launcher> {
-    pub rows: Option<Memory<L>>,
+    pub rows: Sent<L>,
+    choices: Sent<L>,
+    changes: Sent<L>,
     logits: Option<Memory<L>>,
-    choices: Option<Memory<L>>,
-    changes: Option<Memory<L>>,
     partials: Option<Memory<L>>,
     chosen: Option<Memory<L>>,
 }
 
 impl<L: Launcher> Default for Scratch<L> {
     fn default() -> Self {
-        Scratch { rows: None, logits: None, choices: None, changes: None, partials: None, chosen: None }
+        let (rows, choices, changes) = Default::default();
+        Scratch { rows, choices, changes, logits: None, partials: None, chosen: None }
     }
 }
 
@@ -236,19 +237,6 @@ impl<L: Launcher> Cuda<L> {
             chosen[i].top = results.iter().map(|r| (r[0], f32::from_bits(r[1]))).collect();
         }
         Ok(left)
-    }
-
-    /// Memory of at least `bytes`.
-    fn place(&self, memory: &mut Option<Memory<L>>, bytes: usize) -> Result<u64> {
-        self.grow(memory, bytes)?;
-        Ok(memory.as_ref().map_or(0, |m| m.at))
-    }
-
-    /// Writes `bytes` to the device.
-    fn send(&self, memory: &mut Option<Memory<L>>, bytes: &[u8]) -> Result<u64> {
-        let at = self.place(memory, bytes.len())?;
-        self.launcher.write(at, bytes)?;
-        Ok(at)
     }
 
     /// Reads tokens and log-probabilities; returns the choices that were not made.

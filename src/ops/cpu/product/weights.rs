@@ -48,7 +48,7 @@ impl Matrix {
             let width = cols * tensor.dtype.size();
             let row = |i: usize| {
                 let bytes = tensor.bytes.slice(i * width..(i + 1) * width);
-                if i % GIVE_BACK == 0 {
+                if i.is_multiple_of(GIVE_BACK) {
                     tensor.bytes.give_back(i.saturating_sub(GIVE_BACK) * width..i * width);
                 }
                 Tensor { dtype: tensor.dtype, shape: vec![cols], bytes }.to_f32()
