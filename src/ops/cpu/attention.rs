@@ -388,9 +388,9 @@ unsafe fn weigh<S: Simd>(
         let distance = S::add(S::load(LANE.as_ptr()), S::splat(first));
         let bias = S::mul(distance, S::splat(place.slope));
         let scores = S::fma(S::load(products.as_ptr()), S::splat(scale), bias);
-        let mut weights = [f32::NEG_INFINITY; BLOCK];
-        S::store_partial(weights.as_mut_ptr(), scores, valid);
-        let here = S::max_lane(S::load(weights.as_ptr()));
+        // in registers: what is stored in part and loaded whole has to wait for memory
+        let scores = S::first(scores, valid, S::splat(f32::NEG_INFINITY));
+        let here = S::max_lane(scores);
         if here > state.most {
             if place.block > 0 {
                 let shrink = (state.most - here).exp();
@@ -401,10 +401,10 @@ unsafe fn weigh<S: Simd>(
             }
             state.most = here;
         }
-        let exps = S::exp(S::sub(S::load(weights.as_ptr()), S::splat(state.most)));
-        weights = [0.0; BLOCK];
-        S::store_partial(weights.as_mut_ptr(), exps, valid);
-        state.sum = S::add(state.sum, S::load(weights.as_ptr()));
+        let exps = S::first(S::exp(S::sub(scores, S::splat(state.most))), valid, S::splat(0.0));
+        state.sum = S::add(state.sum, exps);
+        let mut weights = [0.0; BLOCK];
+        S::store(weights.as_mut_ptr(), exps);
         weights
     }
 }

@@ -141,6 +141,16 @@ pub trait Simd: Copy + 'static {
     /// Sum of the lanes: lane i + lane i+8, then +4, +2, +1.
     unsafe fn sum(v: Self::V) -> f32;
     unsafe fn max_lane(v: Self::V) -> f32;
+    /// The first `n <= 16` lanes of `v`, behind them those of `rest`.
+    #[inline(always)]
+    unsafe fn first(v: Self::V, n: usize, rest: Self::V) -> Self::V {
+        let mut a = [0f32; LANES];
+        unsafe {
+            Self::store(a.as_mut_ptr(), rest);
+            Self::store_partial(a.as_mut_ptr(), v, n);
+            Self::load(a.as_ptr())
+        }
+    }
 
     /// Sixteen sums, each in the order of [`Simd::sum`].
     #[inline(always)]

@@ -225,6 +225,10 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn first(v: __m512, n: usize, rest: __m512) -> __m512 {
+        unsafe { _mm512_mask_blend_ps(lane_mask(n), rest, v) }
+    }
+    #[inline(always)]
     unsafe fn max_lane(v: __m512) -> f32 {
         unsafe { _mm512_reduce_max_ps(v) }
     }
