@@ -42,7 +42,7 @@ DEVICE float filtered_logit(const float* logits, const uint32_t* bits, const Cha
     return bits[token / 32] >> (token % 32) & 1 ? changed(x, changes, c, token) : x;
 }
 
-// Log-sum-exp of a row, for all threads; barriers around it are the caller's.
+// Log-sum-exp of a row, for all threads.
 DEVICE float log_sum_exp(Shared& s, const float* logits, uint32_t vocabulary) {
     int warp = warp_index(), lane = lane_index();
     float most = -INFINITY;

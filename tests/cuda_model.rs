@@ -3,7 +3,7 @@
 mod emulated;
 mod golden_models;
 
-use beautiful_prompt::engine::{Counters, Engine, EngineOptions, Event, Request, Sampling, Verdict};
+use beautiful_prompt::engine::{Counters, Engine, EngineOptions, Event, Request, SampleRow, Sampling, Verdict};
 use beautiful_prompt::models::bloom::{Bloom, Scratch};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
@@ -233,4 +233,26 @@ fn recordings_end_when_memory_moves() {
     let (with, replayed) = run(true);
     assert!(replayed >= 5, "repeated {replayed} times");
     assert!(with == run(false).0);
+}
+
+/// Work that only launches is timed as a recording; work that asks for copies too, such as choosing tokens, as it is.
+#[test]
+fn all_work_can_be_timed() {
+    let (checkpoint, ids, _) = open("bf16_sharded");
+    let launcher = gpu(false, false);
+    let cuda = Cuda::new(launcher.clone(), DType::Bf16, false);
+    let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
+    let (mut cache, mut scratch, mut logits) = (model.cache(&cuda, 1).unwrap(), Scratch::default(), Vec::new());
+    let mut batch = Batch::default();
+    batch.push(&ids[..2], 0, &[0]);
+    model.forward(&cuda, &batch, &mut cache, &mut scratch);
+    let sampling = Sampling::default();
+    let rows = [SampleRow::new(1, &sampling, 0, 2)];
+    let mut choose = |_| model.sample(&cuda, &rows, &mut scratch, &mut logits).map(drop);
+    assert!(cuda.seconds(2, &mut choose).unwrap() > 0.0);
+    assert_eq!(launcher.replayed.get(), 0, "a copy is no launch");
+    let x = cuda.upload(&[1.0; 64], 16, true).unwrap();
+    let y = cuda.upload(&[2.0; 64], 16, true).unwrap();
+    assert!(cuda.seconds(2, &mut |_| cuda.download(&x, 16).map(drop)).is_ok());
+    assert_eq!(cuda.download(&y, 16).unwrap(), [2.0; 64]);
 }

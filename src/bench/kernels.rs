@@ -174,6 +174,7 @@ impl<B: Backend + Machine> Bench<'_, B> {
         let layer = |i: usize| &self.layers[i % self.layers.len()];
         self.time("embedding + norm", case, (n * h * (w + 4.0), 0.0), &mut |i| {
             b.embed_norm(&batch, &pass, &self.table, &layer(i).norm, eps, &mut x);
+            Ok(())
         })?;
         let norm = |i: usize| &layer(i).norm;
         self.time("norm + QKV into cache", case, product(w, 3.0 * h, h), &mut |i| {
@@ -189,19 +190,24 @@ impl<B: Backend + Machine> Bench<'_, B> {
                 &mut cache,
                 &mut qkv,
             );
+            Ok(())
         })?;
         self.time("attention", case, (kv + 4.0 * n * h, 4.0 * n * seen * h), &mut |i| {
             b.attention(&batch, &pass, i % self.layers.len(), &self.heads, &qkv, &cache, &mut attended);
+            Ok(())
         })?;
         self.time("dense + residual", case, product(w, h, h), &mut |i| {
             b.linear(&attended, &layer(i).dense, Epilogue::BiasResidual(&x), &mut x2);
+            Ok(())
         })?;
         self.time("norm + up + GELU", case, product(w, 4.0 * h, h), &mut |i| {
             let norm = Norm { norm: norm(i), eps, keep: false, normed: &mut normed };
             b.norm_linear(&x2, norm, &layer(i).up, Epilogue::BiasGelu, &mut wide);
+            Ok(())
         })?;
         self.time("down + residual", case, product(w, h, 4.0 * h), &mut |i| {
             b.linear(&wide, &layer(i).down, Epilogue::BiasResidual(&x2), &mut x);
+            Ok(())
         })?;
         // the head sees each sequence's last token
         let rows: Vec<usize> = batch.spans.iter().map(|s| s.start + s.len - 1).collect();
@@ -219,13 +225,7 @@ impl<B: Backend + Machine> Bench<'_, B> {
             let choices: Vec<SampleRow> =
                 (0..rows.len()).map(|row| SampleRow::new(row, &sampling, row as u32, 1)).collect();
             let choices: Vec<(usize, &SampleRow)> = choices.iter().enumerate().collect();
-            let mut done = Ok(());
-            self.time(name, case, counted, &mut |_| {
-                if let Err(e) = b.sample(&normed, &self.table, &choices, &mut scratch) {
-                    done = Err(e);
-                }
-            })?;
-            done?;
+            self.time(name, case, counted, &mut |_| b.sample(&normed, &self.table, &choices, &mut scratch).map(drop))?;
         }
         Ok(())
     }
@@ -235,7 +235,7 @@ impl<B: Backend + Machine> Bench<'_, B> {
         operation: &'static str,
         case: Case,
         (bytes, flops): (f64, f64),
-        work: &mut dyn FnMut(usize),
+        work: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<()> {
         let seconds = self.backend.time(self.calls, work)?;
         let floor = (bytes / self.bandwidth).max(flops / self.peak);

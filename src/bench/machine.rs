@@ -22,7 +22,7 @@ pub trait Machine {
     /// FLOP/s of the products that weights of this type run on.
     fn peak(&self, dtype: DType) -> Result<f64>;
     /// Seconds that a call of `work` takes, measured over `calls` of them, which get their numbers.
-    fn time(&self, calls: usize, work: &mut dyn FnMut(usize)) -> Result<f64>;
+    fn time(&self, calls: usize, work: &mut dyn FnMut(usize) -> Result<()>) -> Result<f64>;
 }
 
 impl Machine for Cpu {
@@ -44,15 +44,14 @@ impl Machine for Cpu {
         })
     }
     /// The median.
-    fn time(&self, calls: usize, work: &mut dyn FnMut(usize)) -> Result<f64> {
-        work(0);
-        let mut times: Vec<f64> = (0..calls)
-            .map(|i| {
-                let started = Instant::now();
-                work(i);
-                started.elapsed().as_secs_f64()
-            })
-            .collect();
+    fn time(&self, calls: usize, work: &mut dyn FnMut(usize) -> Result<()>) -> Result<f64> {
+        work(0)?;
+        let mut timed = |i| {
+            let started = Instant::now();
+            work(i)?;
+            Ok(started.elapsed().as_secs_f64())
+        };
+        let mut times: Vec<f64> = (0..calls).map(&mut timed).collect::<Result<_>>()?;
         times.sort_by(f64::total_cmp);
         Ok(times[calls / 2])
     }
@@ -73,7 +72,7 @@ impl Machine for Cuda<Driver> {
     fn peak(&self, _: DType) -> Result<f64> {
         Cuda::peak(self, 1 << 16, 10)
     }
-    fn time(&self, calls: usize, work: &mut dyn FnMut(usize)) -> Result<f64> {
+    fn time(&self, calls: usize, work: &mut dyn FnMut(usize) -> Result<()>) -> Result<f64> {
         self.seconds(calls, work)
     }
 }

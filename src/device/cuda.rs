@@ -263,12 +263,16 @@ impl Launcher for Driver {
         self.recording.set(false);
         // ended in any case, or the stream would stay in it
         let graph = unsafe { result::stream::end_capture(self.stream) }.map_err(failed("recording launches"));
-        done?;
-        let graph = graph?;
         let mut exec = std::ptr::null_mut();
-        let made = unsafe { sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0) }.result();
-        unsafe { result::graph::destroy(graph) }.map_err(failed("a CUDA graph"))?;
-        made.map_err(failed("a CUDA graph"))?;
+        let made = graph.and_then(|graph| {
+            let made = match &done {
+                Ok(()) => unsafe { sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0) }.result(),
+                Err(_) => Ok(()),
+            };
+            unsafe { result::graph::destroy(graph) }.and(made).map_err(failed("a CUDA graph"))
+        });
+        done?;
+        made?;
         Ok(Graph(exec))
     }
 

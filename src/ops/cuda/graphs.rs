@@ -7,7 +7,6 @@
 
 use super::{Cuda, Pass, attention};
 use crate::device::Launcher;
-use crate::error::Error;
 use std::collections::HashMap;
 
 /// Most tokens of a pass that is recorded; longer ones are not bound by their launches.
@@ -34,13 +33,13 @@ pub(super) struct Graphs<L: Launcher> {
     changes: u64,
     /// `None` after the first pass of a shape.
     known: HashMap<Key, Option<L::Recording>>,
-    /// Why there are none.
-    pub off: Option<Error>,
+    /// Whether recording has failed here.
+    off: bool,
 }
 
 impl<L: Launcher> Default for Graphs<L> {
     fn default() -> Self {
-        Graphs { changes: 0, known: HashMap::new(), off: None }
+        Graphs { changes: 0, known: HashMap::new(), off: false }
     }
 }
 
@@ -48,7 +47,7 @@ impl<L: Launcher> Cuda<L> {
     /// See [`crate::ops::Backend::repeat`].
     pub(super) fn repeat_pass(&self, pass: &Pass<L>, owners: [usize; 3], work: &mut dyn FnMut()) {
         let mut graphs = self.graphs.borrow_mut();
-        let records = self.records && graphs.off.is_none() && self.failed.borrow().is_none();
+        let records = self.records && !graphs.off && self.failed.borrow().is_none();
         if !records || pass.tile_count > 0 || pass.tokens > TOKENS {
             return work();
         }
@@ -77,7 +76,7 @@ impl<L: Launcher> Cuda<L> {
                     }
                     Err(e) => {
                         tracing::warn!("steps are launched kernel by kernel: {e}");
-                        graphs.off = Some(e);
+                        graphs.off = true;
                         work();
                     }
                 }
