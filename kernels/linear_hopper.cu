@@ -8,9 +8,9 @@
 // shared memory, with the next slice's products begun before the last one's are waited for. A pair of barrier objects for
 // each stage says when it is full and when it is free.
 #include "epilogue.cuh"
-#include "hopper.cuh"
 #include "linear.cuh"
 #include "memory.cuh"
+#include "warpgroup.cuh"
 
 #if HOPPER
 
@@ -76,6 +76,7 @@ DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t token
                 if (s > 0 && lane == 0) barrier_arrive(&empty[(turn + STAGES - 1) % STAGES]); // the slice before is done
             }
             products_wait<0>();
+            products_arrived(d);
             if (lane == 0) barrier_arrive(&empty[(turn + STAGES - 1) % STAGES]);
             uint32_t first_token = tile % rows_of_tiles * TILE_M + group * 64 + warp_index() % 4 * 16 + g;
             uint32_t first_row = tile / rows_of_tiles * TILE_N + 2 * t;

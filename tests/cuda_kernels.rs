@@ -22,12 +22,13 @@ fn all(half: DType, shapes: &Shapes, check_order: bool, hopper: bool) -> BTreeSe
     device.launched.borrow().keys().cloned().collect()
 }
 
-/// Products of many tokens alone: several tiles, with rows, columns and inputs left over.
+/// Many tokens: several tiles of products, with rows, columns and inputs left over, and of attention, behind prefixes too.
 fn large() -> Shapes {
     Shapes {
         matrices: vec![(300, 336), (24, 48)],
         tokens: vec![65, 200],
-        heads: vec![],
+        heads: vec![(2, 32), (1, 64), (1, 80), (2, 96), (1, 128)],
+        batches: vec![vec![(0, 150)], vec![(70, 75), (3, 20), (300, 17)]],
         vocabularies: vec![50],
         ..Shapes::small(4)
     }
@@ -77,5 +78,5 @@ fn the_order_of_threads_does_not_matter() {
         ..Shapes::small(3)
     };
     all(DType::Bf16, &shapes, true, false);
-    all(DType::F16, &Shapes { tokens: vec![130], matrices: vec![(24, 208)], heads: vec![], ..shapes }, true, true);
+    all(DType::F16, &Shapes { tokens: vec![130], matrices: vec![(24, 208)], batches: vec![vec![(70, 140), (3, 20)]], ..shapes }, true, true);
 }

@@ -113,3 +113,29 @@ DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
                  : "memory");
 #endif
 }
+
+// The way back of `load_matrices`: four 8 x 8 matrices to shared memory, lane i giving the address of row i % 8 of matrix i / 8.
+// Hopper alone has an instruction for it.
+DEVICE void store_matrices(void* row, const uint32_t (&in)[4]) {
+#ifdef KERNEL_EMULATOR
+    struct Lane {
+        const uint32_t* in;
+        Eight row;
+    } mine = {in, Eight{}};
+    emulator_collective(
+        32, 0xffffffff,
+        [](void** data, uint32_t) {
+            for (int lane = 0; lane < 32; lane++)
+                for (int m = 0; m < 4; m++)
+                    static_cast<Lane*>(data[m * 8 + lane / 4])->row.pairs[lane % 4] =
+                        static_cast<Lane*>(data[lane])->in[m];
+        },
+        &mine, "store_matrices");
+    *static_cast<Eight*>(row) = mine.row;
+#elif __CUDA_ARCH__ >= 900
+    uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(in[0]), "r"(in[1]), "r"(in[2]),
+                 "r"(in[3])
+                 : "memory");
+#endif
+}

@@ -55,6 +55,26 @@ DEVICE float shuffle_xor(float x, int mask) {
 }
 DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return bits_of_float(shuffle_xor(float_of_bits(x), mask)); }
 
+// Whether it is so for any lane of the warp.
+DEVICE bool any_lane(bool here) {
+#ifdef KERNEL_EMULATOR
+    struct Lane {
+        bool here, any;
+    } lane = {here, false};
+    emulator_collective(
+        32, 0xffffffff,
+        [](void** data, uint32_t) {
+            bool any = false;
+            for (int i = 0; i < 32; i++) any |= static_cast<Lane*>(data[i])->here;
+            for (int i = 0; i < 32; i++) static_cast<Lane*>(data[i])->any = any;
+        },
+        &lane, "any_lane");
+    return lane.any;
+#else
+    return __any_sync(0xffffffff, here);
+#endif
+}
+
 // All lanes get the sum, added in the same order whatever the values.
 DEVICE float warp_sum(float x) {
     for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);

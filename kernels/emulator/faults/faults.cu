@@ -1,7 +1,7 @@
 // Kernels that are wrong, one for each kind of fault that the emulator must report.
 #include "memory.cuh"
-#include "hopper.cuh"
 #include "tensor_core.cuh"
+#include "warpgroup.cuh"
 
 // One thread does not come to the barrier.
 KERNEL(fault_divergent_barrier, 64)(uint32_t* out) {
@@ -129,6 +129,55 @@ KERNEL(tile_awaited, 64)(const GRID_CONSTANT TensorMap map, uint16_t* out) {
     out[threadIdx.x] = reinterpret_cast<uint16_t*>(shared)[threadIdx.x];
 }
 EXPORT(tile_awaited)
+
+// Asks for the next tile while the last one is still read.
+KERNEL(fault_tile_overwritten, 64)(const GRID_CONSTANT TensorMap map, uint16_t* out) {
+    char* shared = shared_memory();
+    uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + 1024);
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, 1);
+        barrier_init_done();
+    }
+    sync_block();
+    for (uint32_t turn = 0; turn < 2; turn++) {
+        if (threadIdx.x == 0) {
+            barrier_arrive_expecting(barrier, 1024);
+            copy_tile(shared, &map, 1 + turn, 8, barrier);
+        }
+        if (turn == 0) {
+            barrier_wait(barrier, 0);
+            sync_block();
+        } else {
+            out[threadIdx.x] = reinterpret_cast<uint16_t*>(shared)[threadIdx.x];
+            barrier_wait(barrier, 1);
+        }
+    }
+}
+EXPORT(fault_tile_overwritten)
+
+// A warpgroup's product of ones, asked for and used in the right order, or not.
+enum Mistake : uint32_t { NONE, USED_EARLY, NOT_WRITTEN, OVERWRITTEN, NEVER_AWAITED };
+KERNEL(product_awaited, 128)(float* out, uint32_t mistake) {
+    char* tile = shared_memory(); // [64, 64] elements, of which 16 columns are used; all the same, so that swizzling does not matter
+    for (int i = threadIdx.x; i < 64 * 32; i += 128) {
+        if (mistake != NOT_WRITTEN || i != 8 * 32) reinterpret_cast<uint32_t*>(tile)[i] = pack<bf16>(1.0f, 1.0f);
+    }
+    sync_block();
+    uint32_t a[4];
+    for (int i = 0; i < 4; i++) a[i] = pack<bf16>(1.0f, 1.0f);
+    float d[32] = {};
+    products_begin();
+    multiply_rows<bf16, 64, false>(d, a, operand(tile, 0), true);
+    products_commit();
+    float early = d[0];
+    if (mistake == OVERWRITTEN) {
+        for (int i = threadIdx.x; i < 64 * 32; i += 128) reinterpret_cast<uint32_t*>(tile)[i] = 0;
+    }
+    if (mistake != NEVER_AWAITED) products_wait<0>();
+    products_arrived(d);
+    out[threadIdx.x] = mistake == USED_EARLY ? early : d[0];
+}
+EXPORT(product_awaited)
 
 // Blocks that wait for each other.
 KERNEL(grid_awaited, 32)(uint32_t* out, uint32_t* counter) {

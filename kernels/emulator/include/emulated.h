@@ -33,6 +33,12 @@ void emulator_barrier_init(uint64_t* barrier, uint32_t count);
 void emulator_barrier_arrive(uint64_t* barrier, uint32_t bytes);
 void emulator_barrier_wait(uint64_t* barrier, uint32_t parity);
 void emulator_copy_tile(void* shared, const void* map, uint32_t row, uint32_t column, uint64_t* barrier);
+// Products of a warpgroup that happen no earlier than the wait for their group; `data` is kept.
+void emulator_product(void (*op)(void** data, uint32_t mask), const void* data, size_t size, const char* name);
+void emulator_products_commit();
+void emulator_products_wait(uint32_t groups_left);
+// For operations of several threads: whether bytes of shared memory that they read were written.
+void emulator_check(const void* shared, uint32_t bytes);
 // Lets the other threads run: for loops that wait for memory.
 void emulator_yield();
 void emulator_register(const char* name, void (*call)(void** args), uint32_t threads, const uint32_t* sizes, uint32_t count);

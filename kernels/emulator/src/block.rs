@@ -1,6 +1,7 @@
 //! Runs the blocks of a launch: every thread a fiber, switched where threads wait for each other.
 
 use crate::Shape;
+use crate::calls::TensorMap;
 use crate::memory::{Arena, UNWRITTEN, WRITTEN};
 use crate::registry::Kernel;
 use corosensei::stack::{Stack, StackPointer};
@@ -82,12 +83,31 @@ pub struct Copy {
     pub zeros: usize,
 }
 
+/// A product of a warpgroup that has been asked for and not waited for: what a thread gives to the operation.
+pub struct Product {
+    pub op: CollectiveOp,
+    pub data: Vec<u8>,
+    pub name: *const c_char,
+}
+
+/// A tile's copy that has been asked for and not waited for.
+pub struct Tile {
+    pub to: usize,
+    pub map: TensorMap,
+    pub row: u32,
+    pub column: u32,
+    pub barrier: usize,
+}
+
 pub struct Thread {
     pub place: Place,
     wait: Wait,
     pub copies: Vec<Copy>,
     /// Ends of committed groups in `copies`, oldest first.
     pub groups: Vec<usize>,
+    pub products: Vec<Product>,
+    /// Ends of committed groups in `products`, oldest first.
+    pub product_groups: Vec<usize>,
 }
 
 pub struct Block<'a> {
@@ -99,6 +119,7 @@ pub struct Block<'a> {
     pub states: Vec<u8>,
     /// Barrier objects (`mbarrier`) by address.
     pub barriers: BTreeMap<usize, PhaseBarrier>,
+    pub tiles: Vec<Tile>,
     /// Where the arguments and the list of their addresses lie.
     pub arguments: [Range<usize>; 2],
 }
@@ -132,6 +153,26 @@ pub struct Current {
 
 thread_local! {
     pub static CURRENT: Cell<Option<Current>> = const { Cell::new(None) };
+    /// The block whose threads' common operation runs, and what is wrong with it.
+    static OPERATING: Cell<Option<*const Block<'static>>> = const { Cell::new(None) };
+    static WRONG: Cell<Option<String>> = const { Cell::new(None) };
+}
+
+/// Checks what a common operation reads of shared memory.
+pub fn check_operand(at: usize, bytes: usize) {
+    let Some(block) = OPERATING.get() else { return };
+    // SAFETY: set for as long as the operation runs.
+    let block = unsafe { &*block };
+    let start = at.wrapping_sub(block.threads[0].place.shared as usize);
+    let states = block.states.get(start..start.saturating_add(bytes));
+    let what = match states {
+        None => format!("reads an operand at byte {start} of shared memory, which has {}", block.states.len()),
+        Some(s) if s.contains(&UNWRITTEN) => {
+            format!("reads an operand at byte {start} of shared memory, which nothing wrote")
+        }
+        Some(_) => return,
+    };
+    WRONG.set(Some(WRONG.take().unwrap_or(what)));
 }
 
 /// Gives the processor away until `wait` is over.
@@ -264,6 +305,8 @@ impl Launch<'_> {
             wait: Wait::Runnable,
             copies: vec![],
             groups: vec![],
+            products: vec![],
+            product_groups: vec![],
         };
         Box::new(Block {
             launch: self,
@@ -271,6 +314,7 @@ impl Launch<'_> {
             states: vec![UNWRITTEN; bytes],
             _shared: shared,
             barriers: BTreeMap::new(),
+            tiles: vec![],
             arguments,
         })
     }
@@ -325,6 +369,12 @@ impl Launch<'_> {
                 let block = pointers[i / per_block];
                 let block = unsafe { &mut *block };
                 let t = i % per_block;
+                if let Wait::Phase { barrier, .. } = block.threads[t].wait
+                    && let Err(message) = block.finish_tiles(barrier)
+                {
+                    self.report(format!("{}: {message}", block.name()));
+                    break 'rounds;
+                }
                 if let Wait::Phase { barrier, parity } = block.threads[t].wait
                     && block.barriers.get(&barrier).is_some_and(|b| b.parity != parity)
                 {
@@ -351,6 +401,9 @@ impl Launch<'_> {
                     Wait::Fault => break 'rounds,
                     Wait::Barrier { id, count } => block.arrive(id, count),
                     Wait::Collective { size, .. } => block.meet(t, size as usize),
+                    Wait::Ended if !block.threads[t].products.is_empty() => {
+                        Some(format!("{}, thread {t}: it ends before its products are waited for", block.name()))
+                    }
                     _ => None,
                 };
                 if let Some(message) = problem {
@@ -363,6 +416,11 @@ impl Launch<'_> {
                 self.report(stuck.unwrap_or_else(|| format!("{}: no thread can run", self.kernel.name)));
                 break;
             }
+        }
+        if left == 0
+            && let Some(block) = blocks.iter().find(|b| !b.tiles.is_empty())
+        {
+            self.report(format!("{}: it ends while a tile's copy is on its way", block.name()));
         }
         for fiber in fibers.iter_mut().flatten() {
             if fiber.started() && !fiber.done() {
@@ -433,9 +491,13 @@ impl Block<'_> {
                 _ => return None,
             }
         }
-        // The operation reads and writes what its lanes hold; its accesses are checked as thread `t`'s.
+        OPERATING.set(Some(std::ptr::from_ref::<Block>(self).cast()));
         // SAFETY: all lanes wait, so their data is alive.
         unsafe { std::mem::transmute::<usize, CollectiveOp>(op)(data.as_mut_ptr(), mask) };
+        OPERATING.set(None);
+        if let Some(what) = WRONG.take() {
+            return Some(format!("{}: {} {what}", self.name(), text(name)));
+        }
         for i in group.filter(|i| expected(*i)) {
             self.threads[i].wait = Wait::Runnable;
         }
@@ -465,6 +527,53 @@ impl Block<'_> {
             first.place.thread[0],
             self.threads.len()
         ))
+    }
+
+    /// Brings the tiles whose bytes arrive at this barrier object.
+    pub fn finish_tiles(&mut self, barrier: usize) -> Result<(), String> {
+        while let Some(i) = self.tiles.iter().position(|t| t.barrier == barrier) {
+            let tile = self.tiles.remove(i);
+            self.copy_tile(&tile)?;
+        }
+        Ok(())
+    }
+
+    pub fn copy_tile(&mut self, tile: &Tile) -> Result<(), String> {
+        let map = tile.map;
+        let start = tile.to.wrapping_sub(self.threads[0].place.shared as usize);
+        let bytes = map.tile_rows as usize * 128;
+        if map.magic != TensorMap::MAGIC {
+            return Err("a tile is copied with something that is no tensor map".to_owned());
+        }
+        if !start.is_multiple_of(1024) || start + bytes > self.states.len() {
+            return Err(format!(
+                "a tile of {bytes} bytes is copied to shared byte {start}: not aligned to 1024, or out of bounds"
+            ));
+        }
+        for r in 0..map.tile_rows {
+            for piece in 0..8u64 {
+                let offset = (r * 128 + (piece ^ (r & 7)) * 16) as usize;
+                let (y, x) = (tile.row as u64 + r, tile.column as u64 + piece * 8);
+                let mut values = [0u16; 8];
+                for (i, v) in values.iter_mut().enumerate() {
+                    if y < map.rows && x + (i as u64) < map.cols {
+                        let from = (map.at + (y * map.cols + x + i as u64) * 2) as usize;
+                        let arena = self.launch.arena;
+                        let at = arena.find(from).ok_or("a tile's copy reads outside device memory")?;
+                        arena.access(at, 2, false).map_err(|e| format!("a tile's copy reads memory that is {e}"))?;
+                        // SAFETY: checked just now.
+                        *v = unsafe { *(from as *const u16) };
+                    }
+                }
+                self.states[start + offset..start + offset + 16].fill(WRITTEN);
+                // SAFETY: inside shared memory, checked above.
+                unsafe { ((tile.to + offset) as *mut [u16; 8]).write_unaligned(values) };
+            }
+        }
+        let barrier = self.barriers.get_mut(&tile.barrier).ok_or(NO_BARRIER)?;
+        barrier.bytes -= bytes as i64;
+        barrier.settle();
+        Ok(())
     }
 
     /// Does the oldest copies of a thread until `groups_left` groups are left.
@@ -499,6 +608,8 @@ impl Block<'_> {
         Ok(())
     }
 }
+
+pub const NO_BARRIER: &str = "a barrier object is used that was not initialized";
 
 fn text(name: *const c_char) -> String {
     // SAFETY: names are literals of the vocabulary.

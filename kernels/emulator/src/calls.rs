@@ -1,7 +1,9 @@
 //! What kernels call: the other side of `include/emulated.h`.
 
-use crate::block::{Block, CURRENT, CollectiveOp, Copy, PhaseBarrier, Place, Wait, fault, suspend};
-use crate::memory::WRITTEN;
+use crate::block::{
+    Block, CURRENT, CollectiveOp, Copy, NO_BARRIER, PhaseBarrier, Place, Product, Schedule, Tile, Wait, check_operand, fault,
+    suspend,
+};
 use std::ffi::{c_char, c_void};
 
 /// The running thread's block and number.
@@ -62,7 +64,7 @@ extern "C" fn emulator_copy_wait(groups_left: u32) {
 /// The barrier object at an address, or a fault if there is none.
 fn barrier_at(block: &mut Block<'static>, at: usize) -> *mut PhaseBarrier {
     if !block.barriers.contains_key(&at) {
-        fault("a barrier object is used that was not initialized");
+        fault(NO_BARRIER);
     }
     block.barriers.get_mut(&at).expect("looked at above")
 }
@@ -89,6 +91,10 @@ extern "C" fn emulator_barrier_arrive(at: usize, bytes: u32) {
 #[unsafe(no_mangle)]
 extern "C" fn emulator_barrier_wait(at: usize, parity: u32) {
     // SAFETY: called by a kernel.
+    if let Err(message) = unsafe { here() }.0.finish_tiles(at) {
+        fault(&message);
+    }
+    // SAFETY: as in `emulator_barrier_arrive`.
     let over = unsafe { (*barrier_at(here().0, at)).parity } != parity;
     // others get a chance either way
     suspend(if over { Wait::Runnable } else { Wait::Phase { barrier: at, parity } });
@@ -109,44 +115,57 @@ impl TensorMap {
     pub const MAGIC: u64 = 0x7465_6e73_6f72_6d70;
 }
 
+/// The copy engine may take its time: in the natural order of threads tiles come when somebody waits for them, in the shuffled
+/// one at once, so that both a read that does not wait and a copy that does not wait for its place are seen.
 #[unsafe(no_mangle)]
 extern "C" fn emulator_copy_tile(to: usize, map: *const TensorMap, row: u32, column: u32, barrier: usize) {
     // SAFETY: called by a kernel, with one of its arguments.
-    let ((block, t), map) = unsafe { (here(), *map) };
-    let start = to.wrapping_sub(block.threads[t].place.shared as usize);
-    let bytes = map.tile_rows as usize * 128;
-    if map.magic != TensorMap::MAGIC {
-        fault("a tile is copied with something that is no tensor map");
+    let ((block, _), map) = unsafe { (here(), *map) };
+    let tile = Tile { to, map, row, column, barrier };
+    if block.launch.schedule == Schedule::Natural {
+        block.tiles.push(tile);
+    } else if let Err(message) = block.copy_tile(&tile) {
+        fault(&message);
     }
-    if !start.is_multiple_of(1024) || start + bytes > block.states.len() {
-        fault(&format!(
-            "a tile of {bytes} bytes is copied to shared byte {start}: not aligned to 1024, or out of bounds"
-        ));
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn emulator_product(op: CollectiveOp, data: *const u8, size: usize, name: *const c_char) {
+    // SAFETY: called by a kernel, with what it wants to keep.
+    let ((block, t), data) = unsafe { (here(), std::slice::from_raw_parts(data, size).to_vec()) };
+    block.threads[t].products.push(Product { op, data, name });
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn emulator_products_commit() {
+    // SAFETY: called by a kernel.
+    let (block, t) = unsafe { here() };
+    let end = block.threads[t].products.len();
+    block.threads[t].product_groups.push(end);
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn emulator_products_wait(groups_left: u32) {
+    // SAFETY: called by a kernel; the borrow ends before the thread waits.
+    let (block, t) = unsafe { here() };
+    let thread = &mut block.threads[t];
+    let done = thread.product_groups.len().saturating_sub(groups_left as usize);
+    let end = if done == 0 { 0 } else { thread.product_groups[done - 1] };
+    let products: Vec<Product> = thread.products.drain(..end).collect();
+    thread.product_groups.drain(..done);
+    thread.product_groups.iter_mut().for_each(|g| *g -= end);
+    for p in &products {
+        suspend(Wait::Collective {
+            size: 128,
+            mask: u32::MAX,
+            op: p.op as usize,
+            data: p.data.as_ptr() as usize,
+            name: p.name,
+        });
     }
-    for r in 0..map.tile_rows {
-        for piece in 0..8u64 {
-            let offset = (r * 128 + (piece ^ (r & 7)) * 16) as usize;
-            let (y, x) = (row as u64 + r, column as u64 + piece * 8);
-            let mut values = [0u16; 8];
-            for (i, v) in values.iter_mut().enumerate() {
-                if y < map.rows && x + (i as u64) < map.cols {
-                    let from = (map.at + (y * map.cols + x + i as u64) * 2) as usize;
-                    let found = block.launch.arena.find(from).map(|at| block.launch.arena.access(at, 2, false));
-                    match found {
-                        // SAFETY: checked just now.
-                        Some(Ok(())) => *v = unsafe { *(from as *const u16) },
-                        Some(Err(e)) => fault(&format!("a tile's copy reads memory that is {e}")),
-                        None => fault("a tile's copy reads outside device memory"),
-                    }
-                }
-            }
-            block.states[start + offset..start + offset + 16].fill(WRITTEN);
-            // SAFETY: inside shared memory, checked above.
-            unsafe { ((to + offset) as *mut [u16; 8]).write_unaligned(values) };
-        }
-    }
-    // SAFETY: as in `emulator_barrier_arrive`.
-    let barrier = unsafe { &mut *barrier_at(block, barrier) };
-    barrier.bytes -= bytes as i64;
-    barrier.settle();
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn emulator_check(at: usize, bytes: u32) {
+    check_operand(at, bytes as usize);
 }

@@ -120,6 +120,8 @@ fn tiles() {
     let shape = Shape { threads: 64, shared_bytes: 2048, ..SHAPE };
     let r = device.launch("fault_tile_not_awaited", shape, &args).unwrap_err();
     assert!(r.contains("nothing wrote") || r.contains("depends on the order"), "{r}");
+    let r = device.launch("fault_tile_overwritten", shape, &args).unwrap_err();
+    says(&r, "depends on the order");
     device.launch("tile_awaited", shape, &args).unwrap();
     let mut bytes = [0; 128];
     device.read(out, &mut bytes).unwrap();
@@ -127,6 +129,30 @@ fn tiles() {
     // the tile begins at row 1, column 8; its first row is not swizzled, and beyond the matrix there are zeros
     let expected: Vec<u16> = (108..116).chain([0; 56]).collect();
     assert_eq!(row, expected);
+}
+
+/// Products happen when they are waited for: what is used before is old, and what they read must last.
+#[test]
+fn products_of_a_warpgroup() {
+    let device = Emulator::new(1 << 24);
+    let out = device.allocate(512).unwrap();
+    let run = |mistake: u32| -> Result<Vec<f32>, String> {
+        let shape = Shape { threads: 128, shared_bytes: 8192, ..SHAPE };
+        let mut bytes = [0; 512];
+        device.launch("product_awaited", shape, &[&out.to_ne_bytes(), &mistake.to_ne_bytes()])?;
+        device.read(out, &mut bytes)?;
+        Ok(floats(&bytes))
+    };
+    assert_eq!(run(0), Ok(vec![16.0; 128]));
+    assert_eq!(run(1), Ok(vec![0.0; 128]), "used before the wait");
+    says(&run(2).unwrap_err(), "a warpgroup's product reads an operand at byte 1024 of shared memory, which nothing wrote");
+    let overwritten = run(3).unwrap();
+    assert!(overwritten.iter().all(|x| *x < 16.0), "overwritten before the wait: {overwritten:?}");
+    says(&run(4).unwrap_err(), "it ends before its products are waited for");
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect()
 }
 
 #[test]

@@ -16,8 +16,13 @@ pub(super) const SIZES: [usize; 5] = [32, 64, 80, 96, 128];
 /// Most queries or tiles of one launch: a grid's second dimension ends at 65,535.
 const MOST_ROWS: usize = 32768;
 /// As in `kernels/attention_prefill.cu`: queries of a tile, and positions of a step.
-pub(super) const QUERIES: usize = 64;
+const QUERIES: usize = 64;
 const STEP: usize = 64;
+/// As in `kernels/attention_hopper.cu`: queries of a tile, threads, stages of a step, columns of a tile in shared memory.
+const HOPPER_QUERIES: usize = 128;
+const HOPPER_THREADS: u32 = 384;
+const HOPPER_STAGES: usize = 4;
+const HOPPER_COLUMNS: usize = 64;
 /// Spans of at least so many tokens are cut into tiles, others go one query at a time.
 pub(super) const TILED: usize = 16;
 
@@ -80,6 +85,11 @@ impl<L: Launcher> Cache<L> {
     }
 }
 
+/// Queries of a tile.
+pub(super) fn tile_queries(hopper: bool) -> usize {
+    if hopper { HOPPER_QUERIES } else { QUERIES }
+}
+
 /// Parts in which blocks of threads share the longest sequence.
 pub(super) fn splits(positions: usize) -> usize {
     positions.div_ceil(SPLIT)
@@ -114,12 +124,23 @@ impl<L: Launcher> Cuda<L> {
             ..Attention::zeroed()
         };
         let threads = (WARPS * 32) as u32;
-        let kernel = format!("attend_many_{}_{size}", self.suffix());
-        let shared = 2 * 2 * STEP * (2 * size + 16);
         for first in (0..pass.tile_count).step_by(MOST_ROWS) {
             let part = Attention { tiles: a.tiles + 8 * first as u64, ..a };
             let grid = [heads.count, MOST_ROWS.min(pass.tile_count - first), 1];
-            self.launch(&kernel, grid, threads, shared, Args::new().with(part))?;
+            if self.launcher.limits().hopper {
+                let kernel = format!("attend_hopper_{}_{size}", self.suffix());
+                // all of the cache is one matrix, of which blocks of positions are copied
+                let row = |at: u64| ((at - cache.memory.at) / (2 * size as u64)) as u32;
+                let map = self.launcher.tensor_map(cache.memory.at, cache.memory.bytes / (2 * size), size, BLOCK)?;
+                let args = Args::new().with(map).with(row(keys)).with(row(values)).with(part);
+                let tile = STEP * HOPPER_COLUMNS * 2;
+                let shared = HOPPER_STAGES * (2 * size.div_ceil(HOPPER_COLUMNS) * tile + 2 * 8);
+                self.launch(&kernel, grid, HOPPER_THREADS, shared, args)?;
+            } else {
+                let kernel = format!("attend_many_{}_{size}", self.suffix());
+                let shared = 2 * 2 * STEP * (2 * size + 16);
+                self.launch(&kernel, grid, threads, shared, Args::new().with(part))?;
+            }
         }
         if pass.single_count == 0 {
             return Ok(());

@@ -288,6 +288,7 @@ impl<L: Launcher> Backend for Cuda<L> {
             words.resize(4 * n + batch.spans.len() * width, 0);
             let (mut tiles, mut singles): (Vec<u32>, Vec<u32>) = Default::default();
             pass.longest_single = 0;
+            let queries = attention::tile_queries(self.launcher.limits().hopper);
             for (number, span) in batch.spans.iter().enumerate() {
                 for i in 0..span.len {
                     let (token, position) = (span.start + i, span.past + i);
@@ -297,8 +298,8 @@ impl<L: Launcher> Backend for Cuda<L> {
                 }
                 words[4 * n + number * width..][..span.blocks.len()].copy_from_slice(&span.blocks);
                 if span.len >= attention::TILED && !self.batch_invariant {
-                    for first in (0..span.len).step_by(attention::QUERIES) {
-                        let count = attention::QUERIES.min(span.len - first);
+                    for first in (0..span.len).step_by(queries) {
+                        let count = queries.min(span.len - first);
                         tiles.extend([(span.start + first) as u32, count as u32]);
                     }
                 } else {
