@@ -6,10 +6,12 @@
 // the second-level cache. One block fills a multiprocessor and takes tile after tile. One thread of the first warpgroup
 // asks for slices of 64 inputs, four ahead; the other two warpgroups multiply 64 tokens by 256 outputs each, straight from
 // shared memory, with the next slice's products begun before the last one's are waited for. A pair of barrier objects for
-// each stage says when it is full and when it is free.
+// each stage says when it is full and when it is free. Results in 16 bits go through shared memory, 64 columns at a time, so that
+// whole lines are written.
 #include "epilogue.cuh"
 #include "linear.cuh"
 #include "memory.cuh"
+#include "tensor_core.cuh"
 #include "warpgroup.cuh"
 
 #if HOPPER
@@ -21,7 +23,44 @@ constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
 constexpr int X_BYTES = TILE_M * SLICE * 2, W_BYTES = TILE_N * SLICE * 2;
 constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
 
-// Shared memory: the stages, then a full and an empty barrier for each.
+constexpr int BARRIERS_BYTES = 2 * STAGES * 8;
+constexpr int STAGED_COLUMNS = 64, STAGED_STRIDE = STAGED_COLUMNS * 2 + 16; // rows meet no bank twice
+
+// Writes a warp's 16 tokens by 256 outputs in 16 bits. `d` as `multiply_group` leaves it; `staged`: the warp's own, 16 rows.
+template <class T>
+DEVICE void finish_narrow(const Epilogue& e, char* staged, uint32_t first_token, uint32_t tokens, uint32_t first_row,
+                          const float (&d)[TILE_N / 2]) {
+    constexpr int PIECES = STAGED_COLUMNS / 8; // of 16 bytes
+    int lane = lane_index(), t = lane % 4;
+    UNROLL
+    for (int part = 0; part < TILE_N / STAGED_COLUMNS; part++) {
+        UNROLL
+        for (int j = 0; j < PIECES; j += 2) {
+            uint32_t four[4];
+            UNROLL
+            for (int i = 0; i < 4; i++) {
+                int column = part * STAGED_COLUMNS + (j + i / 2) * 8;
+                uint32_t row = first_row + column + 2 * t;
+                float bias[2] = {row < e.width ? e.bias[row] : 0, row < e.width ? e.bias[row + 1] : 0};
+                float a = d[column / 2 + i % 2 * 2] + bias[0], b = d[column / 2 + i % 2 * 2 + 1] + bias[1];
+                four[i] = e.mode == GELU ? pack<T>(gelu(a), gelu(b)) : pack<T>(a, b);
+            }
+            store_matrices(staged + (lane / 8 % 2 * 8 + lane % 8) * STAGED_STRIDE + (j + lane / 16) * 16, four);
+        }
+        sync_warp();
+        UNROLL
+        for (int i = lane; i < 16 * PIECES; i += WARP) {
+            uint32_t token = first_token + i / PIECES, row = first_row + part * STAGED_COLUMNS + i % PIECES * 8;
+            if (token < tokens && row < e.width) {
+                *reinterpret_cast<Eight*>(narrow_place<T>(e, token, row)) =
+                    load(reinterpret_cast<const Eight*>(staged + i / PIECES * STAGED_STRIDE + i % PIECES * 16));
+            }
+        }
+        sync_warp();
+    }
+}
+
+// Shared memory: the stages, a full and an empty barrier for each, then what `finish_narrow` needs for each consuming warp.
 template <class T>
 DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t tokens, uint32_t inputs, const Epilogue& e) {
     char* shared = shared_memory();
@@ -78,8 +117,13 @@ DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t token
             products_wait<0>();
             products_arrived(d);
             if (lane == 0) barrier_arrive(&empty[(turn + STAGES - 1) % STAGES]);
-            uint32_t first_token = tile % rows_of_tiles * TILE_M + group * 64 + warp_index() % 4 * 16 + g;
-            uint32_t first_row = tile / rows_of_tiles * TILE_N + 2 * t;
+            uint32_t warp_token = tile % rows_of_tiles * TILE_M + group * 64 + warp_index() % 4 * 16;
+            if (narrow_result(e) && e.width % 8 == 0) {
+                char* staged = shared + STAGES * STAGE_BYTES + BARRIERS_BYTES + (warp_index() - 4) * 16 * STAGED_STRIDE;
+                finish_narrow<T>(e, staged, warp_token, tokens, tile / rows_of_tiles * TILE_N, d);
+                continue;
+            }
+            uint32_t first_token = warp_token + g, first_row = tile / rows_of_tiles * TILE_N + 2 * t;
             UNROLL
             for (int j = 0; j < TILE_N / 8; j++) {
                 uint32_t row = first_row + j * 8;

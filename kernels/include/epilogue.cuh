@@ -25,32 +25,37 @@ DEVICE float gelu(float x) {
     return x / (1.0f + expf(-2.0f * u));
 }
 
+// Whether results are 16 bits wide.
+DEVICE bool narrow_result(const Epilogue& e) { return e.mode == GELU || e.mode == QKV; }
+
+// Where the 16-bit result of a token's output `row` goes. Head sizes are multiples of 8: so many neighbours from a multiple of 8
+// on lie side by side.
+template <class T>
+DEVICE T* narrow_place(const Epilogue& e, uint32_t token, uint32_t row) {
+    if (e.mode == GELU) return static_cast<T*>(e.out) + static_cast<size_t>(token) * e.width + row;
+    uint32_t head = row / (3 * e.head_size), part = row / e.head_size % 3, d = row % e.head_size;
+    if (part == 0) return static_cast<T*>(e.out) + (static_cast<size_t>(token) * e.heads + head) * e.head_size + d;
+    uint32_t slot = e.slots[token];
+    size_t place = (static_cast<size_t>(slot / 16) * e.heads + head) * 16 + slot % 16;
+    return static_cast<T*>(part == 1 ? e.keys : e.values) + place * e.head_size + d;
+}
+
 // Writes two neighbouring sums (outputs `row` and `row + 1`, `row` even) of a token. `second` is false if there is no second.
 template <class T>
 DEVICE void finish_pair(const Epilogue& e, uint32_t token, uint32_t row, float a, float b, bool second) {
     a += e.bias[row];
     if (second) b += e.bias[row + 1];
-    size_t at = static_cast<size_t>(token) * e.width + row;
     if (e.mode == QKV) {
-        // head sizes are even: both outputs are of one head and part
-        uint32_t head = row / (3 * e.head_size), part = row / e.head_size % 3, d = row % e.head_size;
-        T* to;
-        if (part == 0) {
-            to = static_cast<T*>(e.out) + (static_cast<size_t>(token) * e.heads + head) * e.head_size + d;
-        } else {
-            uint32_t slot = e.slots[token];
-            size_t place = (static_cast<size_t>(slot / 16) * e.heads + head) * 16 + slot % 16;
-            to = static_cast<T*>(part == 1 ? e.keys : e.values) + place * e.head_size + d;
-        }
-        *reinterpret_cast<uint32_t*>(to) = pack<T>(a, b);
+        *reinterpret_cast<uint32_t*>(narrow_place<T>(e, token, row)) = pack<T>(a, b);
         return;
     }
     if (e.mode == GELU) {
-        T* out = static_cast<T*>(e.out) + at;
+        T* out = narrow_place<T>(e, token, row);
         out[0] = narrow<T>(gelu(a));
         if (second) out[1] = narrow<T>(gelu(b));
         return;
     }
+    size_t at = static_cast<size_t>(token) * e.width + row;
     if (e.mode == RESIDUAL) {
         if (e.narrow_residual) {
             const T* r = static_cast<const T*>(e.residual) + at;

@@ -14,11 +14,12 @@ const OUTPUTS: usize = 16;
 const TILE: usize = 128;
 const SLICE: usize = 64;
 const STAGES: usize = 3;
-/// As in `kernels/linear_hopper.cu`: tokens and outputs of a tile, threads, shared memory of four stages and their barriers.
+/// As in `kernels/linear_hopper.cu`: tokens and outputs of a tile, threads, shared memory of four stages, of their barriers, and of
+/// eight warps' results.
 const HOPPER_M: usize = 128;
 const HOPPER_N: usize = 256;
 const HOPPER_THREADS: u32 = 384;
-const HOPPER_SHARED: usize = 4 * (HOPPER_M + HOPPER_N) * SLICE * 2 + 4 * 2 * 8;
+const HOPPER_SHARED: usize = 4 * (HOPPER_M + HOPPER_N) * SLICE * 2 + 4 * 2 * 8 + 8 * 16 * (64 * 2 + 16);
 /// Most tokens of one launch of the skinny kernels; more go to the tiles.
 const TOKENS: usize = 64;
 /// Most tokens that every block normalizes for itself; beyond, a launch of its own costs less.
