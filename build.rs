@@ -97,9 +97,9 @@ fn compile(nvcc: &Path, out: &Path) -> Vec<Job> {
     jobs
 }
 
-/// Warnings are errors, and so are registers spilled to memory.
+/// Warnings are errors, and so are registers spilled to memory; `-v` has the compiler speak of what it had to serialize.
 const FLAGS: [&str; 8] =
-    ["-std=c++17", "-O3", "-lineinfo", "-Ikernels/include", "-Xptxas", "-warn-spills", "-Werror", "all-warnings"];
+    ["-std=c++17", "-O3", "-lineinfo", "-Ikernels/include", "-Xptxas", "-warn-spills,-v", "-Werror", "all-warnings"];
 
 fn run(nvcc: &Path, job: &Job, more: &str, hash: &str) -> Result<(), String> {
     let stamp = job.output.with_extension("stamp");

@@ -1,11 +1,13 @@
 // Layer norm of rows, alone and right after the embedding lookup.
 //
 //   embed_norm: out[t] = norm(table[ids[t]])       table [vocabulary, width], out [tokens, width] in f32
+//               tokens that were chosen in the step before are taken from where they were chosen
 //   layer_norm: out[r] = norm(x[rows[r]])          x [tokens, width] in f32, out [rows, width] in 16 bits
 //
 // Least bytes: each row read once and written once; a row of 1536 is 6 KB in f32. One warp takes a row and passes over it
 // three times (sum, squares, output), the second and third time from the first-level cache: no barrier, no shared
 // memory, and a row's result cannot depend on its neighbours. Widths are multiples of 8.
+#include "choice.cuh"
 #include "rows.cuh"
 
 constexpr int ROWS_PER_BLOCK = 4;
@@ -32,13 +34,28 @@ struct TableRow<int8_t> {
     }
 };
 
+// Laid out as in src/ops/cuda/mod.rs.
+struct Ids {
+    const uint32_t* ids;
+    const uint32_t* fed;   // of each token: the choice that it is, or 0xffffffff
+    const Chosen* choices; // of the step before; null if nothing is fed
+    uint32_t vocabulary, unused;
+    DEVICE_MEMBER uint32_t of(uint32_t token) const {
+        uint32_t choice = choices ? fed[token] : 0xffffffff;
+        if (choice == 0xffffffff) return ids[token];
+        // a choice that was left to the host is no token; what comes of it is thrown away
+        uint32_t id = choices[choice].token;
+        return id < vocabulary ? id : 0;
+    }
+};
+
 template <class T>
-DEVICE void embed_norm(float* out, const uint32_t* ids, const T* table, const float* scales, const float* weight,
+DEVICE void embed_norm(float* out, const Ids& ids, const T* table, const float* scales, const float* weight,
                        const float* bias, uint32_t tokens, uint32_t width, float eps) {
     wait_for_earlier_kernels();
     uint32_t token = blockIdx.x * ROWS_PER_BLOCK + warp_index();
     if (token >= tokens) return;
-    uint32_t id = ids[token];
+    uint32_t id = ids.of(token);
     TableRow<T> row = {table + static_cast<size_t>(id) * width, scales ? scales[id] : 1.0f};
     float mean, inverse;
     warp_moments(row, width, eps, mean, inverse);
@@ -64,7 +81,7 @@ DEVICE void layer_norm(T* out, const float* x, const uint32_t* rows, const float
 
 #define EMBED_NORM(T, suffix)                                                                                          \
     KERNEL(embed_norm_##suffix, ROWS_PER_BLOCK* WARP)                                                                  \
-    (float* out, const uint32_t* ids, const T* table, const float* scales, const float* weight, const float* bias,     \
+    (float* out, Ids ids, const T* table, const float* scales, const float* weight, const float* bias,     \
      uint32_t tokens, uint32_t width, float eps) {                                                                     \
         embed_norm<T>(out, ids, table, scales, weight, bias, tokens, width, eps);                                      \
     }                                                                                                                  \

@@ -19,7 +19,7 @@ KERNEL(merge_choices, THREADS)(Choices choices, Chosen* out) {
     sync_block();
     if (threadIdx.x == 0) {
         for (int i = 1; i < THREADS / WARP; i++) p = merged(p, warps[i]);
-        out[blockIdx.x] = Chosen{p.token, p.logit - (p.most + logf(p.sum))};
+        out[choices.list[blockIdx.x].slot] = Chosen{p.token, p.logit - (p.most + logf(p.sum))};
     }
 }
 EXPORT(merge_choices)

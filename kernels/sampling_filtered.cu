@@ -37,9 +37,10 @@ struct Shared {
     uint32_t changed[1]; // a bit for each token, to the end of shared memory
 };
 
-DEVICE float filtered_logit(const float* logits, const uint32_t* bits, const Change* changes, const Choice& c, uint32_t token) {
+DEVICE float filtered_logit(const float* logits, const uint32_t* bits, const Change* changes, const Choice& c, uint32_t fed,
+                            uint32_t token) {
     float x = logits[token];
-    return bits[token / 32] >> (token % 32) & 1 ? changed(x, changes, c, token) : x;
+    return bits[token / 32] >> (token % 32) & 1 ? changed(x, changes, c, fed, token) : x;
 }
 
 // Log-sum-exp of a row, for all threads.
@@ -134,10 +135,12 @@ DEVICE float listed_logit(const Shared& s, uint32_t i) { return of_ordered(stati
 DEVICE uint32_t listed_token(const Shared& s, uint32_t i) { return ~static_cast<uint32_t>(s.list[i]); }
 
 KERNEL_ALONE(choose_filtered, THREADS)
-(Chosen* out, const float* all_logits, const Choice* choices, const Change* changes, uint32_t vocabulary) {
+(Chosen* out, const float* all_logits, const Choice* choices, const Change* changes, const Chosen* previous, uint32_t vocabulary) {
     wait_for_earlier_kernels();
     Shared& s = *reinterpret_cast<Shared*>(shared_memory());
     const Choice& c = choices[blockIdx.x];
+    uint32_t fed = fed_token(c, previous);
+    out += c.slot;
     const float* logits = all_logits + static_cast<size_t>(c.row) * vocabulary;
     int warp = warp_index(), lane = lane_index();
     for (uint32_t i = threadIdx.x; i < (vocabulary + 31) / 32; i += THREADS) s.changed[i] = 0;
@@ -146,12 +149,13 @@ KERNEL_ALONE(choose_filtered, THREADS)
         uint32_t token = changes[c.changes_start + i].token & ~SEEN;
         set_bits_shared(&s.changed[token / 32], 1u << (token % 32));
     }
+    if (threadIdx.x == 0 && fed < vocabulary) set_bits_shared(&s.changed[fed / 32], 1u << (fed % 32));
     float lse = log_sum_exp(s, logits, vocabulary); // of the model's own logits
-    auto at = [&](uint32_t i) { return filtered_logit(logits, s.changed, changes, c, i); };
+    auto at = [&](uint32_t i) { return filtered_logit(logits, s.changed, changes, c, fed, i); };
     bool all = c.top_k == 0; // is cut by probability
     uint32_t k = all ? (vocabulary < MOST ? vocabulary : MOST) : c.top_k;
     if (!list_largest(s, at, vocabulary, k)) {
-        if (threadIdx.x == 0) out[blockIdx.x] = Chosen{TOO_MANY, 0};
+        if (threadIdx.x == 0) *out = Chosen{TOO_MANY, 0};
         return;
     }
     uint32_t count = s.count;
@@ -188,7 +192,7 @@ KERNEL_ALONE(choose_filtered, THREADS)
     }
     sync_block();
     if (s.kept == 0) {
-        if (threadIdx.x == 0) out[blockIdx.x] = Chosen{TOO_MANY, 0};
+        if (threadIdx.x == 0) *out = Chosen{TOO_MANY, 0};
         return;
     }
     Partial best = nothing();
@@ -201,7 +205,7 @@ KERNEL_ALONE(choose_filtered, THREADS)
     sync_block();
     if (threadIdx.x == 0) {
         for (int i = 1; i < WARPS; i++) best = merged(best, s.best[i]);
-        out[blockIdx.x] = Chosen{best.token, logits[best.token] - lse};
+        *out = Chosen{best.token, logits[best.token] - lse};
     }
 }
 EXPORT(choose_filtered)

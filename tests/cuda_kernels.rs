@@ -78,5 +78,10 @@ fn the_order_of_threads_does_not_matter() {
         ..Shapes::small(3)
     };
     all(DType::Bf16, &shapes, true, false);
-    all(DType::F16, &Shapes { tokens: vec![130], matrices: vec![(24, 208)], batches: vec![vec![(70, 140), (3, 20)]], ..shapes }, true, true);
+    all(
+        DType::F16,
+        &Shapes { tokens: vec![130], matrices: vec![(24, 208)], batches: vec![vec![(70, 140), (3, 20)]], ..shapes },
+        true,
+        true,
+    );
 }

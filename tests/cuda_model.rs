@@ -3,8 +3,9 @@
 mod emulated;
 mod golden_models;
 
+use beautiful_prompt::bench::llm::random_checkpoint;
 use beautiful_prompt::engine::{Counters, Engine, EngineOptions, Event, Request, SampleRow, Sampling, Verdict};
-use beautiful_prompt::models::bloom::{Bloom, Scratch};
+use beautiful_prompt::models::bloom::{Bloom, BloomConfig, Scratch};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::cuda::Cuda;
@@ -255,4 +256,91 @@ fn all_work_can_be_timed() {
     let y = cuda.upload(&[2.0; 64], 16, true).unwrap();
     assert!(cuda.seconds(2, &mut |_| cuda.download(&x, 16).map(drop)).is_ok());
     assert_eq!(cuda.download(&y, 16).unwrap(), [2.0; 64]);
+}
+
+/// What a sink answers to the `n`-th token of a request.
+fn verdict(request: u64, n: usize, token: u32) -> Verdict {
+    match (request, n) {
+        (0, 4) => Verdict::Rewind { keep: 3, ban: token },
+        (1, 3) => Verdict::Force { keep: 2, tokens: vec![7, 8] },
+        (2, 5) => Verdict::End,
+        (3, 2) => Verdict::Rewind { keep: 0, ban: token },
+        _ => Verdict::Go,
+    }
+}
+
+/// While a step is computed the host takes the tokens of the one before; rewinds, forced tokens and ends come a step late, and
+/// change what the CPU, which waits for every token, makes of the same requests in nothing. So do choices that turn out to need the
+/// host.
+#[test]
+fn steps_begin_before_the_tokens_are_known() {
+    let config = BloomConfig {
+        vocab_size: 2000,
+        hidden_size: 64,
+        layers: 2,
+        heads: 2,
+        layer_norm_epsilon: 1e-5,
+        residual_post_layer_norm: false,
+        tied: true,
+        context: 256,
+        bos_token_id: 1,
+        eos_token_id: 2,
+        pad_token_id: 3,
+        stored_dtype: None,
+    };
+    let checkpoint = random_checkpoint(config, DType::F16).unwrap();
+    let plain = Sampling { temperature: 1.0, repetition_penalty: 1.5, ..Sampling::default() };
+    let samplings = [
+        plain,
+        Sampling { repetition_penalty: 1.0, ..plain },
+        Sampling { top_k: 50, top_p: 0.95, ..plain },
+        Sampling::default(),
+        // more tokens than the kernel's list holds: the device gives up, and the host chooses
+        Sampling { top_p: 0.99, temperature: 4.0, ..plain },
+    ];
+    let requests: Vec<Request> = (0..samplings.len())
+        .map(|i| Request {
+            sampling: Sampling { seed: 5 + i as u64, ..samplings[i] },
+            ignore_eos: true,
+            ..Request::new(i as u64, vec![4, 5, 6 + i as u32], 9 + i, 2)
+        })
+        .collect();
+    fn run<B: Backend>(backend: &B, model: &Bloom<B>, requests: &[Request], mut told: impl FnMut()) -> Tokens {
+        let mut engine =
+            Engine::new(backend, model, EngineOptions { cache_tokens: 512, ..EngineOptions::default() }).unwrap();
+        requests.iter().for_each(|r| engine.submit(r.clone()).unwrap());
+        let (mut out, mut heard) = (Tokens::default(), BTreeMap::new());
+        while !engine.is_idle() {
+            let mut sink = |event| {
+                let Event::Token { request, candidate, token, logprob, .. } = event else { return Verdict::Go };
+                told();
+                let n: &mut usize = heard.entry(request).or_default();
+                *n += 1;
+                out.entry((request, candidate)).or_default().push((token, logprob.to_bits()));
+                verdict(request, *n, token)
+            };
+            engine.step(&mut sink).unwrap();
+        }
+        assert_eq!(engine.blocks_in_use(), 0, "blocks leaked");
+        out
+    }
+    let cpu = Cpu::new(1, Isa::detect());
+    let cpu_model = Bloom::load(&cpu, checkpoint.clone(), None).unwrap();
+    for part in [&requests[..4], &requests[..]] {
+        let launcher = gpu(false, false);
+        let cuda = Cuda::new(launcher.clone(), DType::F16, true);
+        let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
+        let passes = || launcher.launched.borrow().get("embed_norm_f16").copied().unwrap_or(0);
+        let mut ahead = Vec::new();
+        let ours = run(&cuda, &model, part, || ahead.push(passes()));
+        let theirs = run(&cpu, &cpu_model, part, || {});
+        for (key, tokens) in &ours {
+            let ids = |t: &[(u32, u32)]| t.iter().map(|t| t.0).collect::<Vec<_>>();
+            assert_eq!(ids(tokens), ids(&theirs[key]), "request {key:?}");
+        }
+        if part.len() < requests.len() {
+            // the first tokens are told when the second pass has begun
+            assert_eq!(ahead[..4], [2; 4], "passes launched when each token was told: {ahead:?}");
+        }
+    }
 }

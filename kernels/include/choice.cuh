@@ -6,6 +6,11 @@
 #include "random.cuh"
 #include "threads.cuh"
 
+struct Chosen {
+    uint32_t token;
+    float logprob;
+};
+
 // Laid out as in src/ops/cuda/sampling.rs.
 struct Choice {
     uint32_t row;           // of the products
@@ -18,6 +23,8 @@ struct Choice {
     // probability; and none less likely than this part of the most likely one
     uint32_t top_k;
     float top_p, min_p;
+    uint32_t fed;  // the choice of the step before whose token the penalty counts too, else 0xffffffff
+    uint32_t slot; // where the result goes
 };
 
 // A token whose logit is not taken as it is.
@@ -27,11 +34,6 @@ struct Change {
 };
 
 constexpr uint32_t SEEN = 0x80000000;
-
-struct Chosen {
-    uint32_t token;
-    float logprob;
-};
 
 struct Partial {
     float score; // of the best token, with penalty, temperature and noise
@@ -43,12 +45,18 @@ struct Partial {
 struct Choices {
     const Choice* list;
     const Change* changes;
+    const Chosen* previous; // results of the step before
     Partial* partials; // [choice, block]
     uint32_t count, blocks;
 };
 
+// The token of the step before that counts as seen; no token if there is none.
+DEVICE uint32_t fed_token(const Choice& c, const Chosen* previous) { return c.fed == 0xffffffff ? c.fed : previous[c.fed].token; }
+
 // A token's logit with its penalty and bias.
-DEVICE float changed(float logit, const Change* changes, const Choice& c, uint32_t token) {
+DEVICE float changed(float logit, const Change* changes, const Choice& c, uint32_t fed, uint32_t token) {
+    bool seen = token == fed;
+    float bias = 0;
     const Change* list = changes + c.changes_start;
     uint32_t first = 0, count = c.changes_count;
     while (count > 0) {
@@ -61,9 +69,12 @@ DEVICE float changed(float logit, const Change* changes, const Choice& c, uint32
         }
     }
     Change found = list[first]; // the list ends with a number that is no token
-    if ((found.token & ~SEEN) != token) return logit;
-    if (found.token & SEEN) logit = logit > 0 ? logit / c.penalty : logit * c.penalty;
-    return logit + found.bias;
+    if ((found.token & ~SEEN) == token) {
+        seen |= (found.token & SEEN) != 0;
+        bias = found.bias;
+    }
+    if (seen) logit = logit > 0 ? logit / c.penalty : logit * c.penalty;
+    return logit + bias;
 }
 
 DEVICE float gumbel(const Choice& c, uint32_t token) {
@@ -105,7 +116,8 @@ DEVICE void choose_in_block(const float* sums, int per_block, const Choices& cho
             if (c.forced != 0xffffffff) {
                 score = token == c.forced ? 0 : -INFINITY;
             } else {
-                if (c.changes_count > 0) score = changed(score, choices.changes, c, token);
+                uint32_t fed = fed_token(c, choices.previous);
+                if (c.changes_count > 0 || token == fed) score = changed(score, choices.changes, c, fed, token);
                 if (c.inverse_temperature > 0) score = score * c.inverse_temperature + gumbel(c, token);
             }
             p = Partial{score, token, logit, logit, 1.0f};

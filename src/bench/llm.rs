@@ -2,7 +2,7 @@
 
 use super::machine::{self, Machine};
 use crate::checkpoint::Checkpoint;
-use crate::engine::{Engine, EngineOptions, Request, Verdict};
+use crate::engine::{Engine, EngineOptions, Event, Request, Verdict};
 use crate::error::{Error, Result};
 use crate::models::bloom::{Bloom, BloomConfig};
 use crate::ops::Backend;
@@ -102,25 +102,32 @@ pub fn run<B: Backend + Machine>(backend: &B, model: &Bloom<B>, options: LlmOpti
         };
         let mut engine = Engine::new(backend, model, engine)?;
         let mut words = Words::new(7, repeat as u64);
-        for id in 0..o.batch {
-            engine.submit(Request {
-                ignore_eos: true,
-                ..Request::new(
-                    id as u64,
-                    (0..o.prompt_tokens).map(|_| words.below(config.vocab_size) as u32).collect(),
-                    o.new_tokens + 1,
-                    config.eos_token_id,
-                )
-            })?;
-        }
-        let mut timed = || -> Result<f64> {
+        let mut ids = 0..;
+        // a token of every sequence; a step may begin the next one before it tells the last one's
+        let tokens = |engine: &mut Engine<B>| -> Result<f64> {
             let started = Instant::now();
-            engine.step(&mut |_| Verdict::Go)?;
+            let mut heard = 0;
+            while heard < o.batch {
+                engine.step(&mut |event| {
+                    heard += usize::from(matches!(event, Event::Token { .. }));
+                    Verdict::Go
+                })?;
+            }
             Ok(started.elapsed().as_secs_f64())
         };
-        prefill_times.push(timed()?);
-        for _ in 0..o.new_tokens {
-            decode_times.push(timed()?);
+        for (max_new, times) in [(1, &mut prefill_times), (o.new_tokens + 1, &mut decode_times)] {
+            for id in ids.by_ref().take(o.batch) {
+                let prompt = (0..o.prompt_tokens).map(|_| words.below(config.vocab_size) as u32).collect();
+                let request = Request::new(id, prompt, max_new, config.eos_token_id);
+                engine.submit(Request { ignore_eos: true, ..request })?;
+            }
+            let prefill = tokens(&mut engine)?;
+            if max_new == 1 {
+                times.push(prefill);
+            }
+            for _ in 1..max_new {
+                times.push(tokens(&mut engine)?);
+            }
         }
     }
     // before the buffers of the next measurement

@@ -1,7 +1,7 @@
 //! The CUDA driver, through cudarc, which looks for it at run time.
 
-use super::images;
-use super::{Address, Args, Launcher, Limits, Shape, TensorMap, not_recordable};
+use super::staging::{self, Slot, Staging};
+use super::{Address, Args, Launcher, Limits, Shape, TensorMap, images, not_recordable};
 use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
 use std::cell::{Cell, RefCell};
@@ -23,6 +23,7 @@ pub struct Driver {
     stream: sys::CUstream,
     modules: Vec<sys::CUmodule>,
     functions: RefCell<HashMap<String, Function>>,
+    staging: Staging,
     recording: Cell<bool>,
     /// See [`Launcher::changes`].
     changes: Cell<u64>,
@@ -129,7 +130,7 @@ impl Driver {
                 })
                 .collect();
             let memory_bytes = result::device::total_mem(device).map_err(failed("the GPU's memory"))?;
-            let functions = RefCell::default();
+            let (functions, staging) = Default::default();
             let (recording, changes) = (Cell::new(false), Cell::new(0));
             Ok(Driver {
                 name,
@@ -139,6 +140,7 @@ impl Driver {
                 stream,
                 modules: modules?,
                 functions,
+                staging,
                 recording,
                 changes,
             })
@@ -168,6 +170,8 @@ impl Driver {
 
 impl Launcher for Driver {
     type Recording = Graph;
+    /// With its length.
+    type Reading = (Slot, usize);
 
     fn limits(&self) -> Limits {
         self.limits
@@ -197,6 +201,9 @@ impl Launcher for Driver {
 
     fn write(&self, at: Address, bytes: &[u8]) -> Result<()> {
         self.only_now("a copy")?;
+        if bytes.len() <= staging::MOST {
+            return self.staging.write(at, bytes, self.stream).map_err(failed("a copy to the GPU"));
+        }
         // pageable memory: the driver has taken the bytes when the call returns
         unsafe { result::memcpy_htod_async(at, bytes, self.stream) }.map_err(failed("a copy to the GPU"))
     }
@@ -212,6 +219,15 @@ impl Launcher for Driver {
             result::memcpy_dtoh_async(bytes, at, self.stream).map_err(failed("a copy from the GPU"))?;
             result::stream::synchronize(self.stream).map_err(failed("a kernel failed"))
         }
+    }
+
+    fn read_later(&self, at: Address, bytes: usize) -> Result<(Slot, usize)> {
+        self.only_now("a copy")?;
+        Ok((self.staging.read(at, bytes, self.stream).map_err(failed("a copy from the GPU"))?, bytes))
+    }
+
+    fn finish_read(&self, (slot, bytes): (Slot, usize)) -> Result<Vec<u8>> {
+        self.staging.finish(slot, bytes).map_err(failed("a kernel failed"))
     }
 
     fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()> {
@@ -331,6 +347,7 @@ impl Drop for Driver {
         // SAFETY: made in `open`; nothing is launched any more.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
+            self.staging.clear();
             for module in &self.modules {
                 let _ = result::module::unload(*module);
             }

@@ -5,6 +5,7 @@
 
 pub mod cuda;
 mod images;
+mod staging;
 
 use crate::error::{Error, Result};
 use std::rc::Rc;
@@ -43,10 +44,12 @@ pub(crate) fn not_recordable(what: &str) -> Error {
     Error::invalid(format!("{what} was asked for while launches were recorded"))
 }
 
-/// A device. Work is done in the order in which it is asked for; only [`Launcher::read`] waits for it.
+/// A device. Work is done in the order in which it is asked for; only reading waits for it.
 pub trait Launcher {
     /// Launches that are done together.
     type Recording;
+    /// A copy to the host that nobody waits for yet.
+    type Reading;
 
     fn limits(&self) -> Limits;
     fn allocate(&self, bytes: usize) -> Result<Address>;
@@ -54,6 +57,9 @@ pub trait Launcher {
     fn write(&self, at: Address, bytes: &[u8]) -> Result<()>;
     fn zero(&self, at: Address, bytes: usize) -> Result<()>;
     fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()>;
+    /// [`Launcher::read`] of what is there once all that was asked for so far is done; later work does not have to be waited for.
+    fn read_later(&self, at: Address, bytes: usize) -> Result<Self::Reading>;
+    fn finish_read(&self, reading: Self::Reading) -> Result<Vec<u8>>;
     fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()>;
     /// Keeps the launches of `work` instead of doing them; it may ask for nothing but launches.
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Self::Recording>;

@@ -3,8 +3,10 @@
 //! There are no phases: every sequence has computed positions chasing its known ones, and each step hands out one
 //! token budget, running sequences first, then waiting ones. Full blocks stay findable by what they hold, so that a prompt that
 //! begins as an earlier one starts behind it. When blocks run out the newest sequence gives up its own and waits;
-//! later it computes them again. None of this changes a token.
+//! later it computes them again. Where a device feeds itself the tokens it chooses, a step begins before those of the one
+//! before are known (`ahead.rs`). None of this changes a token.
 
+mod ahead;
 mod blocks;
 mod drafts;
 mod request;
@@ -18,6 +20,7 @@ pub use sampling::{Chosen, SampleRow, Sampling, Top, choose, log_sum_exp};
 use crate::error::{Error, Result};
 use crate::models::bloom::{Bloom, Scratch};
 use crate::ops::{BLOCK, Backend, Batch};
+use ahead::Flight;
 use blocks::Blocks;
 use drafts::Drafter;
 use request::Sequence;
@@ -72,6 +75,8 @@ pub struct Engine<'a, B: Backend> {
     drafter: Drafter,
     scratch: Scratch<B>,
     logits: Vec<f32>,
+    /// A step whose tokens are not known yet.
+    flight: Option<Flight<B>>,
     pub counters: Counters,
 }
 
@@ -87,14 +92,35 @@ struct Planned {
 
 /// A choice to make, with what it is made from.
 struct Choice {
-    /// Running sequence, and how many of its guesses come before the choice.
+    /// Running sequence, and how many guesses and unknown tokens come before the choice.
     at: usize,
     ahead: usize,
     /// Token of the batch.
     row: usize,
     /// Tokens that count as seen, if they are not just the sequence's.
     seen: Option<Vec<u32>>,
+    /// The choice of the step before whose token comes first, and is not known yet.
+    fed: Option<usize>,
     bias: Vec<(u32, f32)>,
+}
+
+/// The choices as a backend takes them.
+fn sample_rows<'c>(running: &'c [Sequence], choices: &'c [Choice]) -> Vec<SampleRow<'c>> {
+    let row = |c: &'c Choice| {
+        let s = &running[c.at];
+        SampleRow {
+            row: c.row,
+            sampling: &s.request.sampling,
+            seen: c.seen.as_deref().unwrap_or(&s.seen),
+            fed: c.fed.filter(|_| s.request.sampling.repetition_penalty != 1.0),
+            bias: &c.bias,
+            forced: s.forced.get(c.ahead).copied(),
+            top: s.request.top_logprobs,
+            candidate: s.candidate,
+            position: (s.tokens.len() + c.ahead) as u32,
+        }
+    };
+    choices.iter().map(row).collect()
 }
 
 type Sink<'s> = &'s mut dyn FnMut(Event) -> Verdict;
@@ -117,6 +143,7 @@ impl<'a, B: Backend> Engine<'a, B> {
             drafter: Drafter::new(options.draft_tokens),
             scratch: Scratch::default(),
             logits: Vec::new(),
+            flight: None,
             counters: Counters::default(),
         })
     }
@@ -186,9 +213,16 @@ impl<'a, B: Backend> Engine<'a, B> {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// One forward pass. `sink` hears what happened and says what is to become of the candidate.
+    /// One forward pass. `sink` hears, at the latest when the next step has begun, what happened and says what is to become of the candidate.
     pub fn step(&mut self, sink: Sink) -> Result<()> {
         self.expire(sink);
+        if let Some(flight) = self.flight.take() {
+            self.flight = self.fly_on(&flight)?;
+            self.land(flight, sink)?;
+            if self.flight.is_some() {
+                return Ok(());
+            }
+        }
         let started = Instant::now();
         let (batch, plan) = self.schedule(sink);
         if plan.is_empty() {
@@ -383,14 +417,14 @@ impl<'a, B: Backend> Engine<'a, B> {
             let count = std::mem::replace(&mut s.fork, 0).max(1);
             let row = p.start + p.known - 1;
             targets.push((p.at, &p.ahead, choices.len()));
-            choices.extend((0..=p.ahead.len()).map(|ahead| self.choice(p.at, &p.ahead[..ahead], row + ahead)));
+            choices.extend((0..=p.ahead.len()).map(|ahead| self.choice(p.at, &p.ahead[..ahead], None, row + ahead)));
             for candidate in 1..count {
                 match self.fork(p.at, candidate) {
                     Some(copy) => {
                         self.running.push(copy);
                         let at = self.running.len() - 1;
                         targets.push((at, &[], choices.len()));
-                        choices.push(self.choice(at, &[], row));
+                        choices.push(self.choice(at, &[], None, row));
                     }
                     None => homeless.push(self.running[p.at].sibling(candidate)),
                 }
@@ -398,22 +432,12 @@ impl<'a, B: Backend> Engine<'a, B> {
         }
         // candidates without a block wait in order
         homeless.into_iter().rev().for_each(|s| self.waiting.push_front(s));
-        let rows: Vec<SampleRow> = choices
-            .iter()
-            .map(|c| {
-                let s = &self.running[c.at];
-                SampleRow {
-                    row: c.row,
-                    sampling: &s.request.sampling,
-                    seen: c.seen.as_deref().unwrap_or(&s.seen),
-                    bias: &c.bias,
-                    forced: s.forced.get(c.ahead).copied(),
-                    top: s.request.top_logprobs,
-                    candidate: s.candidate,
-                    position: (s.tokens.len() + c.ahead) as u32,
-                }
-            })
-            .collect();
+        let rows = sample_rows(&self.running, &choices);
+        if targets.iter().all(|t| t.1.is_empty()) && self.may_fly(&rows) {
+            let choosing = self.model.start_sample(self.backend, &rows, &mut self.scratch)?;
+            self.flight = Some(Flight::new(choosing, choices.iter().map(|c| &self.running[c.at])));
+            return Ok(());
+        }
         let mut chosen = self.model.sample(self.backend, &rows, &mut self.scratch, &mut self.logits)?;
         for (at, ahead, first) in targets {
             self.take(at, ahead, &mut chosen[first..=first + ahead.len()], sink);
@@ -421,8 +445,8 @@ impl<'a, B: Backend> Engine<'a, B> {
         Ok(())
     }
 
-    /// What goes into the choice after a sequence's tokens and these guesses.
-    fn choice(&self, at: usize, ahead: &[u32], row: usize) -> Choice {
+    /// What goes into the choice after a sequence's tokens and these guesses, or after a token that is not known yet.
+    fn choice(&self, at: usize, ahead: &[u32], fed: Option<usize>, row: usize) -> Choice {
         let s = &self.running[at];
         let sampling = &s.request.sampling;
         let seen = (sampling.repetition_penalty != 1.0 && !ahead.is_empty()).then(|| {
@@ -441,9 +465,10 @@ impl<'a, B: Backend> Engine<'a, B> {
             let penalty = |n: u32| sampling.presence_penalty + sampling.frequency_penalty * n as f32;
             bias.extend(counts.into_iter().map(|(t, n)| (t, -penalty(n))));
         }
-        let position = s.tokens.len() + ahead.len();
+        let more = ahead.len() + usize::from(fed.is_some());
+        let position = s.tokens.len() + more;
         bias.extend(s.banned.iter().filter(|b| b.0 == position).map(|b| (b.1, f32::NEG_INFINITY)));
-        if s.outputs() + ahead.len() < s.request.min_new {
+        if s.outputs() + more < s.request.min_new {
             bias.push((s.request.eos, f32::NEG_INFINITY));
         }
         bias.sort_by_key(|b| b.0);
@@ -452,14 +477,15 @@ impl<'a, B: Backend> Engine<'a, B> {
             kept.1 += if same { next.1 } else { 0.0 };
             same
         });
-        Choice { at, ahead: ahead.len(), row, seen, bias }
+        Choice { at, ahead: more, row, seen, fed, bias }
     }
 
-    /// Takes chosen tokens while they are what was guessed.
-    fn take(&mut self, at: usize, ahead: &[u32], chosen: &mut [Chosen], sink: Sink) {
+    /// Takes chosen tokens while they are what was guessed. Whether the sequence goes on behind the last of them.
+    fn take(&mut self, at: usize, ahead: &[u32], chosen: &mut [Chosen], sink: Sink) -> bool {
         let s = &mut self.running[at];
         let guessed = if s.forced.is_empty() { ahead.len() } else { 0 };
         let mut accepted = 0;
+        let mut goes_on = true;
         for (i, c) in chosen.iter_mut().enumerate() {
             s.push(c.token);
             if !s.forced.is_empty() {
@@ -484,7 +510,7 @@ impl<'a, B: Backend> Engine<'a, B> {
             // a token that was guessed is in the cache already
             s.computed += usize::from(matches);
             accepted += usize::from(matches);
-            let goes_on = verdict == Verdict::Go && finish.is_none();
+            goes_on = verdict == Verdict::Go && finish.is_none();
             match verdict {
                 Verdict::Go => s.done = finish.is_some(),
                 Verdict::End => s.done = true,
@@ -511,6 +537,7 @@ impl<'a, B: Backend> Engine<'a, B> {
             self.counters.drafted_tokens += guessed as u64;
             self.counters.accepted_tokens += accepted as u64;
         }
+        goes_on
     }
 
     /// A candidate that shares the full blocks of sequence `at` and has a copy of the last one, if there is a block for that.
@@ -533,7 +560,8 @@ impl<'a, B: Backend> Engine<'a, B> {
     /// Makes a sequence's full blocks known.
     fn register(&mut self, at: usize) {
         let s = &mut self.running[at];
-        while (s.nodes.len() + 1) * BLOCK <= s.computed {
+        let known = s.computed.min(s.tokens.len());
+        while (s.nodes.len() + 1) * BLOCK <= known {
             let n = s.nodes.len();
             let node = self.blocks.register(s.node(), &s.tokens[n * BLOCK..(n + 1) * BLOCK], s.blocks[n]);
             s.nodes.push(node);

@@ -128,6 +128,8 @@ pub(super) struct Sequence {
     pub counts: HashMap<u32, u32>,
     /// Most tokens of the next draft.
     pub draft: usize,
+    /// Whether its choices can be left to the device; not once one could not.
+    pub alone: bool,
     pub done: bool,
 }
 
@@ -150,6 +152,7 @@ impl Sequence {
             known: HashSet::new(),
             counts: HashMap::new(),
             draft: 1,
+            alone: true,
             done: false,
             request,
         };
@@ -235,6 +238,7 @@ impl Sequence {
             known: self.known.clone(),
             counts: self.counts.clone(),
             draft: 1,
+            alone: self.alone,
             done: false,
         }
     }

@@ -51,6 +51,8 @@ pub struct SampleRow<'a> {
     pub sampling: &'a Sampling,
     /// Tokens that the repetition penalty counts, each once.
     pub seen: &'a [u32],
+    /// The last choice whose token counts as seen too, and is not known yet.
+    pub fed: Option<usize>,
     /// Added to the logits of tokens, each at most once.
     pub bias: &'a [(u32, f32)],
     /// The choice, if there is none: only its log-probability is wanted.
@@ -65,7 +67,7 @@ pub struct SampleRow<'a> {
 impl<'a> SampleRow<'a> {
     /// A choice without anything that is special to it.
     pub fn new(row: usize, sampling: &'a Sampling, candidate: u32, position: u32) -> SampleRow<'a> {
-        SampleRow { row, sampling, seen: &[], bias: &[], forced: None, top: 0, candidate, position }
+        SampleRow { row, sampling, seen: &[], fed: None, bias: &[], forced: None, top: 0, candidate, position }
     }
 }
 

@@ -30,6 +30,9 @@ pub struct Span {
 pub struct Batch {
     pub ids: Vec<u32>,
     pub spans: Vec<Span>,
+    /// Tokens whose ids the host does not know yet: token of the batch, and which of the last choices it is (see
+    /// [`Backend::start_sample`]).
+    pub fed: Vec<(usize, usize)>,
 }
 
 impl Batch {
@@ -187,4 +190,19 @@ pub trait Backend {
         rows: &[(usize, &SampleRow)],
         scratch: &mut Vec<f32>,
     ) -> Result<Vec<Chosen>>;
+
+    /// Choices that are being made.
+    type Choosing;
+    /// Whether the device makes a choice like this one by itself, so that the next pass can begin with a token which the
+    /// host does not know yet.
+    fn chooses_alone(&self, row: &SampleRow) -> bool;
+    /// [`Backend::sample`] that waits for nothing, of rows that [`Backend::chooses_alone`] is true of.
+    fn start_sample(
+        &self,
+        x: &Self::Buffer,
+        head: &Self::Matrix,
+        rows: &[(usize, &SampleRow)],
+    ) -> Result<Self::Choosing>;
+    /// Waits for choices. `None` where the host has to make one after all: what was computed with its token is worth nothing.
+    fn finish_sample(&self, choosing: Self::Choosing) -> Result<Vec<Option<Chosen>>>;
 }

@@ -46,6 +46,7 @@ impl Emulated {
 
 impl Launcher for Emulated {
     type Recording = Recording;
+    type Reading = Vec<u8>;
 
     fn limits(&self) -> Limits {
         Limits { shared_bytes: self.emulator.shared_limit, processors: 4, hopper: self.hopper }
@@ -70,6 +71,13 @@ impl Launcher for Emulated {
     fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()> {
         self.only_now()?;
         failed(self.emulator.read(at, bytes))
+    }
+    fn read_later(&self, at: Address, bytes: usize) -> Result<Vec<u8>> {
+        let mut out = vec![0; bytes];
+        self.read(at, &mut out).map(|()| out)
+    }
+    fn finish_read(&self, reading: Vec<u8>) -> Result<Vec<u8>> {
+        Ok(reading)
     }
     fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()> {
         if let Some(recording) = &mut *self.recording.borrow_mut() {

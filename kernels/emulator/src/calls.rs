@@ -1,8 +1,8 @@
 //! What kernels call: the other side of `include/emulated.h`.
 
 use crate::block::{
-    Block, CURRENT, CollectiveOp, Copy, NO_BARRIER, PhaseBarrier, Place, Product, Schedule, Tile, Wait, check_operand, fault,
-    suspend,
+    Block, CURRENT, CollectiveOp, Copy, NO_BARRIER, PhaseBarrier, Place, Product, Schedule, Tile, Wait, check_operand,
+    fault, suspend,
 };
 use std::ffi::{c_char, c_void};
 

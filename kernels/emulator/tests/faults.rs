@@ -145,7 +145,10 @@ fn products_of_a_warpgroup() {
     };
     assert_eq!(run(0), Ok(vec![16.0; 128]));
     assert_eq!(run(1), Ok(vec![0.0; 128]), "used before the wait");
-    says(&run(2).unwrap_err(), "a warpgroup's product reads an operand at byte 1024 of shared memory, which nothing wrote");
+    says(
+        &run(2).unwrap_err(),
+        "a warpgroup's product reads an operand at byte 1024 of shared memory, which nothing wrote",
+    );
     let overwritten = run(3).unwrap();
     assert!(overwritten.iter().all(|x| *x < 16.0), "overwritten before the wait: {overwritten:?}");
     says(&run(4).unwrap_err(), "it ends before its products are waited for");

@@ -164,13 +164,29 @@ impl<B: Backend> Bloom<B> {
         if rows.is_empty() {
             return Ok(vec![]);
         }
+        let rows = self.gather(backend, rows, s);
+        backend.sample(&s.normed, self.head(), &rows, logits)
+    }
+
+    /// [`Bloom::sample`] that does not wait; see [`Backend::start_sample`].
+    pub fn start_sample(&self, backend: &B, rows: &[SampleRow], s: &mut Scratch<B>) -> Result<B::Choosing> {
+        let rows = self.gather(backend, rows, s);
+        backend.start_sample(&s.normed, self.head(), &rows)
+    }
+
+    /// Normalizes the tokens that choices are made from, each once, and tells each choice its row.
+    fn gather<'r>(
+        &self,
+        backend: &B,
+        rows: &'r [SampleRow<'r>],
+        s: &mut Scratch<B>,
+    ) -> Vec<(usize, &'r SampleRow<'r>)> {
         // candidates of one prompt share a row
         let mut tokens: Vec<usize> = rows.iter().map(|r| r.row).collect();
         tokens.sort_unstable();
         tokens.dedup();
         let at = |r: &SampleRow| tokens.binary_search(&r.row).expect("taken from the rows above");
-        let rows: Vec<(usize, &SampleRow)> = rows.iter().map(|r| (at(r), r)).collect();
         backend.gather_norm(&s.x, &tokens, &self.final_norm, self.config.layer_norm_epsilon, &mut s.normed);
-        backend.sample(&s.normed, self.head(), &rows, logits)
+        rows.iter().map(|r| (at(r), r)).collect()
     }
 }

@@ -57,6 +57,7 @@ impl Backend for Cpu {
     type Buffer = Vec<f32>;
     type Cache = Cache;
     type Pass = ();
+    type Choosing = Vec<Chosen>;
 
     fn matrix(&self, tensor: Tensor, dtype: Option<DType>) -> Result<Matrix> {
         Matrix::new(self, tensor, dtype)
@@ -211,6 +212,19 @@ impl Backend for Cpu {
             }
         });
         Ok(chosen)
+    }
+
+    /// Nothing is gained: the passes run on the processor that would go ahead.
+    fn chooses_alone(&self, _: &SampleRow) -> bool {
+        false
+    }
+
+    fn start_sample(&self, x: &Vec<f32>, head: &Matrix, rows: &[(usize, &SampleRow)]) -> Result<Vec<Chosen>> {
+        self.sample(x, head, rows, &mut Vec::new())
+    }
+
+    fn finish_sample(&self, choosing: Vec<Chosen>) -> Result<Vec<Option<Chosen>>> {
+        Ok(choosing.into_iter().map(Some).collect())
     }
 }
 

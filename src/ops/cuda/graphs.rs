@@ -19,8 +19,8 @@ const MOST: usize = 128;
 struct Key {
     /// See [`crate::ops::Backend::repeat`].
     owners: [usize; 3],
-    /// Where the batch's arrays begin and end says how long they are.
-    arrays: [u64; 2],
+    /// Where the batch's arrays begin and end says how long they are; and where tokens are taken from.
+    arrays: [u64; 3],
     tokens: usize,
     table_width: usize,
     singles: usize,
@@ -56,7 +56,7 @@ impl<L: Launcher> Cuda<L> {
         }
         let key = Key {
             owners,
-            arrays: [pass.ids, pass.singles],
+            arrays: [pass.ids, pass.singles, pass.choices],
             tokens: pass.tokens,
             table_width: pass.table_width,
             singles: pass.single_count,

@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::models::bloom::BloomConfig;
 use crate::ops::BLOCK;
 use crate::tensor::{Bytes, DType, Tensor};
+use bytemuck::{Pod, Zeroable};
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -28,6 +29,20 @@ use std::sync::Arc;
 /// Threads of a block of the row kernels, and rows that it takes.
 const ROW_THREADS: u32 = 128;
 const ROWS_PER_BLOCK: usize = 4;
+
+/// As in `kernels/layer_norm.cu`.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Ids {
+    ids: u64,
+    fed: u64,
+    choices: u64,
+    vocabulary: u32,
+    unused: u32,
+}
+
+/// A token that is none of the step's before.
+const NO_CHOICE: u32 = u32::MAX;
 
 /// A CUDA device, or what stands in for one.
 pub struct Cuda<L: Launcher> {
@@ -81,11 +96,14 @@ impl<L: Launcher> Default for Sent<L> {
 /// A batch on the device.
 pub struct Pass<L: Launcher> {
     memory: Option<Memory<L>>,
-    /// Of each token: id, slot in the cache, span, position; then the spans' tables.
+    /// Of each token: id, slot in the cache, span, position, choice that it is; then the spans' tables.
     ids: u64,
     slots: u64,
     spans: u64,
     positions: u64,
+    /// Which choice of the step before each token is, and where those choices are; 0 if no token is one.
+    fed: u64,
+    choices: u64,
     tables: u64,
     table_width: usize,
     tokens: usize,
@@ -106,6 +124,8 @@ impl<L: Launcher> Default for Pass<L> {
             slots: 0,
             spans: 0,
             positions: 0,
+            fed: 0,
+            choices: 0,
             tables: 0,
             table_width: 0,
             tokens: 0,
@@ -253,6 +273,7 @@ impl<L: Launcher> Backend for Cuda<L> {
     type Buffer = Buffer<L>;
     type Cache = Cache<L>;
     type Pass = Pass<L>;
+    type Choosing = L::Reading;
 
     /// Weights are held in the backend's 16-bit type, or in 8 bits if `dtype` says so.
     fn matrix(&self, tensor: Tensor, dtype: Option<DType>) -> Result<Matrix<L>> {
@@ -283,9 +304,12 @@ impl<L: Launcher> Backend for Cuda<L> {
         self.attempt(|| {
             let n = batch.ids.len();
             let width = batch.spans.iter().map(|s| s.blocks.len()).max().unwrap_or(0).next_power_of_two();
-            // four arrays of the tokens, the tables, tiles and single queries
+            // five arrays of the tokens, the tables, tiles and single queries
             let mut words = batch.ids.clone();
-            words.resize(4 * n + batch.spans.len() * width, 0);
+            words.resize(4 * n, 0);
+            words.resize(5 * n, NO_CHOICE);
+            words.resize(5 * n + batch.spans.len() * width, 0);
+            batch.fed.iter().for_each(|&(token, choice)| words[4 * n + token] = choice as u32);
             let (mut tiles, mut singles): (Vec<u32>, Vec<u32>) = Default::default();
             pass.longest_single = 0;
             let queries = attention::tile_queries(self.launcher.limits().hopper);
@@ -296,7 +320,7 @@ impl<L: Launcher> Backend for Cuda<L> {
                     words[2 * n + token] = number as u32;
                     words[3 * n + token] = position as u32;
                 }
-                words[4 * n + number * width..][..span.blocks.len()].copy_from_slice(&span.blocks);
+                words[5 * n + number * width..][..span.blocks.len()].copy_from_slice(&span.blocks);
                 if span.len >= attention::TILED && !self.batch_invariant {
                     for first in (0..span.len).step_by(queries) {
                         let count = queries.min(span.len - first);
@@ -315,7 +339,9 @@ impl<L: Launcher> Backend for Cuda<L> {
             self.launcher.write(at, bytemuck::cast_slice(&words))?;
             let array = |i: usize| at + (i * n * 4) as u64;
             (pass.ids, pass.slots, pass.spans, pass.positions) = (array(0), array(1), array(2), array(3));
-            (pass.tables, pass.table_width, pass.tokens) = (array(4), width, n);
+            pass.fed = array(4);
+            pass.choices = if batch.fed.is_empty() { 0 } else { self.scratch.borrow().last_chosen() };
+            (pass.tables, pass.table_width, pass.tokens) = (array(5), width, n);
             (pass.tiles, pass.tile_count) = (at + 4 * tables_end as u64, tiles.len() / 2);
             (pass.singles, pass.single_count) = (pass.tiles + 4 * tiles.len() as u64, singles.len());
             Ok(())
@@ -337,7 +363,9 @@ impl<L: Launcher> Backend for Cuda<L> {
     ) {
         self.attempt(|| {
             self.reserve(out, pass.tokens, table.cols, false)?;
-            let args = Args::new().with(out.at()).with(pass.ids).with(table.data.at).with(table.scales());
+            let (vocabulary, unused) = (table.rows as u32, 0);
+            let ids = Ids { ids: pass.ids, fed: pass.fed, choices: pass.choices, vocabulary, unused };
+            let args = Args::new().with(out.at()).with(ids).with(table.data.at).with(table.scales());
             let args = args.with(norm.weight.at).with(norm.bias.at);
             let args = args.with(pass.tokens as u32).with(table.cols as u32).with(eps);
             let kernel = format!("embed_norm_{}", if table.int8() { "int8" } else { self.suffix() });
@@ -417,5 +445,18 @@ impl<L: Launcher> Backend for Cuda<L> {
     ) -> Result<Vec<Chosen>> {
         self.check()?;
         self.choose(x, head, rows, scratch)
+    }
+
+    fn chooses_alone(&self, row: &SampleRow) -> bool {
+        Self::alone(row)
+    }
+
+    fn start_sample(&self, x: &Buffer<L>, head: &Matrix<L>, rows: &[(usize, &SampleRow)]) -> Result<L::Reading> {
+        self.check()?;
+        self.start(x, head, rows)
+    }
+
+    fn finish_sample(&self, choosing: L::Reading) -> Result<Vec<Option<Chosen>>> {
+        self.finish(choosing)
     }
 }

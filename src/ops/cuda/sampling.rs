@@ -6,7 +6,6 @@ use crate::device::{Args, Launcher, Memory};
 use crate::engine::{Chosen, SampleRow, choose, log_sum_exp};
 use crate::error::Result;
 use bytemuck::{Pod, Zeroable};
-use std::ops::Range;
 
 /// As in `kernels/sampling.cu`.
 const MERGE_THREADS: u32 = 256;
@@ -26,13 +25,23 @@ pub(super) struct Scratch<L: Launcher> {
     changes: Sent<L>,
     logits: Option<Memory<L>>,
     partials: Option<Memory<L>>,
-    chosen: Option<Memory<L>>,
+    tops: Option<Memory<L>>,
+    /// Results of this step's choices and of the step's before, in turn.
+    chosen: [Option<Memory<L>>; 2],
+    turn: usize,
+}
+
+impl<L: Launcher> Scratch<L> {
+    /// Where the last choices are, or 0.
+    pub fn last_chosen(&self) -> u64 {
+        self.chosen[self.turn].as_ref().map_or(0, |m| m.at)
+    }
 }
 
 impl<L: Launcher> Default for Scratch<L> {
     fn default() -> Self {
         let (rows, choices, changes) = Default::default();
-        Scratch { rows, choices, changes, logits: None, partials: None, chosen: None }
+        Scratch { rows, choices, changes, logits: None, partials: None, tops: None, chosen: [None, None], turn: 0 }
     }
 }
 
@@ -53,6 +62,8 @@ struct Choice {
     top_k: u32,
     top_p: f32,
     min_p: f32,
+    fed: u32,
+    slot: u32,
 }
 
 /// `Choices` of `kernels/include/choice.cuh`.
@@ -61,6 +72,7 @@ struct Choice {
 struct Choices {
     list: u64,
     changes: u64,
+    previous: u64,
     partials: u64,
     count: u32,
     blocks: u32,
@@ -77,6 +89,9 @@ struct Change {
 /// Marks a token that the penalty counts; and ends a list, or stands for no token.
 const SEEN: u32 = 0x8000_0000;
 const NONE: u32 = u32::MAX;
+
+/// Told of the first row whose logits are in scratch memory, and of the choices from there that want a list of likely tokens.
+type Topped<'t, L> = &'t mut dyn FnMut(&mut Scratch<L>, usize, &[usize]) -> Result<()>;
 
 /// Where a choice is made.
 enum Way {
@@ -135,6 +150,12 @@ impl<L: Launcher> Cuda<L> {
         Ok(())
     }
 
+    /// Whether the device makes such a choice by itself, ties and flat distributions aside.
+    pub(super) fn alone(row: &SampleRow) -> bool {
+        // the kernel cuts a top-k at the vocabulary
+        row.top == 0 && row.forced.is_none() && !matches!(Way::of(row, usize::MAX), Way::Host)
+    }
+
     /// See [`crate::ops::Backend::sample`]. Choices over the whole vocabulary are made where the products are; those by rank
     /// or probability, and lists of likely tokens, from logits in device memory; what is rare (a top-k above 1024, or a top-p that
     /// more tokens take to reach) on the host.
@@ -146,29 +167,20 @@ impl<L: Launcher> Cuda<L> {
         logits: &mut Vec<f32>,
     ) -> Result<Vec<Chosen>> {
         let mut chosen = vec![Chosen::default(); rows.len()];
-        let mut on_host = Vec::new();
-        for first in (0..x.rows).step_by(HEAD_ROWS) {
-            let range = first..(first + HEAD_ROWS).min(x.rows);
-            let here = |i: &usize| range.contains(&rows[*i].0);
-            let ways = (0..rows.len()).filter(here).map(|i| (i, Way::of(rows[i].1, head.rows)));
-            let (mut fused, mut listed) = (Vec::new(), Vec::new());
-            for (i, way) in ways {
-                match way {
-                    Way::Fused => fused.push(i),
-                    Way::Listed => listed.push(i),
-                    Way::Host => on_host.push(i),
+        let mut on_host: Vec<usize> =
+            (0..rows.len()).filter(|&i| matches!(Way::of(rows[i].1, head.rows), Way::Host)).collect();
+        let at = self.launch_choices(x, head, rows, &mut |scratch, first_row, part| {
+            on_host.extend(self.list_top(scratch, head, first_row, rows, part, &mut chosen)?);
+            Ok(())
+        })?;
+        if on_host.len() < rows.len() {
+            let mut results = vec![[0u32; 2]; rows.len()];
+            self.launcher.read(at, bytemuck::cast_slice_mut(&mut results))?;
+            for (i, [token, logprob]) in results.into_iter().enumerate() {
+                (chosen[i].token, chosen[i].logprob) = (token, f32::from_bits(logprob));
+                if token == TOO_MANY {
+                    on_host.push(i);
                 }
-            }
-            if !fused.is_empty() {
-                self.choose_fused(x, head, range.clone(), rows, &fused, &mut chosen)?;
-            }
-            let topped: Vec<usize> = fused.iter().chain(&listed).copied().filter(|&i| rows[i].1.top > 0).collect();
-            if !listed.is_empty() || !topped.is_empty() {
-                let mut scratch = self.scratch.borrow_mut();
-                let logits = self.place(&mut scratch.logits, range.len() * head.rows * 4)?;
-                self.head("head_logits", x, range.clone(), head, |args| args.with(logits))?;
-                on_host.extend(self.choose_listed(&mut scratch, head, range.start, rows, &listed, &mut chosen)?);
-                on_host.extend(self.list_top(&mut scratch, head, range.start, rows, &topped, &mut chosen)?);
             }
         }
         on_host.sort_unstable();
@@ -185,26 +197,77 @@ impl<L: Launcher> Cuda<L> {
         Ok(chosen)
     }
 
-    /// Chooses from the logits in scratch memory; returns what the host has to choose.
-    fn choose_listed(
+    /// See [`crate::ops::Backend::start_sample`].
+    pub(super) fn start(&self, x: &Buffer<L>, head: &Matrix<L>, rows: &[(usize, &SampleRow)]) -> Result<L::Reading> {
+        let at = self.launch_choices(x, head, rows, &mut |_, _, _| Ok(()))?;
+        self.launcher.read_later(at, rows.len() * 8)
+    }
+
+    /// See [`crate::ops::Backend::finish_sample`].
+    pub(super) fn finish(&self, choosing: L::Reading) -> Result<Vec<Option<Chosen>>> {
+        let bytes = self.launcher.finish_read(choosing)?;
+        let word = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        let chosen = bytes.chunks_exact(8).map(|b| (word(b), f32::from_bits(word(&b[4..]))));
+        Ok(chosen
+            .map(|(token, logprob)| (token != TOO_MANY).then(|| Chosen { token, logprob, ..Chosen::default() }))
+            .collect())
+    }
+
+    /// Launches all choices that the device makes, and has `topped` list likely tokens where they are wanted, from the logits in
+    /// scratch memory. Returns where the results will be, those of the host's choices not written.
+    fn launch_choices(
         &self,
-        scratch: &mut Scratch<L>,
+        x: &Buffer<L>,
         head: &Matrix<L>,
-        first_row: usize,
         rows: &[(usize, &SampleRow)],
-        part: &[usize],
-        chosen: &mut [Chosen],
-    ) -> Result<Vec<usize>> {
-        if part.is_empty() {
-            return Ok(vec![]);
+        topped: Topped<L>,
+    ) -> Result<u64> {
+        let mut scratch = self.scratch.borrow_mut();
+        let scratch = &mut *scratch;
+        let previous = scratch.last_chosen();
+        scratch.turn ^= 1;
+        let out = &mut scratch.chosen[scratch.turn];
+        let at = self.place(out, rows.len() * 8)?;
+        if rows.iter().any(|r| matches!(Way::of(r.1, head.rows), Way::Host)) {
+            self.launcher.zero(at, rows.len() * 8)?;
         }
-        let (list, changes) = self.send_choices(scratch, first_row, rows, part)?;
-        let logits = scratch.logits.as_ref().map_or(0, |m| m.at);
-        let out = self.place(&mut scratch.chosen, part.len() * 8)?;
-        let args = Args::new().with(out).with(logits).with(list).with(changes).with(head.rows as u32);
-        let shared = LISTED_SHARED + head.rows.div_ceil(32) * 4;
-        self.launch("choose_filtered", [part.len(), 1, 1], LISTED_THREADS, shared, args)?;
-        self.receive(out, part, chosen)
+        for first in (0..x.rows).step_by(HEAD_ROWS) {
+            let range = first..(first + HEAD_ROWS).min(x.rows);
+            let here = |i: &usize| range.contains(&rows[*i].0);
+            let (mut fused, mut listed) = (Vec::new(), Vec::new());
+            for i in (0..rows.len()).filter(here) {
+                match Way::of(rows[i].1, head.rows) {
+                    Way::Fused => fused.push(i),
+                    Way::Listed => listed.push(i),
+                    Way::Host => {}
+                }
+            }
+            if !fused.is_empty() {
+                let (list, changes) = self.send_choices(scratch, range.start, rows, &fused)?;
+                let blocks = head_blocks(head.rows);
+                let partials = self.place(&mut scratch.partials, fused.len() * blocks * PARTIAL)?;
+                let (count, blocks) = (fused.len() as u32, blocks as u32);
+                let choices = Choices { list, changes, previous, partials, count, blocks };
+                self.head("head_choice", x, range.clone(), head, |args| args.with(choices))?;
+                let shared = MERGE_THREADS as usize / 32 * PARTIAL;
+                let args = Args::new().with(choices).with(at);
+                self.launch("merge_choices", [fused.len(), 1, 1], MERGE_THREADS, shared, args)?;
+            }
+            let wanted: Vec<usize> = fused.iter().chain(&listed).copied().filter(|&i| rows[i].1.top > 0).collect();
+            if !listed.is_empty() || !wanted.is_empty() {
+                let logits = self.place(&mut scratch.logits, range.len() * head.rows * 4)?;
+                self.head("head_logits", x, range.clone(), head, |args| args.with(logits))?;
+                if !listed.is_empty() {
+                    let (list, changes) = self.send_choices(scratch, range.start, rows, &listed)?;
+                    let args = Args::new().with(at).with(logits).with(list).with(changes).with(previous);
+                    let shared = LISTED_SHARED + head.rows.div_ceil(32) * 4;
+                    let grid = [listed.len(), 1, 1];
+                    self.launch("choose_filtered", grid, LISTED_THREADS, shared, args.with(head.rows as u32))?;
+                }
+                topped(scratch, range.start, &wanted)?;
+            }
+        }
+        Ok(at)
     }
 
     /// Lists the likeliest tokens from the logits in scratch memory; returns what the host has to list.
@@ -223,7 +286,7 @@ impl<L: Launcher> Cuda<L> {
         let Some(most) = tops.iter().map(|t| t[1] as usize).max() else { return Ok(vec![]) };
         let list = self.send(&mut scratch.choices, bytemuck::cast_slice(&tops))?;
         let logits = scratch.logits.as_ref().map_or(0, |m| m.at);
-        let out = self.place(&mut scratch.chosen, part.len() * most * 8)?;
+        let out = self.place(&mut scratch.tops, part.len() * most * 8)?;
         let args = Args::new().with(out).with(logits).with(list).with(most as u32).with(head.rows as u32);
         self.launch("list_top", [part.len(), 1, 1], LISTED_THREADS, LISTED_SHARED, args)?;
         let mut results = vec![[0u32; 2]; part.len() * most];
@@ -235,20 +298,6 @@ impl<L: Launcher> Cuda<L> {
                 left.push(i);
             }
             chosen[i].top = results.iter().map(|r| (r[0], f32::from_bits(r[1]))).collect();
-        }
-        Ok(left)
-    }
-
-    /// Reads tokens and log-probabilities; returns the choices that were not made.
-    fn receive(&self, at: u64, part: &[usize], chosen: &mut [Chosen]) -> Result<Vec<usize>> {
-        let mut results = vec![[0u32; 2]; part.len()];
-        self.launcher.read(at, bytemuck::cast_slice_mut(&mut results))?;
-        let mut left = Vec::new();
-        for (&i, [token, logprob]) in part.iter().zip(results) {
-            chosen[i] = Chosen { token, logprob: f32::from_bits(logprob), ..Chosen::default() };
-            if token == TOO_MANY {
-                left.push(i);
-            }
         }
         Ok(left)
     }
@@ -285,32 +334,12 @@ impl<L: Launcher> Cuda<L> {
                     top_k: s.top_k as u32,
                     top_p: s.top_p,
                     min_p: s.min_p,
+                    fed: r.fed.map_or(NONE, |c| c as u32),
+                    slot: i as u32,
                 }
             })
             .collect();
         let list = self.send(&mut scratch.choices, bytemuck::cast_slice(&list))?;
         Ok((list, self.send(&mut scratch.changes, bytemuck::cast_slice(&changes))?))
-    }
-
-    fn choose_fused(
-        &self,
-        x: &Buffer<L>,
-        head: &Matrix<L>,
-        range: Range<usize>,
-        rows: &[(usize, &SampleRow)],
-        part: &[usize],
-        chosen: &mut [Chosen],
-    ) -> Result<()> {
-        let blocks = head_blocks(head.rows);
-        let mut scratch = self.scratch.borrow_mut();
-        let (list, changes) = self.send_choices(&mut scratch, range.start, rows, part)?;
-        let partials = self.place(&mut scratch.partials, part.len() * blocks * PARTIAL)?;
-        let choices = Choices { list, changes, partials, count: part.len() as u32, blocks: blocks as u32 };
-        self.head("head_choice", x, range, head, |args| args.with(choices))?;
-        let at = self.place(&mut scratch.chosen, part.len() * 8)?;
-        let shared = MERGE_THREADS as usize / 32 * PARTIAL;
-        self.launch("merge_choices", [part.len(), 1, 1], MERGE_THREADS, shared, Args::new().with(choices).with(at))?;
-        self.receive(at, part, chosen)?;
-        Ok(())
     }
 }
