@@ -417,10 +417,60 @@ impl<L: Launcher> Test<'_, L> {
         };
         let e = error(&get(&ours), &get(&theirs));
         self.report("log-probabilities", case.clone(), e, 1e-5);
+        self.fed_tokens(&narrow, &x, (&head, &cpu_head), &list, case.clone())?;
         self.cuda.logits(&narrow, &head, &mut logits)?;
         self.cpu.logits(&x, &cpu_head, &mut expected_logits)?;
         let e = error(&logits, &expected_logits);
         self.report("logits", case, e, 3e-6 * (width as f32).sqrt());
+        Ok(())
+    }
+
+    /// Choices whose tokens go on to the next embedding, and count as seen in the next choices, before the host has read them.
+    fn fed_tokens(
+        &mut self,
+        x: &<Cuda<L> as Backend>::Buffer,
+        cpu_x: &Vec<f32>,
+        (head, cpu_head): (&<Cuda<L> as Backend>::Matrix, &<Cpu as Backend>::Matrix),
+        list: &[(usize, &SampleRow)],
+        case: String,
+    ) -> Result<()> {
+        let list: Vec<_> = list.iter().copied().filter(|r| self.cuda.chooses_alone(r.1)).collect();
+        let width = cpu_x.len() / (1 + list.iter().map(|r| r.0).max().unwrap_or(0));
+        let (norm, cpu_norm) = self.norm(width)?;
+        let first = self.cuda.start_sample(x, head, &list)?;
+        let mut batch = Batch::default();
+        for i in 0..list.len() {
+            batch.push(&[0], 0, &[0]);
+            batch.fed.push((i, i));
+        }
+        let (mut pass, mut out, mut expected, mut scratch) = Default::default();
+        self.cuda.begin(&batch, &mut pass);
+        self.cuda.embed_norm(&batch, &pass, head, &norm, EPS, &mut out);
+        let next: Vec<SampleRow> =
+            (0..list.len()).map(|i| SampleRow { fed: Some(i), position: 500, ..*list[i].1 }).collect();
+        let next: Vec<_> = list.iter().zip(&next).map(|(r, n)| (r.0, n)).collect();
+        let second = self.cuda.start_sample(x, head, &next)?;
+        let (first, second) = (self.cuda.finish_sample(first)?, self.cuda.finish_sample(second)?);
+        // what was left to the host stands for the first token
+        batch.ids = first.iter().map(|c| c.as_ref().map_or(0, |c| c.token)).collect();
+        self.cpu.embed_norm(&batch, &(), cpu_head, &cpu_norm, EPS, &mut expected);
+        let e = error(&self.cuda.download(&out, width)?, &expected);
+        self.report("embedding of fed tokens", case.clone(), e, 1e-5);
+        let seen: Vec<Vec<u32>> = next
+            .iter()
+            .zip(&batch.ids)
+            .map(|((_, r), token)| r.seen.iter().copied().filter(|t| t != token).chain([*token]).collect())
+            .collect();
+        let known: Vec<SampleRow> =
+            next.iter().zip(&seen).map(|((_, r), seen)| SampleRow { fed: None, seen, ..**r }).collect();
+        let known: Vec<_> = next.iter().zip(&known).map(|(r, k)| (r.0, k)).collect();
+        let theirs = self.cpu.sample(cpu_x, cpu_head, &known, &mut scratch)?;
+        let differs = |i: &usize| match (&first[*i], &second[*i]) {
+            (Some(_), Some(c)) => c.token != theirs[*i].token,
+            _ => false,
+        };
+        let different = (0..list.len()).filter(differs).count();
+        self.report("tokens after fed ones that differ", case, different as f32, 0.0);
         Ok(())
     }
 }
