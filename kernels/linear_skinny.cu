@@ -12,49 +12,10 @@
 // memory less, for a few KB read from the second-level cache.
 #include "epilogue.cuh"
 #include "linear.cuh"
-#include "rows.cuh"
 #include "tensor_core.cuh"
 
 constexpr int WARPS = 8;
 constexpr int OUTPUTS = 16;
-
-// How a lane's 16 bytes of weights become operands: STEPS instructions, each with 4 of the lane's inputs.
-template <class T, class W>
-struct Weights {
-    static constexpr int STEPS = 2;
-    static DEVICE_MEMBER void operand(uint32_t (&b)[2], const Eight& w, int step) {
-        b[0] = w.pairs[2 * step];
-        b[1] = w.pairs[2 * step + 1];
-    }
-};
-template <class T>
-struct Weights<T, int8_t> {
-    static constexpr int STEPS = 4;
-    static DEVICE_MEMBER void operand(uint32_t (&b)[2], const Eight& w, int step) {
-        uint32_t v = w.pairs[step];
-        // numbers up to 127 are exact in either type
-        b[0] = pack<T>(static_cast<float>(static_cast<int8_t>(v)), static_cast<float>(static_cast<int8_t>(v >> 8)));
-        b[1] = pack<T>(static_cast<float>(static_cast<int8_t>(v >> 16)), static_cast<float>(static_cast<int8_t>(v >> 24)));
-    }
-};
-
-// Normalizes all tokens into shared rows of `stride` elements.
-template <class T>
-DEVICE void stage_normalized(const Input& in, T* rows, uint32_t stride) {
-    for (uint32_t token = warp_index(); token < in.tokens; token += WARPS) {
-        FloatRow row = {static_cast<const float*>(in.x) + static_cast<size_t>(token) * in.inputs};
-        float mean, inverse;
-        warp_moments(row, in.inputs, in.eps, mean, inverse);
-        for (uint32_t i = lane_index() * 4; i < in.inputs; i += WARP * 4) {
-            Four v = normalized(row(i), i, in.weight, in.bias, mean, inverse);
-            store_four(rows + static_cast<size_t>(token) * stride + i, v);
-            if (in.normed && blockIdx.x == 0) {
-                store_four(static_cast<T*>(in.normed) + static_cast<size_t>(token) * in.inputs + i, v);
-            }
-        }
-    }
-    sync_block();
-}
 
 // Sums of all tokens (16 * TILES) with this block's outputs, in shared memory as [token][OUTPUTS].
 // Shared memory: WARPS * 16 * TILES * OUTPUTS floats, then the normalized rows if there is a norm.
@@ -70,7 +31,7 @@ DEVICE float* block_sums(const Input& in, const W* w, const float* scales, uint3
     if (in.weight) {
         T* rows = reinterpret_cast<T*>(sums + WARPS * 16 * TILES * OUTPUTS);
         stride = in.inputs + 8; // rows 16 bytes apart in the banks
-        stage_normalized<T>(in, rows, stride);
+        stage_normalized<T, WARPS>(in, rows, stride);
         x = rows;
     }
     int warp = warp_index(), g = lane_index() / 4, t = lane_index() % 4;

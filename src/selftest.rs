@@ -9,8 +9,8 @@ use crate::error::Result;
 use crate::models::bloom::alibi_slopes;
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::simd::Isa;
-use crate::ops::cuda::Cuda;
-use crate::ops::{BLOCK, Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
+use crate::ops::cuda::{Cuda, Persistent};
+use crate::ops::{BLOCK, Backend, Batch, Epilogue, Forward, Heads, Layer, LayerNorm, Linear, Norm, Scratch};
 use crate::random::Words;
 use crate::tensor::{Bytes, DType, Tensor};
 use half::{bf16, f16};
@@ -22,8 +22,9 @@ const EPS: f32 = 1e-5;
 /// What is tried.
 #[derive(Clone, Debug)]
 pub struct Shapes {
-    /// Heads and head sizes.
+    /// Heads and head sizes of attention, and of whole steps.
     pub heads: Vec<(usize, usize)>,
+    pub steps: Vec<(usize, usize)>,
     /// `(outputs, inputs)` of products.
     pub matrices: Vec<(usize, usize)>,
     /// Tokens of a product.
@@ -40,6 +41,7 @@ impl Shapes {
     pub fn small(seed: u64) -> Shapes {
         Shapes {
             heads: vec![(1, 64), (3, 32), (2, 80), (2, 96), (1, 128)],
+            steps: vec![(2, 32), (1, 64), (1, 80), (1, 96), (1, 128)],
             matrices: vec![(16, 16), (48, 64), (150, 208), (7, 288)],
             tokens: vec![1, 3, 16, 17, 40, 67, 130],
             batches: vec![
@@ -61,6 +63,7 @@ impl Shapes {
         let sizes = [32, 64, 80, 96, 128];
         Shapes {
             heads: (0..2).map(|_| (between(1, 4), sizes[between(0, 4)])).collect(),
+            steps: vec![],
             matrices: (0..3).map(|_| (between(1, 300), 16 * between(1, 24))).collect(),
             tokens: (0..4).map(|i| between(1, [16, 32, 64, 150][i])).collect(),
             batches: (0..3)
@@ -75,6 +78,7 @@ impl Shapes {
     pub fn real(seed: u64) -> Shapes {
         Shapes {
             heads: vec![(16, 64), (16, 96), (16, 128), (32, 80)],
+            steps: vec![(16, 64), (16, 96), (16, 128), (32, 80)],
             matrices: vec![(4608, 1536), (1536, 1536), (6144, 1536), (1536, 6144), (4096, 16384)],
             tokens: vec![1, 2, 8, 16, 17, 64, 200, 1000],
             batches: vec![
@@ -126,8 +130,9 @@ pub fn run<L: Launcher>(launcher: &Rc<L>, half: DType, shapes: &Shapes, each: &m
             }
         }
     }
-    let (outputs, inputs) = shapes.matrices[0];
-    test.recorded_steps(outputs, inputs)?;
+    for (i, &(count, size)) in shapes.steps.iter().enumerate() {
+        test.steps(count, size, i % 2 == 1, i % 3 == 1)?;
+    }
     for &(count, size) in &shapes.heads {
         for batch in &shapes.batches {
             test.attention(count, size, batch)?;
@@ -233,33 +238,113 @@ impl<L: Launcher> Test<'_, L> {
         Ok(())
     }
 
-    /// Steps that are recorded and repeated, each beside the same one launched kernel by kernel.
-    fn recorded_steps(&mut self, outputs: usize, inputs: usize) -> Result<()> {
-        let (table, _) = self.matrix(100, inputs, false)?;
-        let (weight, _) = self.matrix(outputs, inputs, false)?;
-        let bias = self.noise(outputs);
-        let linear = Linear { weight, bias: self.cuda.vector(&tensor(&bias, outputs))? };
-        let (norm, _) = self.norm(inputs)?;
-        let ids: Vec<Vec<u32>> = (0..6).map(|_| (0..3).map(|_| self.words.below(100) as u32).collect()).collect();
-        let mut results = [vec![], vec![]];
-        for (records, results) in [true, false].into_iter().zip(&mut results) {
-            self.cuda.records = records;
-            let (mut pass, mut x, mut normed, mut out) = Default::default();
-            for ids in &ids {
-                let mut batch = Batch::default();
-                ids.iter().enumerate().for_each(|(block, id)| batch.push(&[*id], 5, &[block as u32]));
-                self.cuda.begin(&batch, &mut pass);
-                self.cuda.repeat(&pass, [1, 2, 3], &mut || {
-                    self.cuda.embed_norm(&batch, &pass, &table, &norm, EPS, &mut x);
-                    let norm = Norm { norm: &norm, eps: EPS, keep: false, normed: &mut normed };
-                    self.cuda.norm_linear(&x, norm, &linear, Epilogue::Bias, &mut out);
-                });
-                results.extend(self.cuda.download(&out, outputs)?);
-            }
+    /// Decoding steps of a small model: operation by operation, recorded and repeated, and in one kernel.
+    fn steps(&mut self, count: usize, size: usize, int8: bool, residual_post_norm: bool) -> Result<()> {
+        const LAYERS: usize = 2;
+        const VOCABULARY: usize = 50;
+        let width = count * size;
+        let heads = Heads { count, size, slopes: alibi_slopes(count) };
+        let (embedding, cpu_embedding) = self.matrix(VOCABULARY, width, int8)?;
+        let (embedding_norm, cpu_embedding_norm) = self.norm(width)?;
+        let (mut layers, mut cpu_layers) = (Vec::new(), Vec::new());
+        for _ in 0..LAYERS {
+            let mut linear = |outputs: usize, inputs: usize| -> Result<_> {
+                let (weight, cpu_weight) = self.matrix(outputs, inputs, int8)?;
+                let bias = self.noise(outputs);
+                let ours = Linear { weight, bias: self.cuda.vector(&tensor(&bias, outputs))? };
+                Ok((ours, Linear { weight: cpu_weight, bias }))
+            };
+            let (qkv, cpu_qkv) = linear(3 * width, width)?;
+            let (dense, cpu_dense) = linear(width, width)?;
+            let (up, cpu_up) = linear(4 * width, width)?;
+            let (down, cpu_down) = linear(width, 4 * width)?;
+            // small numbers after the norms, so that no softmax is all on one position
+            let mut norm = || -> Result<_> {
+                let (mut ours, mut theirs) = self.norm(width)?;
+                theirs.weight.iter_mut().chain(&mut theirs.bias).for_each(|v| *v *= 0.5 / (width as f32).sqrt());
+                ours.weight = self.cuda.vector(&tensor(&theirs.weight, width))?;
+                ours.bias = self.cuda.vector(&tensor(&theirs.bias, width))?;
+                Ok((ours, theirs))
+            };
+            let (input_norm, cpu_input_norm) = norm()?;
+            let (post_norm, cpu_post_norm) = norm()?;
+            layers.push(Layer { input_norm, qkv, dense, post_norm, up, down });
+            cpu_layers.push(Layer {
+                input_norm: cpu_input_norm,
+                qkv: cpu_qkv,
+                dense: cpu_dense,
+                post_norm: cpu_post_norm,
+                up: cpu_up,
+                down: cpu_down,
+            });
         }
-        self.cuda.records = true;
-        let e = error(&results[0], &results[1]);
-        self.report("recorded steps", format!("3 x {inputs} to {outputs}"), e, 0.0);
+        // the first sequences are longer than one block of threads takes
+        let (sequences, steps) = (5, 3);
+        let start = |s: usize| [160, 0, 14][s % 3];
+        let blocks = |s: usize| -> Vec<u32> { (0..11).map(|b| (s * 11 + b) as u32).collect() };
+        let batches: Vec<Batch> = (0..steps)
+            .map(|step| {
+                let mut batch = Batch::default();
+                for s in 0..sequences {
+                    batch.push(&[self.words.below(VOCABULARY) as u32], start(s) + step, &blocks(s));
+                }
+                batch
+            })
+            .collect();
+        let mut results = Vec::new();
+        for (records, persistent) in [
+            (false, Persistent::Never),
+            (true, Persistent::Never),
+            (true, Persistent::Always),
+            (true, Persistent::Auto),
+        ] {
+            (self.cuda.records, self.cuda.persistent) = (records, persistent);
+            let mut cache = self.cuda.cache(self.half, LAYERS, &heads, 11 * sequences)?;
+            let mut scratch = Scratch::default();
+            let mut result = Vec::new();
+            for batch in &batches {
+                self.cuda.begin(batch, &mut scratch.pass);
+                self.cuda.forward(Forward {
+                    batch,
+                    embedding: &embedding,
+                    embedding_norm: &embedding_norm,
+                    layers: &layers,
+                    heads: &heads,
+                    eps: EPS,
+                    residual_post_norm,
+                    cache: &mut cache,
+                    scratch: &mut scratch,
+                });
+                result.extend(self.cuda.download(&scratch.x, width)?);
+            }
+            results.push(result);
+        }
+        (self.cuda.records, self.cuda.persistent) = (true, Persistent::Never);
+        let mut expected = Vec::new();
+        let mut cache = self.cpu.cache(DType::F32, LAYERS, &heads, 11 * sequences)?;
+        let mut scratch = Scratch::default();
+        for batch in &batches {
+            self.cpu.forward(Forward {
+                batch,
+                embedding: &cpu_embedding,
+                embedding_norm: &cpu_embedding_norm,
+                layers: &cpu_layers,
+                heads: &heads,
+                eps: EPS,
+                residual_post_norm,
+                cache: &mut cache,
+                scratch: &mut scratch,
+            });
+            expected.extend_from_slice(&scratch.x);
+        }
+        let int8 = if int8 { ", int8" } else { "" };
+        let case = format!("{LAYERS} layers of {count} x {size}{int8}");
+        // activations are rounded seven times a layer
+        let allowed = 7.0 * LAYERS as f32 * self.rounding();
+        self.report("steps", case.clone(), error(&results[0], &expected), allowed);
+        self.report("recorded steps", case.clone(), error(&results[1], &results[0]), 0.0);
+        self.report("steps in one kernel", case.clone(), error(&results[2], &expected), allowed);
+        self.report("steps the faster way", case, error(&results[3], &expected), allowed);
         Ok(())
     }
 

@@ -28,6 +28,7 @@ fn large() -> Shapes {
         matrices: vec![(300, 336), (24, 48)],
         tokens: vec![65, 200],
         heads: vec![(2, 32), (1, 64), (1, 80), (2, 96), (1, 128)],
+        steps: vec![(1, 64), (1, 32)],
         batches: vec![vec![(0, 150)], vec![(70, 75), (3, 20), (300, 17)]],
         vocabularies: vec![50],
         ..Shapes::small(4)
@@ -73,6 +74,7 @@ fn the_order_of_threads_does_not_matter() {
         matrices: vec![(18, 80)],
         tokens: vec![2, 35, 66],
         heads: vec![(2, 96)],
+        steps: vec![(1, 32)],
         batches: vec![vec![(0, 18), (1030, 1)]],
         vocabularies: vec![50],
         ..Shapes::small(3)
@@ -80,7 +82,13 @@ fn the_order_of_threads_does_not_matter() {
     all(DType::Bf16, &shapes, true, false);
     all(
         DType::F16,
-        &Shapes { tokens: vec![130], matrices: vec![(24, 208)], batches: vec![vec![(70, 140), (3, 20)]], ..shapes },
+        &Shapes {
+            tokens: vec![130],
+            steps: vec![],
+            matrices: vec![(24, 208)],
+            batches: vec![vec![(70, 140), (3, 20)]],
+            ..shapes
+        },
         true,
         true,
     );

@@ -8,7 +8,7 @@ use beautiful_prompt::engine::{Counters, Engine, EngineOptions, Event, Request, 
 use beautiful_prompt::models::bloom::{Bloom, BloomConfig, Scratch};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
-use beautiful_prompt::ops::cuda::Cuda;
+use beautiful_prompt::ops::cuda::{Cuda, Persistent};
 use beautiful_prompt::ops::{Backend, Batch};
 use beautiful_prompt::tensor::DType;
 use emulated::{Emulated, gpu};
@@ -30,6 +30,14 @@ fn logits_are_transformers_own() {
                 let e = error(&logits(&cuda, &model, &ids, usize::MAX), &theirs);
                 assert!(e < most, "{name} in {half:?} {dtype:?}: {e:e}");
             }
+            let launcher = gpu(false, true);
+            let mut cuda = Cuda::new(launcher.clone(), half, false);
+            cuda.persistent = Persistent::Always;
+            let model = Bloom::load(&cuda, checkpoint.clone(), dtype).unwrap();
+            let e = error(&logits(&cuda, &model, &ids, 7), &theirs);
+            assert!(e < most, "{name} in {half:?} {dtype:?}, in one kernel: {e:e}");
+            let passes: usize = launcher.launched.borrow().iter().filter(|k| k.0.starts_with("decode_step")).map(|k| k.1).sum();
+            assert_eq!(passes, ids.len().div_ceil(7), "all passes are of few tokens");
         }
     }
 }

@@ -1,6 +1,6 @@
 // What the kernels of linear layers share.
 #pragma once
-#include "numbers.cuh"
+#include "rows.cuh"
 
 // The rows to multiply. Laid out as `Input` in src/ops/cuda/linear.rs.
 struct Input {
@@ -11,3 +11,41 @@ struct Input {
     float eps;
     uint32_t tokens, inputs, unused;
 };
+
+// How a lane's 16 bytes of weights become operands: STEPS instructions, each with 4 of the lane's inputs.
+template <class T, class W>
+struct Weights {
+    static constexpr int STEPS = 2;
+    static DEVICE_MEMBER void operand(uint32_t (&b)[2], const Eight& w, int step) {
+        b[0] = w.pairs[2 * step];
+        b[1] = w.pairs[2 * step + 1];
+    }
+};
+template <class T>
+struct Weights<T, int8_t> {
+    static constexpr int STEPS = 4;
+    static DEVICE_MEMBER void operand(uint32_t (&b)[2], const Eight& w, int step) {
+        uint32_t v = w.pairs[step];
+        // numbers up to 127 are exact in either type
+        b[0] = pack<T>(static_cast<float>(static_cast<int8_t>(v)), static_cast<float>(static_cast<int8_t>(v >> 8)));
+        b[1] = pack<T>(static_cast<float>(static_cast<int8_t>(v >> 16)), static_cast<float>(static_cast<int8_t>(v >> 24)));
+    }
+};
+
+// Normalizes all tokens into shared rows of `stride` elements, by a block of WARPS warps.
+template <class T, int WARPS>
+DEVICE void stage_normalized(const Input& in, T* rows, uint32_t stride) {
+    for (uint32_t token = warp_index(); token < in.tokens; token += WARPS) {
+        FloatRow row = {static_cast<const float*>(in.x) + static_cast<size_t>(token) * in.inputs};
+        float mean, inverse;
+        warp_moments(row, in.inputs, in.eps, mean, inverse);
+        for (uint32_t i = lane_index() * 4; i < in.inputs; i += WARP * 4) {
+            Four v = normalized(row(i), i, in.weight, in.bias, mean, inverse);
+            store_four(rows + static_cast<size_t>(token) * stride + i, v);
+            if (in.normed && blockIdx.x == 0) {
+                store_four(static_cast<T*>(in.normed) + static_cast<size_t>(token) * in.inputs + i, v);
+            }
+        }
+    }
+    sync_block();
+}

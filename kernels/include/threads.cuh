@@ -98,12 +98,12 @@ DEVICE uint32_t count_up(uint32_t* counter) {
 #endif
 }
 
-// Waits until a counter in device memory has come to `n`. The blocks that count must be alive: cooperative launches alone.
+// Waits until a counter in device memory has come to `n`, also if it runs over on the way. The blocks that count must be alive: cooperative launches alone.
 DEVICE void wait_for_count(uint32_t* counter, uint32_t n) {
 #ifdef KERNEL_EMULATOR
-    while (__atomic_load_n(counter, __ATOMIC_ACQUIRE) < n) emulator_yield();
+    while (static_cast<int32_t>(__atomic_load_n(counter, __ATOMIC_ACQUIRE) - n) < 0) emulator_yield();
 #else
-    while (*static_cast<volatile uint32_t*>(counter) < n) {
+    while (static_cast<int32_t>(*static_cast<volatile uint32_t*>(counter) - n) < 0) {
     }
     __threadfence();
 #endif

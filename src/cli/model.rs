@@ -10,7 +10,7 @@ use crate::models::bloom::{Bloom, BloomConfig};
 use crate::models::embedded;
 use crate::models::generation_config::GenerationDefaults;
 use crate::ops::cpu::Cpu;
-use crate::ops::cuda::Cuda;
+use crate::ops::cuda::{Cuda, Persistent};
 use crate::tensor::DType;
 use crate::text::Tokenizer;
 use crate::text::template::Template;
@@ -50,6 +50,15 @@ pub enum DeviceChoice {
     Cuda,
 }
 
+/// Whether decoding steps of few sequences run as one kernel.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq)]
+pub enum PersistentChoice {
+    /// Where it is faster, when both ways are tried
+    Auto,
+    Always,
+    Never,
+}
+
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
     /// Model folder as Hugging Face writes it; the embedded demonstration model if not given.
@@ -67,6 +76,9 @@ pub struct ModelArgs {
     /// On a GPU, launch every kernel by itself instead of repeating recorded steps (CUDA graphs).
     #[arg(long, env = "BPROMPT_NO_CUDA_GRAPHS")]
     pub no_cuda_graphs: bool,
+    /// On a GPU, do decoding steps of up to 8 sequences in one kernel that stays on the processors through all layers.
+    #[arg(long, value_enum, default_value_t = PersistentChoice::Auto, env = "BPROMPT_PERSISTENT")]
+    pub persistent: PersistentChoice,
     #[command(flatten)]
     pub compute: DeviceArgs,
     /// Whether the weights will be read many times: worth a copy into faster memory.
@@ -186,6 +198,11 @@ impl ModelArgs {
         let half = if dtype == DType::F16 { DType::F16 } else { DType::Bf16 };
         let mut cuda = Cuda::new(Rc::new(driver), half, self.batch_invariant);
         cuda.records = !self.no_cuda_graphs;
+        cuda.persistent = match self.persistent {
+            PersistentChoice::Auto => Persistent::Auto,
+            PersistentChoice::Always => Persistent::Always,
+            PersistentChoice::Never => Persistent::Never,
+        };
         cuda
     }
 }

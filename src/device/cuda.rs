@@ -241,11 +241,16 @@ impl Launcher for Driver {
         }
         let mut parameters: Vec<*mut c_void> = args.iter().map(|a| a.as_ptr().cast_mut().cast()).collect();
         let [x, y, z] = shape.grid;
-        let launched = if self.capability.0 >= 9 {
-            // may begin while the kernel before it ends: kernels wait before they read what it wrote
+        let launched = if self.capability.0 >= 9 || shape.cooperative {
             let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-            attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-            attribute.value.programmaticStreamSerializationAllowed = 1;
+            if shape.cooperative {
+                attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+                attribute.value.cooperative = 1;
+            } else {
+                // may begin while the kernel before it ends: kernels wait before they read what it wrote
+                attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+                attribute.value.programmaticStreamSerializationAllowed = 1;
+            }
             let config = sys::CUlaunchConfig {
                 gridDimX: x,
                 gridDimY: y,

@@ -21,6 +21,8 @@ pub struct Shape {
     /// Threads of a block.
     pub threads: u32,
     pub shared_bytes: u32,
+    /// All blocks are alive together and may wait for each other.
+    pub cooperative: bool,
 }
 
 /// What the device allows.

@@ -5,6 +5,9 @@
 
 pub mod cpu;
 pub mod cuda;
+mod forward;
+
+pub use forward::{Forward, Layer, Scratch};
 
 use crate::engine::{Chosen, SampleRow};
 use crate::error::Result;
@@ -110,11 +113,13 @@ pub trait Backend {
 
     /// Prepares what the operations below need to know of a batch.
     fn begin(&self, batch: &Batch, pass: &mut Self::Pass);
-    /// Does `work`, the operations that follow [`Backend::begin`] up to the last layer. A device may keep what they launch and
-    /// do it again, without asking `work`, for a later batch of the same shape; `owners` are the addresses of all that `work`
-    /// refers to and that may be another's next time.
-    fn repeat(&self, _pass: &Self::Pass, _owners: [usize; 3], work: &mut dyn FnMut()) {
-        work();
+    /// Does a pass, which [`Backend::begin`] has prepared, up to the last layer. A device may have a better way than one
+    /// operation after the other.
+    fn forward(&self, mut pass: Forward<Self>)
+    where
+        Self: Sized,
+    {
+        pass.operations(self);
     }
     /// Layer norm of the rows of `table` for the batch's ids.
     fn embed_norm(

@@ -29,6 +29,7 @@ type Recording = Vec<(String, Shape, Args)>;
 pub fn gpu(check_order: bool, hopper: bool) -> Rc<Emulated> {
     let mut emulator = Emulator::new(1 << 30);
     emulator.check_order = check_order;
+    emulator.shared_limit = if hopper { 227 << 10 } else { 99 << 10 };
     let (launched, recording, changes) = Default::default();
     let (recorded, replayed, writes) = Default::default();
     Rc::new(Emulated { emulator, hopper, launched, recording, changes, recorded, replayed, writes })
@@ -89,7 +90,7 @@ impl Launcher for Emulated {
             grid: shape.grid,
             threads: shape.threads,
             shared_bytes: shape.shared_bytes,
-            cooperative: false,
+            cooperative: shape.cooperative,
         };
         failed(self.emulator.launch(kernel, shape, &args.iter().collect::<Vec<_>>()))
     }

@@ -4,5 +4,6 @@ mod config;
 mod model;
 pub mod train;
 
+pub use crate::ops::Scratch;
 pub use config::{BloomConfig, Parameter, alibi_slopes};
-pub use model::{Bloom, Scratch};
+pub use model::Bloom;

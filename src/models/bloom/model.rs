@@ -5,7 +5,7 @@ use crate::checkpoint::Checkpoint;
 use crate::engine::{Chosen, SampleRow};
 use crate::error::Result;
 use crate::models::bloom::Parameter;
-use crate::ops::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
+use crate::ops::{Backend, Batch, Forward, Heads, Layer, LayerNorm, Linear, Scratch};
 use crate::tensor::DType;
 use std::cell::RefCell;
 
@@ -20,40 +20,6 @@ pub struct Bloom<B: Backend> {
     head: Option<B::Matrix>,
     /// What keys and values are cached in.
     cache_dtype: DType,
-}
-
-struct Layer<B: Backend> {
-    input_norm: LayerNorm<B::Vector>,
-    qkv: Linear<B::Matrix, B::Vector>,
-    dense: Linear<B::Matrix, B::Vector>,
-    post_norm: LayerNorm<B::Vector>,
-    up: Linear<B::Matrix, B::Vector>,
-    down: Linear<B::Matrix, B::Vector>,
-}
-
-/// Activations, kept from pass to pass.
-pub struct Scratch<B: Backend> {
-    x: B::Buffer,
-    normed: B::Buffer,
-    qkv: B::Buffer,
-    attention: B::Buffer,
-    x2: B::Buffer,
-    wide: B::Buffer,
-    pass: B::Pass,
-}
-
-impl<B: Backend> Default for Scratch<B> {
-    fn default() -> Self {
-        Scratch {
-            x: Default::default(),
-            normed: Default::default(),
-            qkv: Default::default(),
-            attention: Default::default(),
-            x2: Default::default(),
-            wide: Default::default(),
-            pass: Default::default(),
-        }
-    }
 }
 
 impl<B: Backend> Bloom<B> {
@@ -126,24 +92,17 @@ impl<B: Backend> Bloom<B> {
     /// Runs all tokens of `batch` through the layers and extends the cache. The final hidden states
     /// stay in `scratch` for [`Bloom::logits`].
     pub fn forward(&self, backend: &B, batch: &Batch, cache: &mut B::Cache, s: &mut Scratch<B>) {
-        let eps = self.config.layer_norm_epsilon;
-        let post_norm = self.config.residual_post_layer_norm;
-        let owners = [&raw const *self as usize, &raw const *cache as usize, &raw const *s as usize];
-        let Scratch { x, normed, qkv, attention, x2, wide, pass } = s;
-        backend.begin(batch, pass);
-        backend.repeat(pass, owners, &mut || {
-            backend.embed_norm(batch, pass, &self.embedding, &self.embedding_norm, eps, x);
-            for (i, layer) in self.layers.iter().enumerate() {
-                let norm = Norm { norm: &layer.input_norm, eps, keep: post_norm, normed };
-                backend.norm_qkv(batch, pass, i, x, norm, &layer.qkv, &self.heads, cache, qkv);
-                backend.attention(batch, pass, i, &self.heads, qkv, cache, attention);
-                let residual = if post_norm { &*normed } else { &*x };
-                backend.linear(attention, &layer.dense, Epilogue::BiasResidual(residual), x2);
-                let norm = Norm { norm: &layer.post_norm, eps, keep: post_norm, normed };
-                backend.norm_linear(x2, norm, &layer.up, Epilogue::BiasGelu, wide);
-                let residual = if post_norm { &*normed } else { &*x2 };
-                backend.linear(wide, &layer.down, Epilogue::BiasResidual(residual), x);
-            }
+        backend.begin(batch, &mut s.pass);
+        backend.forward(Forward {
+            batch,
+            embedding: &self.embedding,
+            embedding_norm: &self.embedding_norm,
+            layers: &self.layers,
+            heads: &self.heads,
+            eps: self.config.layer_norm_epsilon,
+            residual_post_norm: self.config.residual_post_layer_norm,
+            cache,
+            scratch: s,
         });
     }
 

@@ -42,7 +42,7 @@ pub struct Cache<L: Launcher> {
 /// `Attention` of `kernels/include/attention.cuh`.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
-struct Attention {
+pub(super) struct Attention {
     out: u64,
     q: u64,
     keys: u64,
@@ -59,6 +59,13 @@ struct Attention {
     table_width: u32,
     splits: u32,
     unused: u32,
+}
+
+impl Attention {
+    /// For sequences that blocks of threads share, `splits` at most.
+    pub(super) fn shared(self, splits: usize, (partials, counters): (u64, u64)) -> Attention {
+        Attention { splits: splits as u32, partials, counters, ..self }
+    }
 }
 
 impl<L: Launcher> Cache<L> {
@@ -96,19 +103,17 @@ pub(super) fn splits(positions: usize) -> usize {
 }
 
 impl<L: Launcher> Cuda<L> {
-    pub(super) fn attend(
+    /// What the kernels are told, of the cache as a whole and of sequences that no two blocks of threads share.
+    pub(super) fn attention_args(
         &self,
         pass: &Pass<L>,
         heads: &Heads,
         queries: &Buffer<L>,
         cache: &Cache<L>,
-        layer: usize,
-        out: &mut Buffer<L>,
-    ) -> Result<()> {
-        let (tokens, size) = (pass.tokens, heads.size);
-        self.reserve(out, tokens, heads.count * size, true)?;
-        let (keys, values) = cache.layer(layer);
-        let a = Attention {
+        out: &Buffer<L>,
+    ) -> Attention {
+        let (keys, values) = cache.layer(0);
+        Attention {
             out: out.at(),
             q: queries.at(),
             keys,
@@ -121,8 +126,43 @@ impl<L: Launcher> Cuda<L> {
             slopes: cache.slopes.at,
             heads: heads.count as u32,
             table_width: pass.table_width as u32,
+            splits: 1,
             ..Attention::zeroed()
-        };
+        }
+    }
+
+    /// Where blocks of threads that share sequences leave what they have: partial results, and how many are there.
+    pub(super) fn shared_sums(
+        &self,
+        cache: &Cache<L>,
+        heads: &Heads,
+        queries: usize,
+        splits: usize,
+    ) -> Result<(u64, u64)> {
+        let (mut partials, mut counters) = (cache.partials.borrow_mut(), cache.counters.borrow_mut());
+        if splits > 1 {
+            let pairs = queries * heads.count;
+            self.grow(&mut partials, pairs * splits * (heads.size + 2) * 4)?;
+            if counters.as_ref().is_none_or(|m| m.bytes < pairs * 4) {
+                *counters = Some(Memory::zeroed(&self.launcher, pairs.next_power_of_two() * 4)?);
+            }
+        }
+        Ok((partials.as_ref().map_or(0, |m| m.at), counters.as_ref().map_or(0, |m| m.at)))
+    }
+
+    pub(super) fn attend(
+        &self,
+        pass: &Pass<L>,
+        heads: &Heads,
+        queries: &Buffer<L>,
+        cache: &Cache<L>,
+        layer: usize,
+        out: &mut Buffer<L>,
+    ) -> Result<()> {
+        let size = heads.size;
+        self.reserve(out, pass.tokens, heads.count * size, true)?;
+        let (keys, values) = cache.layer(layer);
+        let a = Attention { keys, values, ..self.attention_args(pass, heads, queries, cache, out) };
         let threads = (WARPS * 32) as u32;
         for first in (0..pass.tile_count).step_by(MOST_ROWS) {
             let part = Attention { tiles: a.tiles + 8 * first as u64, ..a };
@@ -146,24 +186,11 @@ impl<L: Launcher> Cuda<L> {
             return Ok(());
         }
         let splits = splits(pass.longest_single);
-        let (mut partials, mut counters) = (cache.partials.borrow_mut(), cache.counters.borrow_mut());
-        if splits > 1 {
-            let pairs = pass.single_count.min(MOST_ROWS) * heads.count;
-            self.grow(&mut partials, pairs * splits * (size + 2) * 4)?;
-            if counters.as_ref().is_none_or(|m| m.bytes < pairs * 4) {
-                *counters = Some(Memory::zeroed(&self.launcher, pairs.next_power_of_two() * 4)?);
-            }
-        }
+        let sums = self.shared_sums(cache, heads, pass.single_count.min(MOST_ROWS), splits)?;
         let kernel = format!("attend_{}_{size}", self.suffix());
         let shared = (WARPS * (size + 2) + 1) * 4;
         for first in (0..pass.single_count).step_by(MOST_ROWS) {
-            let part = Attention {
-                tokens: a.tokens + 4 * first as u64,
-                partials: partials.as_ref().map_or(0, |m| m.at),
-                counters: counters.as_ref().map_or(0, |m| m.at),
-                splits: splits as u32,
-                ..a
-            };
+            let part = Attention { tokens: a.tokens + 4 * first as u64, ..a.shared(splits, sums) };
             let grid = [heads.count, MOST_ROWS.min(pass.single_count - first), splits];
             self.launch(&kernel, grid, threads, shared, Args::new().with(part))?;
         }

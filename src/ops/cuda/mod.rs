@@ -8,13 +8,15 @@ mod attention;
 mod graphs;
 mod linear;
 mod measure;
+mod persistent;
 mod sampling;
 mod weights;
 
 pub use attention::Cache;
+pub use persistent::Persistent;
 pub use weights::Matrix;
 
-use super::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
+use super::{Backend, Batch, Epilogue, Forward, Heads, LayerNorm, Linear, Norm};
 use crate::device::{Args, Launcher, Memory, Shape};
 use crate::engine::{Chosen, SampleRow};
 use crate::error::{Error, Result};
@@ -30,7 +32,7 @@ use std::sync::Arc;
 const ROW_THREADS: u32 = 128;
 const ROWS_PER_BLOCK: usize = 4;
 
-/// As in `kernels/layer_norm.cu`.
+/// `Ids` of `kernels/include/embedding.cuh`.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 struct Ids {
@@ -39,6 +41,13 @@ struct Ids {
     choices: u64,
     vocabulary: u32,
     unused: u32,
+}
+
+impl Ids {
+    fn of<L: Launcher>(pass: &Pass<L>, vocabulary: usize) -> Ids {
+        let vocabulary = vocabulary as u32;
+        Ids { ids: pass.ids, fed: pass.fed, choices: pass.choices, vocabulary, unused: 0 }
+    }
 }
 
 /// A token that is none of the step's before.
@@ -57,7 +66,10 @@ pub struct Cuda<L: Launcher> {
     scratch: RefCell<sampling::Scratch<L>>,
     /// Whether decoding steps are recorded and repeated.
     pub records: bool,
+    /// Whether decoding steps of few sequences are one kernel.
+    pub persistent: Persistent,
     graphs: RefCell<graphs::Graphs<L>>,
+    models: RefCell<persistent::Models<L>>,
 }
 
 /// Activations.
@@ -142,8 +154,9 @@ impl<L: Launcher> Cuda<L> {
     /// `half` is bf16 or f16.
     pub fn new(launcher: Rc<L>, half: DType, batch_invariant: bool) -> Cuda<L> {
         assert!(matches!(half, DType::Bf16 | DType::F16), "activations are bf16 or f16");
-        let (failed, scratch, graphs) = Default::default();
-        Cuda { launcher, half, batch_invariant, failed, scratch, records: true, graphs }
+        let (failed, scratch, graphs, models) = Default::default();
+        let persistent = Persistent::Never;
+        Cuda { launcher, half, batch_invariant, failed, scratch, records: true, persistent, graphs, models }
     }
 
     pub fn launcher(&self) -> &L {
@@ -208,7 +221,8 @@ impl<L: Launcher> Cuda<L> {
     }
 
     fn launch(&self, kernel: &str, grid: [usize; 3], threads: u32, shared_bytes: usize, args: Args) -> Result<()> {
-        let shape = Shape { grid: grid.map(|n| n as u32), threads, shared_bytes: shared_bytes as u32 };
+        let grid = grid.map(|n| n as u32);
+        let shape = Shape { grid, threads, shared_bytes: shared_bytes as u32, cooperative: false };
         self.launcher.launch(kernel, shape, &args)
     }
 
@@ -348,8 +362,8 @@ impl<L: Launcher> Backend for Cuda<L> {
         });
     }
 
-    fn repeat(&self, pass: &Pass<L>, owners: [usize; 3], work: &mut dyn FnMut()) {
-        self.repeat_pass(pass, owners, work);
+    fn forward(&self, pass: Forward<Self>) {
+        self.repeat(pass);
     }
 
     fn embed_norm(
@@ -363,9 +377,8 @@ impl<L: Launcher> Backend for Cuda<L> {
     ) {
         self.attempt(|| {
             self.reserve(out, pass.tokens, table.cols, false)?;
-            let (vocabulary, unused) = (table.rows as u32, 0);
-            let ids = Ids { ids: pass.ids, fed: pass.fed, choices: pass.choices, vocabulary, unused };
-            let args = Args::new().with(out.at()).with(ids).with(table.data.at).with(table.scales());
+            let args =
+                Args::new().with(out.at()).with(Ids::of(pass, table.rows)).with(table.data.at).with(table.scales());
             let args = args.with(norm.weight.at).with(norm.bias.at);
             let args = args.with(pass.tokens as u32).with(table.cols as u32).with(eps);
             let kernel = format!("embed_norm_{}", if table.int8() { "int8" } else { self.suffix() });
