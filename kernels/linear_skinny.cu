@@ -138,7 +138,7 @@ DEVICE void head_logits(const Input& in, const W* w, const float* scales, float*
         head_logits<T, W, TILES>(in, w, scales, out, outputs);                                                         \
     }                                                                                                                  \
     EXPORT(head_logits_##suffix##_##TILES)                                                                             \
-    KERNEL(head_choice_##suffix##_##TILES, WARPS* WARP)                                                                \
+    KERNEL_SHARED(head_choice_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 4 : 0)                                     \
     (Input in, const W* w, const float* scales, Choices choices, uint32_t outputs) {                                   \
         float* sums = block_sums<T, W, TILES>(in, w, scales, outputs);                                                 \
         choose_in_block(sums, OUTPUTS, choices, outputs);                                                              \

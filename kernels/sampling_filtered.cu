@@ -37,10 +37,10 @@ struct Shared {
     uint32_t changed[1]; // a bit for each token, to the end of shared memory
 };
 
-DEVICE float filtered_logit(const float* logits, const uint32_t* bits, const Change* changes, const Choice& c, uint32_t fed,
-                            uint32_t token) {
+DEVICE float filtered_logit(const float* logits, const uint32_t* bits, const Change* changes, const Chosen* previous,
+                            const Choice& c, uint32_t token) {
     float x = logits[token];
-    return bits[token / 32] >> (token % 32) & 1 ? changed(x, changes, c, fed, token) : x;
+    return bits[token / 32] >> (token % 32) & 1 ? changed(x, changes, previous, c, token) : x;
 }
 
 // Log-sum-exp of a row, for all threads.
@@ -151,7 +151,7 @@ KERNEL_ALONE(choose_filtered, THREADS)
     }
     if (threadIdx.x == 0 && fed < vocabulary) set_bits_shared(&s.changed[fed / 32], 1u << (fed % 32));
     float lse = log_sum_exp(s, logits, vocabulary); // of the model's own logits
-    auto at = [&](uint32_t i) { return filtered_logit(logits, s.changed, changes, c, fed, i); };
+    auto at = [&](uint32_t i) { return filtered_logit(logits, s.changed, changes, previous, c, i); };
     bool all = c.top_k == 0; // is cut by probability
     uint32_t k = all ? (vocabulary < MOST ? vocabulary : MOST) : c.top_k;
     if (!list_largest(s, at, vocabulary, k)) {

@@ -54,9 +54,7 @@ struct Choices {
 DEVICE uint32_t fed_token(const Choice& c, const Chosen* previous) { return c.fed == 0xffffffff ? c.fed : previous[c.fed].token; }
 
 // A token's logit with its penalty and bias.
-DEVICE float changed(float logit, const Change* changes, const Choice& c, uint32_t fed, uint32_t token) {
-    bool seen = token == fed;
-    float bias = 0;
+DEVICE float changed(float logit, const Change* changes, const Chosen* previous, const Choice& c, uint32_t token) {
     const Change* list = changes + c.changes_start;
     uint32_t first = 0, count = c.changes_count;
     while (count > 0) {
@@ -69,12 +67,9 @@ DEVICE float changed(float logit, const Change* changes, const Choice& c, uint32
         }
     }
     Change found = list[first]; // the list ends with a number that is no token
-    if ((found.token & ~SEEN) == token) {
-        seen |= (found.token & SEEN) != 0;
-        bias = found.bias;
-    }
-    if (seen) logit = logit > 0 ? logit / c.penalty : logit * c.penalty;
-    return logit + bias;
+    bool here = (found.token & ~SEEN) == token;
+    if ((here && (found.token & SEEN)) || token == fed_token(c, previous)) logit = logit > 0 ? logit / c.penalty : logit * c.penalty;
+    return here ? logit + found.bias : logit;
 }
 
 DEVICE float gumbel(const Choice& c, uint32_t token) {
@@ -116,8 +111,9 @@ DEVICE void choose_in_block(const float* sums, int per_block, const Choices& cho
             if (c.forced != 0xffffffff) {
                 score = token == c.forced ? 0 : -INFINITY;
             } else {
-                uint32_t fed = fed_token(c, choices.previous);
-                if (c.changes_count > 0 || token == fed) score = changed(score, choices.changes, c, fed, token);
+                if (c.changes_count > 0 || c.fed != 0xffffffff) {
+                    score = changed(score, choices.changes, choices.previous, c, token);
+                }
                 if (c.inverse_temperature > 0) score = score * c.inverse_temperature + gumbel(c, token);
             }
             p = Partial{score, token, logit, logit, 1.0f};

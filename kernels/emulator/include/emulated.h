@@ -69,6 +69,7 @@ struct Kernel<kernel> {
 #define KERNEL(name, threads)                                      \
     constexpr uint32_t threads_of_##name = threads;                \
     extern "C" void name
+#define KERNEL_SHARED(name, threads, blocks) KERNEL(name, threads)
 #define KERNEL_ALONE(name, threads) KERNEL(name, threads)
 #define EXPORT(name) static emulated::Kernel<&name> registration_of_##name(#name, threads_of_##name);
 #define DEVICE static inline __attribute__((always_inline))
