@@ -36,7 +36,8 @@ fn logits_are_transformers_own() {
             let model = Bloom::load(&cuda, checkpoint.clone(), dtype).unwrap();
             let e = error(&logits(&cuda, &model, &ids, 7), &theirs);
             assert!(e < most, "{name} in {half:?} {dtype:?}, in one kernel: {e:e}");
-            let passes: usize = launcher.launched.borrow().iter().filter(|k| k.0.starts_with("decode_step")).map(|k| k.1).sum();
+            let passes: usize =
+                launcher.launched.borrow().iter().filter(|k| k.0.starts_with("decode_step")).map(|k| k.1).sum();
             assert_eq!(passes, ids.len().div_ceil(7), "all passes are of few tokens");
         }
     }
@@ -350,5 +351,29 @@ fn steps_begin_before_the_tokens_are_known() {
             // the first tokens are told when the second pass has begun
             assert_eq!(ahead[..4], [2; 4], "passes launched when each token was told: {ahead:?}");
         }
+    }
+}
+
+/// A step is done in launches and in one kernel the second time that its shape comes; from then on the faster way is taken.
+#[test]
+fn both_ways_of_a_step_are_compared() {
+    let (checkpoint, ids, theirs) = open("bf16_sharded");
+    let launcher = gpu(false, true);
+    let mut cuda = Cuda::new(launcher.clone(), DType::F16, false);
+    cuda.persistent = Persistent::Auto;
+    let model = Bloom::load(&cuda, checkpoint, None).unwrap();
+    let e = error(&logits(&cuda, &model, &ids, 1), &theirs);
+    assert!(e < 1e-2, "{e:e}");
+    let comparisons = cuda.comparisons();
+    assert_eq!(comparisons.len(), 1, "{comparisons:?}");
+    assert_eq!(comparisons[0].tokens, 1);
+    assert!(comparisons[0].one_kernel_microseconds.is_some(), "both ways have the same results");
+    let kernels: usize =
+        launcher.launched.borrow().iter().filter(|k| k.0.starts_with("decode_step")).map(|k| k.1).sum();
+    let tried = 3;
+    if comparisons[0].one_kernel() {
+        assert!(kernels > tried + ids.len() / 2, "{kernels} of {} steps", ids.len());
+    } else {
+        assert_eq!(kernels, tried);
     }
 }

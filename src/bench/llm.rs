@@ -6,6 +6,7 @@ use crate::engine::{Engine, EngineOptions, Event, Request, Verdict};
 use crate::error::{Error, Result};
 use crate::models::bloom::{Bloom, BloomConfig};
 use crate::ops::Backend;
+use crate::ops::cuda::Comparison;
 use crate::random::Words;
 use crate::tensor::{Bytes, DType, Tensor};
 use half::{bf16, f16};
@@ -54,6 +55,9 @@ pub struct LlmReport {
     /// One new token for every sequence; median of all steps.
     pub decode: Phase,
     pub peak_memory_bytes: Option<u64>,
+    /// On a GPU, decoding steps of each shape as launches and as one kernel; the faster way was taken.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<Comparison>,
 }
 
 /// A checkpoint of random weights in `dtype` (int8 is quantized from bf16 at load).
@@ -167,6 +171,7 @@ pub fn run<B: Backend + Machine>(backend: &B, model: &Bloom<B>, options: LlmOpti
         prefill,
         decode,
         peak_memory_bytes,
+        steps: backend.comparisons(),
     })
 }
 

@@ -5,7 +5,7 @@ use crate::device::cuda::Driver;
 use crate::error::{Error, Result};
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::simd::Isa;
-use crate::ops::cuda::Cuda;
+use crate::ops::cuda::{Comparison, Cuda};
 use crate::simd_fn;
 use crate::tensor::{Buffer, Bytes, DType};
 use std::hint::black_box;
@@ -23,6 +23,10 @@ pub trait Machine {
     fn peak(&self, dtype: DType) -> Result<f64>;
     /// Seconds that a call of `work` takes, measured over `calls` of them, which get their numbers.
     fn time(&self, calls: usize, work: &mut dyn FnMut(usize) -> Result<()>) -> Result<f64>;
+    /// Passes that a GPU has done in two ways, to take the faster one.
+    fn comparisons(&self) -> Vec<Comparison> {
+        vec![]
+    }
 }
 
 impl Machine for Cpu {
@@ -58,6 +62,9 @@ impl Machine for Cpu {
 }
 
 impl Machine for Cuda<Driver> {
+    fn comparisons(&self) -> Vec<Comparison> {
+        self.comparisons()
+    }
     fn describe(&self) -> (String, String) {
         let (major, minor) = self.launcher().capability;
         (self.launcher().name.clone(), format!("sm_{major}{minor}"))

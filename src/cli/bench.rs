@@ -266,4 +266,11 @@ fn print(r: &LlmReport) {
     if let Some(bytes) = r.peak_memory_bytes {
         println!("peak memory {:.0} MB", bytes as f64 / 1e6);
     }
+    for step in &r.steps {
+        let one = step.one_kernel_microseconds.map_or("not possible".to_owned(), |t| format!("{t:.0} us"));
+        println!(
+            "a step of {} tokens: {:.0} us in launches, in one kernel {one}",
+            step.tokens, step.launches_microseconds
+        );
+    }
 }

@@ -46,13 +46,30 @@ pub(super) struct Graphs<L: Launcher> {
     known: HashMap<Key, Way<L::Recording>>,
     /// Whether one kernel was faster, by layers, tokens, and splits of the longest sequence.
     faster: HashMap<(usize, usize, usize), bool>,
+    comparisons: Vec<Comparison>,
     /// Whether recording has failed here.
     off: bool,
 }
 
+/// A pass that was done both ways: the best of a few times each, by the device's clock.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Comparison {
+    pub tokens: usize,
+    pub launches_microseconds: f64,
+    /// `None` if it failed, or had other results.
+    pub one_kernel_microseconds: Option<f64>,
+}
+
+impl Comparison {
+    /// Whether one kernel was faster.
+    pub fn one_kernel(&self) -> bool {
+        self.one_kernel_microseconds.is_some_and(|t| t < self.launches_microseconds)
+    }
+}
+
 impl<L: Launcher> Default for Graphs<L> {
     fn default() -> Self {
-        Graphs { changes: 0, known: HashMap::new(), faster: HashMap::new(), off: false }
+        Graphs { changes: 0, known: HashMap::new(), faster: HashMap::new(), comparisons: vec![], off: false }
     }
 }
 
@@ -99,7 +116,9 @@ impl<L: Launcher> Cuda<L> {
                     known => {
                         let compare = known.is_none() && self.can_persist(&f);
                         match self.record(&mut f, compare) {
-                            Ok((recording, faster)) => {
+                            Ok((recording, comparison)) => {
+                                let faster = comparison.map(|c| c.one_kernel());
+                                graphs.comparisons.extend(comparison);
                                 faster.map(|f| graphs.faster.insert(class, f));
                                 self.attempt(|| self.launcher.replay(&recording));
                                 // the next pass takes the faster way
@@ -127,8 +146,13 @@ impl<L: Launcher> Cuda<L> {
         graphs.changes = self.launcher.changes();
     }
 
-    /// Records a pass. If it is to be compared, also does it as one kernel, and says whether that was faster.
-    fn record(&self, f: &mut Forward<Self>, compare: bool) -> Result<(L::Recording, Option<bool>)> {
+    /// Passes that were done both ways so far.
+    pub fn comparisons(&self) -> Vec<Comparison> {
+        self.graphs.borrow().comparisons.clone()
+    }
+
+    /// Records a pass. If it is to be compared, also does it as one kernel.
+    fn record(&self, f: &mut Forward<Self>, compare: bool) -> Result<(L::Recording, Option<Comparison>)> {
         let recording = self.launcher.record(&mut || {
             f.operations(self);
             self.check()
@@ -137,36 +161,34 @@ impl<L: Launcher> Cuda<L> {
             return Ok((recording, None));
         }
         let width = f.embedding.cols;
-        let mut best = [f64::INFINITY; 2];
+        let (mut launches, mut one) = (f64::INFINITY, f64::INFINITY);
         let mut results = [vec![], vec![]];
         for _ in 0..TRIES {
-            best[0] = best[0].min(self.launcher.timed(&mut || self.launcher.replay(&recording))?);
-            if results[0].is_empty() {
-                results[0] = self.download(&f.scratch.x, width)?;
-            }
-            let done = self.launcher.timed(&mut || self.persist(f));
-            match done {
-                Ok(seconds) => best[1] = best[1].min(seconds),
+            launches = launches.min(self.launcher.timed(&mut || self.launcher.replay(&recording))?);
+            results[0] = self.download(&f.scratch.x, width)?;
+            match self.launcher.timed(&mut || self.persist(f)) {
+                Ok(seconds) => one = one.min(seconds),
                 Err(e) => {
                     tracing::warn!("steps are not done in one kernel: {e}");
-                    return Ok((recording, Some(false)));
+                    one = f64::INFINITY;
+                    break;
                 }
             }
-            if results[1].is_empty() {
-                results[1] = self.download(&f.scratch.x, width)?;
-            }
+            results[1] = self.download(&f.scratch.x, width)?;
         }
         let most = results[0].iter().fold(0f32, |m, v| m.max(v.abs()));
-        let off = results[0].iter().zip(&results[1]).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-        let right = off <= TOLERANCE * most && results[1].iter().all(|v| v.is_finite());
-        if !right {
-            tracing::warn!("steps are not done in one kernel: its results are off by {off} of {most}");
+        // written so that what is no number is off
+        let close = results[0].iter().zip(&results[1]).all(|(a, b)| (a - b).abs() <= TOLERANCE * most);
+        if !close {
+            tracing::warn!("steps are not done in one kernel: its results are off");
         }
-        let [launches, one] = best.map(|s| s * 1e6);
-        tracing::debug!(
-            "a step of {} tokens: {launches:.0} us in launches, {one:.0} us in one kernel",
-            f.scratch.pass.tokens
-        );
-        Ok((recording, Some(right && one < launches)))
+        let tokens = f.scratch.pass.tokens;
+        let comparison = Comparison {
+            tokens,
+            launches_microseconds: launches * 1e6,
+            one_kernel_microseconds: Some(one * 1e6).filter(|t| close && t.is_finite()),
+        };
+        tracing::debug!("{comparison:?}");
+        Ok((recording, Some(comparison)))
     }
 }

@@ -13,6 +13,7 @@ mod sampling;
 mod weights;
 
 pub use attention::Cache;
+pub use graphs::Comparison;
 pub use persistent::Persistent;
 pub use weights::Matrix;
 
