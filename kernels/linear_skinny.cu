@@ -117,25 +117,34 @@ DEVICE void linear_skinny(const Input& in, const W* w, const float* scales, cons
     }
 }
 
-// Sums with the head's rows, as they are: `out` [tokens, outputs] in f32.
+#include "choice.cuh"
+
+// Sums with the head's rows, as they are: `out` [tokens, outputs] in f32, and what is to know of each block's OUTPUTS of them:
+// `moments` [tokens, blocks], if it is not null.
 template <class T, class W, int TILES>
-DEVICE void head_logits(const Input& in, const W* w, const float* scales, float* out, uint32_t outputs) {
+DEVICE void head_logits(const Input& in, const W* w, const float* scales, float* out, Moments* moments, uint32_t outputs) {
     float* sums = block_sums<T, W, TILES>(in, w, scales, outputs);
     for (uint32_t i = threadIdx.x; i < in.tokens * OUTPUTS; i += WARPS * WARP) {
         uint32_t token = i / OUTPUTS, row = blockIdx.x * OUTPUTS + i % OUTPUTS;
         if (row < outputs) out[static_cast<size_t>(token) * outputs + row] = sums[i];
     }
+    if (!moments) return;
+    for (uint32_t token = warp_index(); token < in.tokens; token += WARPS) {
+        int lane = lane_index();
+        bool here = lane < OUTPUTS && blockIdx.x * OUTPUTS + lane < outputs;
+        float logit = here ? sums[token * OUTPUTS + lane] : -INFINITY;
+        float most = warp_max(logit), sum = warp_sum(here ? expf(logit - most) : 0.0f);
+        if (lane == 0) moments[static_cast<size_t>(token) * gridDim.x + blockIdx.x] = Moments{most, sum};
+    }
 }
-
-#include "choice.cuh"
 
 #define SKINNY(T, W, suffix, TILES)                                                                                    \
     KERNEL(linear_skinny_##suffix##_##TILES, WARPS* WARP)                                                              \
     (Input in, const W* w, const float* scales, Epilogue e) { linear_skinny<T, W, TILES>(in, w, scales, e); }          \
     EXPORT(linear_skinny_##suffix##_##TILES)                                                                           \
-    KERNEL(head_logits_##suffix##_##TILES, WARPS* WARP)                                                                \
-    (Input in, const W* w, const float* scales, float* out, uint32_t outputs) {                                        \
-        head_logits<T, W, TILES>(in, w, scales, out, outputs);                                                         \
+    KERNEL_SHARED(head_logits_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 4 : 0)                                     \
+    (Input in, const W* w, const float* scales, float* out, Moments* moments, uint32_t outputs) {                      \
+        head_logits<T, W, TILES>(in, w, scales, out, moments, outputs);                                                \
     }                                                                                                                  \
     EXPORT(head_logits_##suffix##_##TILES)                                                                             \
     KERNEL_SHARED(head_choice_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 4 : 0)                                     \

@@ -4,12 +4,14 @@
 //   logits [row, vocabulary] in f32 -> chosen [choice] = (token, log-probability)
 //   logits [row, vocabulary] in f32 -> tops [choice, most] = (token, log-probability), the likeliest first
 //
-// Least bytes: the row once; it is read six times, the later ones from the second-level cache (a row of 250,880 is 1 MB).
-// One block for each choice: a radix selection in four passes finds the k-th largest logit; what is not smaller (ties stay, as in
-// transformers) goes to a list in shared memory, is sorted by logit and token, cut by probability, and chosen from by
-// Gumbel-max. Probabilities are added in f64; of listed tokens in the sorted order, as on the CPU. Without top-k the list holds the
-// largest MOST, which a cut by probability seldom goes beyond. Where it does, or ties make the list too long for shared
-// memory, the choice is left to the host: its token is TOO_MANY.
+// Least bytes: what the head's blocks left of every 16 logits, 8 bytes each (125 KB for a vocabulary of 250,880, of which the
+// logits are 1 MB), and the logits of those that matter. One block of threads for each choice: the k-th largest of the blocks' largest
+// logits bounds the k-th largest logit from below, by a radix selection in four passes; blocks beyond it, and those with logits
+// that a penalty or bias changes, are looked into. What is not below the bound goes to a list in shared memory, is sorted by
+// logit and token, cut to k (ties stay, as in transformers), cut by probability, and chosen from by Gumbel-max. Only if the
+// list runs over are the logits themselves selected from. Probabilities are added in f64; of listed tokens in the sorted order, as
+// on the CPU. Without top-k the list holds the largest MOST, which a cut by probability seldom goes beyond. Where it does, or ties
+// make the list too long for shared memory, the choice is left to the host: its token is TOO_MANY.
 #include "choice.cuh"
 #include "memory.cuh"
 
@@ -43,17 +45,29 @@ DEVICE float filtered_logit(const float* logits, const uint32_t* bits, const Cha
     return bits[token / 32] >> (token % 32) & 1 ? changed(x, changes, previous, c, token) : x;
 }
 
+// A row of logits, and what the head's blocks say of it.
+constexpr uint32_t PER_BLOCK = 16;
+struct Row {
+    const float* logits;
+    const Moments* moments;
+    uint32_t vocabulary, blocks;
+};
+DEVICE Row row_of(const float* logits, const Moments* moments, uint32_t row, uint32_t vocabulary) {
+    uint32_t blocks = (vocabulary + PER_BLOCK - 1) / PER_BLOCK;
+    return Row{logits + static_cast<size_t>(row) * vocabulary, moments + static_cast<size_t>(row) * blocks, vocabulary, blocks};
+}
+
 // Log-sum-exp of a row, for all threads.
-DEVICE float log_sum_exp(Shared& s, const float* logits, uint32_t vocabulary) {
+DEVICE float log_sum_exp(Shared& s, const Row& row) {
     int warp = warp_index(), lane = lane_index();
     float most = -INFINITY;
-    for (uint32_t i = threadIdx.x; i < vocabulary; i += THREADS) most = fmaxf(most, logits[i]);
+    for (uint32_t i = threadIdx.x; i < row.blocks; i += THREADS) most = fmaxf(most, row.moments[i].most);
     most = warp_max(most);
     if (lane == 0) s.partial[warp][0] = most;
     sync_block();
     for (int i = 0; i < WARPS; i++) most = fmaxf(most, s.partial[i][0]);
     float sum = 0;
-    for (uint32_t i = threadIdx.x; i < vocabulary; i += THREADS) sum += expf(logits[i] - most);
+    for (uint32_t i = threadIdx.x; i < row.blocks; i += THREADS) sum += row.moments[i].sum * expf(row.moments[i].most - most);
     sum = warp_sum(sum);
     if (lane == 0) s.partial[warp][1] = sum;
     sync_block();
@@ -62,13 +76,11 @@ DEVICE float log_sum_exp(Shared& s, const float* logits, uint32_t vocabulary) {
     return most + logf(total);
 }
 
-// Lists the `k` largest of the numbers `at(i)`, and what equals the smallest of them: sorted, `s.count` of them. False if there are too
-// many.
+// The `k`-th largest of `n` numbers `at(i)`, as `ordered` has it; 0 < k <= n.
 template <class At>
-DEVICE bool list_largest(Shared& s, const At& at, uint32_t vocabulary, uint32_t k) {
+DEVICE uint32_t kth_largest(Shared& s, const At& at, uint32_t n, uint32_t k) {
     int warp = warp_index(), lane = lane_index();
     if (threadIdx.x == 0) {
-        s.count = 0;
         s.prefix = 0;
         s.left = k;
     }
@@ -76,7 +88,7 @@ DEVICE bool list_largest(Shared& s, const At& at, uint32_t vocabulary, uint32_t 
     for (int shift = 24; shift >= 0; shift -= 8) {
         for (int i = lane; i < 256; i += WARP) s.histograms[warp][i] = 0;
         sync_block();
-        for (uint32_t i = threadIdx.x; i < vocabulary; i += THREADS) {
+        for (uint32_t i = threadIdx.x; i < n; i += THREADS) {
             uint32_t key = ordered(at(i));
             if (shift == 24 || key >> (shift + 8) == s.prefix) add_shared(&s.histograms[warp][key >> shift & 255], 1);
         }
@@ -96,15 +108,44 @@ DEVICE bool list_largest(Shared& s, const At& at, uint32_t vocabulary, uint32_t 
         }
         sync_block();
     }
-    uint32_t least = s.prefix;
-    for (uint32_t i = threadIdx.x; i < vocabulary; i += THREADS) {
-        uint32_t key = ordered(at(i));
-        if (key >= least) {
-            uint32_t place = add_shared(&s.count, 1);
-            if (place < LIST) s.list[place] = static_cast<unsigned long long>(key) << 32 | ~i;
-        }
-    }
+    return s.prefix;
+}
+
+// Adds a token to the list, if there is room.
+DEVICE void list_token(Shared& s, uint32_t key, uint32_t token) {
+    uint32_t place = add_shared(&s.count, 1);
+    if (place < LIST) s.list[place] = static_cast<unsigned long long>(key) << 32 | ~token;
+}
+
+// Lists the `k` largest of a row's numbers `at(token)`, and what equals the smallest of them: sorted, `s.count` of them. `changed(block)`:
+// whether the numbers of a block are not all the row's logits. False if there are too many.
+template <class At, class Changed>
+DEVICE bool list_largest(Shared& s, const Row& row, const At& at, const Changed& changed, uint32_t k) {
+    auto most = [&](uint32_t i) { return changed(i) ? -INFINITY : row.moments[i].most; };
+    uint32_t nothing = ordered(-INFINITY), least = k < row.blocks ? kth_largest(s, most, row.blocks, k) : nothing;
+    if (threadIdx.x == 0) s.count = 0;
     sync_block();
+    if (least != nothing) {
+        for (uint32_t i = threadIdx.x; i < row.blocks; i += THREADS) {
+            if (!changed(i) && ordered(row.moments[i].most) < least) continue;
+            for (uint32_t token = i * PER_BLOCK; token < (i + 1) * PER_BLOCK && token < row.vocabulary; token++) {
+                uint32_t key = ordered(at(token));
+                if (key >= least) list_token(s, key, token);
+            }
+        }
+        sync_block();
+    }
+    if (least == nothing || s.count > LIST) {
+        sync_block(); // all have seen how many there were
+        least = kth_largest(s, at, row.vocabulary, k);
+        if (threadIdx.x == 0) s.count = 0;
+        sync_block();
+        for (uint32_t i = threadIdx.x; i < row.vocabulary; i += THREADS) {
+            uint32_t key = ordered(at(i));
+            if (key >= least) list_token(s, key, i);
+        }
+        sync_block();
+    }
     uint32_t count = s.count;
     if (count > LIST) return false;
     // bitonic sort, largest first
@@ -128,6 +169,12 @@ DEVICE bool list_largest(Shared& s, const At& at, uint32_t vocabulary, uint32_t 
             sync_block();
         }
     }
+    // the bound was from below
+    if (threadIdx.x == 0 && count > k) {
+        while (s.list[count - 1] >> 32 < s.list[k - 1] >> 32) count--;
+        s.count = count;
+    }
+    sync_block();
     return true;
 }
 
@@ -135,13 +182,15 @@ DEVICE float listed_logit(const Shared& s, uint32_t i) { return of_ordered(stati
 DEVICE uint32_t listed_token(const Shared& s, uint32_t i) { return ~static_cast<uint32_t>(s.list[i]); }
 
 KERNEL_ALONE(choose_filtered, THREADS)
-(Chosen* out, const float* all_logits, const Choice* choices, const Change* changes, const Chosen* previous, uint32_t vocabulary) {
+(Chosen* out, const float* all_logits, const Moments* all_moments, const Choice* choices, const Change* changes,
+ const Chosen* previous, uint32_t vocabulary) {
     wait_for_earlier_kernels();
     Shared& s = *reinterpret_cast<Shared*>(shared_memory());
     const Choice& c = choices[blockIdx.x];
     uint32_t fed = fed_token(c, previous);
     out += c.slot;
-    const float* logits = all_logits + static_cast<size_t>(c.row) * vocabulary;
+    Row row = row_of(all_logits, all_moments, c.row, vocabulary);
+    const float* logits = row.logits;
     int warp = warp_index(), lane = lane_index();
     for (uint32_t i = threadIdx.x; i < (vocabulary + 31) / 32; i += THREADS) s.changed[i] = 0;
     sync_block();
@@ -150,11 +199,12 @@ KERNEL_ALONE(choose_filtered, THREADS)
         set_bits_shared(&s.changed[token / 32], 1u << (token % 32));
     }
     if (threadIdx.x == 0 && fed < vocabulary) set_bits_shared(&s.changed[fed / 32], 1u << (fed % 32));
-    float lse = log_sum_exp(s, logits, vocabulary); // of the model's own logits
+    float lse = log_sum_exp(s, row); // of the model's own logits
     auto at = [&](uint32_t i) { return filtered_logit(logits, s.changed, changes, previous, c, i); };
+    auto changed = [&](uint32_t block) { return (s.changed[block / 2] >> (block % 2 * PER_BLOCK) & 0xffff) != 0; };
     bool all = c.top_k == 0; // is cut by probability
     uint32_t k = all ? (vocabulary < MOST ? vocabulary : MOST) : c.top_k;
-    if (!list_largest(s, at, vocabulary, k)) {
+    if (!list_largest(s, row, at, changed, k)) {
         if (threadIdx.x == 0) *out = Chosen{TOO_MANY, 0};
         return;
     }
@@ -216,13 +266,13 @@ struct Top {
 };
 
 KERNEL_ALONE(list_top, THREADS)
-(Chosen* out, const float* all_logits, const Top* tops, uint32_t most, uint32_t vocabulary) {
+(Chosen* out, const float* all_logits, const Moments* all_moments, const Top* tops, uint32_t most, uint32_t vocabulary) {
     wait_for_earlier_kernels();
     Shared& s = *reinterpret_cast<Shared*>(shared_memory());
     Top top = tops[blockIdx.x];
-    const float* logits = all_logits + static_cast<size_t>(top.row) * vocabulary;
-    float lse = log_sum_exp(s, logits, vocabulary);
-    bool listed = list_largest(s, [&](uint32_t i) { return logits[i]; }, vocabulary, top.count);
+    Row row = row_of(all_logits, all_moments, top.row, vocabulary);
+    float lse = log_sum_exp(s, row);
+    bool listed = list_largest(s, row, [&](uint32_t i) { return row.logits[i]; }, [](uint32_t) { return false; }, top.count);
     for (uint32_t i = threadIdx.x; i < most; i += THREADS) {
         Chosen c = {TOO_MANY, 0};
         if (listed && i < top.count) c = Chosen{listed_token(s, i), listed_logit(s, i) - lse};

@@ -11,6 +11,11 @@ struct Chosen {
     float logprob;
 };
 
+// What a block of the head leaves of its outputs beside their logits.
+struct Moments {
+    float most, sum; // largest logit, and the sum of exp(logit - most)
+};
+
 // Laid out as in src/ops/cuda/sampling.rs.
 struct Choice {
     uint32_t row;           // of the products

@@ -24,6 +24,8 @@ pub(super) struct Scratch<L: Launcher> {
     choices: Sent<L>,
     changes: Sent<L>,
     logits: Option<Memory<L>>,
+    /// `Moments` of the logits, for each block of the head.
+    moments: Option<Memory<L>>,
     partials: Option<Memory<L>>,
     tops: Option<Memory<L>>,
     /// Results of this step's choices and of the step's before, in turn.
@@ -41,7 +43,17 @@ impl<L: Launcher> Scratch<L> {
 impl<L: Launcher> Default for Scratch<L> {
     fn default() -> Self {
         let (rows, choices, changes) = Default::default();
-        Scratch { rows, choices, changes, logits: None, partials: None, tops: None, chosen: [None, None], turn: 0 }
+        Scratch {
+            rows,
+            choices,
+            changes,
+            logits: None,
+            moments: None,
+            partials: None,
+            tops: None,
+            chosen: [None, None],
+            turn: 0,
+        }
     }
 }
 
@@ -144,7 +156,7 @@ impl<L: Launcher> Cuda<L> {
         for (part, out) in out.chunks_mut(HEAD_ROWS * head.rows).enumerate() {
             let rows = part * HEAD_ROWS..part * HEAD_ROWS + out.len() / head.rows;
             let at = self.place(&mut scratch.logits, out.len() * 4)?;
-            self.head("head_logits", x, rows, head, |args| args.with(at))?;
+            self.head("head_logits", x, rows, head, |args| args.with(at).with(0u64))?;
             self.launcher.read(at, bytemuck::cast_slice_mut(out))?;
         }
         Ok(())
@@ -256,10 +268,11 @@ impl<L: Launcher> Cuda<L> {
             let wanted: Vec<usize> = fused.iter().chain(&listed).copied().filter(|&i| rows[i].1.top > 0).collect();
             if !listed.is_empty() || !wanted.is_empty() {
                 let logits = self.place(&mut scratch.logits, range.len() * head.rows * 4)?;
-                self.head("head_logits", x, range.clone(), head, |args| args.with(logits))?;
+                let moments = self.place(&mut scratch.moments, range.len() * head_blocks(head.rows) * 8)?;
+                self.head("head_logits", x, range.clone(), head, |args| args.with(logits).with(moments))?;
                 if !listed.is_empty() {
                     let (list, changes) = self.send_choices(scratch, range.start, rows, &listed)?;
-                    let args = Args::new().with(at).with(logits).with(list).with(changes).with(previous);
+                    let args = Args::new().with(at).with(logits).with(moments).with(list).with(changes).with(previous);
                     let shared = LISTED_SHARED + head.rows.div_ceil(32) * 4;
                     let grid = [listed.len(), 1, 1];
                     self.launch("choose_filtered", grid, LISTED_THREADS, shared, args.with(head.rows as u32))?;
@@ -287,8 +300,9 @@ impl<L: Launcher> Cuda<L> {
         let list = self.send(&mut scratch.choices, bytemuck::cast_slice(&tops))?;
         let logits = scratch.logits.as_ref().map_or(0, |m| m.at);
         let out = self.place(&mut scratch.tops, part.len() * most * 8)?;
-        let args = Args::new().with(out).with(logits).with(list).with(most as u32).with(head.rows as u32);
-        self.launch("list_top", [part.len(), 1, 1], LISTED_THREADS, LISTED_SHARED, args)?;
+        let moments = scratch.moments.as_ref().map_or(0, |m| m.at);
+        let args = Args::new().with(out).with(logits).with(moments).with(list).with(most as u32);
+        self.launch("list_top", [part.len(), 1, 1], LISTED_THREADS, LISTED_SHARED, args.with(head.rows as u32))?;
         let mut results = vec![[0u32; 2]; part.len() * most];
         self.launcher.read(out, bytemuck::cast_slice_mut(&mut results))?;
         let mut left = Vec::new();
