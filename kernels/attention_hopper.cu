@@ -10,7 +10,7 @@
 // of the one before, and both run on the tensor cores while the softmax of the other warpgroup runs beside them.
 // Columns of a head beyond its size are zeros in shared memory and never multiplied. Steps begin at multiples of 64 positions:
 // a query's result does not depend on which queries share its block.
-#include "attention.cuh"
+#include "attention_tiles.cuh"
 #include "memory.cuh"
 #include "warpgroup.cuh"
 
@@ -175,7 +175,7 @@ DEVICE void attend_hopper(const TensorMap* cache, uint32_t keys_row, uint32_t va
         return;
     }
     take_registers<232>();
-    int lane = lane_index(), g = lane / 4, t = lane % 4;
+    int lane = lane_index(), g = lane / 4;
     uint32_t first_query = (warpgroup_index() - 1) * GROUP_QUERIES;
     // rows beyond the last query repeat it
     uint32_t q0 = first_query + warp_index() % 4 * 16 + g, q1 = q0 + 8;
@@ -185,14 +185,7 @@ DEVICE void attend_hopper(const TensorMap* cache, uint32_t keys_row, uint32_t va
     // the last steps are beyond this group's queries, all of them if it has none
     int own = first_query < count ? (first_position + last_query + STEP - 1) / STEP : 0;
     uint32_t q[SIZE / 16][4];
-    UNROLL
-    for (int i = 0; i < SIZE / 16; i++) {
-        UNROLL
-        for (int j = 0; j < 4; j++) {
-            const T* row = static_cast<const T*>(a.q) + (static_cast<size_t>(first_token + rows[j % 2]) * a.heads + head) * SIZE;
-            q[i][j] = *reinterpret_cast<const uint32_t*>(row + i * 16 + j / 2 * 8 + 2 * t);
-        }
-    }
+    load_queries<T, SIZE>(q, a, first_token, rows, head);
     const float log2_e = 1.44269504f;
     const float scale = log2_e / sqrtf(static_cast<float>(SIZE)), slope = a.slopes[head] * log2_e;
     float out[SIZE / 2], scores[STEP / 2], shrink[2];
@@ -249,19 +242,8 @@ DEVICE void attend_hopper(const TensorMap* cache, uint32_t keys_row, uint32_t va
         release(s);
     }
     let_next_kernel_begin();
-    UNROLL
-    for (int half = 0; half < 2; half++) {
-        float sum = soft.weight[half];
-        sum += shuffle_xor(sum, 1);
-        sum += shuffle_xor(sum, 2);
-        uint32_t query = half == 0 ? q0 : q1;
-        if (query >= count) continue;
-        T* row = static_cast<T*>(a.out) + (static_cast<size_t>(first_token + query) * a.heads + head) * SIZE;
-        UNROLL
-        for (int d = 0; d < SIZE / 8; d++) {
-            *reinterpret_cast<uint32_t*>(row + d * 8 + 2 * t) = pack<T>(out[4 * d + 2 * half] / sum, out[4 * d + 2 * half + 1] / sum);
-        }
-    }
+    uint32_t queries[2] = {q0, q1};
+    store_results<T, SIZE>(a, first_token, queries, count, head, out, soft.weight);
 }
 
 #define ATTEND_HOPPER(T, SIZE)                                                                                         \

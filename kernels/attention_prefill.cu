@@ -7,7 +7,7 @@
 // weighted sums on the tensor cores, softmax in registers as positions come, copies of the next positions behind the work
 // on these. Rows in shared memory are 16 bytes longer than a head, so that the operands' loads meet no bank twice.
 // Steps begin at multiples of 64 positions: a query's result does not depend on which queries share its block.
-#include "attention.cuh"
+#include "attention_tiles.cuh"
 #include "memory.cuh"
 #include "tensor_core.cuh"
 
@@ -50,14 +50,7 @@ DEVICE void attend_many(const Attention& a) {
     uint32_t q0 = warp_index() * 16 + g, q1 = q0 + 8;
     uint32_t rows[2] = {q0 < count ? q0 : count - 1, q1 < count ? q1 : count - 1};
     uint32_t q[SIZE / 16][4];
-    UNROLL
-    for (int i = 0; i < SIZE / 16; i++) {
-        UNROLL
-        for (int j = 0; j < 4; j++) {
-            const T* row = static_cast<const T*>(a.q) + (static_cast<size_t>(first_token + rows[j % 2]) * a.heads + head) * SIZE;
-            q[i][j] = *reinterpret_cast<const uint32_t*>(row + i * 16 + j / 2 * 8 + 2 * t);
-        }
-    }
+    load_queries<T, SIZE>(q, a, first_token, rows, head);
     const float scale = 1.0f / sqrtf(static_cast<float>(SIZE));
     float slope = a.slopes[head];
     float out[SIZE / 8][4] = {};
@@ -137,19 +130,8 @@ DEVICE void attend_many(const Attention& a) {
         sync_block(); // the next copies overwrite what was read here
     }
     let_next_kernel_begin();
-    UNROLL
-    for (int half = 0; half < 2; half++) {
-        float sum = weight[half];
-        sum += shuffle_xor(sum, 1);
-        sum += shuffle_xor(sum, 2);
-        uint32_t query = half == 0 ? q0 : q1;
-        if (query >= count) continue;
-        T* row = static_cast<T*>(a.out) + (static_cast<size_t>(first_token + query) * a.heads + head) * SIZE;
-        UNROLL
-        for (int d = 0; d < SIZE / 8; d++) {
-            *reinterpret_cast<uint32_t*>(row + d * 8 + 2 * t) = pack<T>(out[d][2 * half] / sum, out[d][2 * half + 1] / sum);
-        }
-    }
+    uint32_t queries[2] = {q0, q1};
+    store_results<T, SIZE>(a, first_token, queries, count, head, &out[0][0], weight);
 }
 
 #define ATTEND_MANY(T, SIZE)                                                                                           \
