@@ -98,8 +98,8 @@ fn compile(nvcc: &Path, out: &Path) -> Vec<Job> {
 }
 
 /// Warnings are errors, and so are registers spilled to memory; `-v` has the compiler speak of what it had to serialize.
-const FLAGS: [&str; 8] =
-    ["-std=c++17", "-O3", "-lineinfo", "-Ikernels/include", "-Xptxas", "-warn-spills,-v", "-Werror", "all-warnings"];
+const FLAGS: [&str; 7] =
+    ["-std=c++17", "-O3", "-Ikernels/include", "-Xptxas", "-warn-spills,-v", "-Werror", "all-warnings"];
 
 fn run(nvcc: &Path, job: &Job, more: &str, hash: &str) -> Result<(), String> {
     let stamp = job.output.with_extension("stamp");
