@@ -153,14 +153,7 @@ DEVICE void attend_hopper(const TensorMap* cache, uint32_t keys_row, uint32_t va
     char* shared = shared_memory();
     uint64_t* full = reinterpret_cast<uint64_t*>(shared + STAGES * stage_bytes<SIZE>());
     uint64_t* empty = full + STAGES;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(&full[i], 1);
-            barrier_init(&empty[i], GROUPS * WARPGROUP / WARP);
-        }
-        barrier_init_done();
-    }
-    sync_block();
+    init_stages(full, empty, STAGES, GROUPS * WARPGROUP / WARP);
     wait_for_earlier_kernels();
     uint32_t head = blockIdx.x;
     uint32_t first_token = a.tiles[2 * blockIdx.y], count = a.tiles[2 * blockIdx.y + 1];

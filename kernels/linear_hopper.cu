@@ -66,14 +66,7 @@ DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t token
     char* shared = shared_memory();
     uint64_t* full = reinterpret_cast<uint64_t*>(shared + STAGES * STAGE_BYTES);
     uint64_t* empty = full + STAGES;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(&full[i], 1);
-            barrier_init(&empty[i], CONSUMERS * WARPGROUP / WARP);
-        }
-        barrier_init_done();
-    }
-    sync_block();
+    init_stages(full, empty, STAGES, CONSUMERS * WARPGROUP / WARP);
     wait_for_earlier_kernels();
     uint32_t rows_of_tiles = (tokens + TILE_M - 1) / TILE_M;
     uint32_t tiles = rows_of_tiles * ((e.width + TILE_N - 1) / TILE_N);

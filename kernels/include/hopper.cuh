@@ -47,6 +47,18 @@ DEVICE void barrier_init_done() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
+// Two barriers for each stage of a ring, by all threads of the block: full once one thread has arrived and its bytes have come, empty
+// once `consumers` threads have arrived.
+DEVICE void init_stages(uint64_t* full, uint64_t* empty, int stages, uint32_t consumers) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < stages; i++) {
+            barrier_init(&full[i], 1);
+            barrier_init(&empty[i], consumers);
+        }
+        barrier_init_done();
+    }
+    sync_block();
+}
 DEVICE void barrier_arrive(uint64_t* barrier) {
 #ifdef KERNEL_EMULATOR
     emulator_barrier_arrive(barrier, 0);

@@ -119,19 +119,19 @@ pub fn run<B: Backend + Machine>(backend: &B, model: &Bloom<B>, options: LlmOpti
             }
             Ok(started.elapsed().as_secs_f64())
         };
-        for (max_new, times) in [(1, &mut prefill_times), (o.new_tokens + 1, &mut decode_times)] {
-            for id in ids.by_ref().take(o.batch) {
+        let mut submit = |engine: &mut Engine<B>, max_new: usize| -> Result<()> {
+            ids.by_ref().take(o.batch).try_for_each(|id| {
                 let prompt = (0..o.prompt_tokens).map(|_| words.below(config.vocab_size) as u32).collect();
                 let request = Request::new(id, prompt, max_new, config.eos_token_id);
-                engine.submit(Request { ignore_eos: true, ..request })?;
-            }
-            let prefill = tokens(&mut engine)?;
-            if max_new == 1 {
-                times.push(prefill);
-            }
-            for _ in 1..max_new {
-                times.push(tokens(&mut engine)?);
-            }
+                engine.submit(Request { ignore_eos: true, ..request })
+            })
+        };
+        submit(&mut engine, 1)?;
+        prefill_times.push(tokens(&mut engine)?);
+        submit(&mut engine, o.new_tokens + 1)?;
+        tokens(&mut engine)?;
+        for _ in 0..o.new_tokens {
+            decode_times.push(tokens(&mut engine)?);
         }
     }
     // before the buffers of the next measurement

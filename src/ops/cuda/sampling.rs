@@ -164,7 +164,7 @@ impl<L: Launcher> Cuda<L> {
 
     /// Whether the device makes such a choice by itself, ties and flat distributions aside.
     pub(super) fn alone(row: &SampleRow) -> bool {
-        // the kernel cuts a top-k at the vocabulary
+        // whatever the vocabulary: a top-k beyond it is no limit, and seldom asked for
         row.top == 0 && row.forced.is_none() && !matches!(Way::of(row, usize::MAX), Way::Host)
     }
 
