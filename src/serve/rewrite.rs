@@ -153,7 +153,7 @@ async fn drive(
     request_body = RewriteRequest,
     responses(
         (status = 200, description = "The rewrites, or with `stream` server-sent events", content(
-            (RewriteResponse = "application/json"), (String = "text/event-stream")
+            (RewriteResponse = "application/json"), (sse::StreamEvent = "text/event-stream")
         )),
         (status = "4XX", description = "The request cannot be served", body = ErrorBody),
         (status = "5XX", description = "The server cannot serve", body = ErrorBody),

@@ -11,6 +11,14 @@ use futures_util::stream::{self, StreamExt};
 use serde::Serialize;
 use std::convert::Infallible;
 
+/// A server-sent event, for the API's description.
+#[derive(utoipa::ToSchema)]
+#[allow(dead_code)] // events are written by axum
+pub struct StreamEvent {
+    /// A piece as JSON, or `[DONE]`.
+    data: String,
+}
+
 /// What happened, in which of the generations.
 pub enum Item {
     Text {

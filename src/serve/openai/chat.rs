@@ -160,7 +160,7 @@ fn plain_prompt(messages: &[Message]) -> Result<String, ApiError> {
     request_body = ChatRequest,
     responses(
         (status = 200, description = "The rewrite, or with `stream` server-sent events of pieces", content(
-            (ChatCompletion = "application/json"), (String = "text/event-stream")
+            (ChatCompletion = "application/json"), (sse::StreamEvent = "text/event-stream")
         )),
         (status = "4XX", description = "The request cannot be served", body = ErrorBody),
         (status = "5XX", description = "The server cannot serve", body = ErrorBody),

@@ -117,7 +117,7 @@ struct Form {
     request_body = CompletionRequest,
     responses(
         (status = 200, description = "The completion, or with `stream` server-sent events of pieces", content(
-            (Completion = "application/json"), (String = "text/event-stream")
+            (Completion = "application/json"), (sse::StreamEvent = "text/event-stream")
         )),
         (status = "4XX", description = "The request cannot be served", body = ErrorBody),
         (status = "5XX", description = "The server cannot serve", body = ErrorBody),
