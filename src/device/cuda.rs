@@ -242,15 +242,19 @@ impl Launcher for Driver {
         let mut parameters: Vec<*mut c_void> = args.iter().map(|a| a.as_ptr().cast_mut().cast()).collect();
         let [x, y, z] = shape.grid;
         let launched = if self.capability.0 >= 9 || shape.cooperative {
-            let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+            use sys::CUlaunchAttributeID as Id;
+            let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
             if shape.cooperative {
-                attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
-                attribute.value.cooperative = 1;
+                attributes[0].id = Id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+                attributes[0].value.cooperative = 1;
             } else {
                 // may begin while the kernel before it ends: kernels wait before they read what it wrote
-                attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-                attribute.value.programmaticStreamSerializationAllowed = 1;
+                attributes[0].id = Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+                attributes[0].value.programmaticStreamSerializationAllowed = 1;
             }
+            attributes[1].id = Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            let cluster = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: shape.cluster, y: 1, z: 1 };
+            attributes[1].value.clusterDim = cluster;
             let config = sys::CUlaunchConfig {
                 gridDimX: x,
                 gridDimY: y,
@@ -260,8 +264,8 @@ impl Launcher for Driver {
                 blockDimZ: 1,
                 sharedMemBytes: shape.shared_bytes,
                 hStream: self.stream,
-                attrs: &mut attribute,
-                numAttrs: 1,
+                attrs: attributes.as_mut_ptr(),
+                numAttrs: if shape.cluster > 1 { 2 } else { 1 },
             };
             let none = std::ptr::null_mut();
             unsafe { sys::cuLaunchKernelEx(&config, function.handle, parameters.as_mut_ptr(), none) }.result()

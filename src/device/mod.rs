@@ -23,6 +23,8 @@ pub struct Shape {
     pub shared_bytes: u32,
     /// All blocks are alive together and may wait for each other.
     pub cooperative: bool,
+    /// So many blocks, neighbours along x, are a cluster: Hopper's, with barriers and each other's shared memory. 1: none.
+    pub cluster: u32,
 }
 
 /// What the device allows.

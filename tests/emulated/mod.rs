@@ -91,6 +91,7 @@ impl Launcher for Emulated {
             threads: shape.threads,
             shared_bytes: shape.shared_bytes,
             cooperative: shape.cooperative,
+            cluster: shape.cluster,
         };
         failed(self.emulator.launch(kernel, shape, &args.iter().collect::<Vec<_>>()))
     }

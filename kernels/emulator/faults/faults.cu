@@ -1,4 +1,5 @@
 // Kernels that are wrong, one for each kind of fault that the emulator must report.
+#include "cluster.cuh"
 #include "memory.cuh"
 #include "tensor_core.cuh"
 #include "warpgroup.cuh"
@@ -190,3 +191,18 @@ KERNEL(grid_awaited, 32)(uint32_t* out, uint32_t* counter) {
     if (threadIdx.x == 1) out[gridDim.x + blockIdx.x] = out[(blockIdx.x + 1) % gridDim.x];
 }
 EXPORT(grid_awaited)
+
+// Blocks of a cluster that read each other's shared memory, between two barriers, or not.
+enum ClusterMistake : uint32_t { READ_EARLY = 1, LEFT_EARLY, BEYOND, ONE_MISSING };
+KERNEL(cluster_awaited, 32)(uint32_t* out, uint32_t mistake) {
+    float* mine = reinterpret_cast<float*>(shared_memory()) + threadIdx.x;
+    uint32_t rank = cluster_rank(), next = mistake == BEYOND ? cluster_size() : (rank + 1) % cluster_size();
+    *mine = static_cast<float>(blockIdx.x);
+    if (mistake == ONE_MISSING && threadIdx.x == 0) sync_some(1, 32);
+    if (mistake != READ_EARLY) sync_cluster();
+    if (mistake == LEFT_EARLY && rank == 1) return;
+    if (mistake == LEFT_EARLY) sync_block();
+    out[blockIdx.x * 32 + threadIdx.x] = static_cast<uint32_t>(*in_cluster(mine, next));
+    sync_cluster();
+}
+EXPORT(cluster_awaited)

@@ -39,6 +39,10 @@ void emulator_products_commit();
 void emulator_products_wait(uint32_t groups_left);
 // For operations of several threads: whether bytes of shared memory that they read were written.
 void emulator_check(const void* shared, uint32_t bytes);
+// Blocks of a cluster: how many, a barrier of all their threads, and where a place in shared memory is in another of them.
+uint32_t emulator_cluster_size();
+void emulator_cluster_barrier();
+void* emulator_cluster_shared(const void* shared, uint32_t rank);
 // Lets the other threads run: for loops that wait for memory.
 void emulator_yield();
 void emulator_register(const char* name, void (*call)(void** args), uint32_t threads, const uint32_t* sizes, uint32_t count);

@@ -66,6 +66,8 @@ pub enum Wait {
         barrier: usize,
         parity: u32,
     },
+    /// At the barrier of the cluster.
+    Cluster,
     Ended,
     Fault,
 }
@@ -122,6 +124,8 @@ pub struct Block<'a> {
     pub tiles: Vec<Tile>,
     /// Where the arguments and the list of their addresses lie.
     pub arguments: [Range<usize>; 2],
+    /// All blocks of the cluster by rank; none if there are no clusters.
+    pub cluster: Vec<*mut Block<'static>>,
 }
 
 /// A barrier object: a phase ends when all arrivals and all bytes have come.
@@ -257,14 +261,15 @@ impl Launch<'_> {
             self.team(&stacks, &(0..count).map(place).collect::<Vec<_>>());
         } else {
             let next = AtomicUsize::new(0);
+            let cluster = self.shape.cluster as usize;
             let work = || {
-                let stacks = Stacks::new(threads);
+                let stacks = Stacks::new(cluster * threads);
                 loop {
-                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    let i = next.fetch_add(cluster, Ordering::Relaxed);
                     if i >= count || self.fault.lock().expect("no panic with the lock").is_some() {
                         break;
                     }
-                    self.team(&stacks, &[place(i)]);
+                    self.team(&stacks, &(i..i + cluster).map(place).collect::<Vec<_>>());
                 }
             };
             if workers.min(count) <= 1 {
@@ -316,6 +321,7 @@ impl Launch<'_> {
             barriers: BTreeMap::new(),
             tiles: vec![],
             arguments,
+            cluster: vec![],
         })
     }
 
@@ -335,6 +341,9 @@ impl Launch<'_> {
             places.iter().map(|p| self.block(*p, [range.clone(), lists.clone()])).collect();
         let pointers: Vec<*mut Block<'static>> =
             blocks.iter_mut().map(|b| std::ptr::from_mut::<Block>(b).cast()).collect();
+        if self.shape.cluster > 1 {
+            blocks.iter_mut().for_each(|b| b.cluster = pointers.clone());
+        }
         let per_block = self.shape.threads as usize;
         let call = self.kernel.call;
         let mut fibers: Vec<Option<Coroutine<(), Wait, (), Piece>>> = (0..pointers.len() * per_block)
@@ -412,6 +421,13 @@ impl Launch<'_> {
                 }
             }
             if !ran && left > 0 {
+                // whoever has ended is not waited for
+                let at_barrier = |t: &Thread| matches!(t.wait, Wait::Cluster | Wait::Ended);
+                if blocks.iter().all(|b| b.threads.iter().all(at_barrier)) {
+                    let waiting = blocks.iter_mut().flat_map(|b| &mut b.threads).filter(|t| t.wait == Wait::Cluster);
+                    waiting.for_each(|t| t.wait = Wait::Runnable);
+                    continue;
+                }
                 let stuck = blocks.iter().find_map(|b| b.stuck());
                 self.report(stuck.unwrap_or_else(|| format!("{}: no thread can run", self.kernel.name)));
                 break;
@@ -516,6 +532,7 @@ impl Block<'_> {
                 barrier.wrapping_sub(self.threads[0].place.shared as usize),
                 self.barriers.get(&barrier)
             ),
+            Wait::Cluster => "at the cluster's barrier".to_owned(),
             _ => "for nothing".to_owned(),
         };
         let ended = self.threads.len() - waiting.len();
@@ -527,6 +544,11 @@ impl Block<'_> {
             first.place.thread[0],
             self.threads.len()
         ))
+    }
+
+    /// Whether all its threads have ended.
+    pub fn ended(&self) -> bool {
+        self.threads.iter().all(|t| t.wait == Wait::Ended)
     }
 
     /// Brings the tiles whose bytes arrive at this barrier object.

@@ -38,6 +38,34 @@ extern "C" fn emulator_yield() {
 }
 
 #[unsafe(no_mangle)]
+extern "C" fn emulator_cluster_barrier() {
+    suspend(Wait::Cluster);
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn emulator_cluster_size() -> u32 {
+    // SAFETY: called by a kernel.
+    unsafe { here() }.0.launch.shape.cluster
+}
+
+/// The address of the same place in the shared memory of another block of the cluster.
+#[unsafe(no_mangle)]
+extern "C" fn emulator_cluster_shared(at: usize, rank: u32) -> usize {
+    // SAFETY: called by a kernel.
+    let (block, _) = unsafe { here() };
+    let start = |b: &Block| b.threads[0].place.shared as usize;
+    if block.launch.shape.cluster == 1 && rank == 0 {
+        return at;
+    }
+    let Some(&other) = block.cluster.get(rank as usize) else {
+        fault(&format!("asks for shared memory of block {rank} of a cluster of {}", block.cluster.len()));
+        return 0;
+    };
+    // SAFETY: blocks of a cluster live as long as each other; nothing of them changes here.
+    at - start(block) + start(unsafe { &*other })
+}
+
+#[unsafe(no_mangle)]
 extern "C" fn emulator_copy_async(to: usize, from: usize, bytes: u32, zeros: u32) {
     // SAFETY: called by a kernel.
     let (block, t) = unsafe { here() };

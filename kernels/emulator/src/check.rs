@@ -1,12 +1,26 @@
 //! What the compiler calls before every access to memory.
 
-use crate::block::{CURRENT, fault};
+use crate::block::{Block, CURRENT, fault};
 use crate::memory::{UNWRITTEN, WRITTEN};
 
 unsafe extern "C" {
     /// Begin and end of this program's own image, by the linker.
     static __executable_start: u8;
     static end: u8;
+}
+
+/// Checks an access to a block's shared memory from byte `start` on, which is in it.
+fn check_shared(block: &mut Block, start: usize, len: usize, write: bool) {
+    if start + len > block.states.len() {
+        let what = if write { "write" } else { "read" };
+        fault(&format!("{what} of {len} bytes at byte {start} of shared memory, which has {}", block.states.len()));
+    }
+    let states = &mut block.states[start..start + len];
+    if write {
+        states.fill(WRITTEN);
+    } else if states.contains(&UNWRITTEN) {
+        fault(&format!("read of {len} bytes at byte {start} of shared memory, which nothing wrote"));
+    }
 }
 
 fn check(at: usize, len: usize, write: bool) {
@@ -19,16 +33,18 @@ fn check(at: usize, len: usize, write: bool) {
     let start = at.wrapping_sub(block.threads[current.thread].place.shared as usize);
     let what = if write { "write" } else { "read" };
     if start < block.states.len() {
-        if start + len > block.states.len() {
-            fault(&format!("{what} of {len} bytes at byte {start} of shared memory, which has {}", block.states.len()));
+        return check_shared(block, start, len, write);
+    }
+    for &other in &block.cluster {
+        // SAFETY: blocks of a cluster live as long as each other, and no other thread runs.
+        let other = unsafe { &mut *other };
+        let start = at.wrapping_sub(other.threads[0].place.shared as usize);
+        if start < other.states.len() {
+            if other.ended() {
+                fault(&format!("{what} of shared memory of block {:?}, which has ended", other.threads[0].place.block));
+            }
+            return check_shared(other, start, len, write);
         }
-        let states = &mut block.states[start..start + len];
-        if write {
-            states.fill(WRITTEN);
-        } else if states.contains(&UNWRITTEN) {
-            fault(&format!("read of {len} bytes at byte {start} of shared memory, which nothing wrote"));
-        }
-        return;
     }
     if let Some(start) = block.launch.arena.find(at) {
         if let Err(e) = block.launch.arena.access(start, len, write) {

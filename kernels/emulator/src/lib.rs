@@ -52,6 +52,8 @@ pub struct Shape {
     pub shared_bytes: u32,
     /// All blocks are alive together and may wait for each other.
     pub cooperative: bool,
+    /// So many blocks, neighbours along x, are a cluster: alive together, with barriers and each other's shared memory. 1: none.
+    pub cluster: u32,
 }
 
 impl Emulator {
@@ -112,6 +114,9 @@ impl Emulator {
         }
         if shape.grid.contains(&0) || shape.grid[1] > 65535 || shape.grid[2] > 65535 {
             return Err(format!("{kernel}: no grid of {:?} blocks", shape.grid));
+        }
+        if !(1..=8).contains(&shape.cluster) || shape.grid[0] % shape.cluster != 0 {
+            return Err(format!("{kernel}: no clusters of {} in a grid of {:?} blocks", shape.cluster, shape.grid));
         }
         let run = |schedule| {
             let launch = Launch {

@@ -2,7 +2,7 @@
 
 use kernel_emulator::{Emulator, Shape, tensor_map};
 
-const SHAPE: Shape = Shape { grid: [1, 1, 1], threads: 32, shared_bytes: 0, cooperative: false };
+const SHAPE: Shape = Shape { grid: [1, 1, 1], threads: 32, shared_bytes: 0, cooperative: false, cluster: 1 };
 
 /// Runs a faulty kernel on a buffer of 32 words (and more arguments) and returns the report.
 fn report(kernel: &str, shape: Shape, check_order: bool, more: &[&[u8]]) -> String {
@@ -169,6 +169,26 @@ fn blocks_of_a_cooperative_launch_wait_for_each_other() {
     device.read(out, &mut bytes).unwrap();
     let words: Vec<u32> = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     assert_eq!(words, [1, 2, 3, 4, 5, 2, 3, 4, 5, 1]);
+}
+
+#[test]
+fn blocks_of_a_cluster_read_each_others_shared_memory() {
+    let mut device = Emulator::new(1 << 24);
+    device.check_order = true;
+    let out = device.allocate(6 * 32 * 4).unwrap();
+    let shape = Shape { grid: [6, 1, 1], shared_bytes: 128, cluster: 3, ..SHAPE };
+    let mut run = |mistake: u32| device.launch("cluster_awaited", shape, &[&out.to_ne_bytes(), &mistake.to_ne_bytes()]);
+    run(0).unwrap();
+    says(&run(1).unwrap_err(), "of shared memory, which nothing wrote");
+    says(&run(2).unwrap_err(), "which has ended");
+    says(&run(3).unwrap_err(), "block 3 of a cluster of 3");
+    says(&run(4).unwrap_err(), "deadlock");
+    let odd = device.launch("cluster_awaited", Shape { cluster: 4, ..shape }, &[&out.to_ne_bytes(), &[0; 4]]);
+    says(&odd.unwrap_err(), "no clusters of 4 in a grid of [6, 1, 1]");
+    let mut bytes = [0; 6 * 32 * 4];
+    device.read(out, &mut bytes).unwrap();
+    let first: Vec<u32> = bytes.chunks_exact(128).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    assert_eq!(first, [1, 2, 0, 4, 5, 3], "each block gets its neighbour's number");
 }
 
 #[test]

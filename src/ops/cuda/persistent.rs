@@ -198,7 +198,7 @@ impl<L: Launcher> Cuda<L> {
         let int8 = if f.embedding.int8() { "_int8" } else { "" };
         let kernel = format!("decode_step_{}{int8}_{depth}", self.suffix());
         let shared_bytes = shared_bytes(depth, f.embedding.cols) as u32;
-        let shape = Shape { grid: [blocks, 1, 1], threads: THREADS, shared_bytes, cooperative: true };
+        let shape = Shape { grid: [blocks, 1, 1], threads: THREADS, shared_bytes, cooperative: true, cluster: 1 };
         self.launcher.launch(&kernel, shape, &Args::new().with(model).with(step).with(ids).with(attention))?;
         // each block comes to five barriers a layer; the first has one more, the last one less
         models.arrived.set(arrived.wrapping_add(blocks * 5 * f.layers.len() as u32));
