@@ -11,19 +11,16 @@
 #include "epilogue.cuh"
 #include "linear.cuh"
 #include "memory.cuh"
+#include "slices.cuh"
 #include "tensor_core.cuh"
-#include "warpgroup.cuh"
 
 #if HOPPER
 
-constexpr int TILE_M = 128, TILE_N = 256, SLICE = 64;
-constexpr int STAGES = 4;
+constexpr int TILE_M = 128, TILE_N = 256;
 constexpr int CONSUMERS = 2;
 constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
-constexpr int X_BYTES = TILE_M * SLICE * 2, W_BYTES = TILE_N * SLICE * 2;
-constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
+using Ring = Slices<TILE_M, TILE_N, 4>;
 
-constexpr int BARRIERS_BYTES = 2 * STAGES * 8;
 constexpr int STAGED_COLUMNS = 64, STAGED_STRIDE = STAGED_COLUMNS * 2 + 16; // rows meet no bank twice
 
 // Writes a warp's 16 tokens by 256 outputs in 16 bits. `d` as `multiply_group` leaves it; `staged`: the warp's own, 16 rows.
@@ -60,29 +57,24 @@ DEVICE void finish_narrow(const Epilogue& e, char* staged, uint32_t first_token,
     }
 }
 
-// Shared memory: the stages, a full and an empty barrier for each, then what `finish_narrow` needs for each consuming warp.
+// Shared memory: the ring, then what `finish_narrow` needs for each consuming warp.
 template <class T>
 DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t tokens, uint32_t inputs, const Epilogue& e) {
     char* shared = shared_memory();
-    uint64_t* full = reinterpret_cast<uint64_t*>(shared + STAGES * STAGE_BYTES);
-    uint64_t* empty = full + STAGES;
-    init_stages(full, empty, STAGES, CONSUMERS * WARPGROUP / WARP);
+    Ring ring(shared, CONSUMERS * WARPGROUP / WARP);
     wait_for_earlier_kernels();
     uint32_t rows_of_tiles = (tokens + TILE_M - 1) / TILE_M;
     uint32_t tiles = rows_of_tiles * ((e.width + TILE_N - 1) / TILE_N);
-    uint32_t slices = (inputs + SLICE - 1) / SLICE;
-    uint32_t turn = 0; // slices so far, over all tiles: stage turn % STAGES, for the (turn / STAGES)-th time
+    uint32_t slices = (inputs + Ring::WIDTH - 1) / Ring::WIDTH;
+    uint32_t turn = 0; // slices so far, over all tiles
     if (threadIdx.x < WARPGROUP) {
         give_registers<40>();
         if (threadIdx.x == 0) {
             for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
                 for (uint32_t s = 0; s < slices; s++, turn++) {
-                    uint32_t stage = turn % STAGES;
-                    char* to = shared + stage * STAGE_BYTES;
-                    barrier_wait(&empty[stage], (turn / STAGES + 1) & 1);
-                    barrier_arrive_expecting(&full[stage], STAGE_BYTES);
-                    copy_tile(to, x, tile % rows_of_tiles * TILE_M, s * SLICE, &full[stage]);
-                    copy_tile(to + X_BYTES, w, tile / rows_of_tiles * TILE_N, s * SLICE, &full[stage]);
+                    ring.claim(turn);
+                    ring.bring_x(turn, x, tile % rows_of_tiles * TILE_M, s);
+                    ring.bring_w(turn, w, tile / rows_of_tiles * TILE_N, s);
                 }
             }
         }
@@ -91,28 +83,11 @@ DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t token
         int group = threadIdx.x / WARPGROUP - 1, lane = lane_index();
         int g = lane / 4, t = lane % 4;
         for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-            float d[128];
-            UNROLL
-            for (int i = 0; i < 128; i++) d[i] = 0;
-            for (uint32_t s = 0; s < slices; s++, turn++) {
-                uint32_t stage = turn % STAGES;
-                const char* from = shared + stage * STAGE_BYTES;
-                barrier_wait(&full[stage], turn / STAGES & 1);
-                products_begin();
-                UNROLL
-                for (int k = 0; k < SLICE; k += 16) {
-                    multiply_group<T>(d, operand(from + group * 64 * SLICE * 2, k), operand(from + X_BYTES, k));
-                }
-                products_commit();
-                products_wait<1>();
-                if (s > 0 && lane == 0) barrier_arrive(&empty[(turn + STAGES - 1) % STAGES]); // the slice before is done
-            }
-            products_wait<0>();
-            products_arrived(d);
-            if (lane == 0) barrier_arrive(&empty[(turn + STAGES - 1) % STAGES]);
+            float d[TILE_N / 2];
+            ring.multiply<T, TILE_N>(d, turn, slices, group * 64, 0);
             uint32_t warp_token = tile % rows_of_tiles * TILE_M + group * 64 + warp_index() % 4 * 16;
             if (narrow_result(e) && e.width % 8 == 0) {
-                char* staged = shared + STAGES * STAGE_BYTES + BARRIERS_BYTES + (warp_index() - 4) * 16 * STAGED_STRIDE;
+                char* staged = shared + Ring::BYTES + (warp_index() - 4) * 16 * STAGED_STRIDE;
                 finish_narrow<T>(e, staged, warp_token, tokens, tile / rows_of_tiles * TILE_N, d);
                 continue;
             }

@@ -129,6 +129,7 @@ DEVICE void head_logits(const Input& in, const W* w, const float* scales, float*
         if (row < outputs) out[static_cast<size_t>(token) * outputs + row] = sums[i];
     }
     if (!moments) return;
+    static_assert(OUTPUTS == MOMENTS_OUTPUTS, "those of a block");
     for (uint32_t token = warp_index(); token < in.tokens; token += WARPS) {
         int lane = lane_index();
         bool here = lane < OUTPUTS && blockIdx.x * OUTPUTS + lane < outputs;

@@ -46,7 +46,7 @@ DEVICE float filtered_logit(const float* logits, const uint32_t* bits, const Cha
 }
 
 // A row of logits, and what the head's blocks say of it.
-constexpr uint32_t PER_BLOCK = 16;
+constexpr uint32_t PER_BLOCK = MOMENTS_OUTPUTS;
 struct Row {
     const float* logits;
     const Moments* moments;

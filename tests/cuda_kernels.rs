@@ -26,7 +26,7 @@ fn all(half: DType, shapes: &Shapes, check_order: bool, hopper: bool) -> BTreeSe
 fn large() -> Shapes {
     Shapes {
         matrices: vec![(300, 336), (24, 48)],
-        tokens: vec![65, 200],
+        tokens: vec![40, 65, 200],
         heads: vec![(2, 32), (1, 64), (1, 80), (2, 96), (1, 128)],
         steps: vec![(1, 64), (1, 32)],
         batches: vec![vec![(0, 150)], vec![(70, 75), (3, 20), (300, 17)]],

@@ -11,7 +11,8 @@ struct Chosen {
     float logprob;
 };
 
-// What a block of the head leaves of its outputs beside their logits.
+// What the head leaves of every MOMENTS_OUTPUTS of its outputs beside their logits.
+constexpr int MOMENTS_OUTPUTS = 16;
 struct Moments {
     float most, sum; // largest logit, and the sum of exp(logit - most)
 };
@@ -77,20 +78,39 @@ DEVICE float changed(float logit, const Change* changes, const Chosen* previous,
     return here ? logit + found.bias : logit;
 }
 
-DEVICE float gumbel(const Choice& c, uint32_t token) {
-    Words w = philox(c.seed_low, c.seed_high, Words{{token / 4, c.position, c.candidate, 0}});
-    // picked without an index, which would put the words into memory
-    uint32_t low = token & 1 ? w.w[1] : w.w[0], high = token & 1 ? w.w[3] : w.w[2];
-    float u = (static_cast<float>((token & 2 ? high : low) >> 9) + 0.5f) * (1.0f / 8388608.0f);
+// Random bits for the four tokens from token / 4 * 4 on.
+DEVICE Words draw(const Choice& c, uint32_t token) {
+    return philox(c.seed_low, c.seed_high, Words{{token / 4, c.position, c.candidate, 0}});
+}
+DEVICE float gumbel(uint32_t bits) {
+    float u = (static_cast<float>(bits >> 9) + 0.5f) * (1.0f / 8388608.0f);
     return -logf(-logf(u));
 }
+DEVICE float gumbel(const Choice& c, uint32_t token) {
+    Words w = draw(c, token);
+    // picked without an index, which would put the words into memory
+    uint32_t low = token & 1 ? w.w[1] : w.w[0], high = token & 1 ? w.w[3] : w.w[2];
+    return gumbel(token & 2 ? high : low);
+}
 
-// The better of two, the lower token if they are equal; sums of exponentials brought to one largest logit.
+// A token with its score, and its logit as the model gave it.
+struct Scored {
+    float score;
+    uint32_t token;
+    float logit;
+};
+// The better of two, the lower token if they are equal.
+DEVICE Scored better(const Scored& a, const Scored& b) {
+    return a.score > b.score || (a.score == b.score && a.token < b.token) ? a : b;
+}
+DEVICE Scored better_of_lanes(const Scored& s, int mask) {
+    return better(s, Scored{shuffle_xor(s.score, mask), shuffle_xor(s.token, mask), shuffle_xor(s.logit, mask)});
+}
+
+// The better of two; sums of exponentials brought to one largest logit.
 DEVICE Partial merged(const Partial& a, const Partial& b) {
-    bool first = a.score > b.score || (a.score == b.score && a.token < b.token);
-    Partial p = first ? a : b;
-    p.most = fmaxf(a.most, b.most);
-    p.sum = 0;
+    Scored best = better({a.score, a.token, a.logit}, {b.score, b.token, b.logit});
+    Partial p = {best.score, best.token, best.logit, fmaxf(a.most, b.most), 0};
     if (a.sum > 0) p.sum += a.sum * expf(a.most - p.most);
     if (b.sum > 0) p.sum += b.sum * expf(b.most - p.most);
     return p;

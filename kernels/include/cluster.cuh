@@ -29,7 +29,7 @@ DEVICE void sync_cluster() {
 #ifdef KERNEL_EMULATOR
     emulator_cluster_barrier();
 #else
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

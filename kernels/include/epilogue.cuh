@@ -71,3 +71,42 @@ DEVICE void finish_pair(const Epilogue& e, uint32_t token, uint32_t row, float a
     out[0] = a;
     if (second) out[1] = b;
 }
+
+// Writes eight neighbouring sums of a token from output `row` on, a multiple of 8 as the width is.
+template <class T>
+DEVICE void finish_eight(const Epilogue& e, uint32_t token, uint32_t row, float (&v)[8]) {
+    UNROLL
+    for (int i = 0; i < 8; i += 4) {
+        Four bias = *reinterpret_cast<const Four*>(e.bias + row + i);
+        UNROLL
+        for (int j = 0; j < 4; j++) v[i + j] += bias.v[j];
+    }
+    if (narrow_result(e)) {
+        Eight out;
+        UNROLL
+        for (int i = 0; i < 8; i += 2) {
+            out.pairs[i / 2] = e.mode == GELU ? pack<T>(gelu(v[i]), gelu(v[i + 1])) : pack<T>(v[i], v[i + 1]);
+        }
+        *reinterpret_cast<Eight*>(narrow_place<T>(e, token, row)) = out;
+        return;
+    }
+    size_t at = static_cast<size_t>(token) * e.width + row;
+    if (e.mode == RESIDUAL && e.narrow_residual) {
+        Eight r = *reinterpret_cast<const Eight*>(static_cast<const T*>(e.residual) + at);
+        UNROLL
+        for (int i = 0; i < 8; i += 2) {
+            v[i] += low<T>(r.pairs[i / 2]);
+            v[i + 1] += high<T>(r.pairs[i / 2]);
+        }
+    }
+    UNROLL
+    for (int i = 0; i < 8; i += 4) {
+        Four out = {{v[i], v[i + 1], v[i + 2], v[i + 3]}};
+        if (e.mode == RESIDUAL && !e.narrow_residual) {
+            Four r = *reinterpret_cast<const Four*>(static_cast<const float*>(e.residual) + at + i);
+            UNROLL
+            for (int j = 0; j < 4; j++) out.v[j] += r.v[j];
+        }
+        *reinterpret_cast<Four*>(static_cast<float*>(e.out) + at + i) = out;
+    }
+}

@@ -110,7 +110,8 @@ DEVICE void ask_product(float* d, const uint32_t* rows, uint64_t a, uint64_t b, 
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define SUMS_16(d, i) SUMS_8(d, i), SUMS_8(d, i + 8)
 #define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 16)
-#define SUMS_128(d) SUMS_32(d, 0), SUMS_32(d, 32), SUMS_32(d, 64), SUMS_32(d, 96)
+#define SUMS_64(d) SUMS_32(d, 0), SUMS_32(d, 32)
+#define SUMS_128(d) SUMS_64(d), SUMS_32(d, 64), SUMS_32(d, 96)
 #define NUMBERS_8                                                                                                      \
     "%0, %1, %2, %3, %4, %5, %6, %7"
 #define NUMBERS_16                                                                                                     \
@@ -118,33 +119,43 @@ DEVICE void ask_product(float* d, const uint32_t* rows, uint64_t a, uint64_t b, 
 #define NUMBERS_32                                                                                                     \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                           \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NUMBERS_128                                                                                                    \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                           \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                                 \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                                 \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                                 \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                                 \
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                                 \
-    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "                     \
+#define NUMBERS_64 \
+    NUMBERS_32 ", "        \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NUMBERS_128 \
+    NUMBERS_64 ", "        \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// d += a b^T for a = [64, 16] and b = [256, 16], both operands in shared memory. With w = warp in the group, g = lane / 4 and
+// d += a b^T for a = [64, 16] and b = [N, 16], both operands in shared memory. With w = warp in the group, g = lane / 4 and
 // t = lane % 4, a thread holds of rows 16 w + g (and + 8) the columns 8 j + 2 t and + 1, in d[4 j] and d[4 j + 1] (d[4 j
 // + 2] and d[4 j + 3]).
-template <class T>
-DEVICE void multiply_group(float (&d)[128], uint64_t a, uint64_t b) {
+template <class T, int N>
+DEVICE void multiply_group(float (&d)[N / 2], uint64_t a, uint64_t b) {
 #ifdef KERNEL_EMULATOR
-    ask_product<T, 256, false>(d, nullptr, a, b, false);
+    ask_product<T, N, false>(d, nullptr, a, b, false);
 #else
-#define PRODUCT_OF_TILES(type)                                                                                  \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" NUMBERS_128                  \
-                 "}, %128, %129, 1, 1, 1, 0, 0;"                                                                \
-                 : SUMS_128(d)                                                                                  \
+#define PRODUCT_OF_TILES(type, columns, numbers, sums, from, to)                                                \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" numbers              \
+                 "}, " from ", " to ", 1, 1, 1, 0, 0;"                                                          \
+                 : sums                                                                                         \
                  : "l"(a), "l"(b))
+#define PRODUCT_OF_N(type)                                                                                      \
+    if constexpr (N == 256) {                                                                                   \
+        PRODUCT_OF_TILES(type, "256", NUMBERS_128, SUMS_128(d), "%128", "%129");                                \
+    } else if constexpr (N == 128) {                                                                            \
+        PRODUCT_OF_TILES(type, "128", NUMBERS_64, SUMS_64(d), "%64", "%65");                                    \
+    } else {                                                                                                    \
+        PRODUCT_OF_TILES(type, "64", NUMBERS_32, SUMS_32(d, 0), "%32", "%33");                                  \
+    }
+    static_assert(N == 256 || N == 128 || N == 64, "a shape that is not wrapped");
     if constexpr (std::is_same<T, bf16>::value) {
-        PRODUCT_OF_TILES("bf16");
+        PRODUCT_OF_N("bf16");
     } else {
-        PRODUCT_OF_TILES("f16");
+        PRODUCT_OF_N("f16");
     }
 #endif
 }

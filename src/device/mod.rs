@@ -27,6 +27,14 @@ pub struct Shape {
     pub cluster: u32,
 }
 
+impl Shape {
+    /// A plain launch.
+    pub fn new(grid: [usize; 3], threads: u32, shared_bytes: usize) -> Shape {
+        let grid = grid.map(|n| n as u32);
+        Shape { grid, threads, shared_bytes: shared_bytes as u32, cooperative: false, cluster: 1 }
+    }
+}
+
 /// What the device allows.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {

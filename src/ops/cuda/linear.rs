@@ -1,7 +1,7 @@
 //! Products and their epilogues.
 
 use super::{Buffer, Cuda, Matrix, Pass, Vector};
-use crate::device::{Args, Launcher};
+use crate::device::{Args, Launcher, Shape};
 use crate::error::Result;
 use crate::ops::{Epilogue, Heads, Linear, Norm};
 use bytemuck::{Pod, Zeroable};
@@ -20,10 +20,15 @@ const HOPPER_M: usize = 128;
 const HOPPER_N: usize = 256;
 const HOPPER_THREADS: u32 = 384;
 const HOPPER_SHARED: usize = 4 * (HOPPER_M + HOPPER_N) * SLICE * 2 + 4 * 2 * 8 + 8 * 16 * (64 * 2 + 16);
+/// As in `kernels/include/tiles_hopper.cuh`.
+const TILE_THREADS: u32 = 288;
+/// Most blocks of a cluster that every Hopper GPU has.
+const CLUSTER: usize = 8;
 /// Most tokens of one launch of the skinny kernels; more go to the tiles.
 const TOKENS: usize = 64;
-/// Most tokens that every block normalizes for itself; beyond, a launch of its own costs less.
-const NORM_TOKENS: usize = 16;
+/// Most tokens that every block normalizes for itself; beyond, a launch of its own costs less. On Hopper also the most tokens of the
+/// skinny kernels: they read activations once for 16 outputs, which beyond is more than the weights.
+const FEW_TOKENS: usize = 16;
 
 /// `Input` of `kernels/include/linear.cuh`.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -61,6 +66,25 @@ const BIAS: u32 = 0;
 const GELU: u32 = 1;
 const RESIDUAL: u32 = 2;
 const QKV: u32 = 3;
+
+/// The kernel of a product.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Way {
+    /// Up to [`TOKENS`] at a time, weights once for each time.
+    Skinny,
+    /// Tiles of [`TILE`] by [`TILE`].
+    Large,
+    /// Hopper's tiles of so many tokens by [`TILE`] outputs, each by a cluster of so many blocks.
+    Cluster { tokens: usize, blocks: usize },
+    /// Hopper's tiles of [`HOPPER_M`] by [`HOPPER_N`].
+    Hopper,
+}
+
+/// Shared memory of `kernels/include/tiles_hopper.cuh`: the ring and its barriers.
+fn tile_shared(tokens: usize) -> usize {
+    let stages = if tokens == 64 { 4 } else { 3 };
+    stages * ((tokens + TILE) * SLICE * 2 + 2 * 8)
+}
 
 /// Kernel instances by tokens, in tiles of 16.
 fn tiles(tokens: usize) -> usize {
@@ -126,11 +150,12 @@ impl<L: Launcher> Cuda<L> {
 
     fn run(&self, x: &Buffer<L>, norm: Option<Norm<Self>>, weight: &Matrix<L>, finish: Finish) -> Result<()> {
         let tokens = x.rows;
-        let mut input = Input { x: x.at(), inputs: weight.cols as u32, ..Input::zeroed() };
+        let (count, inputs) = (tokens as u32, weight.cols as u32);
+        let mut input = Input { x: x.at(), tokens: count, inputs, ..Input::zeroed() };
         let mut narrow = x.narrow;
         if let Some(n) = norm {
             let fits = shared_bytes(tokens, weight.cols, true) <= self.launcher.limits().shared_bytes as usize;
-            if tokens <= NORM_TOKENS && fits {
+            if tokens <= FEW_TOKENS && fits {
                 (input.weight, input.bias, input.eps) = (n.norm.weight.at, n.norm.bias.at, n.eps);
                 if n.keep {
                     self.reserve(n.normed, tokens, weight.cols, true)?;
@@ -142,25 +167,76 @@ impl<L: Launcher> Cuda<L> {
             }
         }
         assert_eq!(narrow, input.weight == 0, "products read 16-bit rows, or normalize f32 rows");
+        match self.way(tokens, weight) {
+            Way::Skinny => self.skinny_parts(input, weight, finish),
+            Way::Large => {
+                let grid = [weight.rows.div_ceil(TILE), tokens.div_ceil(TILE), 1];
+                let args = self.plain_args(input, weight).with(finish);
+                self.launch(&self.kernel("linear_large", weight), grid, THREADS, large_shared(weight), args)
+            }
+            Way::Cluster { tokens: tile, blocks } => {
+                let grid = [blocks * tokens.div_ceil(tile), weight.rows.div_ceil(TILE), 1];
+                let args = self.tile_args(input.x, tokens, weight, tile, TILE)?;
+                let args = args.with(weight.cols.div_ceil(SLICE) as u32).with(finish);
+                let shape = Shape { cluster: blocks as u32, ..Shape::new(grid, TILE_THREADS, tile_shared(tile)) };
+                self.launcher.launch(&format!("linear_cluster_{}_{tile}", self.suffix()), shape, &args)
+            }
+            Way::Hopper => {
+                let tiles = tokens.div_ceil(HOPPER_M) * weight.rows.div_ceil(HOPPER_N);
+                let grid = [tiles.min(self.launcher.limits().processors as usize), 1, 1];
+                let args = self.tile_args(input.x, tokens, weight, HOPPER_M, HOPPER_N)?;
+                let args = args.with(weight.cols as u32).with(finish);
+                self.launch(&format!("linear_hopper_{}", self.suffix()), grid, HOPPER_THREADS, HOPPER_SHARED, args)
+            }
+        }
+    }
+
+    /// How a product with so many tokens is done.
+    fn way(&self, tokens: usize, weight: &Matrix<L>) -> Way {
         let limits = self.launcher.limits();
-        if tokens > TOKENS && !self.batch_invariant && limits.hopper && !weight.int8() {
-            let map = |at, rows, tile_rows| self.launcher.tensor_map(at, rows, weight.cols, tile_rows);
-            let args =
-                Args::new().with(map(input.x, tokens, HOPPER_M)?).with(map(weight.data.at, weight.rows, HOPPER_N)?);
-            let args = args.with(tokens as u32).with(weight.cols as u32).with(finish);
-            let tiles = tokens.div_ceil(HOPPER_M) * weight.rows.div_ceil(HOPPER_N);
-            let grid = [tiles.min(limits.processors as usize), 1, 1];
-            return self.launch(&format!("linear_hopper_{}", self.suffix()), grid, HOPPER_THREADS, HOPPER_SHARED, args);
+        let hopper = limits.hopper && !weight.int8();
+        if self.batch_invariant || tokens <= if hopper { FEW_TOKENS } else { TOKENS } {
+            return Way::Skinny;
         }
-        if tokens > TOKENS && !self.batch_invariant {
-            let int8 = if weight.int8() { "_int8" } else { "" };
-            let row_bytes = if weight.int8() { SLICE + 16 } else { 2 * SLICE };
-            let shared = STAGES * TILE * (2 * SLICE + row_bytes);
-            let grid = [weight.rows.div_ceil(TILE), tokens.div_ceil(TILE), 1];
-            let part = Input { tokens: tokens as u32, ..input };
-            let args = Args::new().with(part).with(weight.data.at).with(weight.scales()).with(finish);
-            return self.launch(&format!("linear_large_{}{int8}", self.suffix()), grid, THREADS, shared, args);
+        if !hopper {
+            return Way::Large;
         }
+        let processors = limits.processors as usize;
+        let tile = tile_tokens(tokens);
+        let tiles = tokens.div_ceil(tile) * weight.rows.div_ceil(TILE);
+        // a power of two, with most multiprocessors at work
+        let wanted = (processors * 7 / 10).div_ceil(tiles).next_power_of_two().min(CLUSTER);
+        let most = weight.cols.div_ceil(SLICE);
+        let blocks = if wanted > most { (most + 1).next_power_of_two() / 2 } else { wanted };
+        // what the busiest multiprocessor has to do, in units of the smaller tile
+        let large = 2 * (tokens.div_ceil(HOPPER_M) * weight.rows.div_ceil(HOPPER_N)).div_ceil(processors);
+        if tokens > TOKENS && large * blocks <= (tiles * blocks).div_ceil(processors) {
+            Way::Hopper
+        } else {
+            Way::Cluster { tokens: tile, blocks }
+        }
+    }
+
+    /// A family's kernel for the weights' types.
+    fn kernel(&self, family: &str, weight: &Matrix<L>) -> String {
+        format!("{family}_{}{}", self.suffix(), if weight.int8() { "_int8" } else { "" })
+    }
+
+    /// The first arguments of the kernels that every GPU has.
+    fn plain_args(&self, input: Input, weight: &Matrix<L>) -> Args {
+        Args::new().with(input).with(weight.data.at).with(weight.scales())
+    }
+
+    /// The first arguments of Hopper's: maps of tiles of so many rows of `x` and the weights, and the tokens.
+    fn tile_args(&self, x: u64, tokens: usize, weight: &Matrix<L>, x_rows: usize, w_rows: usize) -> Result<Args> {
+        let map = |at, rows, tile_rows| self.launcher.tensor_map(at, rows, weight.cols, tile_rows);
+        let args = Args::new().with(map(x, tokens, x_rows)?).with(map(weight.data.at, weight.rows, w_rows)?);
+        Ok(args.with(tokens as u32))
+    }
+
+    /// A product by the skinny kernels, however many tokens there are.
+    fn skinny_parts(&self, input: Input, weight: &Matrix<L>, finish: Finish) -> Result<()> {
+        let tokens = input.tokens as usize;
         for first in (0..tokens).step_by(TOKENS) {
             let count = TOKENS.min(tokens - first);
             let (f, w) = (first as u64, finish.width as u64);
@@ -173,7 +249,7 @@ impl<L: Launcher> Cuda<L> {
                 slots: finish.slots + f * 4,
                 ..finish
             };
-            let args = Args::new().with(part).with(weight.data.at).with(weight.scales()).with(finish);
+            let args = self.plain_args(part, weight).with(finish);
             self.skinny("linear_skinny", weight, count, input.weight != 0, args)?;
         }
         Ok(())
@@ -181,13 +257,23 @@ impl<L: Launcher> Cuda<L> {
 
     /// Launches a kernel of the skinny family over all outputs of `weight`.
     fn skinny(&self, family: &str, weight: &Matrix<L>, tokens: usize, norm: bool, args: Args) -> Result<()> {
-        let int8 = if weight.int8() { "_int8" } else { "" };
-        let kernel = format!("{family}_{}{int8}_{}", self.suffix(), tiles(tokens));
-        let shared = shared_bytes(tokens, weight.cols, norm);
-        self.launch(&kernel, [weight.rows.div_ceil(OUTPUTS), 1, 1], THREADS, shared, args)
+        let grid = [weight.rows.div_ceil(OUTPUTS), 1, 1];
+        let kernel = format!("{}_{}", self.kernel(family, weight), tiles(tokens));
+        self.launch(&kernel, grid, THREADS, shared_bytes(tokens, weight.cols, norm), args)
     }
 
-    /// A skinny kernel for the head: `x` is `[tokens, width]` in 16 bits, `rest` follows the weights.
+    /// Most rows of one launch over the head.
+    pub(super) fn head_rows(&self) -> usize {
+        if self.batch_invariant { TOKENS } else { 2 * TILE }
+    }
+
+    /// Blocks of a launch over the head's outputs with so many rows.
+    pub(super) fn head_blocks(&self, rows: usize, head: &Matrix<L>) -> usize {
+        let outputs = if self.way(rows, head) == Way::Skinny { OUTPUTS } else { TILE };
+        head.rows.div_ceil(outputs)
+    }
+
+    /// A kernel of the head, `head_choice` or `head_logits`: `x` is `[tokens, width]` in 16 bits, `rest` follows the weights.
     pub(super) fn head(
         &self,
         family: &str,
@@ -196,24 +282,41 @@ impl<L: Launcher> Cuda<L> {
         head: &Matrix<L>,
         rest: impl FnOnce(Args) -> Args,
     ) -> Result<()> {
-        let input = Input {
-            x: x.at() + (rows.start * head.cols * 2) as u64,
-            tokens: rows.len() as u32,
-            inputs: head.cols as u32,
-            ..Input::zeroed()
-        };
-        let args = rest(Args::new().with(input).with(head.data.at).with(head.scales()));
-        self.skinny(family, head, rows.len(), false, args.with(head.rows as u32))
+        let tokens = rows.len();
+        let (x, inputs) = (x.at() + (rows.start * head.cols * 2) as u64, head.cols as u32);
+        let input = Input { x, tokens: tokens as u32, inputs, ..Input::zeroed() };
+        let rest = |args| rest(args).with(head.rows as u32);
+        let grid = |tile: usize| [tokens.div_ceil(tile), head.rows.div_ceil(TILE), 1];
+        match self.way(tokens, head) {
+            Way::Skinny => self.skinny(family, head, tokens, false, rest(self.plain_args(input, head))),
+            Way::Large => {
+                let kernel = self.kernel(&format!("{family}_large"), head);
+                self.launch(&kernel, grid(TILE), THREADS, large_shared(head), rest(self.plain_args(input, head)))
+            }
+            Way::Cluster { .. } | Way::Hopper => {
+                let tile = tile_tokens(tokens);
+                let args = self.tile_args(x, tokens, head, tile, TILE)?.with(head.cols.div_ceil(SLICE) as u32);
+                let kernel = format!("{family}_hopper_{}_{tile}", self.suffix());
+                self.launch(&kernel, grid(tile), TILE_THREADS, tile_shared(tile), rest(args))
+            }
+        }
     }
 }
 
-/// Blocks of a launch over a head's outputs.
-pub(super) fn head_blocks(head_rows: usize) -> usize {
+/// Blocks of the head for each of which there are `Moments` of the logits.
+pub(super) fn moments_blocks(head_rows: usize) -> usize {
     head_rows.div_ceil(OUTPUTS)
 }
 
-/// Rows of one launch over the head.
-pub(super) const HEAD_ROWS: usize = TOKENS;
+/// Tokens of a tile of Hopper's smaller ones.
+fn tile_tokens(tokens: usize) -> usize {
+    if tokens <= 64 { 64 } else { 128 }
+}
+
+/// Shared memory of `kernels/linear_large.cu`.
+fn large_shared<L: Launcher>(weight: &Matrix<L>) -> usize {
+    STAGES * TILE * (2 * SLICE + if weight.int8() { SLICE + 16 } else { 2 * SLICE })
+}
 
 /// The warps' sums, and the normalized rows if there is a norm.
 fn shared_bytes(tokens: usize, inputs: usize, norm: bool) -> usize {

@@ -222,9 +222,7 @@ impl<L: Launcher> Cuda<L> {
     }
 
     fn launch(&self, kernel: &str, grid: [usize; 3], threads: u32, shared_bytes: usize, args: Args) -> Result<()> {
-        let grid = grid.map(|n| n as u32);
-        let shape = Shape { grid, threads, shared_bytes: shared_bytes as u32, cooperative: false, cluster: 1 };
-        self.launcher.launch(kernel, shape, &args)
+        self.launcher.launch(kernel, Shape::new(grid, threads, shared_bytes), &args)
     }
 
     /// Makes room for `rows` rows of `width` elements.

@@ -1,6 +1,6 @@
 //! The head, and choosing tokens.
 
-use super::linear::{HEAD_ROWS, head_blocks};
+use super::linear::moments_blocks;
 use super::{Buffer, Cuda, Matrix, Sent};
 use crate::device::{Args, Launcher, Memory};
 use crate::engine::{Chosen, SampleRow, choose, log_sum_exp};
@@ -153,8 +153,9 @@ impl<L: Launcher> Cuda<L> {
     pub(super) fn head_logits(&self, x: &Buffer<L>, head: &Matrix<L>, out: &mut Vec<f32>) -> Result<()> {
         let mut scratch = self.scratch.borrow_mut();
         out.resize(x.rows * head.rows, 0.0);
-        for (part, out) in out.chunks_mut(HEAD_ROWS * head.rows).enumerate() {
-            let rows = part * HEAD_ROWS..part * HEAD_ROWS + out.len() / head.rows;
+        let most = self.head_rows();
+        for (part, out) in out.chunks_mut(most * head.rows).enumerate() {
+            let rows = part * most..part * most + out.len() / head.rows;
             let at = self.place(&mut scratch.logits, out.len() * 4)?;
             self.head("head_logits", x, rows, head, |args| args.with(at).with(0u64))?;
             self.launcher.read(at, bytemuck::cast_slice_mut(out))?;
@@ -243,8 +244,9 @@ impl<L: Launcher> Cuda<L> {
         if rows.iter().any(|r| matches!(Way::of(r.1, head.rows), Way::Host)) {
             self.launcher.zero(at, rows.len() * 8)?;
         }
-        for first in (0..x.rows).step_by(HEAD_ROWS) {
-            let range = first..(first + HEAD_ROWS).min(x.rows);
+        let most = self.head_rows();
+        for first in (0..x.rows).step_by(most) {
+            let range = first..(first + most).min(x.rows);
             let here = |i: &usize| range.contains(&rows[*i].0);
             let (mut fused, mut listed) = (Vec::new(), Vec::new());
             for i in (0..rows.len()).filter(here) {
@@ -256,7 +258,7 @@ impl<L: Launcher> Cuda<L> {
             }
             if !fused.is_empty() {
                 let (list, changes) = self.send_choices(scratch, range.start, rows, &fused)?;
-                let blocks = head_blocks(head.rows);
+                let blocks = self.head_blocks(range.len(), head);
                 let partials = self.place(&mut scratch.partials, fused.len() * blocks * PARTIAL)?;
                 let (count, blocks) = (fused.len() as u32, blocks as u32);
                 let choices = Choices { list, changes, previous, partials, count, blocks };
@@ -268,7 +270,7 @@ impl<L: Launcher> Cuda<L> {
             let wanted: Vec<usize> = fused.iter().chain(&listed).copied().filter(|&i| rows[i].1.top > 0).collect();
             if !listed.is_empty() || !wanted.is_empty() {
                 let logits = self.place(&mut scratch.logits, range.len() * head.rows * 4)?;
-                let moments = self.place(&mut scratch.moments, range.len() * head_blocks(head.rows) * 8)?;
+                let moments = self.place(&mut scratch.moments, range.len() * moments_blocks(head.rows) * 8)?;
                 self.head("head_logits", x, range.clone(), head, |args| args.with(logits).with(moments))?;
                 if !listed.is_empty() {
                     let (list, changes) = self.send_choices(scratch, range.start, rows, &listed)?;
