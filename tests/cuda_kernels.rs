@@ -5,12 +5,17 @@ mod emulated;
 use beautiful_prompt::ops::cuda::Cuda;
 use beautiful_prompt::selftest::{Shapes, run};
 use beautiful_prompt::tensor::DType;
+use emulated::Emulated;
 use kernel_emulator::Emulator;
 use std::collections::BTreeSet;
+use std::rc::Rc;
 
 /// Runs all cases; returns the kernels that were launched.
 fn all(half: DType, shapes: &Shapes, check_order: bool, hopper: bool) -> BTreeSet<String> {
-    let device = emulated::gpu(check_order, hopper);
+    all_on(emulated::gpu(check_order, hopper), half, shapes)
+}
+
+fn all_on(device: Rc<Emulated>, half: DType, shapes: &Shapes) -> BTreeSet<String> {
     run(&device, half, shapes, &mut |o| {
         assert!(o.passed(), "{}, {}: error {:e}, allowed {:e}", o.operation, o.case, o.error, o.allowed);
     })
@@ -52,6 +57,29 @@ fn every_kernel_agrees_with_the_cpu() {
     let faulty = |k: &String| k.starts_with("fault_") || k.ends_with("_awaited");
     let missed: Vec<String> = Emulator::kernels().into_iter().filter(|k| !faulty(k) && !launched.contains(k)).collect();
     assert!(missed.is_empty(), "never launched: {missed:?}");
+}
+
+/// Few tokens on a GPU with more multiprocessors than tiles: clusters of blocks divide the inputs, also unevenly.
+#[test]
+fn clusters_divide_the_inputs() {
+    let shapes = Shapes {
+        matrices: vec![(300, 336), (16, 80), (130, 720)],
+        tokens: vec![17, 64, 90, 130],
+        heads: vec![(3, 96)],
+        steps: vec![],
+        batches: vec![vec![(0, 20), (33, 1)]],
+        vocabularies: vec![],
+        ..Shapes::small(5)
+    };
+    for (half, check_order) in [(DType::Bf16, false), (DType::F16, true)] {
+        let device = emulated::gpu(check_order, true);
+        device.processors.set(16);
+        let matrices = if check_order { vec![(130, 336)] } else { shapes.matrices.clone() };
+        all_on(device.clone(), half, &Shapes { matrices, ..shapes.clone() });
+        let clusters = device.clusters.borrow();
+        assert!(clusters.contains(&4), "{clusters:?}");
+        assert!(check_order || *clusters == BTreeSet::from([1, 2, 4, 8]), "{clusters:?}");
+    }
 }
 
 #[test]

@@ -4,15 +4,19 @@ use beautiful_prompt::device::{Address, Args, Launcher, Limits, Shape, TensorMap
 use beautiful_prompt::error::{Error, Result};
 use kernel_emulator::Emulator;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 pub struct Emulated {
     pub emulator: Emulator,
     /// Whether this is a Hopper GPU.
     pub hopper: bool,
+    /// Multiprocessors that it has: kernels divide their work by them.
+    pub processors: Cell<u32>,
     /// Launches of each kernel.
     pub launched: RefCell<BTreeMap<String, usize>>,
+    /// Sizes of their clusters.
+    pub clusters: RefCell<BTreeSet<u32>>,
     recording: RefCell<Option<Recording>>,
     changes: Cell<u64>,
     /// Recordings that were made, and how often one was repeated.
@@ -30,9 +34,21 @@ pub fn gpu(check_order: bool, hopper: bool) -> Rc<Emulated> {
     let mut emulator = Emulator::new(1 << 30);
     emulator.check_order = check_order;
     emulator.shared_limit = if hopper { 227 << 10 } else { 99 << 10 };
-    let (launched, recording, changes) = Default::default();
+    let (launched, clusters, recording, changes) = Default::default();
     let (recorded, replayed, writes) = Default::default();
-    Rc::new(Emulated { emulator, hopper, launched, recording, changes, recorded, replayed, writes })
+    let processors = Cell::new(4);
+    Rc::new(Emulated {
+        emulator,
+        hopper,
+        processors,
+        launched,
+        clusters,
+        recording,
+        changes,
+        recorded,
+        replayed,
+        writes,
+    })
 }
 
 fn failed<T>(r: std::result::Result<T, String>) -> Result<T> {
@@ -50,7 +66,7 @@ impl Launcher for Emulated {
     type Reading = Vec<u8>;
 
     fn limits(&self) -> Limits {
-        Limits { shared_bytes: self.emulator.shared_limit, processors: 4, hopper: self.hopper }
+        Limits { shared_bytes: self.emulator.shared_limit, processors: self.processors.get(), hopper: self.hopper }
     }
     fn allocate(&self, bytes: usize) -> Result<Address> {
         self.only_now()?;
@@ -86,6 +102,7 @@ impl Launcher for Emulated {
             return Ok(());
         }
         *self.launched.borrow_mut().entry(kernel.to_owned()).or_default() += 1;
+        self.clusters.borrow_mut().insert(shape.cluster);
         let shape = kernel_emulator::Shape {
             grid: shape.grid,
             threads: shape.threads,
