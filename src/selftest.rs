@@ -12,10 +12,9 @@ use crate::ops::cpu::simd::Isa;
 use crate::ops::cuda::{Cuda, Persistent};
 use crate::ops::{BLOCK, Backend, Batch, Epilogue, Forward, Heads, Layer, LayerNorm, Linear, Norm, Scratch};
 use crate::random::Words;
-use crate::tensor::{Bytes, DType, Tensor};
+use crate::tensor::{DType, Tensor};
 use half::{bf16, f16};
 use std::rc::Rc;
-use std::sync::Arc;
 
 const EPS: f32 = 1e-5;
 
@@ -152,12 +151,6 @@ pub fn run<L: Launcher>(launcher: &Rc<L>, half: DType, shapes: &Shapes, each: &m
     Ok(())
 }
 
-fn tensor(x: &[f32], cols: usize) -> Tensor {
-    let bytes: Vec<u8> = bytemuck::cast_slice(x).to_vec();
-    let len = bytes.len();
-    Tensor { dtype: DType::F32, shape: vec![x.len() / cols, cols], bytes: Bytes::Owned(Arc::new(bytes), 0..len) }
-}
-
 fn error(ours: &[f32], theirs: &[f32]) -> f32 {
     let most = theirs.iter().fold(1e-30f32, |m, v| m.max(v.abs()));
     let worst = ours.iter().zip(theirs).map(|(a, b)| if a.is_nan() { f32::INFINITY } else { (a - b).abs() });
@@ -191,7 +184,7 @@ impl<L: Launcher> Test<'_, L> {
                 row[0] = 127.0 / 64.0;
             }
         }
-        let t = tensor(&x, cols);
+        let t = Tensor::of_rows(&x, cols);
         let ours = self.cuda.matrix(t.clone(), int8.then_some(DType::Int8))?;
         Ok((ours, self.cpu.matrix(t, Some(DType::F32))?))
     }
@@ -201,8 +194,8 @@ impl<L: Launcher> Test<'_, L> {
         let weight: Vec<f32> = self.noise(width).iter().map(|v| 1.0 + 0.3 * v).collect();
         let bias = self.noise(width);
         let ours = LayerNorm {
-            weight: self.cuda.vector(&tensor(&weight, width))?,
-            bias: self.cuda.vector(&tensor(&bias, width))?,
+            weight: self.cuda.vector(&Tensor::of_rows(&weight, width))?,
+            bias: self.cuda.vector(&Tensor::of_rows(&bias, width))?,
         };
         Ok((ours, LayerNorm { weight, bias }))
     }
@@ -253,7 +246,7 @@ impl<L: Launcher> Test<'_, L> {
             let mut linear = |outputs: usize, inputs: usize| -> Result<_> {
                 let (weight, cpu_weight) = self.matrix(outputs, inputs, int8)?;
                 let bias = self.noise(outputs);
-                let ours = Linear { weight, bias: self.cuda.vector(&tensor(&bias, outputs))? };
+                let ours = Linear { weight, bias: self.cuda.vector(&Tensor::of_rows(&bias, outputs))? };
                 Ok((ours, Linear { weight: cpu_weight, bias }))
             };
             let (qkv, cpu_qkv) = linear(3 * width, width)?;
@@ -264,8 +257,8 @@ impl<L: Launcher> Test<'_, L> {
             let mut norm = || -> Result<_> {
                 let (mut ours, mut theirs) = self.norm(width)?;
                 theirs.weight.iter_mut().chain(&mut theirs.bias).for_each(|v| *v *= 0.5 / (width as f32).sqrt());
-                ours.weight = self.cuda.vector(&tensor(&theirs.weight, width))?;
-                ours.bias = self.cuda.vector(&tensor(&theirs.bias, width))?;
+                ours.weight = self.cuda.vector(&Tensor::of_rows(&theirs.weight, width))?;
+                ours.bias = self.cuda.vector(&Tensor::of_rows(&theirs.bias, width))?;
                 Ok((ours, theirs))
             };
             let (input_norm, cpu_input_norm) = norm()?;
@@ -354,7 +347,7 @@ impl<L: Launcher> Test<'_, L> {
     fn products(&mut self, outputs: usize, inputs: usize, tokens: usize, int8: bool) -> Result<()> {
         let (weight, cpu_weight) = self.matrix(outputs, inputs, int8)?;
         let bias = self.noise(outputs);
-        let linear = Linear { weight, bias: self.cuda.vector(&tensor(&bias, outputs))? };
+        let linear = Linear { weight, bias: self.cuda.vector(&Tensor::of_rows(&bias, outputs))? };
         let cpu_linear = Linear { weight: cpu_weight, bias };
         let x = self.noise(tokens * inputs);
         let residual = self.noise(tokens * outputs);
@@ -396,13 +389,13 @@ impl<L: Launcher> Test<'_, L> {
         let heads = Heads { count, size, slopes: alibi_slopes(count) };
         let (weight, cpu_weight) = self.matrix(3 * width, width, false)?;
         let bias = self.noise(3 * width);
-        let linear = Linear { weight, bias: self.cuda.vector(&tensor(&bias, 3 * width))? };
+        let linear = Linear { weight, bias: self.cuda.vector(&Tensor::of_rows(&bias, 3 * width))? };
         let cpu_linear = Linear { weight: cpu_weight, bias };
         // scores of about one: softmax over many positions, not one
         let (mut norm, mut cpu_norm) = self.norm(width)?;
         cpu_norm.weight.iter_mut().chain(&mut cpu_norm.bias).for_each(|v| *v *= 0.5 / (width as f32).sqrt());
-        norm.weight = self.cuda.vector(&tensor(&cpu_norm.weight, width))?;
-        norm.bias = self.cuda.vector(&tensor(&cpu_norm.bias, width))?;
+        norm.weight = self.cuda.vector(&Tensor::of_rows(&cpu_norm.weight, width))?;
+        norm.bias = self.cuda.vector(&Tensor::of_rows(&cpu_norm.bias, width))?;
         let needed: usize = spans.iter().map(|s| (s.0 + s.1).div_ceil(BLOCK)).sum();
         let mut order: Vec<u32> = (0..needed as u32).collect();
         self.words.shuffle(&mut order);

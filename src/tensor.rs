@@ -119,6 +119,13 @@ pub struct Tensor {
 }
 
 impl Tensor {
+    /// Rows of `cols` numbers in f32.
+    pub fn of_rows(x: &[f32], cols: usize) -> Tensor {
+        let bytes: Vec<u8> = bytemuck::cast_slice(x).to_vec();
+        let len = bytes.len();
+        Tensor { dtype: DType::F32, shape: vec![x.len() / cols, cols], bytes: Bytes::Owned(Arc::new(bytes), 0..len) }
+    }
+
     pub fn len(&self) -> usize {
         self.shape.iter().product()
     }

@@ -3,8 +3,9 @@
 mod emulated;
 
 use beautiful_prompt::ops::cuda::Cuda;
+use beautiful_prompt::ops::{Backend, Heads};
 use beautiful_prompt::selftest::{Shapes, run};
-use beautiful_prompt::tensor::DType;
+use beautiful_prompt::tensor::{DType, Tensor};
 use emulated::Emulated;
 use kernel_emulator::Emulator;
 use std::collections::BTreeSet;
@@ -120,4 +121,31 @@ fn the_order_of_threads_does_not_matter() {
         true,
         true,
     );
+}
+
+/// Before a model uses them, the kernels of Hopper alone are tried beside the others.
+#[test]
+fn kernels_of_hopper_that_compute_something_else_are_left_alone() {
+    let heads = Heads { count: 2, size: 96, slopes: vec![0.5, 0.25] };
+    for half in [DType::Bf16, DType::F16] {
+        for broken in [None, Some("linear_cluster"), Some("head_logits_hopper")] {
+            let device = emulated::gpu(false, true);
+            device.broken.set(broken);
+            let cuda = Cuda::new(device.clone(), half, false);
+            let wrong = match broken {
+                None => None,
+                Some("linear_cluster") => Some("products"),
+                Some(_) => Some("the head's products"),
+            };
+            assert_eq!(cuda.try_hopper(&heads).unwrap(), wrong, "{broken:?}");
+            device.launched.borrow_mut().clear();
+            let x = cuda.upload(&vec![0.5; 40 * 64], 64, true).unwrap();
+            let head = Tensor::of_rows(&[0.25; 100 * 64], 64);
+            cuda.logits(&x, &cuda.matrix(head, None).unwrap(), &mut Vec::new()).unwrap();
+            let used = device.launched.borrow().keys().any(|k| k.contains("hopper"));
+            assert_eq!(used, broken.is_none(), "{broken:?}");
+        }
+    }
+    let older = Cuda::new(emulated::gpu(false, false), DType::Bf16, false);
+    assert_eq!(older.try_hopper(&heads).unwrap(), None);
 }

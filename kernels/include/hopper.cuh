@@ -74,13 +74,18 @@ DEVICE void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 #endif
 }
-// Waits until the phase of this parity has ended.
+// Waits until the phase of this parity has ended. Nothing that works takes ten seconds: rather than wait for ever, the kernel fails.
 DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
 #ifdef KERNEL_EMULATOR
     emulator_barrier_wait(barrier, parity);
 #else
     asm volatile(
-        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra end;\nbra again;\nend:\n}"
+        "{\n.reg .pred done, late;\n.reg .u64 start, now;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra end;\n"
+        "mov.u64 start, %%globaltimer;\n"
+        "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra end;\n"
+        "mov.u64 now, %%globaltimer;\nsub.u64 now, now, start;\nsetp.gt.u64 late, now, 10000000000;\n@late trap;\n"
+        "bra again;\nend:\n}"
         ::"r"(shared_address(barrier)), "r"(parity)
         : "memory");
 #endif

@@ -6,7 +6,7 @@ use super::llm::random_checkpoint;
 use super::machine::Machine;
 use crate::engine::{SampleRow, Sampling};
 use crate::error::Result;
-use crate::models::bloom::{BloomConfig, Parameter, alibi_slopes};
+use crate::models::bloom::{BloomConfig, Parameter};
 use crate::ops::{BLOCK, Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
 use crate::random::Words;
 use crate::tensor::DType;
@@ -118,7 +118,7 @@ pub fn run<B: Backend + Machine>(
     let cache_dtype = if dtype == DType::Int8 { DType::Bf16 } else { dtype };
     let bench = Bench {
         backend,
-        heads: Heads { count: config.heads, size: config.head_size(), slopes: alibi_slopes(config.heads) },
+        heads: config.attention_heads(),
         layers,
         table: backend.matrix(table, Some(dtype))?,
         weight: dtype.size() as f64,

@@ -119,7 +119,10 @@ impl KernelArgs {
         };
         let report = match self.model.device(&config)? {
             Device::Cpu(cpu) => kernels::run(&cpu, config, dtype, &options)?,
-            Device::Cuda(driver) => kernels::run(&self.model.cuda(driver, dtype), config, dtype, &options)?,
+            Device::Cuda(driver) => {
+                let cuda = self.model.cuda(driver, dtype, &config)?;
+                kernels::run(&cuda, config, dtype, &options)?
+            }
         };
         if self.json {
             println!("{}", serde_json::to_string_pretty(&report)?);

@@ -160,7 +160,8 @@ impl ModelArgs {
                 Placed::Cpu(cpu, model)
             }
             Device::Cuda(driver) => {
-                let cuda = self.cuda(driver, dtype.filter(|d| *d != DType::Int8).or(stored).unwrap_or(DType::Bf16));
+                let dtype_of = dtype.filter(|d| *d != DType::Int8).or(stored).unwrap_or(DType::Bf16);
+                let cuda = self.cuda(driver, dtype_of, &checkpoint.config)?;
                 let model = Bloom::load(&cuda, checkpoint, dtype)?;
                 Placed::Cuda(Box::new(cuda), model)
             }
@@ -194,7 +195,7 @@ impl ModelArgs {
     }
 
     /// The backend of a GPU, for weights in f16, or else in bf16.
-    pub fn cuda(&self, driver: Driver, dtype: DType) -> Cuda<Driver> {
+    pub fn cuda(&self, driver: Driver, dtype: DType, config: &BloomConfig) -> anyhow::Result<Cuda<Driver>> {
         let half = if dtype == DType::F16 { DType::F16 } else { DType::Bf16 };
         let mut cuda = Cuda::new(Rc::new(driver), half, self.batch_invariant);
         cuda.records = !self.no_cuda_graphs;
@@ -203,7 +204,13 @@ impl ModelArgs {
             PersistentChoice::Always => Persistent::Always,
             PersistentChoice::Never => Persistent::Never,
         };
-        cuda
+        if let Some(what) = cuda.try_hopper(&config.attention_heads())? {
+            eprintln!(
+                "{}: the kernels with Hopper's own instructions are not used: {what} came out wrong; please report it",
+                cuda.launcher().name
+            );
+        }
+        Ok(cuda)
     }
 }
 

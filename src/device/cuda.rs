@@ -11,7 +11,7 @@ use std::ffi::{CString, c_void};
 /// The least driver that the kernels' machine code loads with: that of CUDA 13.0.
 const DRIVER: i32 = 13000;
 
-/// Set to 1, uses the kernels with Hopper's own instructions, which have not been run on one yet.
+/// Set to 0, leaves the kernels with Hopper's own instructions alone.
 const HOPPER: &str = "BPROMPT_HOPPER";
 
 /// One GPU and one stream of work on it.
@@ -115,7 +115,7 @@ impl Driver {
         let limits = Limits {
             shared_bytes: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
             processors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-            hopper: images.iter().any(|i| i.arch == "sm_90a") && std::env::var_os(HOPPER).is_some_and(|v| v == "1"),
+            hopper: images.iter().any(|i| i.arch == "sm_90a") && std::env::var_os(HOPPER).is_none_or(|v| v != "0"),
         };
         unsafe {
             let context = result::primary_ctx::retain(device).map_err(failed("no context"))?;
@@ -233,8 +233,16 @@ impl Launcher for Driver {
     fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()> {
         let mut function = self.function(kernel)?;
         if shape.shared_bytes > function.shared_bytes {
-            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
-            unsafe { result::function::set_function_attribute(function.handle, MOST, shape.shared_bytes as i32) }
+            use sys::CUfunction_attribute_enum::{
+                CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST,
+                CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT as PART,
+            };
+            let set = |attribute, value| unsafe {
+                result::function::set_function_attribute(function.handle, attribute, value)
+            };
+            // all that there is for shared memory, in percent, or only one such block might fit a multiprocessor
+            set(MOST, shape.shared_bytes as i32)
+                .and_then(|()| set(PART, 100))
                 .map_err(failed(format!("{kernel}: {} bytes of shared memory", shape.shared_bytes)))?;
             function.shared_bytes = shape.shared_bytes;
             self.functions.borrow_mut().insert(kernel.to_owned(), function);

@@ -1,6 +1,7 @@
 //! `config.json` of a BLOOM checkpoint.
 
 use crate::error::{Error, Result};
+use crate::ops::Heads;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
@@ -85,6 +86,11 @@ impl BloomConfig {
 
     pub fn head_size(&self) -> usize {
         self.hidden_size / self.heads
+    }
+
+    /// The heads of every layer.
+    pub fn attention_heads(&self) -> Heads {
+        Heads { count: self.heads, size: self.head_size(), slopes: alibi_slopes(self.heads) }
     }
 
     /// Reads and checks `config.json`.

@@ -1,6 +1,6 @@
 //! BLOOM for inference, over any [`Backend`].
 
-use super::{BloomConfig, alibi_slopes};
+use super::BloomConfig;
 use crate::checkpoint::Checkpoint;
 use crate::engine::{Chosen, SampleRow};
 use crate::error::Result;
@@ -60,7 +60,7 @@ impl<B: Backend> Bloom<B> {
             })
         });
         Ok(Bloom {
-            heads: Heads { count: config.heads, size: config.head_size(), slopes: alibi_slopes(config.heads) },
+            heads: config.attention_heads(),
             embedding: backend.matrix(embedding, dtype)?,
             embedding_norm: norm("transformer.word_embeddings_layernorm")?,
             layers: layers.collect::<Result<_>>()?,

@@ -167,7 +167,7 @@ impl<L: Launcher> Cuda<L> {
         for first in (0..pass.tile_count).step_by(MOST_ROWS) {
             let part = Attention { tiles: a.tiles + 8 * first as u64, ..a };
             let grid = [heads.count, MOST_ROWS.min(pass.tile_count - first), 1];
-            if self.launcher.limits().hopper {
+            if self.hopper() {
                 let kernel = format!("attend_hopper_{}_{size}", self.suffix());
                 // all of the cache is one matrix, of which blocks of positions are copied
                 let row = |at: u64| ((at - cache.memory.at) / (2 * size as u64)) as u32;

@@ -69,7 +69,7 @@ const QKV: u32 = 3;
 
 /// The kernel of a product.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Way {
+pub(super) enum Way {
     /// Up to [`TOKENS`] at a time, weights once for each time.
     Skinny,
     /// Tiles of [`TILE`] by [`TILE`].
@@ -105,6 +105,32 @@ impl<L: Launcher> Cuda<L> {
         epilogue: Epilogue<Buffer<L>>,
         out: &mut Buffer<L>,
     ) -> Result<()> {
+        let finish = self.result(x.rows, linear, epilogue, out)?;
+        self.run(x, norm, &linear.weight, finish)
+    }
+
+    /// The product of 16-bit rows, in a given way.
+    pub(super) fn product_as(
+        &self,
+        way: Way,
+        x: &Buffer<L>,
+        linear: &Linear<Matrix<L>, Vector<L>>,
+        epilogue: Epilogue<Buffer<L>>,
+        out: &mut Buffer<L>,
+    ) -> Result<()> {
+        let finish = self.result(x.rows, linear, epilogue, out)?;
+        let (tokens, inputs) = (x.rows as u32, linear.weight.cols as u32);
+        self.run_as(way, Input { x: x.at(), tokens, inputs, ..Input::zeroed() }, &linear.weight, finish)
+    }
+
+    /// Where the results of an epilogue go; makes room for them.
+    fn result(
+        &self,
+        tokens: usize,
+        linear: &Linear<Matrix<L>, Vector<L>>,
+        epilogue: Epilogue<Buffer<L>>,
+        out: &mut Buffer<L>,
+    ) -> Result<Finish> {
         let width = linear.weight.rows;
         let mut finish = Finish { bias: linear.bias.at, width: width as u32, ..Finish::zeroed() };
         finish.mode = match epilogue {
@@ -115,9 +141,9 @@ impl<L: Launcher> Cuda<L> {
                 RESIDUAL
             }
         };
-        self.reserve(out, x.rows, width, finish.mode == GELU)?;
+        self.reserve(out, tokens, width, finish.mode == GELU)?;
         finish.out = out.at();
-        self.run(x, norm, &linear.weight, finish)
+        Ok(finish)
     }
 
     /// Queries to `out`, keys and values to the cache's layer, which begins at `(keys, values)`.
@@ -167,7 +193,13 @@ impl<L: Launcher> Cuda<L> {
             }
         }
         assert_eq!(narrow, input.weight == 0, "products read 16-bit rows, or normalize f32 rows");
-        match self.way(tokens, weight) {
+        self.run_as(self.way(tokens, weight), input, weight, finish)
+    }
+
+    /// A product of 16-bit rows, or with [`Way::Skinny`] of few rows to normalize, in a given way.
+    fn run_as(&self, way: Way, input: Input, weight: &Matrix<L>, finish: Finish) -> Result<()> {
+        let tokens = input.tokens as usize;
+        match way {
             Way::Skinny => self.skinny_parts(input, weight, finish),
             Way::Large => {
                 let grid = [weight.rows.div_ceil(TILE), tokens.div_ceil(TILE), 1];
@@ -194,7 +226,7 @@ impl<L: Launcher> Cuda<L> {
     /// How a product with so many tokens is done.
     fn way(&self, tokens: usize, weight: &Matrix<L>) -> Way {
         let limits = self.launcher.limits();
-        let hopper = limits.hopper && !weight.int8();
+        let hopper = self.hopper() && !weight.int8();
         if self.batch_invariant || tokens <= if hopper { FEW_TOKENS } else { TOKENS } {
             return Way::Skinny;
         }
@@ -282,12 +314,25 @@ impl<L: Launcher> Cuda<L> {
         head: &Matrix<L>,
         rest: impl FnOnce(Args) -> Args,
     ) -> Result<()> {
+        self.head_as(self.way(rows.len(), head), family, x, rows, head, rest)
+    }
+
+    /// [`Cuda::head`] in a given way.
+    pub(super) fn head_as(
+        &self,
+        way: Way,
+        family: &str,
+        x: &Buffer<L>,
+        rows: std::ops::Range<usize>,
+        head: &Matrix<L>,
+        rest: impl FnOnce(Args) -> Args,
+    ) -> Result<()> {
         let tokens = rows.len();
         let (x, inputs) = (x.at() + (rows.start * head.cols * 2) as u64, head.cols as u32);
         let input = Input { x, tokens: tokens as u32, inputs, ..Input::zeroed() };
         let rest = |args| rest(args).with(head.rows as u32);
         let grid = |tile: usize| [tokens.div_ceil(tile), head.rows.div_ceil(TILE), 1];
-        match self.way(tokens, head) {
+        match way {
             Way::Skinny => self.skinny(family, head, tokens, false, rest(self.plain_args(input, head))),
             Way::Large => {
                 let kernel = self.kernel(&format!("{family}_large"), head);

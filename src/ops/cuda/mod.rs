@@ -10,6 +10,7 @@ mod linear;
 mod measure;
 mod persistent;
 mod sampling;
+mod trial;
 mod weights;
 
 pub use attention::Cache;
@@ -25,7 +26,7 @@ use crate::models::bloom::BloomConfig;
 use crate::ops::BLOCK;
 use crate::tensor::{Bytes, DType, Tensor};
 use bytemuck::{Pod, Zeroable};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -62,6 +63,8 @@ pub struct Cuda<L: Launcher> {
     /// Whether products of any number of tokens sum in one order, so that a sequence's results do not depend on its neighbours
     /// in their last bits. Many tokens take longer then.
     batch_invariant: bool,
+    /// Whether kernels with Hopper's own instructions are left alone, though the GPU has them.
+    without_hopper: Cell<bool>,
     /// The first failure since results were last taken.
     failed: RefCell<Option<Error>>,
     scratch: RefCell<sampling::Scratch<L>>,
@@ -156,12 +159,28 @@ impl<L: Launcher> Cuda<L> {
     pub fn new(launcher: Rc<L>, half: DType, batch_invariant: bool) -> Cuda<L> {
         assert!(matches!(half, DType::Bf16 | DType::F16), "activations are bf16 or f16");
         let (failed, scratch, graphs, models) = Default::default();
-        let persistent = Persistent::Never;
-        Cuda { launcher, half, batch_invariant, failed, scratch, records: true, persistent, graphs, models }
+        let (persistent, without_hopper) = (Persistent::Never, Cell::new(false));
+        Cuda {
+            launcher,
+            half,
+            batch_invariant,
+            without_hopper,
+            failed,
+            scratch,
+            records: true,
+            persistent,
+            graphs,
+            models,
+        }
     }
 
     pub fn launcher(&self) -> &L {
         &self.launcher
+    }
+
+    /// Whether kernels with Hopper's own instructions are used.
+    fn hopper(&self) -> bool {
+        self.launcher.limits().hopper && !self.without_hopper.get()
     }
 
     /// Whether there are kernels for a model's sizes.
@@ -325,7 +344,7 @@ impl<L: Launcher> Backend for Cuda<L> {
             batch.fed.iter().for_each(|&(token, choice)| words[4 * n + token] = choice as u32);
             let (mut tiles, mut singles): (Vec<u32>, Vec<u32>) = Default::default();
             pass.longest_single = 0;
-            let queries = attention::tile_queries(self.launcher.limits().hopper);
+            let queries = attention::tile_queries(self.hopper());
             for (number, span) in batch.spans.iter().enumerate() {
                 for i in 0..span.len {
                     let (token, position) = (span.start + i, span.past + i);

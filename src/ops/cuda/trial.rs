@@ -1,0 +1,129 @@
+//! Whether the kernels with Hopper's own instructions (TMA, wgmma, clusters) do on this GPU what the others do: tried on small
+//! numbers before a model uses them.
+
+use super::linear::Way;
+use super::{Buffer, Cuda, Pass};
+use crate::device::{Launcher, Memory};
+use crate::error::{Error, Result};
+use crate::ops::{BLOCK, Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
+use crate::random::Words;
+use crate::tensor::Tensor;
+
+const OUTPUTS: usize = 304;
+const INPUTS: usize = 192;
+const TOKENS: [usize; 2] = [60, 200];
+
+/// Numbers in (-1, 1).
+fn noise(words: &mut Words, n: usize) -> Vec<f32> {
+    (0..n).map(|_| 2.0 * words.uniform() - 1.0).collect()
+}
+
+/// Whether two results differ by more than their rounding to 16 bits explains.
+fn differ(a: &[f32], b: &[f32]) -> bool {
+    let most = b.iter().fold(0f32, |m, v| m.max(v.abs()));
+    a.iter().zip(b).any(|(a, b)| a.is_nan() || (a - b).abs() > 0.02 * most)
+}
+
+impl<L: Launcher> Cuda<L> {
+    /// Tries the kernels that Hopper alone has, if they are to be used, beside those that every GPU has; leaves them alone from then on and
+    /// names what is wrong if results differ.
+    ///
+    /// # Errors
+    /// When a kernel fails: the device can do nothing more in this process then.
+    pub fn try_hopper(&self, heads: &Heads) -> Result<Option<&'static str>> {
+        if !self.hopper() {
+            return Ok(None);
+        }
+        let tried = self.wrong_products().and_then(|wrong| match wrong {
+            None => self.wrong_attention(heads),
+            some => Ok(some),
+        });
+        let wrong = tried.map_err(|e| {
+            Error::invalid(format!(
+                "{e}, in the kernels with Hopper's own instructions; BPROMPT_HOPPER=0 goes without them"
+            ))
+        })?;
+        self.without_hopper.set(wrong.is_some());
+        Ok(wrong)
+    }
+
+    fn wrong_products(&self) -> Result<Option<&'static str>> {
+        let mut words = Words::new(1, 3);
+        let weight = self.matrix(Tensor::of_rows(&noise(&mut words, OUTPUTS * INPUTS), INPUTS), None)?;
+        let linear = Linear { weight, bias: self.vector(&Tensor::of_rows(&noise(&mut words, OUTPUTS), OUTPUTS))? };
+        let (mut ours, mut theirs) = (Buffer::default(), Buffer::default());
+        for tokens in TOKENS {
+            let x = self.upload(&noise(&mut words, tokens * INPUTS), INPUTS, true)?;
+            let tile = if tokens <= 64 { 64 } else { 128 };
+            for way in [Way::Cluster { tokens: tile, blocks: 1 }, Way::Cluster { tokens: tile, blocks: 2 }, Way::Hopper]
+            {
+                for gelu in [false, true] {
+                    let epilogue = || if gelu { Epilogue::BiasGelu } else { Epilogue::Bias };
+                    self.product_as(Way::Skinny, &x, &linear, epilogue(), &mut theirs)?;
+                    self.product_as(way, &x, &linear, epilogue(), &mut ours)?;
+                    if differ(&self.download(&ours, OUTPUTS)?, &self.download(&theirs, OUTPUTS)?) {
+                        return Ok(Some("products"));
+                    }
+                }
+            }
+            let out = Memory::new(&self.launcher, tokens * OUTPUTS * 4)?;
+            let logits = |way| -> Result<Vec<f32>> {
+                let mut read = vec![0.0; tokens * OUTPUTS];
+                for first in (0..tokens).step_by(60) {
+                    let rows = if way == Way::Skinny { first..tokens.min(first + 60) } else { 0..tokens };
+                    let at = out.at + (rows.start * OUTPUTS * 4) as u64;
+                    self.head_as(way, "head_logits", &x, rows, &linear.weight, |a| a.with(at).with(0u64))?;
+                }
+                self.launcher.read(out.at, bytemuck::cast_slice_mut(&mut read))?;
+                Ok(read)
+            };
+            if differ(&logits(Way::Hopper)?, &logits(Way::Skinny)?) {
+                return Ok(Some("the head's products"));
+            }
+        }
+        Ok(None)
+    }
+
+    /// A prompt, and the next part of it.
+    fn wrong_attention(&self, heads: &Heads) -> Result<Option<&'static str>> {
+        let heads = Heads { count: 2, size: heads.size, slopes: heads.slopes[..1].repeat(2) };
+        let (width, lengths) = (2 * heads.size, [70usize, 150]);
+        let blocks: Vec<u32> = (0..(lengths[0] + lengths[1]).div_ceil(BLOCK) as u32).rev().collect();
+        let mut words = Words::new(1, 4);
+        let weight = self.matrix(Tensor::of_rows(&noise(&mut words, 3 * width * width), width), None)?;
+        let bias = self.vector(&Tensor::of_rows(&noise(&mut words, 3 * width), width))?;
+        let qkv = Linear { weight, bias };
+        // scores of about one
+        let scale = 0.5 / (width as f32).sqrt();
+        let mut parameters = || {
+            let small: Vec<f32> = noise(&mut words, width).iter().map(|v| v * scale).collect();
+            self.vector(&Tensor::of_rows(&small, width))
+        };
+        let norm = LayerNorm { weight: parameters()?, bias: parameters()? };
+        let mut cache = self.cache(self.half, 1, &heads, blocks.len())?;
+        let mut start = 0;
+        for length in lengths {
+            let mut batch = Batch::default();
+            batch.push(&vec![0; length], start, &blocks);
+            start += length;
+            let x = self.upload(&noise(&mut words, length * width), width, false)?;
+            let (mut normed, mut queries) = Default::default();
+            let mut results = Vec::new();
+            for without in [true, false] {
+                self.without_hopper.set(without);
+                let (mut pass, mut out) = (Pass::default(), Buffer::default());
+                self.begin(&batch, &mut pass);
+                if without {
+                    let norm = Norm { norm: &norm, eps: 1e-5, keep: false, normed: &mut normed };
+                    self.norm_qkv(&batch, &pass, 0, &x, norm, &qkv, &heads, &mut cache, &mut queries);
+                }
+                self.attention(&batch, &pass, 0, &heads, &queries, &cache, &mut out);
+                results.push(self.download(&out, width)?);
+            }
+            if differ(&results[1], &results[0]) {
+                return Ok(Some("the attention of prompts"));
+            }
+        }
+        Ok(None)
+    }
+}
