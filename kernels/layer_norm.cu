@@ -27,11 +27,7 @@ DEVICE void layer_norm(T* out, const float* x, const uint32_t* rows, const float
     uint32_t r = blockIdx.x * ROWS_PER_BLOCK + warp_index();
     if (r >= count) return;
     FloatRow row = {x + static_cast<size_t>(rows ? rows[r] : r) * width};
-    float mean, inverse;
-    warp_moments(row, width, eps, mean, inverse);
-    for (uint32_t i = lane_index() * 4; i < width; i += WARP * 4) {
-        store_four(out + static_cast<size_t>(r) * width + i, normalized(row(i), i, weight, bias, mean, inverse));
-    }
+    normalize_row(out + static_cast<size_t>(r) * width, row, weight, bias, width, eps);
 }
 
 #define EMBED_NORM(T, suffix)                                                                                          \

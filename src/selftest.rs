@@ -130,7 +130,10 @@ pub fn run<L: Launcher>(launcher: &Rc<L>, half: DType, shapes: &Shapes, each: &m
         }
     }
     for (i, &(count, size)) in shapes.steps.iter().enumerate() {
-        test.steps(count, size, i % 2 == 1, i % 3 == 1)?;
+        // in one kernel, and by larger products
+        for sequences in [5, 20] {
+            test.steps(count, size, sequences, i % 2 == 1, i % 3 == 1)?;
+        }
     }
     for &(count, size) in &shapes.heads {
         for batch in &shapes.batches {
@@ -234,7 +237,14 @@ impl<L: Launcher> Test<'_, L> {
     }
 
     /// Decoding steps of a small model: operation by operation, recorded and repeated, and in one kernel.
-    fn steps(&mut self, count: usize, size: usize, int8: bool, residual_post_norm: bool) -> Result<()> {
+    fn steps(
+        &mut self,
+        count: usize,
+        size: usize,
+        sequences: usize,
+        int8: bool,
+        residual_post_norm: bool,
+    ) -> Result<()> {
         const LAYERS: usize = 2;
         const VOCABULARY: usize = 50;
         let width = count * size;
@@ -274,7 +284,7 @@ impl<L: Launcher> Test<'_, L> {
             });
         }
         // the first sequences are longer than one block of threads takes
-        let (sequences, steps) = (5, 3);
+        let steps = 3;
         let start = |s: usize| [160, 0, 14][s % 3];
         let blocks = |s: usize| -> Vec<u32> { (0..11).map(|b| (s * 11 + b) as u32).collect() };
         let batches: Vec<Batch> = (0..steps)
@@ -333,7 +343,7 @@ impl<L: Launcher> Test<'_, L> {
             expected.extend_from_slice(&scratch.x);
         }
         let int8 = if int8 { ", int8" } else { "" };
-        let case = format!("{LAYERS} layers of {count} x {size}{int8}");
+        let case = format!("{sequences} sequences, {LAYERS} layers of {count} x {size}{int8}");
         // activations are rounded seven times a layer
         let allowed = 7.0 * LAYERS as f32 * self.rounding();
         self.report("steps", case.clone(), error(&results[0], &expected), allowed);

@@ -67,7 +67,7 @@ fn clusters_divide_the_inputs() {
         matrices: vec![(300, 336), (16, 80), (130, 720)],
         tokens: vec![17, 64, 90, 130],
         heads: vec![(3, 96)],
-        steps: vec![],
+        steps: vec![(2, 64)],
         batches: vec![vec![(0, 20), (33, 1)]],
         vocabularies: vec![],
         ..Shapes::small(5)

@@ -181,6 +181,41 @@ fn a_decoding_step_is_five_launches_a_layer() {
     assert_eq!(steps[3..], [(1 + 5 * model.config.layers + 3, 2); 3], "{steps:?}");
 }
 
+/// On Hopper that holds for larger batches too, once the first layer's rows are normalized: the clusters that finish a product's rows
+/// normalize them. What comes out is the CPU's.
+#[test]
+fn larger_steps_on_hopper_are_five_launches_a_layer_too() {
+    let config = BloomConfig::new(300, 256, 2, 4);
+    let checkpoint = random_checkpoint(config.clone(), DType::Bf16).unwrap();
+    let launcher = gpu(false, true);
+    launcher.processors.set(64);
+    let cuda = Cuda::new(launcher.clone(), DType::Bf16, false);
+    let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
+    let mut engine =
+        Engine::new(&cuda, &model, EngineOptions { cache_tokens: 1024, ..EngineOptions::default() }).unwrap();
+    for id in 0..20 {
+        engine.submit(Request { ignore_eos: true, ..Request::new(id, vec![id as u32 + 1, 7], 9, 2) }).unwrap();
+    }
+    let mut step = || {
+        let before = launcher.launched.borrow().clone();
+        engine.step(&mut |_| Verdict::Go).unwrap();
+        let launched = launcher.launched.borrow();
+        launched.iter().map(|(k, n)| n - before.get(k).copied().unwrap_or(0)).sum::<usize>()
+    };
+    let steps: Vec<usize> = (0..6).map(|_| step()).collect();
+    assert_eq!(steps[3..], [2 + 5 * config.layers + 3; 3], "{steps:?}");
+
+    let cpu = Cpu::new(0, Isa::detect());
+    let theirs = Bloom::load(&cpu, checkpoint, Some(DType::F32)).unwrap();
+    for tokens in [40, 150] {
+        let ids: Vec<u32> = (0..tokens).map(|i| i * 7 % 300).collect();
+        let theirs = logits(&cpu, &theirs, &ids, usize::MAX);
+        let e = error(&logits(&cuda, &model, &ids, usize::MAX), &theirs);
+        assert!(e < 3e-2, "{tokens} tokens: {e:e}");
+        assert!(launcher.clusters.borrow().contains(&4));
+    }
+}
+
 /// Steps of one shape are recorded the second time and repeated from then on; tokens and log-probabilities stay what they were
 /// without recordings, also when sequences come and go, drafts change the shape, and another engine takes the memory.
 #[test]
@@ -283,20 +318,7 @@ fn verdict(request: u64, n: usize, token: u32) -> Verdict {
 /// host.
 #[test]
 fn steps_begin_before_the_tokens_are_known() {
-    let config = BloomConfig {
-        vocab_size: 2000,
-        hidden_size: 64,
-        layers: 2,
-        heads: 2,
-        layer_norm_epsilon: 1e-5,
-        residual_post_layer_norm: false,
-        tied: true,
-        context: 256,
-        bos_token_id: 1,
-        eos_token_id: 2,
-        pad_token_id: 3,
-        stored_dtype: None,
-    };
+    let config = BloomConfig::new(2000, 64, 2, 2);
     let checkpoint = random_checkpoint(config, DType::F16).unwrap();
     let plain = Sampling { temperature: 1.0, repetition_penalty: 1.5, ..Sampling::default() };
     let samplings = [

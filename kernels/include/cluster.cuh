@@ -33,15 +33,15 @@ DEVICE void sync_cluster() {
 #endif
 }
 
-// The same place in the shared memory of the cluster's block `rank`, which must not end before it has been read.
+// The same place in the shared memory of the cluster's block `rank`, which must not end before that is done with.
 template <class X>
-DEVICE const X* in_cluster(const X* shared, uint32_t rank) {
+DEVICE X* in_cluster(X* shared, uint32_t rank) {
 #ifdef KERNEL_EMULATOR
-    return static_cast<const X*>(emulator_cluster_shared(shared, rank));
+    return static_cast<X*>(emulator_cluster_shared(shared, rank));
 #else
     uint64_t at;
     asm("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"(shared), "r"(rank));
-    return reinterpret_cast<const X*>(at);
+    return reinterpret_cast<X*>(at);
 #endif
 }
 

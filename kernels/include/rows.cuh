@@ -41,3 +41,13 @@ DEVICE void store_four(T* to, Four v) {
     out[0] = pack<T>(v.v[0], v.v[1]);
     out[1] = pack<T>(v.v[2], v.v[3]);
 }
+
+// The normalized row in 16 bits, by one warp.
+template <class T>
+DEVICE void normalize_row(T* out, const FloatRow& row, const float* weight, const float* bias, uint32_t width, float eps) {
+    float mean, inverse;
+    warp_moments(row, width, eps, mean, inverse);
+    for (uint32_t i = lane_index() * 4; i < width; i += WARP * 4) {
+        store_four(out + i, normalized(row(i), i, weight, bias, mean, inverse));
+    }
+}

@@ -85,15 +85,22 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
+// What this thread knows to be written, by whichever block, is what it reads from here on.
+DEVICE void fence_device() {
+#ifndef KERNEL_EMULATOR
+    __threadfence();
+#endif
+}
+
 // Adds to a counter in device memory and returns what it was; what this thread wrote before is seen by whoever sees the
 // new value.
 DEVICE uint32_t count_up(uint32_t* counter) {
 #ifdef KERNEL_EMULATOR
     return __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL);
 #else
-    __threadfence();
+    fence_device();
     uint32_t before = atomicAdd(counter, 1u);
-    __threadfence();
+    fence_device();
     return before;
 #endif
 }
@@ -105,7 +112,7 @@ DEVICE void wait_for_count(uint32_t* counter, uint32_t n) {
 #else
     while (static_cast<int32_t>(*static_cast<volatile uint32_t*>(counter) - n) < 0) {
     }
-    __threadfence();
+    fence_device();
 #endif
 }
 

@@ -63,12 +63,22 @@ impl<B: Backend> Forward<'_, B> {
             let norm = Norm { norm: &layer.input_norm, eps, keep, normed };
             backend.norm_qkv(self.batch, pass, i, x, norm, &layer.qkv, self.heads, self.cache, qkv);
             backend.attention(self.batch, pass, i, self.heads, qkv, self.cache, attention);
-            let residual = if keep { &*normed } else { &*x };
-            backend.linear(attention, &layer.dense, Epilogue::BiasResidual(residual), x2);
+            if keep {
+                backend.linear(attention, &layer.dense, Epilogue::BiasResidual(normed), x2);
+            } else {
+                let norm = Norm { norm: &layer.post_norm, eps, keep, normed };
+                backend.linear_before_norm(attention, &layer.dense, Epilogue::BiasResidual(x), x2, norm);
+            }
             let norm = Norm { norm: &layer.post_norm, eps, keep, normed };
             backend.norm_linear(x2, norm, &layer.up, Epilogue::BiasGelu, wide);
-            let residual = if keep { &*normed } else { &*x2 };
-            backend.linear(wide, &layer.down, Epilogue::BiasResidual(residual), x);
+            match self.layers.get(i + 1) {
+                _ if keep => backend.linear(wide, &layer.down, Epilogue::BiasResidual(normed), x),
+                Some(next) => {
+                    let norm = Norm { norm: &next.input_norm, eps, keep, normed };
+                    backend.linear_before_norm(wide, &layer.down, Epilogue::BiasResidual(x2), x, norm);
+                }
+                None => backend.linear(wide, &layer.down, Epilogue::BiasResidual(x2), x),
+            }
         }
     }
 

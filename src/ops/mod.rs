@@ -138,6 +138,18 @@ pub trait Backend {
         epilogue: Epilogue<Self::Buffer>,
         out: &mut Self::Buffer,
     );
+    /// [`Backend::linear`] right before an operation that begins with `next`, the norm of its results: a device may do that norm along
+    /// with the product.
+    fn linear_before_norm(
+        &self,
+        x: &Self::Buffer,
+        linear: &Linear<Self::Matrix, Self::Vector>,
+        epilogue: Epilogue<Self::Buffer>,
+        out: &mut Self::Buffer,
+        _next: Norm<Self>,
+    ) {
+        self.linear(x, linear, epilogue, out);
+    }
     /// [`Backend::linear`] of the normalized rows of `x`.
     fn norm_linear(
         &self,

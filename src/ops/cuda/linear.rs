@@ -1,7 +1,7 @@
 //! Products and their epilogues.
 
-use super::{Buffer, Cuda, Matrix, Pass, Vector};
-use crate::device::{Args, Launcher, Shape};
+use super::{Buffer, Cuda, Matrix, Pass, Vector, Written};
+use crate::device::{Args, Launcher, Memory, Shape};
 use crate::error::Result;
 use crate::ops::{Epilogue, Heads, Linear, Norm};
 use bytemuck::{Pod, Zeroable};
@@ -62,6 +62,18 @@ struct Finish {
     unused: u32,
 }
 
+/// `NextNorm` of `kernels/linear_cluster.cu`; zeros if there is none.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct NextNorm {
+    weight: u64,
+    bias: u64,
+    normed: u64,
+    counters: u64,
+    eps: f32,
+    unused: u32,
+}
+
 const BIAS: u32 = 0;
 const GELU: u32 = 1;
 const RESIDUAL: u32 = 2;
@@ -96,7 +108,8 @@ fn tiles(tokens: usize) -> usize {
 }
 
 impl<L: Launcher> Cuda<L> {
-    /// `linear` with its epilogue, of `x` in 16 bits or of the normalized rows of `x` in f32.
+    /// `linear` with its epilogue, of `x` in 16 bits or of the normalized rows of `x` in f32; with the norm that comes `next` if that
+    /// is a launch less.
     pub(super) fn product(
         &self,
         x: &Buffer<L>,
@@ -104,9 +117,42 @@ impl<L: Launcher> Cuda<L> {
         linear: &Linear<Matrix<L>, Vector<L>>,
         epilogue: Epilogue<Buffer<L>>,
         out: &mut Buffer<L>,
+        next: Option<Norm<Self>>,
     ) -> Result<()> {
         let finish = self.result(x.rows, linear, epilogue, out)?;
-        self.run(x, norm, &linear.weight, finish)
+        let next = next.map_or(Ok(NextNorm::zeroed()), |next| self.next_norm(x.rows, linear, out.written(), next))?;
+        self.run(x, norm, &linear.weight, finish, next)
+    }
+
+    /// What a product needs to know of the norm that comes next, if it is to do it.
+    fn next_norm(
+        &self,
+        tokens: usize,
+        linear: &Linear<Matrix<L>, Vector<L>>,
+        out: Written,
+        next: Norm<Self>,
+    ) -> Result<NextNorm> {
+        match self.way(tokens, &linear.weight) {
+            // a cluster has enough warps for the rows
+            Way::Cluster { tokens: tile, blocks } if tile <= 4 * blocks * TILE_THREADS as usize / 32 => {
+                self.reserve(next.normed, tokens, linear.weight.rows, true)?;
+                next.normed.normed_of = Some(out);
+                let mut counters = self.tile_counters.borrow_mut();
+                let tiles = tokens.div_ceil(tile);
+                if counters.as_ref().is_none_or(|m| m.bytes < tiles * 4) {
+                    *counters = Some(Memory::zeroed(&self.launcher, tiles.next_power_of_two().max(64) * 4)?);
+                }
+                Ok(NextNorm {
+                    weight: next.norm.weight.at,
+                    bias: next.norm.bias.at,
+                    normed: next.normed.at(),
+                    counters: counters.as_ref().map_or(0, |m| m.at),
+                    eps: next.eps,
+                    unused: 0,
+                })
+            }
+            _ => Ok(NextNorm::zeroed()),
+        }
     }
 
     /// The product of 16-bit rows, in a given way.
@@ -120,7 +166,8 @@ impl<L: Launcher> Cuda<L> {
     ) -> Result<()> {
         let finish = self.result(x.rows, linear, epilogue, out)?;
         let (tokens, inputs) = (x.rows as u32, linear.weight.cols as u32);
-        self.run_as(way, Input { x: x.at(), tokens, inputs, ..Input::zeroed() }, &linear.weight, finish)
+        let input = Input { x: x.at(), tokens, inputs, ..Input::zeroed() };
+        self.run_as(way, input, &linear.weight, finish, NextNorm::zeroed())
     }
 
     /// Where the results of an epilogue go; makes room for them.
@@ -171,17 +218,27 @@ impl<L: Launcher> Cuda<L> {
             head_size: heads.size as u32,
             ..Finish::zeroed()
         };
-        self.run(x, Some(norm), &linear.weight, finish)
+        self.run(x, Some(norm), &linear.weight, finish, NextNorm::zeroed())
     }
 
-    fn run(&self, x: &Buffer<L>, norm: Option<Norm<Self>>, weight: &Matrix<L>, finish: Finish) -> Result<()> {
+    fn run(
+        &self,
+        x: &Buffer<L>,
+        norm: Option<Norm<Self>>,
+        weight: &Matrix<L>,
+        finish: Finish,
+        next: NextNorm,
+    ) -> Result<()> {
         let tokens = x.rows;
         let (count, inputs) = (tokens as u32, weight.cols as u32);
         let mut input = Input { x: x.at(), tokens: count, inputs, ..Input::zeroed() };
         let mut narrow = x.narrow;
         if let Some(n) = norm {
             let fits = shared_bytes(tokens, weight.cols, true) <= self.launcher.limits().shared_bytes as usize;
-            if tokens <= FEW_TOKENS && fits {
+            if n.normed.normed_of.take() == Some(x.written()) {
+                // done along with the product before
+                (input.x, narrow) = (n.normed.at(), true);
+            } else if tokens <= FEW_TOKENS && fits {
                 (input.weight, input.bias, input.eps) = (n.norm.weight.at, n.norm.bias.at, n.eps);
                 if n.keep {
                     self.reserve(n.normed, tokens, weight.cols, true)?;
@@ -193,11 +250,11 @@ impl<L: Launcher> Cuda<L> {
             }
         }
         assert_eq!(narrow, input.weight == 0, "products read 16-bit rows, or normalize f32 rows");
-        self.run_as(self.way(tokens, weight), input, weight, finish)
+        self.run_as(self.way(tokens, weight), input, weight, finish, next)
     }
 
     /// A product of 16-bit rows, or with [`Way::Skinny`] of few rows to normalize, in a given way.
-    fn run_as(&self, way: Way, input: Input, weight: &Matrix<L>, finish: Finish) -> Result<()> {
+    fn run_as(&self, way: Way, input: Input, weight: &Matrix<L>, finish: Finish, next: NextNorm) -> Result<()> {
         let tokens = input.tokens as usize;
         match way {
             Way::Skinny => self.skinny_parts(input, weight, finish),
@@ -209,7 +266,7 @@ impl<L: Launcher> Cuda<L> {
             Way::Cluster { tokens: tile, blocks } => {
                 let grid = [blocks * tokens.div_ceil(tile), weight.rows.div_ceil(TILE), 1];
                 let args = self.tile_args(input.x, tokens, weight, tile, TILE)?;
-                let args = args.with(weight.cols.div_ceil(SLICE) as u32).with(finish);
+                let args = args.with(weight.cols.div_ceil(SLICE) as u32).with(finish).with(next);
                 let shape = Shape { cluster: blocks as u32, ..Shape::new(grid, TILE_THREADS, tile_shared(tile)) };
                 self.launcher.launch(&format!("linear_cluster_{}_{tile}", self.suffix()), shape, &args)
             }

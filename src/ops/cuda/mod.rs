@@ -65,6 +65,8 @@ pub struct Cuda<L: Launcher> {
     batch_invariant: bool,
     /// Whether kernels with Hopper's own instructions are left alone, though the GPU has them.
     without_hopper: Cell<bool>,
+    /// Zeros between launches: how many clusters of one are done, by tiles of tokens.
+    tile_counters: RefCell<Option<Memory<L>>>,
     /// The first failure since results were last taken.
     failed: RefCell<Option<Error>>,
     scratch: RefCell<sampling::Scratch<L>>,
@@ -76,23 +78,34 @@ pub struct Cuda<L: Launcher> {
     models: RefCell<persistent::Models<L>>,
 }
 
+/// A buffer's address and how often it had been written.
+type Written = (u64, u64);
+
 /// Activations.
 pub struct Buffer<L: Launcher> {
     memory: Option<Memory<L>>,
     /// Elements of 2 bytes, else of 4.
     narrow: bool,
     rows: usize,
+    /// How often it has been written.
+    writes: u64,
+    /// What these are the normalized rows of, if the norm was done along with a product.
+    normed_of: Option<Written>,
 }
 
 impl<L: Launcher> Default for Buffer<L> {
     fn default() -> Self {
-        Buffer { memory: None, narrow: false, rows: 0 }
+        Buffer { memory: None, narrow: false, rows: 0, writes: 0, normed_of: None }
     }
 }
 
 impl<L: Launcher> Buffer<L> {
     fn at(&self) -> u64 {
         self.memory.as_ref().map_or(0, |m| m.at)
+    }
+
+    fn written(&self) -> Written {
+        (self.at(), self.writes)
     }
 }
 
@@ -158,13 +171,14 @@ impl<L: Launcher> Cuda<L> {
     /// `half` is bf16 or f16.
     pub fn new(launcher: Rc<L>, half: DType, batch_invariant: bool) -> Cuda<L> {
         assert!(matches!(half, DType::Bf16 | DType::F16), "activations are bf16 or f16");
-        let (failed, scratch, graphs, models) = Default::default();
+        let (failed, scratch, graphs, models, tile_counters) = Default::default();
         let (persistent, without_hopper) = (Persistent::Never, Cell::new(false));
         Cuda {
             launcher,
             half,
             batch_invariant,
             without_hopper,
+            tile_counters,
             failed,
             scratch,
             records: true,
@@ -247,7 +261,8 @@ impl<L: Launcher> Cuda<L> {
     /// Makes room for `rows` rows of `width` elements.
     fn reserve(&self, buffer: &mut Buffer<L>, rows: usize, width: usize, narrow: bool) -> Result<()> {
         let bytes = rows * width * if narrow { 2 } else { 4 };
-        (buffer.narrow, buffer.rows) = (narrow, rows);
+        (buffer.narrow, buffer.rows, buffer.normed_of) = (narrow, rows, None);
+        buffer.writes += 1;
         self.grow(&mut buffer.memory, bytes)
     }
 
@@ -411,7 +426,18 @@ impl<L: Launcher> Backend for Cuda<L> {
         epilogue: Epilogue<Buffer<L>>,
         out: &mut Buffer<L>,
     ) {
-        self.attempt(|| self.product(x, None, linear, epilogue, out));
+        self.attempt(|| self.product(x, None, linear, epilogue, out, None));
+    }
+
+    fn linear_before_norm(
+        &self,
+        x: &Buffer<L>,
+        linear: &Linear<Matrix<L>, Vector<L>>,
+        epilogue: Epilogue<Buffer<L>>,
+        out: &mut Buffer<L>,
+        next: Norm<Self>,
+    ) {
+        self.attempt(|| self.product(x, None, linear, epilogue, out, Some(next)));
     }
 
     fn norm_linear(
@@ -422,7 +448,7 @@ impl<L: Launcher> Backend for Cuda<L> {
         epilogue: Epilogue<Buffer<L>>,
         out: &mut Buffer<L>,
     ) {
-        self.attempt(|| self.product(x, Some(norm), linear, epilogue, out));
+        self.attempt(|| self.product(x, Some(norm), linear, epilogue, out, None));
     }
 
     fn norm_qkv(
