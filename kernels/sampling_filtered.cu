@@ -10,8 +10,10 @@
 // that a penalty or bias changes, are looked into. What is not below the bound goes to a list in shared memory, is sorted by
 // logit and token, cut to k (ties stay, as in transformers), cut by probability, and chosen from by Gumbel-max. Only if the
 // list runs over are the logits themselves selected from. Probabilities are added in f64; of listed tokens in the sorted order, as
-// on the CPU. Without top-k the list holds the largest MOST, which a cut by probability seldom goes beyond. Where it does, or ties
-// make the list too long for shared memory, the choice is left to the host: its token is TOO_MANY.
+// on the CPU. Without top-k the list holds the largest MOST, which a cut by probability seldom goes beyond. Where it does, or more
+// tokens are wanted or equal than a list holds, there is none: the cut is found by a radix selection over probabilities, added as integers, so that
+// their order does not matter, and all tokens above it take part, in six passes over the logits. A list of likely tokens with too
+// many equals is left to the host: its tokens are TOO_MANY.
 #include "choice.cuh"
 #include "memory.cuh"
 
@@ -36,6 +38,7 @@ struct Shared {
     Partial best[WARPS];
     double total;
     uint32_t count, prefix, left, kept;
+    unsigned long long mass; // that is still to be found
     uint32_t changed[1]; // a bit for each token, to the end of shared memory
 };
 
@@ -181,6 +184,82 @@ DEVICE bool list_largest(Shared& s, const Row& row, const At& at, const Changed&
 DEVICE float listed_logit(const Shared& s, uint32_t i) { return of_ordered(static_cast<uint32_t>(s.list[i] >> 32)); }
 DEVICE uint32_t listed_token(const Shared& s, uint32_t i) { return ~static_cast<uint32_t>(s.list[i]); }
 
+// The best of all threads' tokens, for thread 0.
+DEVICE Partial best_of_block(Shared& s, Partial best) {
+    for (int mask = 16; mask > 0; mask /= 2) best = merged_with_lane(best, mask);
+    if (lane_index() == 0) s.best[warp_index()] = best;
+    sync_block();
+    for (int i = 1; i < WARPS; i++) best = merged(best, s.best[i]);
+    return best;
+}
+
+// Chooses among the row's numbers `at(token)` without a list. Weights are counted in units of 2^-44 of the largest one's.
+template <class At>
+DEVICE Partial choose_among_all(Shared& s, const At& at, const Choice& c, uint32_t vocabulary) {
+    unsigned long long(*masses)[256] = reinterpret_cast<unsigned long long(*)[256]>(s.list); // and the memory of the weights behind it
+    static_assert(sizeof(s.list) + sizeof(s.weights) == sizeof(unsigned long long) * WARPS * 256, "a histogram for each warp");
+    int warp = warp_index(), lane = lane_index();
+    uint32_t least = c.top_k > 0 && c.top_k < vocabulary ? kth_largest(s, at, vocabulary, c.top_k) : 0;
+    float largest = -INFINITY;
+    for (uint32_t i = threadIdx.x; i < vocabulary; i += THREADS) largest = fmaxf(largest, at(i));
+    largest = warp_max(largest);
+    if (lane == 0) s.partial[warp][0] = largest;
+    sync_block();
+    for (int i = 0; i < WARPS; i++) largest = fmaxf(largest, s.partial[i][0]);
+    auto weight = [&](float x) { return exp(static_cast<double>((x - largest) * c.inverse_temperature)); };
+    auto mass = [&](float x) { return static_cast<unsigned long long>(weight(x) * 17592186044416.0 + 0.5); };
+    uint32_t last_tie = vocabulary; // of the tokens with the least number, the last that takes part
+    if (c.top_p < 1.0f) {
+        for (int shift = 24; shift >= 0; shift -= 8) {
+            for (int i = lane; i < 256; i += WARP) masses[warp][i] = 0;
+            sync_block();
+            for (uint32_t i = threadIdx.x; i < vocabulary; i += THREADS) {
+                float x = at(i);
+                uint32_t key = ordered(x);
+                if (key >= least && (shift == 24 || key >> (shift + 8) == s.prefix)) add_shared(&masses[warp][key >> shift & 255], mass(x));
+            }
+            sync_block();
+            if (threadIdx.x < 256) {
+                unsigned long long sum = 0;
+                for (int i = 0; i < WARPS; i++) sum += masses[i][threadIdx.x];
+                masses[0][threadIdx.x] = sum;
+            }
+            sync_block();
+            if (threadIdx.x == 0) {
+                if (shift == 24) {
+                    unsigned long long total = 0;
+                    for (int i = 0; i < 256; i++) total += masses[0][i];
+                    s.prefix = 0;
+                    s.mass = static_cast<unsigned long long>(ceil(c.top_p * static_cast<double>(total)));
+                    if (s.mass == 0) s.mass = 1; // the largest takes part in any case
+                }
+                unsigned long long left = s.mass;
+                int byte = 255;
+                while (byte > 0 && masses[0][byte] < left) left -= masses[0][byte--];
+                s.mass = left;
+                s.prefix = s.prefix << 8 | byte;
+            }
+            sync_block();
+        }
+        least = s.prefix;
+        unsigned long long wanted = s.mass, each = mass(of_ordered(least)), all = masses[0][least & 255];
+        sync_block(); // all have seen them
+        if (wanted + each <= all) {
+            uint32_t ties = static_cast<uint32_t>((wanted + each - 1) / each);
+            auto number = [&](uint32_t i) { return ordered(at(i)) == least ? -static_cast<float>(i) : -INFINITY; };
+            last_tie = static_cast<uint32_t>(-of_ordered(kth_largest(s, number, vocabulary, ties)));
+        }
+    }
+    Partial best = nothing();
+    for (uint32_t i = threadIdx.x; i < vocabulary; i += THREADS) {
+        float x = at(i);
+        uint32_t key = ordered(x);
+        if (key < least || (key == least && i > last_tie) || (c.min_p > 0 && weight(x) < c.min_p)) continue;
+        best = merged(best, Partial{x * c.inverse_temperature + gumbel(c, i), i, 0, 0, 0});
+    }
+    return best_of_block(s, best);
+}
+
 KERNEL_ALONE(choose_filtered, THREADS)
 (Chosen* out, const float* all_logits, const Moments* all_moments, const Choice* choices, const Change* changes,
  const Chosen* previous, uint32_t vocabulary) {
@@ -191,7 +270,6 @@ KERNEL_ALONE(choose_filtered, THREADS)
     out += c.slot;
     Row row = row_of(all_logits, all_moments, c.row, vocabulary);
     const float* logits = row.logits;
-    int warp = warp_index(), lane = lane_index();
     for (uint32_t i = threadIdx.x; i < (vocabulary + 31) / 32; i += THREADS) s.changed[i] = 0;
     sync_block();
     for (uint32_t i = threadIdx.x; i < c.changes_count; i += THREADS) {
@@ -202,12 +280,12 @@ KERNEL_ALONE(choose_filtered, THREADS)
     float lse = log_sum_exp(s, row); // of the model's own logits
     auto at = [&](uint32_t i) { return filtered_logit(logits, s.changed, changes, previous, c, i); };
     auto changed = [&](uint32_t block) { return (s.changed[block / 2] >> (block % 2 * PER_BLOCK) & 0xffff) != 0; };
-    bool all = c.top_k == 0; // is cut by probability
+    auto chosen = [&](const Partial& best) {
+        if (threadIdx.x == 0) *out = Chosen{best.token, logits[best.token] - lse};
+    };
+    bool all = c.top_k == 0 || c.top_k >= vocabulary; // is cut by probability
     uint32_t k = all ? (vocabulary < MOST ? vocabulary : MOST) : c.top_k;
-    if (!list_largest(s, row, at, changed, k)) {
-        if (threadIdx.x == 0) *out = Chosen{TOO_MANY, 0};
-        return;
-    }
+    if (k > MOST || !list_largest(s, row, at, changed, k)) return chosen(choose_among_all(s, at, c, vocabulary));
     uint32_t count = s.count;
     float largest = listed_logit(s, 0);
     auto weight = [&](float x) { return exp(static_cast<double>((x - largest) * c.inverse_temperature)); };
@@ -241,22 +319,13 @@ KERNEL_ALONE(choose_filtered, THREADS)
         s.kept = open ? 0 : kept;
     }
     sync_block();
-    if (s.kept == 0) {
-        if (threadIdx.x == 0) *out = Chosen{TOO_MANY, 0};
-        return;
-    }
+    if (s.kept == 0) return chosen(choose_among_all(s, at, c, vocabulary));
     Partial best = nothing();
     for (uint32_t i = threadIdx.x; i < s.kept; i += THREADS) {
         uint32_t token = listed_token(s, i);
         best = merged(best, Partial{listed_logit(s, i) * c.inverse_temperature + gumbel(c, token), token, 0, 0, 0});
     }
-    for (int mask = 16; mask > 0; mask /= 2) best = merged_with_lane(best, mask);
-    if (lane == 0) s.best[warp] = best;
-    sync_block();
-    if (threadIdx.x == 0) {
-        for (int i = 1; i < WARPS; i++) best = merged(best, s.best[i]);
-        *out = Chosen{best.token, logits[best.token] - lse};
-    }
+    chosen(best_of_block(s, best));
 }
 EXPORT(choose_filtered)
 

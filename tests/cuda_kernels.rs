@@ -2,6 +2,9 @@
 
 mod emulated;
 
+use beautiful_prompt::engine::{Chosen, SampleRow, Sampling};
+use beautiful_prompt::ops::cpu::Cpu;
+use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::cuda::Cuda;
 use beautiful_prompt::ops::{Backend, Heads};
 use beautiful_prompt::selftest::{Shapes, run};
@@ -121,6 +124,32 @@ fn the_order_of_threads_does_not_matter() {
         true,
         true,
     );
+}
+
+/// Tokens with the same logit, hundreds of each: they are kept and cut as on the CPU, whether they fit the kernel's list or not.
+#[test]
+fn equal_logits_are_cut_as_on_the_cpu() {
+    let cuda = Cuda::new(emulated::gpu(true, false), DType::F16, false);
+    let cpu = Cpu::new(0, Isa::detect());
+    for (vocabulary, levels) in [(1200, 5), (6000, 2)] {
+        let head: Vec<f32> =
+            (0..vocabulary).flat_map(|t| [t * 7 % levels, 1, 0, 2].map(|v| v as f32 / 4.0).repeat(4)).collect();
+        let head = Tensor::of_rows(&head, 16);
+        let (ours, theirs) = (cuda.matrix(head.clone(), None).unwrap(), cpu.matrix(head, Some(DType::F32)).unwrap());
+        let x = vec![0.25; 16];
+        let narrow = cuda.upload(&x, 16, true).unwrap();
+        let plain = Sampling { temperature: 1.0, ..Sampling::default() };
+        let filters = [(0, 0.3), (0, 0.5), (0, 0.999), (7, 1.0), (700, 0.9), (1100, 0.2), (0, 1e-9)];
+        let samplings: Vec<Sampling> = (0..4 * filters.len())
+            .map(|i| (i, filters[i % filters.len()]))
+            .map(|(i, (top_k, top_p))| Sampling { top_k, top_p, seed: i as u64, ..plain })
+            .collect();
+        let rows: Vec<SampleRow> = samplings.iter().map(|s| SampleRow::new(0, s, 0, 3)).collect();
+        let rows: Vec<(usize, &SampleRow)> = rows.iter().map(|r| (0, r)).collect();
+        let tokens = |chosen: Vec<Chosen>| chosen.iter().map(|c| c.token).collect::<Vec<_>>();
+        let expected = tokens(cpu.sample(&x, &theirs, &rows, &mut Vec::new()).unwrap());
+        assert_eq!(tokens(cuda.sample(&narrow, &ours, &rows, &mut Vec::new()).unwrap()), expected);
+    }
 }
 
 /// Before a model uses them, the kernels of Hopper alone are tried beside the others.

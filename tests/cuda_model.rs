@@ -326,7 +326,7 @@ fn steps_begin_before_the_tokens_are_known() {
         Sampling { repetition_penalty: 1.0, ..plain },
         Sampling { top_k: 50, top_p: 0.95, ..plain },
         Sampling::default(),
-        // more tokens than the kernel's list holds: the device gives up, and the host chooses
+        // more tokens than the kernel's list holds
         Sampling { top_p: 0.99, temperature: 4.0, ..plain },
     ];
     let requests: Vec<Request> = (0..samplings.len())

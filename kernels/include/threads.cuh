@@ -126,6 +126,13 @@ DEVICE uint32_t add_shared(uint32_t* counter, uint32_t n) {
     return atomicAdd(counter, n);
 #endif
 }
+DEVICE void add_shared(unsigned long long* sum, unsigned long long n) {
+#ifdef KERNEL_EMULATOR
+    *sum += n;
+#else
+    atomicAdd(sum, n);
+#endif
+}
 DEVICE void set_bits_shared(uint32_t* word, uint32_t bits) {
 #ifdef KERNEL_EMULATOR
     *word |= bits;

@@ -28,7 +28,7 @@ impl<B: Backend> Engine<'_, B> {
     pub(super) fn may_fly(&self, rows: &[SampleRow]) -> bool {
         let plain = |s: &Sequence| {
             let sampling = &s.request.sampling;
-            s.alone && s.forced.is_empty() && sampling.presence_penalty == 0.0 && sampling.frequency_penalty == 0.0
+            s.forced.is_empty() && sampling.presence_penalty == 0.0 && sampling.frequency_penalty == 0.0
         };
         self.options.draft_tokens == 0
             && rows.len() == self.running.len()
@@ -82,15 +82,7 @@ impl<B: Backend> Engine<'_, B> {
         let chosen = self.backend.finish_sample(flight.choosing)?;
         for (target, chosen) in flight.targets.into_iter().zip(chosen) {
             let Some(at) = self.find(target) else { continue };
-            let goes_on = match chosen {
-                Some(c) => self.take(at, &[], &mut [c], sink),
-                None => {
-                    // its last position is computed again, and the choice made with the host
-                    let s = &mut self.running[at];
-                    (s.computed, s.alone) = (s.tokens.len() - 1, false);
-                    false
-                }
-            };
+            let goes_on = self.take(at, &[], &mut [chosen], sink);
             if !goes_on && let Some(next) = &mut self.flight {
                 next.targets.iter_mut().filter(|t| **t == target).for_each(|t| *t = None);
             }

@@ -128,8 +128,6 @@ pub(super) struct Sequence {
     pub counts: HashMap<u32, u32>,
     /// Most tokens of the next draft.
     pub draft: usize,
-    /// Whether its choices can be left to the device; not once one could not.
-    pub alone: bool,
     pub done: bool,
 }
 
@@ -152,7 +150,6 @@ impl Sequence {
             known: HashSet::new(),
             counts: HashMap::new(),
             draft: 1,
-            alone: true,
             done: false,
             request,
         };
@@ -238,7 +235,6 @@ impl Sequence {
             known: self.known.clone(),
             counts: self.counts.clone(),
             draft: 1,
-            alone: self.alone,
             done: false,
         }
     }

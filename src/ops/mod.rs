@@ -220,6 +220,6 @@ pub trait Backend {
         head: &Self::Matrix,
         rows: &[(usize, &SampleRow)],
     ) -> Result<Self::Choosing>;
-    /// Waits for choices. `None` where the host has to make one after all: what was computed with its token is worth nothing.
-    fn finish_sample(&self, choosing: Self::Choosing) -> Result<Vec<Option<Chosen>>>;
+    /// Waits for choices.
+    fn finish_sample(&self, choosing: Self::Choosing) -> Result<Vec<Chosen>>;
 }

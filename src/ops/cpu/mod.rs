@@ -223,8 +223,8 @@ impl Backend for Cpu {
         self.sample(x, head, rows, &mut Vec::new())
     }
 
-    fn finish_sample(&self, choosing: Vec<Chosen>) -> Result<Vec<Option<Chosen>>> {
-        Ok(choosing.into_iter().map(Some).collect())
+    fn finish_sample(&self, choosing: Vec<Chosen>) -> Result<Vec<Chosen>> {
+        Ok(choosing)
     }
 }
 

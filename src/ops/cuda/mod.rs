@@ -513,7 +513,7 @@ impl<L: Launcher> Backend for Cuda<L> {
         self.start(x, head, rows)
     }
 
-    fn finish_sample(&self, choosing: L::Reading) -> Result<Vec<Option<Chosen>>> {
+    fn finish_sample(&self, choosing: L::Reading) -> Result<Vec<Chosen>> {
         self.finish(choosing)
     }
 }

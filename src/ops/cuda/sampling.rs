@@ -10,9 +10,9 @@ use bytemuck::{Pod, Zeroable};
 /// As in `kernels/sampling.cu`.
 const MERGE_THREADS: u32 = 256;
 /// As in `kernels/sampling_filtered.cu`: threads, shared memory before the bits of seen tokens, the largest top-k (half of the
-/// list there), and the token of a choice that was not made.
+/// list there), and the token of an entry that is left to the host.
 const LISTED_THREADS: u32 = 512;
-const LISTED_SHARED: usize = 2048 * 16 + 16 * 256 * 4 + 16 * 8 + 16 * PARTIAL + 8 + 16;
+const LISTED_SHARED: usize = 2048 * 16 + 16 * 256 * 4 + 16 * 8 + 16 * PARTIAL + 8 + 16 + 8;
 const MOST_LISTED: usize = 1024;
 const TOO_MANY: u32 = 0xffff_fffe;
 /// Bytes of a `Partial`.
@@ -122,8 +122,6 @@ impl Way {
             Way::Host
         } else if row.forced.is_some() || s.temperature <= 0.0 || !(top_k || s.top_p < 1.0 || s.min_p > 0.0) {
             Way::Fused
-        } else if top_k && s.top_k > MOST_LISTED {
-            Way::Host
         } else {
             Way::Listed
         }
@@ -163,15 +161,14 @@ impl<L: Launcher> Cuda<L> {
         Ok(())
     }
 
-    /// Whether the device makes such a choice by itself, ties and flat distributions aside.
+    /// Whether the device makes such a choice by itself.
     pub(super) fn alone(row: &SampleRow) -> bool {
         // whatever the vocabulary: a top-k beyond it is no limit, and seldom asked for
         row.top == 0 && row.forced.is_none() && !matches!(Way::of(row, usize::MAX), Way::Host)
     }
 
     /// See [`crate::ops::Backend::sample`]. Choices over the whole vocabulary are made where the products are; those by rank
-    /// or probability, and lists of likely tokens, from logits in device memory; what is rare (a top-k above 1024, or a top-p that
-    /// more tokens take to reach) on the host.
+    /// or probability, and lists of likely tokens, from logits in device memory; lists of more than 1024 likely tokens are the host's.
     pub(super) fn choose(
         &self,
         x: &Buffer<L>,
@@ -191,9 +188,6 @@ impl<L: Launcher> Cuda<L> {
             self.launcher.read(at, bytemuck::cast_slice_mut(&mut results))?;
             for (i, [token, logprob]) in results.into_iter().enumerate() {
                 (chosen[i].token, chosen[i].logprob) = (token, f32::from_bits(logprob));
-                if token == TOO_MANY {
-                    on_host.push(i);
-                }
             }
         }
         on_host.sort_unstable();
@@ -217,13 +211,11 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// See [`crate::ops::Backend::finish_sample`].
-    pub(super) fn finish(&self, choosing: L::Reading) -> Result<Vec<Option<Chosen>>> {
+    pub(super) fn finish(&self, choosing: L::Reading) -> Result<Vec<Chosen>> {
         let bytes = self.launcher.finish_read(choosing)?;
         let word = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-        let chosen = bytes.chunks_exact(8).map(|b| (word(b), f32::from_bits(word(&b[4..]))));
-        Ok(chosen
-            .map(|(token, logprob)| (token != TOO_MANY).then(|| Chosen { token, logprob, ..Chosen::default() }))
-            .collect())
+        let chosen = |b: &[u8]| Chosen { token: word(b), logprob: f32::from_bits(word(&b[4..])), ..Chosen::default() };
+        Ok(bytes.chunks_exact(8).map(chosen).collect())
     }
 
     /// Launches all choices that the device makes, and has `topped` list likely tokens where they are wanted, from the logits in
