@@ -2,12 +2,14 @@
 //
 //   x [tokens, inputs] and W [outputs, inputs] in 16 bits
 //
-// FLOPs: 2 * tokens * inputs * outputs; a block reads (128 + 256) * inputs elements for 128 * 256 outputs: 85 FLOPs a byte from
-// the second-level cache. One block fills a multiprocessor and takes tile after tile. One thread of the first warpgroup
+// FLOPs: 2 * tokens * inputs * outputs. A block has a tile of 128 tokens by 256 outputs; two blocks of a cluster have the same outputs, and each
+// brings half of the weights to both: (128 + 128) * inputs elements from the second-level cache for 128 * 256 outputs, 128 FLOPs a
+// byte (85 without clusters, where there is one tile of tokens). One block fills a multiprocessor and takes tile after tile, in groups of
+// 16 tiles of tokens, so that what is worked on at a time reads few rows of either operand from memory. One thread of the first warpgroup
 // asks for slices of 64 inputs, four ahead; the other two warpgroups multiply 64 tokens by 256 outputs each, straight from
 // shared memory, with the next slice's products begun before the last one's are waited for. A pair of barrier objects for
-// each stage says when it is full and when it is free. Results in 16 bits go through shared memory, 64 columns at a time, so that
-// whole lines are written.
+// each stage says when it is full and when it is free, in both blocks. Results in 16 bits go through shared memory, 64 columns at a
+// time, so that whole lines are written.
 #include "epilogue.cuh"
 #include "linear.cuh"
 #include "memory.cuh"
@@ -19,7 +21,8 @@
 constexpr int TILE_M = 128, TILE_N = 256;
 constexpr int CONSUMERS = 2;
 constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
-using Ring = Slices<TILE_M, TILE_N, 4>;
+using Ring = Slices<TILE_M, TILE_N, 4, true>;
+constexpr uint32_t GROUP = 16; // tiles of tokens whose tiles of outputs are taken together
 
 constexpr int STAGED_COLUMNS = 64, STAGED_STRIDE = STAGED_COLUMNS * 2 + 16; // rows meet no bank twice
 
@@ -63,49 +66,58 @@ DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t token
     char* shared = shared_memory();
     Ring ring(shared, CONSUMERS * WARPGROUP / WARP);
     wait_for_earlier_kernels();
-    uint32_t rows_of_tiles = (tokens + TILE_M - 1) / TILE_M;
-    uint32_t tiles = rows_of_tiles * ((e.width + TILE_N - 1) / TILE_N);
+    // clusters take tiles of neighbouring tokens with the same outputs
+    uint32_t rows = ((tokens + TILE_M - 1) / TILE_M + ring.blocks - 1) / ring.blocks, columns = (e.width + TILE_N - 1) / TILE_N;
+    uint32_t tiles = rows * columns, clusters = gridDim.x / ring.blocks, group = GROUP / ring.blocks;
+    // in an order in which those that are worked on together read few rows of either operand
+    auto first = [&](uint32_t tile, uint32_t& token, uint32_t& output) {
+        uint32_t above = tile / (group * columns) * group, height = rows - above < group ? rows - above : group;
+        uint32_t within = tile - above * columns;
+        token = ((above + within % height) * ring.blocks + ring.rank) * TILE_M;
+        output = within / height * TILE_N;
+    };
+    uint32_t token, output;
     uint32_t slices = (inputs + Ring::WIDTH - 1) / Ring::WIDTH;
     uint32_t turn = 0; // slices so far, over all tiles
     if (threadIdx.x < WARPGROUP) {
         give_registers<40>();
         if (threadIdx.x == 0) {
-            for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+            for (uint32_t tile = blockIdx.x / ring.blocks; tile < tiles; tile += clusters) {
+                first(tile, token, output);
                 for (uint32_t s = 0; s < slices; s++, turn++) {
                     ring.claim(turn);
-                    ring.bring_x(turn, x, tile % rows_of_tiles * TILE_M, s);
-                    ring.bring_w(turn, w, tile / rows_of_tiles * TILE_N, s);
+                    ring.bring_x(turn, x, token, s);
+                    ring.bring_w(turn, w, output, s);
                 }
             }
         }
     } else {
         take_registers<232>();
-        int group = threadIdx.x / WARPGROUP - 1, lane = lane_index();
+        int half = threadIdx.x / WARPGROUP - 1, lane = lane_index();
         int g = lane / 4, t = lane % 4;
-        for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        for (uint32_t tile = blockIdx.x / ring.blocks; tile < tiles; tile += clusters) {
             float d[TILE_N / 2];
-            ring.multiply<T, TILE_N>(d, turn, slices, group * 64, 0);
-            uint32_t warp_token = tile % rows_of_tiles * TILE_M + group * 64 + warp_index() % 4 * 16;
+            ring.multiply<T, TILE_N>(d, turn, slices, half * 64, 0);
+            first(tile, token, output);
+            uint32_t warp_token = token + half * 64 + warp_index() % 4 * 16;
             if (narrow_result(e) && e.width % 8 == 0) {
                 char* staged = shared + Ring::BYTES + (warp_index() - 4) * 16 * STAGED_STRIDE;
-                finish_narrow<T>(e, staged, warp_token, tokens, tile / rows_of_tiles * TILE_N, d);
+                finish_narrow<T>(e, staged, warp_token, tokens, output, d);
                 continue;
             }
-            uint32_t first_token = warp_token + g, first_row = tile / rows_of_tiles * TILE_N + 2 * t;
             UNROLL
             for (int j = 0; j < TILE_N / 8; j++) {
-                uint32_t row = first_row + j * 8;
+                uint32_t row = output + j * 8 + 2 * t;
                 if (row >= e.width) continue;
                 UNROLL
-                for (int half = 0; half < 2; half++) {
-                    uint32_t token = first_token + half * 8;
-                    if (token < tokens) {
-                        finish_pair<T>(e, token, row, d[4 * j + 2 * half], d[4 * j + 2 * half + 1], row + 1 < e.width);
-                    }
+                for (int i = 0; i < 2; i++) {
+                    uint32_t at = warp_token + g + i * 8;
+                    if (at < tokens) finish_pair<T>(e, at, row, d[4 * j + 2 * i], d[4 * j + 2 * i + 1], row + 1 < e.width);
                 }
             }
         }
     }
+    if (ring.blocks > 1) sync_cluster(); // the other block's slices and arrivals have come
 }
 
 #define LINEAR_HOPPER(T)                                                                                               \

@@ -45,4 +45,30 @@ DEVICE X* in_cluster(X* shared, uint32_t rank) {
 #endif
 }
 
+// `barrier_arrive` at the same barrier object of the cluster's block `rank`.
+DEVICE void barrier_arrive_in(uint64_t* barrier, uint32_t rank) {
+#ifdef KERNEL_EMULATOR
+    emulator_barrier_arrive_in(barrier, rank);
+#else
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+        "r"(rank)
+        : "memory");
+#endif
+}
+
+// `copy_tile` to the same place of each block of the cluster whose bit is set in `blocks`; the bytes arrive at each one's own barrier.
+DEVICE void copy_tile_to(uint32_t blocks, void* shared, const TensorMap* map, uint32_t row, uint32_t column, uint64_t* barrier) {
+#ifdef KERNEL_EMULATOR
+    emulator_copy_tile(shared, map, row, column, barrier, blocks);
+#else
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
+        "[%4], %5;" ::"r"(shared_address(shared)),
+        "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(blocks))
+        : "memory");
+#endif
+}
+
 #endif // HOPPER

@@ -95,7 +95,7 @@ DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
 // pieces are swizzled by the row's number), zeros beyond the matrix; its bytes arrive at `barrier`.
 DEVICE void copy_tile(void* shared, const TensorMap* map, uint32_t row, uint32_t column, uint64_t* barrier) {
 #ifdef KERNEL_EMULATOR
-    emulator_copy_tile(shared, map, row, column, barrier);
+    emulator_copy_tile(shared, map, row, column, barrier, 0);
 #else
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
                      shared_address(shared)),

@@ -206,3 +206,35 @@ KERNEL(cluster_awaited, 32)(uint32_t* out, uint32_t mistake) {
     sync_cluster();
 }
 EXPORT(cluster_awaited)
+
+// Each block of a cluster brings one tile to all of them, and reads the first number of each.
+enum SharingMistake : uint32_t { SECOND_AT_ONCE = 1, FIRST_LEAVES, ONE_ARRIVAL_LESS };
+KERNEL(shared_tiles_awaited, 32)(const GRID_CONSTANT TensorMap map, uint16_t* out, uint32_t mistake) {
+    char* shared = shared_memory();
+    uint64_t *full = reinterpret_cast<uint64_t*>(shared + 2048), *empty = full + 1;
+    uint32_t rank = cluster_rank();
+    if (threadIdx.x == 0) {
+        barrier_init(full, 1);
+        barrier_init(empty, cluster_size());
+        barrier_init_done();
+    }
+    sync_cluster();
+    if (mistake == FIRST_LEAVES && rank == 0) return;
+    uint32_t sum = 0;
+    for (uint32_t turn = 0; turn < 2; turn++) {
+        if (threadIdx.x == 0) {
+            if (turn > 0 && mistake != SECOND_AT_ONCE) barrier_wait(empty, 0);
+            barrier_arrive_expecting(full, cluster_size() * 1024);
+            copy_tile_to((1 << cluster_size()) - 1, shared + rank * 1024, &map, rank + 4 * turn, 0, full);
+        }
+        sync_warp();
+        barrier_wait(full, turn);
+        for (uint32_t i = 0; i < 8 * rank; i++) sync_warp(); // the second block is slower
+        for (uint32_t i = 0; i < cluster_size(); i++) sum = sum * 10 + *reinterpret_cast<uint16_t*>(shared + i * 1024) / 100;
+        sync_warp();
+        if (threadIdx.x < cluster_size() && !(mistake == ONE_ARRIVAL_LESS && rank == 1)) barrier_arrive_in(empty, threadIdx.x);
+    }
+    if (threadIdx.x == 0) out[blockIdx.x] = sum;
+    sync_cluster();
+}
+EXPORT(shared_tiles_awaited)

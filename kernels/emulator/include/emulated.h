@@ -31,8 +31,11 @@ void emulator_copy_wait(uint32_t groups_left);
 // Barrier objects, and the copy engine.
 void emulator_barrier_init(uint64_t* barrier, uint32_t count);
 void emulator_barrier_arrive(uint64_t* barrier, uint32_t bytes);
+// At the barrier object in the same place of a block of the cluster.
+void emulator_barrier_arrive_in(uint64_t* barrier, uint32_t rank);
 void emulator_barrier_wait(uint64_t* barrier, uint32_t parity);
-void emulator_copy_tile(void* shared, const void* map, uint32_t row, uint32_t column, uint64_t* barrier);
+// The tile goes to the same place in each block of the cluster whose bit is set; 0: to this block alone.
+void emulator_copy_tile(void* shared, const void* map, uint32_t row, uint32_t column, uint64_t* barrier, uint32_t blocks);
 // Products of a warpgroup that happen no earlier than the wait for their group; `data` is kept.
 void emulator_product(void (*op)(void** data, uint32_t mask), const void* data, size_t size, const char* name);
 void emulator_products_commit();

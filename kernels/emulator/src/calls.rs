@@ -106,8 +106,27 @@ extern "C" fn emulator_barrier_init(at: usize, count: u32) {
 
 #[unsafe(no_mangle)]
 extern "C" fn emulator_barrier_arrive(at: usize, bytes: u32) {
-    // SAFETY: called by a kernel; nothing else holds the barrier.
-    let barrier = unsafe { &mut *barrier_at(here().0, at) };
+    // SAFETY: called by a kernel.
+    arrive(unsafe { here() }.0, at, bytes);
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn emulator_barrier_arrive_in(at: usize, rank: u32) {
+    let there = emulator_cluster_shared(at, rank);
+    // SAFETY: called by a kernel.
+    let (block, _) = unsafe { here() };
+    let other = block.cluster.get(rank as usize).copied().unwrap_or(block);
+    // SAFETY: blocks of a cluster live as long as each other, and no other thread runs.
+    let other = unsafe { &mut *other };
+    if other.ended() {
+        fault("arrives at a barrier object of a block which has ended");
+    }
+    arrive(other, there, 0);
+}
+
+fn arrive(block: &mut Block<'static>, at: usize, bytes: u32) {
+    // SAFETY: nothing else holds the barrier.
+    let barrier = unsafe { &mut *barrier_at(block, at) };
     if barrier.arrived == barrier.expected {
         fault("more arrivals at a barrier object than it expects in a phase");
     }
@@ -146,10 +165,25 @@ impl TensorMap {
 /// The copy engine may take its time: in the natural order of threads tiles come when somebody waits for them, in the shuffled
 /// one at once, so that both a read that does not wait and a copy that does not wait for its place are seen.
 #[unsafe(no_mangle)]
-extern "C" fn emulator_copy_tile(to: usize, map: *const TensorMap, row: u32, column: u32, barrier: usize) {
+extern "C" fn emulator_copy_tile(to: usize, map: *const TensorMap, row: u32, column: u32, barrier: usize, blocks: u32) {
     // SAFETY: called by a kernel, with one of its arguments.
     let ((block, _), map) = unsafe { (here(), *map) };
-    let tile = Tile { to, map, row, column, barrier };
+    if blocks == 0 {
+        return bring(block, Tile { to, map, row, column, barrier });
+    }
+    for rank in (0..u32::BITS).filter(|r| blocks >> r & 1 == 1) {
+        let (to, barrier) = (emulator_cluster_shared(to, rank), emulator_cluster_shared(barrier, rank));
+        let other = block.cluster.get(rank as usize).copied().unwrap_or(block);
+        // SAFETY: blocks of a cluster live as long as each other, and no other thread runs.
+        let other = unsafe { &mut *other };
+        if other.ended() {
+            fault("a tile is copied to a block which has ended");
+        }
+        bring(other, Tile { to, map, row, column, barrier });
+    }
+}
+
+fn bring(block: &mut Block<'static>, tile: Tile) {
     if block.launch.schedule == Schedule::Natural {
         block.tiles.push(tile);
     } else if let Err(message) = block.copy_tile(&tile) {

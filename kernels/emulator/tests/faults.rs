@@ -177,7 +177,7 @@ fn blocks_of_a_cluster_read_each_others_shared_memory() {
     device.check_order = true;
     let out = device.allocate(6 * 32 * 4).unwrap();
     let shape = Shape { grid: [6, 1, 1], shared_bytes: 128, cluster: 3, ..SHAPE };
-    let mut run = |mistake: u32| device.launch("cluster_awaited", shape, &[&out.to_ne_bytes(), &mistake.to_ne_bytes()]);
+    let run = |mistake: u32| device.launch("cluster_awaited", shape, &[&out.to_ne_bytes(), &mistake.to_ne_bytes()]);
     run(0).unwrap();
     says(&run(1).unwrap_err(), "of shared memory, which nothing wrote");
     says(&run(2).unwrap_err(), "which has ended");
@@ -189,6 +189,28 @@ fn blocks_of_a_cluster_read_each_others_shared_memory() {
     device.read(out, &mut bytes).unwrap();
     let first: Vec<u32> = bytes.chunks_exact(128).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     assert_eq!(first, [1, 2, 0, 4, 5, 3], "each block gets its neighbour's number");
+}
+
+#[test]
+fn tiles_that_a_cluster_shares() {
+    let mut device = Emulator::new(1 << 24);
+    device.check_order = true;
+    let (data, out) = (device.allocate(288).unwrap(), device.allocate(8).unwrap());
+    let values: Vec<u8> = (0..9u16).flat_map(|r| (0..16u16).flat_map(move |c| (r * 100 + c).to_le_bytes())).collect();
+    device.write(data, &values).unwrap();
+    let map: Vec<u8> = tensor_map(data, 9, 16, 8).iter().flat_map(|w| w.to_ne_bytes()).collect();
+    let shape = Shape { grid: [4, 1, 1], shared_bytes: 3072, cluster: 2, ..SHAPE };
+    let run = |mistake: u32| {
+        device.launch("shared_tiles_awaited", shape, &[&map, &out.to_ne_bytes(), &mistake.to_ne_bytes()])
+    };
+    run(0).unwrap();
+    let mut bytes = [0; 8];
+    device.read(out, &mut bytes).unwrap();
+    let sums: Vec<u16> = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
+    assert_eq!(sums, [145; 4], "rows 0, 1, 4, 5 in every block");
+    says(&run(1).unwrap_err(), "depends on the order");
+    says(&run(2).unwrap_err(), "which has ended");
+    says(&run(3).unwrap_err(), "deadlock");
 }
 
 #[test]

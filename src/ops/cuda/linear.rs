@@ -271,11 +271,15 @@ impl<L: Launcher> Cuda<L> {
                 self.launcher.launch(&format!("linear_cluster_{}_{tile}", self.suffix()), shape, &args)
             }
             Way::Hopper => {
-                let tiles = tokens.div_ceil(HOPPER_M) * weight.rows.div_ceil(HOPPER_N);
-                let grid = [tiles.min(self.launcher.limits().processors as usize), 1, 1];
-                let args = self.tile_args(input.x, tokens, weight, HOPPER_M, HOPPER_N)?;
+                let rows = tokens.div_ceil(HOPPER_M);
+                // two blocks share weights, unless much of the second one's work would be beyond the tokens
+                let cluster = if rows.is_multiple_of(2) || rows > 8 { 2 } else { 1 };
+                let tiles = rows.div_ceil(cluster) * weight.rows.div_ceil(HOPPER_N);
+                let grid = [cluster * tiles.min(self.launcher.limits().processors as usize / cluster), 1, 1];
+                let args = self.tile_args(input.x, tokens, weight, HOPPER_M, HOPPER_N / 2)?;
                 let args = args.with(weight.cols as u32).with(finish);
-                self.launch(&format!("linear_hopper_{}", self.suffix()), grid, HOPPER_THREADS, HOPPER_SHARED, args)
+                let shape = Shape { cluster: cluster as u32, ..Shape::new(grid, HOPPER_THREADS, HOPPER_SHARED) };
+                self.launcher.launch(&format!("linear_hopper_{}", self.suffix()), shape, &args)
             }
         }
     }
