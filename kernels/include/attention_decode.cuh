@@ -4,12 +4,14 @@
 //
 // Least bytes: keys and values of the sequence once a query (decoding: 4 * positions * size bytes a head). Sequences longer than
 // SPLIT are shared by several blocks of threads, whose partial results the last one to end adds up in order. Inside, a warp
-// takes every WARPS-th cache block: two lanes share a position, each with every other 16-byte piece, so that a pair reads
-// whole sectors. A lane keeps its own running softmax and its own sums over the positions it has seen; lanes meet only at the
-// end. The order of every sum depends on the sequence's own length alone.
+// takes a block of the cache at a time, 16 positions, and multiplies on the tensor cores: keys times a query that stands in all eight
+// columns, then values times weights that do. Seven of eight products are the same, but nothing has to be unpacked: each lane's
+// 16-byte loads are operands as they are (keys), or two of them woven together (values), and every lane has the scores of two positions.
+// So instructions take less time than the memory. The order of every sum depends on the sequence's own length alone.
 #pragma once
 #include "attention.cuh"
 #include "memory.cuh"
+#include "tensor_core.cuh"
 #include "threads.cuh"
 
 // Brings two softmax sums to one largest score.
@@ -19,11 +21,18 @@ DEVICE void scales_to_merge(float most, float other, float& mine, float& theirs,
     theirs = other == -INFINITY ? 0.0f : expf(other - both);
 }
 
+// Elements `j` of two pieces of eight.
+DEVICE uint32_t weave(const Eight& a, const Eight& b, int j) {
+    uint32_t x = a.pairs[j / 2], y = b.pairs[j / 2];
+    return j % 2 == 0 ? (x & 0xffff) | y << 16 : x >> 16 | (y & 0xffff0000);
+}
+
 // One head of query `number` and its split of the positions, by a block of WARPS warps. Shared memory: WARPS * (SIZE + 2) + 1
 // words at `shared`. Splits beyond the query's positions do nothing.
 template <class T, int SIZE, int WARPS, int SPLIT>
 DEVICE void attend(const Attention& a, uint32_t head, uint32_t number, uint32_t split, float* shared) {
-    constexpr int PIECES = SIZE / 16; // 16-byte pieces of a lane
+    constexpr int KEY_STEPS = (SIZE + 31) / 32;   // a step: 32 columns, 8 in each of four lanes
+    constexpr int VALUE_STEPS = (SIZE + 63) / 64; // a step: 64 columns, 8 in each of eight groups of lanes
     uint32_t token = a.tokens[number];
     uint32_t position = a.positions[token];
     uint32_t first = split * SPLIT;
@@ -32,79 +41,103 @@ DEVICE void attend(const Attention& a, uint32_t head, uint32_t number, uint32_t 
     uint32_t end = position + 1 < first + SPLIT ? position + 1 : first + SPLIT;
     const uint32_t* table = a.tables + static_cast<size_t>(a.spans[token]) * a.table_width;
     float slope = a.slopes[head];
-    int pair = lane_index() / 2, side = lane_index() % 2;
+    int g = lane_index() / 4, t = lane_index() % 4;
     const float scale = 1.0f / sqrtf(static_cast<float>(SIZE));
     const T* query = static_cast<const T*>(a.q) + (static_cast<size_t>(token) * a.heads + head) * SIZE;
-    Eight q[PIECES];
+    Eight q[KEY_STEPS];
     UNROLL
-    for (int i = 0; i < PIECES; i++) q[i] = load(reinterpret_cast<const Eight*>(query + (2 * i + side) * 8));
-    float sums[PIECES * 8] = {};
+    for (int i = 0; i < KEY_STEPS; i++) {
+        q[i] = Eight{};
+        if (i * 32 + t * 8 < SIZE) q[i] = load(reinterpret_cast<const Eight*>(query + i * 32 + t * 8));
+    }
+    float sums[VALUE_STEPS][4][4] = {}; // of columns 64 i + 8 g + 2 j and + 1, in [i][j][0] and [2]
     float most = -INFINITY, weight = 0;
     for (uint32_t b = first / BLOCK + warp_index(); b * BLOCK < end; b += WARPS) {
-        uint32_t at = b * BLOCK + pair;
-        bool valid = at < end;
-        size_t place = ((static_cast<size_t>(table[b]) * a.heads + head) * BLOCK + pair) * SIZE;
-        const T* key = static_cast<const T*>(a.keys) + place;
-        const T* value = static_cast<const T*>(a.values) + place;
-        Eight k[PIECES], v[PIECES];
+        uint32_t count = end - b * BLOCK; // of the positions from here on
+        size_t place = (static_cast<size_t>(table[b]) * a.heads + head) * BLOCK * SIZE;
+        const T *keys = static_cast<const T*>(a.keys) + place, *values = static_cast<const T*>(a.values) + place;
+        Eight k[2][KEY_STEPS], v[4][VALUE_STEPS];
         UNROLL
-        for (int i = 0; i < PIECES; i++) {
-            k[i] = v[i] = Eight{};
-            if (valid) {
-                k[i] = load(reinterpret_cast<const Eight*>(key + (2 * i + side) * 8));
-                v[i] = load(reinterpret_cast<const Eight*>(value + (2 * i + side) * 8));
+        for (int half = 0; half < 2; half++) {
+            uint32_t row = half * 8 + g;
+            UNROLL
+            for (int i = 0; i < KEY_STEPS; i++) {
+                int column = i * 32 + t * 8;
+                k[half][i] = Eight{};
+                if (row < count && column < SIZE) k[half][i] = load(reinterpret_cast<const Eight*>(keys + row * SIZE + column));
             }
         }
-        float dot = 0;
         UNROLL
-        for (int i = 0; i < PIECES; i++) {
+        for (int r = 0; r < 4; r++) {
+            uint32_t row = 2 * t + r / 2 + r % 2 * 8;
             UNROLL
-            for (int j = 0; j < 4; j++) {
-                dot += low<T>(q[i].pairs[j]) * low<T>(k[i].pairs[j]);
-                dot += high<T>(q[i].pairs[j]) * high<T>(k[i].pairs[j]);
+            for (int i = 0; i < VALUE_STEPS; i++) {
+                int column = i * 64 + g * 8;
+                v[r][i] = Eight{};
+                if (row < count && column < SIZE) v[r][i] = load(reinterpret_cast<const Eight*>(values + row * SIZE + column));
             }
         }
-        dot += shuffle_xor(dot, 1);
-        if (valid) {
-            float score = dot * scale + slope * (static_cast<float>(at) - static_cast<float>(position));
-            if (score > most) {
-                float shrink = most == -INFINITY ? 0.0f : expf(most - score);
-                weight *= shrink;
-                UNROLL
-                for (int i = 0; i < PIECES * 8; i++) sums[i] *= shrink;
-                most = score;
-            }
-            float w = expf(score - most);
-            weight += w;
+        float products[4] = {}; // of position g in [0] and [1], of g + 8 in [2] and [3]
+        UNROLL
+        for (int i = 0; i < KEY_STEPS; i++) {
             UNROLL
-            for (int i = 0; i < PIECES; i++) {
+            for (int s = 0; s < 2; s++) {
+                uint32_t rows[4] = {k[0][i].pairs[2 * s], k[1][i].pairs[2 * s], k[0][i].pairs[2 * s + 1], k[1][i].pairs[2 * s + 1]};
+                uint32_t column[2] = {q[i].pairs[2 * s], q[i].pairs[2 * s + 1]};
+                multiply<T>(products, rows, column);
+            }
+        }
+        float score[2];
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            uint32_t row = half * 8 + g;
+            float distance = static_cast<float>(b * BLOCK + row) - static_cast<float>(position);
+            score[half] = row < count ? products[2 * half] * scale + slope * distance : -INFINITY;
+        }
+        float highest = fmaxf(score[0], score[1]);
+        for (int mask = 4; mask < WARP; mask *= 2) highest = fmaxf(highest, shuffle_xor(highest, mask));
+        if (highest > most) { // so for all lanes or none
+            float shrink = expf(most - highest);
+            weight *= shrink;
+            UNROLL
+            for (int i = 0; i < VALUE_STEPS; i++) {
                 UNROLL
                 for (int j = 0; j < 4; j++) {
-                    sums[i * 8 + 2 * j] += w * low<T>(v[i].pairs[j]);
-                    sums[i * 8 + 2 * j + 1] += w * high<T>(v[i].pairs[j]);
+                    sums[i][j][0] *= shrink;
+                    sums[i][j][2] *= shrink;
                 }
+            }
+            most = highest;
+        }
+        float w[2] = {expf(score[0] - most), expf(score[1] - most)};
+        weight += w[0] + w[1];
+        // positions 2 t and 2 t + 8, then 2 t + 1 and 2 t + 9, as the values are woven
+        uint32_t both = pack<T>(w[0], w[1]);
+        uint32_t column[2] = {shuffle_from(both, 8 * t), shuffle_from(both, 8 * t + 4)};
+        UNROLL
+        for (int i = 0; i < VALUE_STEPS; i++) {
+            UNROLL
+            for (int j = 0; j < 4; j++) {
+                uint32_t rows[4] = {weave(v[0][i], v[1][i], 2 * j), weave(v[0][i], v[1][i], 2 * j + 1),
+                                    weave(v[2][i], v[3][i], 2 * j), weave(v[2][i], v[3][i], 2 * j + 1)};
+                multiply<T>(sums[i][j], rows, column);
             }
         }
     }
-    // lanes of a warp: the pairs among themselves, sides apart
-    for (int mask = 2; mask < WARP; mask *= 2) {
-        float mine, theirs, both;
-        scales_to_merge(most, shuffle_xor(most, mask), mine, theirs, both);
-        float other = shuffle_xor(weight, mask);
-        weight = weight * mine + other * theirs;
-        UNROLL
-        for (int i = 0; i < PIECES * 8; i++) {
-            float x = shuffle_xor(sums[i], mask);
-            sums[i] = sums[i] * mine + x * theirs;
-        }
-        most = both;
-    }
+    for (int mask = 4; mask < WARP; mask *= 2) weight += shuffle_xor(weight, mask);
     // the warps, in order
     float* row = shared + warp_index() * (SIZE + 2);
-    if (lane_index() < 2) {
+    if (t == 0) {
         UNROLL
-        for (int i = 0; i < PIECES * 8; i++) row[(2 * (i / 8) + side) * 8 + i % 8] = sums[i];
-        if (lane_index() == 0) {
+        for (int i = 0; i < VALUE_STEPS; i++) {
+            int column = i * 64 + 8 * g;
+            UNROLL
+            for (int j = 0; j < 4; j++) {
+                if (column < SIZE) row[column + 2 * j] = sums[i][j][0];
+                if (column < SIZE) row[column + 2 * j + 1] = sums[i][j][2];
+            }
+        }
+        if (g == 0) {
             row[SIZE] = most;
             row[SIZE + 1] = weight;
         }

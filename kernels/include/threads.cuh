@@ -55,6 +55,28 @@ DEVICE float shuffle_xor(float x, int mask) {
 }
 DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return bits_of_float(shuffle_xor(float_of_bits(x), mask)); }
 
+// The value of lane `from`.
+DEVICE uint32_t shuffle_from(uint32_t x, int from) {
+#ifdef KERNEL_EMULATOR
+    struct Lane {
+        uint32_t in, out;
+        int from;
+    } lane = {x, 0, from};
+    emulator_collective(
+        32, 0xffffffff,
+        [](void** data, uint32_t) {
+            for (int i = 0; i < 32; i++) {
+                Lane* me = static_cast<Lane*>(data[i]);
+                me->out = static_cast<Lane*>(data[me->from])->in;
+            }
+        },
+        &lane, "shuffle_from");
+    return lane.out;
+#else
+    return __shfl_sync(0xffffffff, x, from);
+#endif
+}
+
 // Whether it is so for any lane of the warp.
 DEVICE bool any_lane(bool here) {
 #ifdef KERNEL_EMULATOR
