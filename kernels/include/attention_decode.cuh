@@ -5,7 +5,7 @@
 // Least bytes: keys and values of the sequence once a query (decoding: 4 * positions * size bytes a head). Sequences longer than
 // SPLIT are shared by several blocks of threads, whose partial results the last one to end adds up in order. Inside, a warp
 // takes a block of the cache at a time, 16 positions, and multiplies on the tensor cores: keys times a query that stands in all eight
-// columns, then values times weights that do. Seven of eight products are the same, but nothing has to be unpacked: each lane's
+// columns, then values times weights that do. Most of the products are the same, but nothing has to be unpacked: each lane's
 // 16-byte loads are operands as they are (keys), or two of them woven together (values), and every lane has the scores of two positions.
 // So instructions take less time than the memory. The order of every sum depends on the sequence's own length alone.
 #pragma once
@@ -24,7 +24,26 @@ DEVICE void scales_to_merge(float most, float other, float& mine, float& theirs,
 // Elements `j` of two pieces of eight.
 DEVICE uint32_t weave(const Eight& a, const Eight& b, int j) {
     uint32_t x = a.pairs[j / 2], y = b.pairs[j / 2];
+#ifdef KERNEL_EMULATOR
     return j % 2 == 0 ? (x & 0xffff) | y << 16 : x >> 16 | (y & 0xffff0000);
+#else
+    return __byte_perm(x, y, j % 2 == 0 ? 0x5410 : 0x7632);
+#endif
+}
+
+// An address that the compiler takes as it is: 32-bit offsets are added to it, instead of the whole being multiplied out in 64 bits.
+DEVICE const char* kept_apart(const void* address) {
+#ifndef KERNEL_EMULATOR
+    asm("" : "+l"(address));
+#endif
+    return static_cast<const char*>(address);
+}
+
+// The column where a lane reads 16 bytes in a step of `columns` columns: lanes beyond the head read what others do.
+template <int SIZE>
+DEVICE uint32_t column_of_lane(int step, int columns, int lane) {
+    int left = SIZE - step * columns, pieces = (left < columns ? left : columns) / 8;
+    return step * columns + lane % pieces * 8;
 }
 
 // One head of query `number` and its split of the positions, by a block of WARPS warps. Shared memory: WARPS * (SIZE + 2) + 1
@@ -44,55 +63,51 @@ DEVICE void attend(const Attention& a, uint32_t head, uint32_t number, uint32_t 
     int g = lane_index() / 4, t = lane_index() % 4;
     const float scale = 1.0f / sqrtf(static_cast<float>(SIZE));
     const T* query = static_cast<const T*>(a.q) + (static_cast<size_t>(token) * a.heads + head) * SIZE;
-    Eight q[KEY_STEPS];
+    // a lane's 16 bytes of a key are two rows of the product, pairs 0 and 2 in one and 1 and 3 in the other: even columns are the
+    // query's pairs for the first, odd ones for the second
+    uint32_t q[KEY_STEPS][2];
     UNROLL
     for (int i = 0; i < KEY_STEPS; i++) {
-        q[i] = Eight{};
-        if (i * 32 + t * 8 < SIZE) q[i] = load(reinterpret_cast<const Eight*>(query + i * 32 + t * 8));
+        Eight piece = {}; // where lanes read what others do
+        if (i * 32 + t * 8 < SIZE) piece = load(reinterpret_cast<const Eight*>(query + i * 32 + t * 8));
+        q[i][0] = g % 2 == 0 ? piece.pairs[0] : piece.pairs[1];
+        q[i][1] = g % 2 == 0 ? piece.pairs[2] : piece.pairs[3];
     }
     float sums[VALUE_STEPS][4][4] = {}; // of columns 64 i + 8 g + 2 j and + 1, in [i][j][0] and [2]
     float most = -INFINITY, weight = 0;
     for (uint32_t b = first / BLOCK + warp_index(); b * BLOCK < end; b += WARPS) {
         uint32_t count = end - b * BLOCK; // of the positions from here on
         size_t place = (static_cast<size_t>(table[b]) * a.heads + head) * BLOCK * SIZE;
-        const T *keys = static_cast<const T*>(a.keys) + place, *values = static_cast<const T*>(a.values) + place;
+        const char* keys = kept_apart(static_cast<const T*>(a.keys) + place);
+        const char* values = kept_apart(static_cast<const T*>(a.values) + place);
+        // rows beyond the last position repeat it: their weight is zero
+        auto start_of = [&](uint32_t row) { return (row < count ? row : count - 1) * SIZE * 2; };
         Eight k[2][KEY_STEPS], v[4][VALUE_STEPS];
         UNROLL
         for (int half = 0; half < 2; half++) {
-            uint32_t row = half * 8 + g;
+            uint32_t start = start_of(half * 8 + g);
             UNROLL
             for (int i = 0; i < KEY_STEPS; i++) {
-                int column = i * 32 + t * 8;
-                k[half][i] = Eight{};
-                if (row < count && column < SIZE) k[half][i] = load(reinterpret_cast<const Eight*>(keys + row * SIZE + column));
+                k[half][i] = load(reinterpret_cast<const Eight*>(keys + start + column_of_lane<SIZE>(i, 32, t) * 2));
             }
         }
         UNROLL
         for (int r = 0; r < 4; r++) {
-            uint32_t row = 2 * t + r / 2 + r % 2 * 8;
+            uint32_t start = start_of(2 * t + r / 2 + r % 2 * 8);
             UNROLL
             for (int i = 0; i < VALUE_STEPS; i++) {
-                int column = i * 64 + g * 8;
-                v[r][i] = Eight{};
-                if (row < count && column < SIZE) v[r][i] = load(reinterpret_cast<const Eight*>(values + row * SIZE + column));
+                v[r][i] = load(reinterpret_cast<const Eight*>(values + start + column_of_lane<SIZE>(i, 64, g) * 2));
             }
         }
-        float products[4] = {}; // of position g in [0] and [1], of g + 8 in [2] and [3]
-        UNROLL
-        for (int i = 0; i < KEY_STEPS; i++) {
-            UNROLL
-            for (int s = 0; s < 2; s++) {
-                uint32_t rows[4] = {k[0][i].pairs[2 * s], k[1][i].pairs[2 * s], k[0][i].pairs[2 * s + 1], k[1][i].pairs[2 * s + 1]};
-                uint32_t column[2] = {q[i].pairs[2 * s], q[i].pairs[2 * s + 1]};
-                multiply<T>(products, rows, column);
-            }
-        }
-        float score[2];
+        float score[2]; // of positions g and g + 8
         UNROLL
         for (int half = 0; half < 2; half++) {
+            float products[4] = {};
+            UNROLL
+            for (int i = 0; i < KEY_STEPS; i++) multiply<T>(products, k[half][i].pairs, q[i]);
             uint32_t row = half * 8 + g;
             float distance = static_cast<float>(b * BLOCK + row) - static_cast<float>(position);
-            score[half] = row < count ? products[2 * half] * scale + slope * distance : -INFINITY;
+            score[half] = row < count ? (products[0] + products[3]) * scale + slope * distance : -INFINITY;
         }
         float highest = fmaxf(score[0], score[1]);
         for (int mask = 4; mask < WARP; mask *= 2) highest = fmaxf(highest, shuffle_xor(highest, mask));
