@@ -151,7 +151,7 @@ DEVICE void head_logits(const Input& in, const W* w, const float* scales, float*
     KERNEL_SHARED(head_choice_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 4 : 0)                                     \
     (Input in, const W* w, const float* scales, Choices choices, uint32_t outputs) {                                   \
         float* sums = block_sums<T, W, TILES>(in, w, scales, outputs);                                                 \
-        choose_in_block(sums, OUTPUTS, choices, outputs);                                                              \
+        choose_in_block<OUTPUTS>(sums, OUTPUTS, 0, in.tokens, blockIdx.x, choices, outputs);                           \
     }                                                                                                                  \
     EXPORT(head_choice_##suffix##_##TILES)
 #define SKINNY_ALL(T, W, suffix)                                                                                       \

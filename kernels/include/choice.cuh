@@ -125,25 +125,55 @@ DEVICE Partial merged_with_lane(const Partial& p, int mask) {
 
 DEVICE Partial nothing() { return Partial{-INFINITY, 0xffffffff, 0, -INFINITY, 0}; }
 
-// `sums` [token][per_block]: this block's outputs, which begin at row blockIdx.x * per_block of the head.
-DEVICE void choose_in_block(const float* sums, int per_block, const Choices& choices, uint32_t outputs) {
-    for (uint32_t i = warp_index(); i < choices.count; i += blockDim.x / WARP) {
-        const Choice& c = choices.list[i];
-        Partial p = nothing();
-        uint32_t token = blockIdx.x * per_block + lane_index();
-        if (lane_index() < per_block && token < outputs) {
-            float logit = sums[c.row * per_block + lane_index()], score = logit;
-            if (c.forced != 0xffffffff) {
-                score = token == c.forced ? 0 : -INFINITY;
-            } else {
-                if (c.changes_count > 0 || c.fed != 0xffffffff) {
-                    score = changed(score, choices.changes, choices.previous, c, token);
-                }
-                if (c.inverse_temperature > 0) score = score * c.inverse_temperature + gumbel(c, token);
-            }
-            p = Partial{score, token, logit, logit, 1.0f};
+// Four sums, 16 bytes apart from the next.
+DEVICE Four four_sums(const float* at) { return *reinterpret_cast<const Four*>(at); }
+
+// Reduces OUTPUTS products of each choice's row, `number` * OUTPUTS of the head's and those behind, to a `Partial`. `sums`: of `tokens` rows from
+// row `first_token` on, `stride` floats apart, in shared memory. A lane takes four outputs, whose noise is one draw; a warp has
+// 128 products at a time, of several choices if a block has few outputs.
+template <int OUTPUTS>
+DEVICE void choose_in_block(const float* sums, uint32_t stride, uint32_t first_token, uint32_t tokens, uint32_t number,
+                            const Choices& choices, uint32_t outputs) {
+    constexpr int LANES = OUTPUTS / 4, AT_ONCE = WARP / LANES; // lanes of a choice, choices of a warp
+    int lane = lane_index();
+    uint32_t first = number * OUTPUTS + lane % LANES * 4;
+    for (uint32_t start = warp_index() * AT_ONCE; start < choices.count; start += blockDim.x / WARP * AT_ONCE) {
+        uint32_t i = start + lane / LANES;
+        bool here = i < choices.count;
+        const Choice& c = choices.list[here ? i : start];
+        here = here && c.row - first_token < tokens;
+        if (AT_ONCE == 1 && !here) continue;
+        Four logits = {};
+        if (here) logits = four_sums(sums + (c.row - first_token) * stride + lane % LANES * 4);
+        float most = -INFINITY, sum = 0;
+        UNROLL
+        for (int j = 0; j < 4; j++) {
+            if (first + j < outputs) most = fmaxf(most, logits.v[j]);
         }
-        for (int mask = 16; mask > 0; mask /= 2) p = merged_with_lane(p, mask);
-        if (lane_index() == 0) choices.partials[static_cast<size_t>(i) * choices.blocks + blockIdx.x] = p;
+        for (int mask = LANES / 2; mask > 0; mask /= 2) most = fmaxf(most, shuffle_xor(most, mask));
+        Scored best = {-INFINITY, 0xffffffff, 0};
+        bool noisy = c.forced == 0xffffffff && c.inverse_temperature > 0;
+        bool changes = c.forced == 0xffffffff && (c.changes_count > 0 || c.fed != 0xffffffff);
+        Words noise = {};
+        if (noisy) noise = draw(c, first);
+        UNROLL
+        for (int j = 0; j < 4; j++) {
+            uint32_t token = first + j;
+            if (token >= outputs) continue;
+            sum += expf(logits.v[j] - most);
+            float score = logits.v[j];
+            if (c.forced != 0xffffffff) score = token == c.forced ? 0 : -INFINITY;
+            if (changes) score = changed(score, choices.changes, choices.previous, c, token);
+            if (noisy) score = score * c.inverse_temperature + gumbel(noise.w[j]);
+            best = better(best, Scored{score, token, logits.v[j]});
+        }
+        sync_warp();
+        for (int mask = LANES / 2; mask > 0; mask /= 2) {
+            sum += shuffle_xor(sum, mask);
+            best = better_of_lanes(best, mask);
+        }
+        if (here && lane % LANES == 0) {
+            choices.partials[static_cast<size_t>(i) * choices.blocks + number] = Partial{best.score, best.token, best.logit, most, sum};
+        }
     }
 }

@@ -28,46 +28,10 @@ struct SumsTile {
     }
 };
 
-// Reduces the tile's outputs to one `Partial` for each choice from one of its tokens. A lane takes four outputs: their noise is one draw.
+// The choices from the tile's tokens.
 DEVICE void choose_in_tile(const SumsTile& tile, const Choices& choices, uint32_t outputs) {
-    int lane = lane_index();
-    uint32_t first = tile.number * SUMS_OUTPUTS + lane * 4;
-    for (uint32_t i = warp_index(); i < choices.count; i += blockDim.x / WARP) {
-        const Choice& c = choices.list[i];
-        if (!tile.holds(c.row)) continue;
-        Four logits = tile.four(c.row, lane * 4);
-        float most = -INFINITY, sum = 0;
-        UNROLL
-        for (int j = 0; j < 4; j++) {
-            if (first + j < outputs) most = fmaxf(most, logits.v[j]);
-        }
-        most = warp_max(most);
-        Scored best = {-INFINITY, 0xffffffff, 0};
-        bool noisy = c.forced == 0xffffffff && c.inverse_temperature > 0;
-        bool changes = c.changes_count > 0 || c.fed != 0xffffffff;
-        Words noise = {};
-        if (noisy) noise = draw(c, first);
-        UNROLL
-        for (int j = 0; j < 4; j++) {
-            uint32_t token = first + j;
-            if (token >= outputs) continue;
-            sum += expf(logits.v[j] - most);
-            float score = logits.v[j];
-            if (c.forced != 0xffffffff) {
-                score = token == c.forced ? 0 : -INFINITY;
-            } else {
-                if (changes) score = changed(score, choices.changes, choices.previous, c, token);
-                if (noisy) score = score * c.inverse_temperature + gumbel(noise.w[j]);
-            }
-            best = better(best, Scored{score, token, logits.v[j]});
-        }
-        sum = warp_sum(sum);
-        for (int mask = 16; mask > 0; mask /= 2) best = better_of_lanes(best, mask);
-        if (lane == 0) {
-            choices.partials[static_cast<size_t>(i) * choices.blocks + tile.number] =
-                Partial{best.score, best.token, best.logit, most, sum};
-        }
-    }
+    uint32_t tokens = tile.tokens < tile.size ? tile.tokens : tile.size;
+    choose_in_block<SUMS_OUTPUTS>(tile.sums, SUMS_STRIDE, tile.first_token, tokens, tile.number, choices, outputs);
 }
 
 // Writes the tile's sums as logits, `out` [tokens, outputs], and what is to know of every MOMENTS_OUTPUTS of them: `moments` [tokens,

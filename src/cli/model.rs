@@ -70,7 +70,7 @@ pub struct ModelArgs {
     /// Where to compute; auto takes a GPU if there is one that can.
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto, env = "BPROMPT_DEVICE")]
     pub device: DeviceChoice,
-    /// On a GPU, give a prompt the same bits in any batch, at the price of slower long prompts; the CPU always does.
+    /// On a GPU, give a prompt the same bits in any batch, at the price of slower prompts and batches; the CPU always does.
     #[arg(long, env = "BPROMPT_BATCH_INVARIANT")]
     pub batch_invariant: bool,
     /// On a GPU, launch every kernel by itself instead of repeating recorded steps (CUDA graphs).

@@ -2,7 +2,7 @@
 //!
 //! Activations: the residual stream is f32, what products read is 16 bits wide (bf16, or f16 for models stored so).
 //! A layer of a decoding step is five launches: norm + queries, keys, values into the cache; attention; dense + residual; norm + up + GELU;
-//! down + residual.
+//! down + residual. Beyond 16 tokens the norms are the ends of the products before them on Hopper, and launches of their own elsewhere.
 
 mod attention;
 mod graphs;
