@@ -115,7 +115,7 @@ impl Emulator {
         if shape.grid.contains(&0) || shape.grid[1] > 65535 || shape.grid[2] > 65535 {
             return Err(format!("{kernel}: no grid of {:?} blocks", shape.grid));
         }
-        if !(1..=8).contains(&shape.cluster) || shape.grid[0] % shape.cluster != 0 {
+        if !(1..=8).contains(&shape.cluster) || !shape.grid[0].is_multiple_of(shape.cluster) {
             return Err(format!("{kernel}: no clusters of {} in a grid of {:?} blocks", shape.cluster, shape.grid));
         }
         let run = |schedule| {

@@ -6,11 +6,13 @@
 
 mod attention;
 mod graphs;
+mod head;
 mod linear;
 mod measure;
 mod persistent;
 mod sampling;
 mod trial;
+mod ways;
 mod weights;
 
 pub use attention::Cache;

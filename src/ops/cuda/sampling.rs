@@ -1,6 +1,6 @@
 //! The head, and choosing tokens.
 
-use super::linear::moments_blocks;
+use super::head::moments_blocks;
 use super::{Buffer, Cuda, Matrix, Sent};
 use crate::device::{Args, Launcher, Memory};
 use crate::engine::{Chosen, SampleRow, choose, log_sum_exp};

@@ -1,7 +1,7 @@
 //! Whether the kernels with Hopper's own instructions (TMA, wgmma, clusters) do on this GPU what the others do: tried on small
 //! numbers before a model uses them.
 
-use super::linear::Way;
+use super::ways::Way;
 use super::{Buffer, Cuda, Pass};
 use crate::device::{Launcher, Memory};
 use crate::error::{Error, Result};

@@ -1,0 +1,100 @@
+//! Which kernel multiplies how many tokens with a matrix, and what it is launched with.
+
+use super::{Cuda, Matrix};
+use crate::device::Launcher;
+
+/// As in `kernels/linear_skinny.cu`.
+pub(super) const THREADS: u32 = 256;
+const WARPS: usize = 8;
+pub(super) const OUTPUTS: usize = 16;
+/// As in `kernels/linear_large.cu`.
+pub(super) const TILE: usize = 128;
+pub(super) const SLICE: usize = 64;
+const STAGES: usize = 3;
+/// As in `kernels/linear_hopper.cu`: tokens and outputs of a tile, threads, shared memory of four stages, of their barriers, and of
+/// eight warps' results.
+pub(super) const HOPPER_M: usize = 128;
+pub(super) const HOPPER_N: usize = 256;
+pub(super) const HOPPER_THREADS: u32 = 384;
+pub(super) const HOPPER_SHARED: usize = 4 * (HOPPER_M + HOPPER_N) * SLICE * 2 + 4 * 2 * 8 + 8 * 16 * (64 * 2 + 16);
+/// As in `kernels/include/tiles_hopper.cuh`.
+pub(super) const TILE_THREADS: u32 = 288;
+/// Most blocks of a cluster that every Hopper GPU has.
+const CLUSTER: usize = 8;
+/// Most tokens of one launch of the skinny kernels; more go to the tiles.
+pub(super) const TOKENS: usize = 64;
+/// Most tokens that every block normalizes for itself; beyond, a launch of its own costs less. On Hopper also the most tokens of the
+/// skinny kernels: they read activations once for 16 outputs, which beyond is more than the weights.
+pub(super) const FEW_TOKENS: usize = 16;
+
+/// The kernel of a product.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Way {
+    /// Up to [`TOKENS`] at a time, weights once for each time.
+    Skinny,
+    /// Tiles of [`TILE`] by [`TILE`].
+    Large,
+    /// Hopper's tiles of so many tokens by [`TILE`] outputs, each by a cluster of so many blocks.
+    Cluster { tokens: usize, blocks: usize },
+    /// Hopper's tiles of [`HOPPER_M`] by [`HOPPER_N`].
+    Hopper,
+}
+
+/// Shared memory of `kernels/include/tiles_hopper.cuh`: the ring and its barriers.
+pub(super) fn tile_shared(tokens: usize) -> usize {
+    let stages = if tokens == 64 { 4 } else { 3 };
+    stages * ((tokens + TILE) * SLICE * 2 + 2 * 8)
+}
+
+/// Kernel instances by tokens, in tiles of 16.
+pub(super) fn tiles(tokens: usize) -> usize {
+    match tokens.div_ceil(16) {
+        0 | 1 => 1,
+        2 => 2,
+        _ => 4,
+    }
+}
+
+impl<L: Launcher> Cuda<L> {
+    /// How a product with so many tokens is done.
+    pub(super) fn way(&self, tokens: usize, weight: &Matrix<L>) -> Way {
+        let limits = self.launcher.limits();
+        let hopper = self.hopper() && !weight.int8();
+        if self.batch_invariant || tokens <= if hopper { FEW_TOKENS } else { TOKENS } {
+            return Way::Skinny;
+        }
+        if !hopper {
+            return Way::Large;
+        }
+        let processors = limits.processors as usize;
+        let tile = tile_tokens(tokens);
+        let tiles = tokens.div_ceil(tile) * weight.rows.div_ceil(TILE);
+        // a power of two, with most multiprocessors at work
+        let wanted = (processors * 7 / 10).div_ceil(tiles).next_power_of_two().min(CLUSTER);
+        let most = weight.cols.div_ceil(SLICE);
+        let blocks = if wanted > most { (most + 1).next_power_of_two() / 2 } else { wanted };
+        // what the busiest multiprocessor has to do, in units of the smaller tile
+        let large = 2 * (tokens.div_ceil(HOPPER_M) * weight.rows.div_ceil(HOPPER_N)).div_ceil(processors);
+        if tokens > TOKENS && large * blocks <= (tiles * blocks).div_ceil(processors) {
+            Way::Hopper
+        } else {
+            Way::Cluster { tokens: tile, blocks }
+        }
+    }
+}
+
+/// Tokens of a tile of Hopper's smaller ones.
+pub(super) fn tile_tokens(tokens: usize) -> usize {
+    if tokens <= 64 { 64 } else { 128 }
+}
+
+/// Shared memory of `kernels/linear_large.cu`.
+pub(super) fn large_shared<L: Launcher>(weight: &Matrix<L>) -> usize {
+    STAGES * TILE * (2 * SLICE + if weight.int8() { SLICE + 16 } else { 2 * SLICE })
+}
+
+/// The warps' sums, and the normalized rows if there is a norm.
+pub(super) fn shared_bytes(tokens: usize, inputs: usize, norm: bool) -> usize {
+    let sums = WARPS * 16 * tiles(tokens) * OUTPUTS * 4;
+    sums + if norm { tokens * (inputs + 8) * 2 } else { 0 }
+}
