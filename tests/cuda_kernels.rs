@@ -63,15 +63,19 @@ fn every_kernel_agrees_with_the_cpu() {
     assert!(missed.is_empty(), "never launched: {missed:?}");
 }
 
-/// Pairs of tiles of tokens of which the last one is beyond them all.
+/// Pairs of tiles of tokens of which the last one is beyond them all; and pairs with more slices than there are stages, in two orders of
+/// threads.
 #[test]
-fn clusters_of_an_odd_number_of_tiles() {
-    let device = emulated::gpu(false, true);
-    device.processors.set(2);
-    let nothing = Shapes { heads: vec![], steps: vec![], vocabularies: vec![], ..Shapes::small(6) };
-    all_on(device.clone(), DType::F16, &Shapes { matrices: vec![(512, 16)], tokens: vec![1100], ..nothing });
-    assert!(device.launched.borrow().contains_key("linear_hopper_f16"));
-    assert!(device.clusters.borrow().contains(&2));
+fn clusters_share_weights() {
+    for (check_order, outputs, inputs, tokens) in [(false, 512, 16, 1100), (true, 512, 400, 130)] {
+        let device = emulated::gpu(check_order, true);
+        device.processors.set(2);
+        let nothing = Shapes { heads: vec![], steps: vec![], vocabularies: vec![], ..Shapes::small(6) };
+        let shapes = Shapes { matrices: vec![(outputs, inputs)], tokens: vec![tokens], ..nothing };
+        all_on(device.clone(), DType::F16, &shapes);
+        assert!(device.launched.borrow().contains_key("linear_hopper_f16"));
+        assert!(device.clusters.borrow().contains(&2));
+    }
 }
 
 /// Few tokens on a GPU with more multiprocessors than tiles: clusters of blocks divide the inputs, also unevenly.

@@ -16,6 +16,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Bytes of a thread's stack.
 const STACK: usize = 128 * 1024;
 
+/// Rounds of all threads before another block is left behind.
+const BEHIND: usize = 64;
+
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Schedule {
     Natural,
@@ -368,12 +371,23 @@ impl Launch<'_> {
             Schedule::Shuffled(seed) => seed | 1,
         };
         let mut left = fibers.len();
-        'rounds: while left > 0 {
+        // in the shuffled order one block after the other is left behind for a while, as far as the others can go on without it
+        let mut behind = None;
+        'rounds: for round in 0.. {
+            if left == 0 {
+                break;
+            }
             if random != 0 {
                 shuffle(&mut order, &mut random);
+                if round % BEHIND == 0 && pointers.len() > 1 {
+                    behind = Some(random as usize % pointers.len());
+                }
             }
             let mut ran = false;
             for &i in &order {
+                if behind == Some(i / per_block) {
+                    continue;
+                }
                 // SAFETY: no fiber runs now.
                 let block = pointers[i / per_block];
                 let block = unsafe { &mut *block };
@@ -421,6 +435,9 @@ impl Launch<'_> {
                 }
             }
             if !ran && left > 0 {
+                if behind.take().is_some() {
+                    continue;
+                }
                 // whoever has ended is not waited for
                 let at_barrier = |t: &Thread| matches!(t.wait, Wait::Cluster | Wait::Ended);
                 if blocks.iter().all(|b| b.threads.iter().all(at_barrier)) {
