@@ -155,6 +155,10 @@ impl Driver {
         // SAFETY: the modules are loaded.
         let found = self.modules.iter().find_map(|m| unsafe { result::module::get_function(*m, name.clone()) }.ok());
         let handle = found.ok_or_else(|| Error::invalid(format!("CUDA: there is no kernel {kernel}")))?;
+        // all for shared memory, in percent: blocks of the larger kernels fit twice, and kernels for which multiprocessors are
+        // divided alike can overlap
+        use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT as PART;
+        unsafe { result::function::set_function_attribute(handle, PART, 100) }.map_err(failed(kernel))?;
         let function = Function { handle, shared_bytes: 48 * 1024 };
         self.functions.borrow_mut().insert(kernel.to_owned(), function);
         Ok(function)
@@ -233,16 +237,8 @@ impl Launcher for Driver {
     fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()> {
         let mut function = self.function(kernel)?;
         if shape.shared_bytes > function.shared_bytes {
-            use sys::CUfunction_attribute_enum::{
-                CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST,
-                CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT as PART,
-            };
-            let set = |attribute, value| unsafe {
-                result::function::set_function_attribute(function.handle, attribute, value)
-            };
-            // all that there is for shared memory, in percent, or only one such block might fit a multiprocessor
-            set(MOST, shape.shared_bytes as i32)
-                .and_then(|()| set(PART, 100))
+            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
+            unsafe { result::function::set_function_attribute(function.handle, MOST, shape.shared_bytes as i32) }
                 .map_err(failed(format!("{kernel}: {} bytes of shared memory", shape.shared_bytes)))?;
             function.shared_bytes = shape.shared_bytes;
             self.functions.borrow_mut().insert(kernel.to_owned(), function);
