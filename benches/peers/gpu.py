@@ -98,7 +98,7 @@ def kernels(a, hidden, layers, heads):
     """Microseconds of single operations: ours, and PyTorch's for the same product or attention."""
     size = hidden // heads
     own = bprompt(a.bprompt, "kernels", "--device", a.device, "--shape", a.shape, "--dtype", "bf16", "--batch",
-                  ",".join(map(str, a.batch)), "--context", str(a.context), "--prefill", a.prefill)
+                  ",".join(map(str, a.batch)), "--context", str(a.context), "--prefill", a.prefill, "--squares", str(a.square))
     new = dict(dtype=torch.bfloat16, device=a.device)
     products = {"norm + QKV into cache": (3 * hidden, hidden), "dense + residual": (hidden, hidden),
                 "norm + up + GELU": (4 * hidden, hidden), "down + residual": (hidden, 4 * hidden)}
@@ -111,6 +111,10 @@ def kernels(a, hidden, layers, heads):
             x = torch.randn(tokens, products[r["operation"]][1], **new)
             work = lambda i: F.linear(x, weights[r["operation"]][i % layers])
             peer = "linear, without norm, epilogue or cache"
+        elif r["operation"] == "product of squares":
+            x, w = (torch.randn(tokens, tokens, **new) for _ in range(2))
+            work = lambda i: F.linear(x, w)
+            peer = "linear, results in 16 bits"
         elif r["operation"] == "attention":
             q = torch.randn(r["sequences"], heads, r["tokens"], size, **new)
             k, v = (torch.randn(r["sequences"], heads, r["positions"], size, **new) for _ in range(2))
@@ -137,6 +141,7 @@ def main():
     p.add_argument("--context", type=int, default=128)
     p.add_argument("--new-tokens", type=int, default=32)
     p.add_argument("--prefill", default="64x128,1x2048")
+    p.add_argument("--square", type=int, default=8192, help="rows of the square matrices that are multiplied too")
     p.add_argument("--calls", type=int, default=24)
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--compile", action="store_true")

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::models::bloom::{BloomConfig, Parameter};
 use crate::ops::{BLOCK, Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
 use crate::random::Words;
-use crate::tensor::DType;
+use crate::tensor::{DType, Tensor};
 use serde::Serialize;
 use std::cell::RefCell;
 
@@ -20,6 +20,8 @@ pub struct KernelOptions {
     pub context: usize,
     /// Sequences and tokens of prompts.
     pub prefills: Vec<(usize, usize)>,
+    /// Rows and columns of square matrices to multiply.
+    pub squares: Vec<usize>,
     /// Calls that are timed together.
     pub calls: usize,
 }
@@ -135,6 +137,9 @@ pub fn run<B: Backend + Machine>(
     for &(sequences, tokens) in &options.prefills {
         bench.case(Case { sequences, tokens, positions: tokens }, cache_dtype)?;
     }
+    for &n in &options.squares {
+        bench.square(n, dtype)?;
+    }
     let (processor, isa) = backend.describe();
     Ok(KernelReport {
         weights: dtype.name(),
@@ -228,6 +233,34 @@ impl<B: Backend + Machine> Bench<'_, B> {
             self.time(name, case, counted, &mut |_| b.sample(&normed, &self.table, &choices, &mut scratch).map(drop))?;
         }
         Ok(())
+    }
+
+    /// A product of square matrices, of which two take turns; its inputs are the normalized rows of one.
+    fn square(&self, n: usize, dtype: DType) -> Result<()> {
+        let b = self.backend;
+        let mut words = Words::new(4, n as u64);
+        let mut matrix = || {
+            let noise: Vec<f32> = (0..n * n).map(|_| words.uniform() - 0.5).collect();
+            b.matrix(Tensor::of_rows(&noise, n), Some(dtype))
+        };
+        let vector = |value: f32| b.vector(&Tensor::of_rows(&vec![value; n], n));
+        let linears =
+            [Linear { weight: matrix()?, bias: vector(0.0)? }, Linear { weight: matrix()?, bias: vector(0.0)? }];
+        let norm = LayerNorm { weight: vector(1.0)?, bias: vector(0.0)? };
+        let mut batch = Batch::default();
+        let blocks: Vec<u32> = (0..n.div_ceil(BLOCK) as u32).collect();
+        batch.push(&(0..n as u32).collect::<Vec<u32>>(), 0, &blocks);
+        let (mut pass, mut rows, mut x, mut out) = Default::default();
+        b.begin(&batch, &mut pass);
+        b.embed_norm(&batch, &pass, &linears[0].weight, &norm, 1e-5, &mut rows);
+        b.gather_norm(&rows, &(0..n).collect::<Vec<usize>>(), &norm, 1e-5, &mut x);
+        let size = n as f64;
+        // f32 out
+        let counted = (size * size * (self.weight + 2.0 + 4.0), 2.0 * size * size * size);
+        self.time("product of squares", Case { sequences: 1, tokens: n, positions: n }, counted, &mut |i| {
+            b.linear(&x, &linears[i % 2], Epilogue::Bias, &mut out);
+            Ok(())
+        })
     }
 
     fn time(

@@ -87,6 +87,9 @@ pub struct KernelArgs {
     /// Prompts, as sequences x tokens.
     #[arg(long, value_delimiter = ',', default_value = "1x128", value_parser = prefill)]
     prefill: Vec<(usize, usize)>,
+    /// Also products of square matrices, with so many rows.
+    #[arg(long, value_delimiter = ',')]
+    squares: Vec<usize>,
     /// Calls of each operation.
     #[arg(long, default_value_t = 24)]
     calls: usize,
@@ -109,12 +112,17 @@ impl KernelArgs {
     fn run(self) -> anyhow::Result<()> {
         ensure!(self.model.model.is_none(), "bench kernels measures random weights: --shape instead of --model");
         ensure!(self.batch.iter().all(|&b| b > 0) && self.context > 0, "--batch and --context must be at least 1");
+        ensure!(
+            self.squares.iter().all(|n| *n > 0 && n.is_multiple_of(16)),
+            "--squares takes multiples of 16, such as 8192"
+        );
         let config = published(&self.shape)?;
         let dtype = self.model.dtype.dtype().unwrap_or(DType::Bf16);
         let options = KernelOptions {
             batches: self.batch.clone(),
             context: self.context,
             prefills: self.prefill.clone(),
+            squares: self.squares.clone(),
             calls: self.calls,
         };
         let report = match self.model.device(&config)? {
