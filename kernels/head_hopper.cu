@@ -2,7 +2,7 @@
 //
 //   x [tokens, inputs] and W [outputs, inputs] in 16 bits -> partials [choice, tile], or logits [tokens, outputs] in f32
 //
-// FLOPs: 2 * tokens * inputs * outputs, and about 70 instructions of a warp for 32 choices' products (noise, exponentials, votes), which run
+// FLOPs: 2 * tokens * inputs * outputs, and about 570 instructions of a warp for 128 products of a choice (noise, exponentials, maxima), which run
 // beside the tensor cores of the block that shares the multiprocessor. Least bytes from memory: the weights, once: tiles of
 // different tokens with the same outputs follow each other. From the second-level cache: weights once for 64 (128) tokens, activations once
 // for 128 outputs.

@@ -190,8 +190,6 @@ impl<L: Launcher> Cuda<L> {
                 (chosen[i].token, chosen[i].logprob) = (token, f32::from_bits(logprob));
             }
         }
-        on_host.sort_unstable();
-        on_host.dedup();
         if !on_host.is_empty() {
             self.head_logits(x, head, logits)?;
             for i in on_host {

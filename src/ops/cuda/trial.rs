@@ -1,7 +1,7 @@
 //! Whether the kernels with Hopper's own instructions (TMA, wgmma, clusters) do on this GPU what the others do: tried on small
 //! numbers before a model uses them.
 
-use super::ways::Way;
+use super::ways::{TOKENS as SKINNY_TOKENS, Way, tile_tokens};
 use super::{Buffer, Cuda, Pass};
 use crate::device::{Launcher, Memory};
 use crate::error::{Error, Result};
@@ -54,7 +54,7 @@ impl<L: Launcher> Cuda<L> {
         let (mut ours, mut theirs) = (Buffer::default(), Buffer::default());
         for tokens in TOKENS {
             let x = self.upload(&noise(&mut words, tokens * INPUTS), INPUTS, true)?;
-            let tile = if tokens <= 64 { 64 } else { 128 };
+            let tile = tile_tokens(tokens);
             for way in [Way::Cluster { tokens: tile, blocks: 1 }, Way::Cluster { tokens: tile, blocks: 2 }, Way::Hopper]
             {
                 for gelu in [false, true] {
@@ -69,8 +69,9 @@ impl<L: Launcher> Cuda<L> {
             let out = Memory::new(&self.launcher, tokens * OUTPUTS * 4)?;
             let logits = |way| -> Result<Vec<f32>> {
                 let mut read = vec![0.0; tokens * OUTPUTS];
-                for first in (0..tokens).step_by(60) {
-                    let rows = if way == Way::Skinny { first..tokens.min(first + 60) } else { 0..tokens };
+                let most = if way == Way::Skinny { SKINNY_TOKENS } else { tokens };
+                for first in (0..tokens).step_by(most) {
+                    let rows = first..tokens.min(first + most);
                     let at = out.at + (rows.start * OUTPUTS * 4) as u64;
                     self.head_as(way, "head_logits", &x, rows, &linear.weight, |a| a.with(at).with(0u64))?;
                 }
