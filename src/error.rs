@@ -15,6 +15,9 @@ pub enum Error {
     /// A request or a value that cannot be served.
     #[error("{0}")]
     Invalid(String),
+    /// Something went wrong that is not the caller's fault.
+    #[error("{0}")]
+    Internal(String),
 }
 
 impl Error {

@@ -47,11 +47,14 @@ impl GenerateArgs {
         let mut write_error = None;
         let mut done = Vec::new();
         while !session.is_idle() && write_error.is_none() {
-            done.extend(session.step(&mut |update| {
+            let outcomes = session.step(&mut |update| {
                 if let (false, Update::Text { text, .. }) = (self.json, update) {
                     write_error = write!(out, "{text}").and_then(|()| out.flush()).err();
                 }
-            })?);
+            })?;
+            for outcome in outcomes {
+                done.push(outcome?);
+            }
         }
         if let Some(e) = write_error {
             return Err(e.into());

@@ -2,6 +2,7 @@
 
 use crate::engine::session::GenerateOptions;
 use crate::rewrite::GuardOptions;
+use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
 use anyhow::{Context, ensure};
 use clap::Args;
@@ -47,7 +48,7 @@ impl GuardArgs {
                 false => ban.extend(item.split(',').map(str::to_owned)),
             }
         }
-        options.keep = Arc::new(Phrases::new(&self.keep));
+        options.keep = Arc::new(Literals::new(&self.keep));
         options.ban = Arc::new(Phrases::new(ban));
         Ok(GuardOptions {
             min_kept: self.min_kept,

@@ -101,7 +101,9 @@ impl Rewriter {
             }
             let mut done: Vec<Completed> = Vec::new();
             while !session.is_idle() {
-                done.extend(session.step(on_update)?);
+                for outcome in session.step(on_update)? {
+                    done.push(outcome?);
+                }
             }
             done.sort_by_key(|c| c.id);
             rewriting.take(&done);

@@ -154,8 +154,8 @@ impl<'a, B: Backend> Engine<'a, B> {
         if prompt == 0 {
             return Err(Error::invalid("the prompt has no tokens; expected at least one"));
         }
-        let biased = request.bias.iter().map(|b| &b.0);
-        if let Some(id) = request.prompt.iter().chain(biased).find(|&&id| id as usize >= self.model.config.vocab_size) {
+        let named = request.bias.iter().map(|b| &b.0).chain(&request.stop_token_ids);
+        if let Some(id) = request.prompt.iter().chain(named).find(|&&id| id as usize >= self.model.config.vocab_size) {
             return Err(Error::invalid(format!("token id {id} is outside the model's vocabulary")));
         }
         let context = self.model.config.context;
@@ -469,7 +469,8 @@ impl<'a, B: Backend> Engine<'a, B> {
         let position = s.tokens.len() + more;
         bias.extend(s.banned.iter().filter(|b| b.0 == position).map(|b| (b.1, f32::NEG_INFINITY)));
         if s.outputs() + more < s.request.min_new {
-            bias.push((s.request.eos, f32::NEG_INFINITY));
+            let stops = s.request.stop_token_ids.iter().chain([&s.request.eos]);
+            bias.extend(stops.map(|&t| (t, f32::NEG_INFINITY)));
         }
         bias.sort_by_key(|b| b.0);
         bias.dedup_by(|next, kept| {
@@ -488,10 +489,11 @@ impl<'a, B: Backend> Engine<'a, B> {
         let mut goes_on = true;
         for (i, c) in chosen.iter_mut().enumerate() {
             s.push(c.token);
-            if !s.forced.is_empty() {
+            let forced = !s.forced.is_empty();
+            if forced {
                 s.forced.remove(0);
             }
-            let finish = if c.token == s.request.eos && !s.request.ignore_eos {
+            let finish = if !forced && s.request.is_stop(c.token) {
                 Some(Finish::Stop)
             } else if s.outputs() >= s.request.max_new {
                 Some(Finish::Length)

@@ -24,6 +24,8 @@ pub struct Request {
     pub eos: u32,
     /// Goes on after the end-of-sequence token.
     pub ignore_eos: bool,
+    /// Tokens that end a candidate too.
+    pub stop_token_ids: Vec<u32>,
     /// Also reports the log-probabilities of the prompt's tokens but the first.
     pub prompt_logprobs: bool,
     /// Likely tokens to report with each.
@@ -45,10 +47,16 @@ impl Request {
             max_new,
             eos,
             ignore_eos: false,
+            stop_token_ids: Vec::new(),
             prompt_logprobs: false,
             top_logprobs: 0,
             deadline: None,
         }
+    }
+
+    /// Whether the token ends a candidate.
+    pub fn is_stop(&self, token: u32) -> bool {
+        (token == self.eos && !self.ignore_eos) || self.stop_token_ids.contains(&token)
     }
 
     /// Blocks that one candidate may come to use.

@@ -6,8 +6,10 @@ use crate::error::{Error, Result};
 use crate::models::bloom::Bloom;
 use crate::ops::{BLOCK, Backend};
 use crate::text::Tokenizer;
+use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -19,14 +21,17 @@ pub struct GenerateOptions {
     /// Added to the logits of tokens.
     pub bias: Vec<(u32, f32)>,
     pub length: Length,
-    /// No end of sequence before so many tokens.
+    /// No end before so many tokens.
     pub min_new: usize,
     pub ignore_eos: bool,
-    /// Texts that end a continuation, and are left out.
+    /// Texts and tokens that end a continuation, and are left out unless `include_stop` says otherwise. They do not count before
+    /// `min_new` tokens, nor within what has to be kept.
     pub stops: Vec<String>,
+    pub stop_token_ids: Vec<u32>,
+    pub include_stop: bool,
     /// What a continuation must not hold, and what it must.
     pub ban: Arc<Phrases>,
-    pub keep: Arc<Phrases>,
+    pub keep: Arc<Literals>,
     pub prompt_logprobs: bool,
     pub top_logprobs: usize,
     pub deadline: Option<Instant>,
@@ -42,6 +47,8 @@ impl Default for GenerateOptions {
             min_new: 0,
             ignore_eos: false,
             stops: Vec::new(),
+            stop_token_ids: Vec::new(),
+            include_stop: false,
             ban: Arc::default(),
             keep: Arc::default(),
             prompt_logprobs: false,
@@ -102,6 +109,17 @@ pub struct Completed {
     pub candidates: Vec<Candidate>,
 }
 
+/// A prompt whose work failed; the others are not concerned.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct Failed {
+    pub id: u64,
+    pub error: Error,
+}
+
+/// What a prompt came to.
+pub type Outcome = std::result::Result<Completed, Failed>;
+
 /// What a step brought.
 pub enum Update<'a> {
     /// Computing a prompt begins.
@@ -123,8 +141,9 @@ pub trait Generate {
     fn submit(&mut self, id: u64, prompt: Vec<u32>, options: &GenerateOptions) -> Result<()>;
     /// Forgets a prompt.
     fn cancel(&mut self, id: u64);
-    /// One forward pass; prompts that are done come back.
-    fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Completed>>;
+    /// One forward pass; prompts that are done come back, and those that failed alone. An error is one of the device or the model as
+    /// a whole, after which nothing goes on.
+    fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Outcome>>;
     fn is_idle(&self) -> bool;
     /// Prompts queued or running.
     fn in_flight(&self) -> usize;
@@ -176,21 +195,22 @@ impl<'a, B: Backend> Session<'a, B> {
 impl<B: Backend> Generate for Session<'_, B> {
     fn submit(&mut self, id: u64, prompt: Vec<u32>, options: &GenerateOptions) -> Result<()> {
         let request = request(id, prompt, options, self.eos, self.context)?;
-        let rules = Rules::new(self.tokenizer, options.stops.clone(), options.ban.clone(), options.keep.clone())?;
-        if rules.reserved_tokens() > request.max_new {
-            return Err(Error::invalid(format!(
-                "the words to keep take {} tokens, and there is room for {}; raise --max-tokens",
-                rules.reserved_tokens(),
-                request.max_new
-            )));
-        }
+        let rules = Rules {
+            stops: options.stops.clone(),
+            stop_token_ids: options.stop_token_ids.clone(),
+            include_stop: options.include_stop,
+            min_new: options.min_new,
+            ban: options.ban.clone(),
+            keep: options.keep.clone(),
+        };
+        rules.check()?;
         let rules = Arc::new(rules);
         let grow = |_| Growing::new(self.tokenizer, rules.clone(), self.eos, request.max_new);
         let pending = Pending {
             prompt_ids: request.prompt.clone(),
             prompt_scores: vec![],
             cached: 0,
-            candidates: (0..request.candidates).map(grow).collect(),
+            candidates: (0..request.candidates).map(grow).collect::<Result<_>>()?,
         };
         self.engine.submit(request)?;
         self.pending.insert(id, pending);
@@ -230,12 +250,12 @@ impl<B: Backend> Generate for Session<'_, B> {
         self.generated_tokens
     }
 
-    fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Completed>> {
+    fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Outcome>> {
         let mut done = Vec::new();
-        let mut failed = None;
+        let mut failed: Vec<Failed> = Vec::new();
         let pending = &mut self.pending;
         let mut generated = 0;
-        self.engine.step(&mut |event| {
+        let stepped = self.engine.step(&mut |event| {
             let (id, candidate) = match event {
                 Event::Started { request, cached } => {
                     if let Some(p) = pending.get_mut(&request) {
@@ -254,35 +274,39 @@ impl<B: Backend> Generate for Session<'_, B> {
                     (request, candidate)
                 }
             };
+            if failed.iter().any(|f| f.id == id) {
+                return Verdict::End;
+            }
             let Some(p) = pending.get_mut(&id) else { return Verdict::End };
+            generated += u64::from(matches!(event, Event::Token { .. }));
             let c = &mut p.candidates[candidate as usize];
-            let pushed = match event {
-                Event::Token { token, logprob, top, finish, .. } => {
-                    generated += 1;
-                    c.push(token, logprob, top, finish)
+            // what goes wrong with one text must not end the others
+            let grown = catch_unwind(AssertUnwindSafe(|| c.take(event)));
+            let grown = grown.unwrap_or_else(|_| Err(Error::Internal("a text could not be processed".into())));
+            let verdict = match grown {
+                Ok(verdict) => verdict,
+                Err(error) => {
+                    failed.push(Failed { id, error });
+                    return Verdict::End;
                 }
-                Event::Ended { finish, .. } => c.end(finish).map(|()| Verdict::End),
-                _ => unreachable!("told above"),
             };
-            let verdict = pushed.unwrap_or_else(|e| {
-                failed = Some(e);
-                Verdict::End
-            });
             let finish = c.finish;
             let (text, tokens) = c.fresh();
-            if !text.is_empty() || finish.is_some() {
+            if !text.is_empty() || !tokens.is_empty() || finish.is_some() {
                 on_update(Update::Text { id, candidate, text, tokens, finish });
             }
             if finish.is_some() && p.candidates.iter().all(|c| c.finish.is_some()) {
                 done.push(id);
             }
             verdict
-        })?;
+        });
         self.generated_tokens += generated;
-        if let Some(e) = failed {
-            return Err(e);
+        for f in &failed {
+            self.cancel(f.id);
         }
-        Ok(done.into_iter().map(|id| completed(id, self.pending.remove(&id).expect("just seen"))).collect())
+        stepped?;
+        let done = done.into_iter().filter_map(|id| Some(Ok(completed(id, self.pending.remove(&id)?))));
+        Ok(done.chain(failed.into_iter().map(Err)).collect())
     }
 }
 
@@ -305,6 +329,7 @@ fn request(id: u64, prompt: Vec<u32>, options: &GenerateOptions, eos: u32, conte
         bias: options.bias.clone(),
         min_new: options.min_new,
         ignore_eos: options.ignore_eos,
+        stop_token_ids: options.stop_token_ids.clone(),
         prompt_logprobs: options.prompt_logprobs,
         top_logprobs: options.top_logprobs,
         deadline: options.deadline,
@@ -316,7 +341,8 @@ fn completed(id: u64, p: Pending) -> Completed {
     let candidates = p.candidates.into_iter().map(|c| Candidate {
         text: c.text,
         tokens: c.tokens,
-        finish: c.finish.expect("only whole prompts complete"),
+        // only prompts whose candidates all have ended are done
+        finish: c.finish.unwrap_or(Finish::Stop),
     });
     Completed {
         id,

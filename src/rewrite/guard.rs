@@ -243,7 +243,7 @@ impl Rewriting {
     fn fall_back(&self, failed: Candidate) -> Candidate {
         let ban = &self.options.ban;
         let prompt = &self.rewrite.prompt;
-        let mut input = if ban.find(prompt, true).is_some() { ban.strip(prompt) } else { prompt.clone() };
+        let mut input = if ban.find(prompt).is_some() { ban.strip(prompt) } else { prompt.clone() };
         let keep = self.options.keep.missing(&input);
         if !keep.is_empty() {
             input = format!("{input}, {}", keep.join(", "));

@@ -7,6 +7,7 @@ use super::state::{Shared, StateArc};
 use super::worker::Reply;
 use crate::engine::session::{Completed, GenerateOptions};
 use crate::rewrite::{Candidate, GuardOptions, Prompter, Rewrite, Rewriting};
+use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
 use crate::text::template::Template;
 use axum::extract::State;
@@ -132,7 +133,7 @@ async fn drive(
                         // nobody may be listening any more
                         let _ = pieces.send(sse::data(&RewritePiece { index, candidate, round, part, text, tokens }));
                     }
-                    Reply::Accepted | Reply::Refused(_) => {}
+                    Reply::Accepted | Reply::Refused(_) | Reply::Failed(_) => {}
                 }
             }
             Err(ApiError::internal("the engine has stopped"))
@@ -168,7 +169,7 @@ pub async fn rewrite(State(shared): StateArc, Json(r): Json<RewriteRequest>) -> 
     };
     let prompter = Prompter { tokenizer: shared.tokenizer.clone(), template };
     let mut options = r.sampling.options(&shared.defaults, r.max_tokens, &shared)?;
-    options.keep = Arc::new(Phrases::new(r.keep.unwrap_or_default()));
+    options.keep = Arc::new(Literals::new(r.keep.unwrap_or_default()));
     if let Some(ban) = r.ban {
         options.ban = Arc::new(Phrases::new(ban));
     }

@@ -47,7 +47,7 @@ pub fn respond(
     let items = replies.map(|(at, reply)| match reply? {
         Reply::Text { candidate, text, tokens, finish } => Ok(Some(Item::Text { at, candidate, text, tokens, finish })),
         Reply::Done(completed) => Ok(Some(Item::Done(completed))),
-        Reply::Accepted | Reply::Refused(_) => Ok(None),
+        Reply::Accepted | Reply::Refused(_) | Reply::Failed(_) => Ok(None),
     });
     let end = stream::iter([Ok(Some(Item::End))]);
     let mut failed = false;

@@ -28,6 +28,8 @@ pub enum Reply {
     /// It waits for its turn.
     Accepted,
     Refused(String),
+    /// Its work failed.
+    Failed(String),
 }
 
 enum Command {
@@ -128,6 +130,7 @@ impl Generation {
         }
         let reply = match self.receiver.recv().await {
             Some(Reply::Refused(message)) => Err(ApiError::invalid(message)),
+            Some(Reply::Failed(message)) => Err(ApiError::internal(message)),
             Some(reply) => Ok(reply),
             None => Err(ApiError::internal("the engine has stopped")),
         };
@@ -222,7 +225,16 @@ pub fn run(session: &mut dyn Generate, inbox: Inbox, metrics: &Metrics) -> crate
                 let _ = c.replies.send(reply);
             }
         })?;
-        for completed in done {
+        for outcome in done {
+            let completed = match outcome {
+                Ok(completed) => completed,
+                Err(failed) => {
+                    if let Some(c) = clients.remove(&failed.id) {
+                        let _ = c.replies.send(Reply::Failed(failed.to_string()));
+                    }
+                    continue;
+                }
+            };
             let Some(c) = clients.remove(&completed.id) else { continue };
             let now = Instant::now();
             metrics.finished(&completed, c.max_tokens, [Some(c.arrived), c.started, c.first, Some(now)]);

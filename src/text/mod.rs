@@ -2,6 +2,7 @@
 
 pub mod clip;
 pub mod content_words;
+pub mod literals;
 pub mod phrases;
 pub mod template;
 mod tokenizer;

@@ -167,7 +167,8 @@ impl Run<'_> {
                 self.out.write_ready()?;
                 return Ok(true);
             }
-            for completed in flight.session.step(&mut |_| {})? {
+            for outcome in flight.session.step(&mut |_| {})? {
+                let completed = outcome?;
                 let (number, part) = flight.prompts.remove(&completed.id).expect("handed in above");
                 let job = jobs.get_mut(&number).expect("its parts are in flight");
                 job.parts[part] = Some(completed);
