@@ -12,6 +12,9 @@ pub enum Error {
     /// A file's content is not what it should be.
     #[error("{}: {message}", path.display())]
     File { path: PathBuf, message: String },
+    /// A piece of work would take more memory than there is. Sizes are written out with their units.
+    #[error("needs {needed} of memory ({parts}), but {available} are left here; {remedy}")]
+    OutOfMemory { needed: String, parts: String, available: String, remedy: String },
     /// A request or a value that cannot be served.
     #[error("{0}")]
     Invalid(String),

@@ -1,5 +1,7 @@
 //! BeautifulPrompt's engine: rewrites plain text-to-image prompts with BLOOM, and trains it.
 
+#![warn(clippy::print_stdout, clippy::print_stderr)] // they panic; see `cli::print`
+
 pub mod bench;
 pub mod checkpoint;
 pub mod cli;
@@ -8,6 +10,7 @@ pub mod device;
 pub mod engine;
 pub mod error;
 pub mod eval;
+pub mod memory;
 pub mod models;
 pub mod ops;
 pub mod random;

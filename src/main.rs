@@ -1,8 +1,9 @@
 //! The `bprompt` program.
 
-use beautiful_prompt::cli::Cli;
+use beautiful_prompt::cli::{Cli, reader_left};
 use clap::Parser;
 use clap::error::ErrorKind;
+use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -14,22 +15,35 @@ fn main() -> ExitCode {
     }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => e.exit(),
-        Err(e) if e.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => e.exit(),
+        Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+            let printed = e.print().and_then(|()| std::io::stdout().flush());
+            return printed.map_or_else(
+                |e| failed(format_args!("error: standard output: cannot write: {e}")),
+                |()| ExitCode::SUCCESS,
+            );
+        }
+        Err(e) if e.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = e.print();
+            return ExitCode::from(2);
+        }
         Err(e) => {
             // clap's message up to the usage, on one line
             let text = e.to_string();
             let lines = text.lines().take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more"));
             let line: Vec<&str> = lines.map(str::trim).filter(|l| !l.is_empty()).collect();
-            eprintln!("{}; see --help", line.join(" "));
-            return ExitCode::from(2);
+            return failed(format_args!("{}; see --help", line.join(" ")));
         }
     };
     match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("error: {e:#}");
-            ExitCode::from(2)
-        }
+        // as a shell reports a program that the signal of a closed pipe ended
+        Err(e) if reader_left(&e) => ExitCode::from(141),
+        Err(e) => failed(format_args!("error: {e:#}")),
     }
+}
+
+/// Says what is wrong, where standard error takes it.
+fn failed(line: std::fmt::Arguments) -> ExitCode {
+    let _ = writeln!(std::io::stderr(), "{line}");
+    ExitCode::from(2)
 }

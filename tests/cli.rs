@@ -7,8 +7,10 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 fn bprompt() -> Command {
+    // more than the cores would be told of on standard error
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(2);
     let mut c = Command::new(env!("CARGO_BIN_EXE_bprompt"));
-    c.env_remove("BPROMPT_MODEL").env("BPROMPT_THREADS", "2").stdin(Stdio::null());
+    c.env_remove("BPROMPT_MODEL").env("BPROMPT_THREADS", threads.to_string()).stdin(Stdio::null());
     c
 }
 

@@ -1,6 +1,6 @@
 //! Fine-tuning runs: they learn, repeat, resume bit for bit, and stop at nonsense.
 
-use beautiful_prompt::checkpoint::Checkpoint;
+use beautiful_prompt::checkpoint::{Checkpoint, Companions};
 use beautiful_prompt::models::bloom::BloomConfig;
 use beautiful_prompt::models::bloom::train::{Batch, TrainModel, Workspace};
 use beautiful_prompt::ops::cpu::Cpu;
@@ -9,7 +9,7 @@ use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::random::Words;
 use beautiful_prompt::train::examples::{Example, pack};
 use beautiful_prompt::train::optimizer::AdamWOptions;
-use beautiful_prompt::train::report::StepMetrics;
+use beautiful_prompt::train::report::{Metrics, StepMetrics};
 use beautiful_prompt::train::schedule::Schedule;
 use beautiful_prompt::train::sft::{Observer, Outcome, Sft, SftOptions};
 use beautiful_prompt::train::state;
@@ -50,7 +50,7 @@ fn options(output: &Path) -> SftOptions {
 
 fn sft<'a>(cpu: &'a Cpu, options: SftOptions) -> Sft<'a> {
     let model = TrainModel::random(BloomConfig::new(24, 32, 2, 2), 1);
-    Sft { cpu, model, train: examples(96, 1), validation: examples(16, 2), options }
+    Sft { cpu, model, companions: Companions::default(), train: examples(96, 1), validation: examples(16, 2), options }
 }
 
 /// Raises the flag after so many steps.
@@ -73,6 +73,49 @@ fn losses(folder: &Path) -> Vec<(u64, f64)> {
     let text = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
     let steps = text.lines().map(|l| serde_json::from_str::<StepMetrics>(l).unwrap());
     steps.map(|s| (s.step, s.loss)).collect()
+}
+
+/// The lines of metrics.jsonl as they stand there, but for the speed.
+fn lines_without_time(folder: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
+    let without = |line: &str| {
+        let (before, rest) = line.split_once("\"tokens_per_second\":").unwrap();
+        let end = rest.find([',', '}']).unwrap();
+        format!("{before}{}", &rest[end..])
+    };
+    text.lines().map(without).collect()
+}
+
+/// Numbers that a parser of one step of rounding less would bring back changed.
+#[test]
+fn metrics_keep_every_digit_when_a_run_resumes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("metrics.jsonl");
+    let numbers: Vec<f64> = (1..2000).map(|i| (i as f64 * 0.7310585786300049).exp2() * 1.0000000000000002e-9).collect();
+    let step = |(i, &x): (usize, &f64)| StepMetrics {
+        step: i as u64 + 1,
+        epoch: x / 3.0,
+        loss: x,
+        learning_rate: x.sqrt(),
+        gradient_norm: x.recip(),
+        tokens: i,
+        tokens_per_second: x / 7.0,
+        validation_loss: (i % 3 == 0).then_some(x * 1.1),
+    };
+    let mut metrics = Metrics::open(&path, 0).unwrap();
+    numbers.iter().enumerate().map(step).for_each(|s| metrics.push(s).unwrap());
+    let before = std::fs::read_to_string(&path).unwrap();
+    let resumed = Metrics::open(&path, 1500).unwrap();
+    assert_eq!(resumed.steps.len(), 1500);
+    let after = std::fs::read_to_string(&path).unwrap();
+    assert!(before.starts_with(&after) && after.lines().count() == 1500);
+    let parsed = |s: &str| serde_json::from_str::<StepMetrics>(s).unwrap().loss;
+    assert!(before.lines().zip(&numbers).any(|(l, x)| parsed(l) != *x), "the numbers show nothing: all parse exactly");
+    // a last line that a crash has cut is left out, a broken one in the middle is named
+    std::fs::write(&path, format!("{}{{\"step\": 1501", after)).unwrap();
+    assert_eq!(Metrics::open(&path, 1501).unwrap().steps.len(), 1500);
+    std::fs::write(&path, after.replacen("\"loss\"", "\"lost\"", 1)).unwrap();
+    assert!(Metrics::open(&path, 1501).err().unwrap().to_string().contains("line 1 "));
 }
 
 #[test]
@@ -100,6 +143,7 @@ fn a_run_learns_and_an_interrupted_one_ends_with_the_same_bits() {
     assert!(matches!(run(&mut cut, true, 0), Outcome::Finished { .. }));
     assert!(cut.model.values == whole.model.values, "weights differ");
     assert_eq!(losses(&two), history);
+    assert_eq!(lines_without_time(&two), lines_without_time(&one), "metrics.jsonl differs");
     assert_eq!(state::list(&two.join("checkpoints")).unwrap().len(), 2, "old checkpoints are removed");
 }
 
@@ -108,6 +152,18 @@ fn resuming_with_other_settings_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let cpu = Cpu::new(1, Isa::detect());
     run(&mut sft(&cpu, options(folder.path())), false, 2);
+    // numbers of many digits are the same settings when they are read back
+    let exact = |folder: &Path| {
+        let mut options = options(folder);
+        options.settings = (1..200)
+            .map(|i| (i.to_string(), (i as f64).sqrt().recip().into()))
+            .collect::<serde_json::Map<_, _>>()
+            .into();
+        options
+    };
+    let second = tempfile::tempdir().unwrap();
+    run(&mut sft(&cpu, exact(second.path())), false, 2);
+    assert!(matches!(run(&mut sft(&cpu, exact(second.path())), true, 3), Outcome::Stopped(_)));
     let mut other = options(folder.path());
     other.settings = serde_json::json!({"learning_rate": 1e-3});
     let stop = AtomicBool::new(false);

@@ -15,22 +15,30 @@ pub fn write_atomic(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::
     })
 }
 
-/// [`write_atomic`] for writers that want a path: `write` fills the file at the path it is given.
+/// [`write_atomic`] for writers that want a path: `write` fills the file at the path it is given, or puts another one there.
 pub fn write_atomic_at(path: &Path, write: impl FnOnce(&Path) -> std::io::Result<()>) -> Result<()> {
     let folder = match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
     };
-    let file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(path, "create"))?;
-    write(file.path()).and_then(|()| file.as_file().sync_all()).map_err(Error::io(path, "write"))?;
+    let mut builder = tempfile::Builder::new();
     #[cfg(unix)]
     {
-        // temporary files are private; the result gets the mode any new file would have
+        // temporary files are private by default; this one gets what the umask leaves, as any new file
         use std::os::unix::fs::PermissionsExt;
-        let mode = 0o666 & !umask();
-        let _ = file.as_file().set_permissions(std::fs::Permissions::from_mode(mode));
+        builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
-    file.persist(path).map_err(|e| Error::io(path, "write")(e.error))?;
+    let file = builder.tempfile_in(folder).map_err(Error::io(path, "create"))?;
+    let permissions = file.as_file().metadata().map_err(Error::io(path, "create"))?.permissions();
+    let temporary = file.into_temp_path();
+    // a writer may have renamed a file of its own to this place, so what is flushed is what lies there now
+    let finish = || {
+        let file = File::options().read(true).write(true).open(&temporary)?;
+        file.set_permissions(permissions)?;
+        file.sync_all()
+    };
+    write(&temporary).and_then(|()| finish()).map_err(Error::io(path, "write"))?;
+    temporary.persist(path).map_err(|e| Error::io(path, "write")(e.error))?;
     Ok(())
 }
 
@@ -50,15 +58,4 @@ pub fn write_folder(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Resu
         let _ = std::fs::remove_dir_all(&partial);
     }
     result
-}
-
-#[cfg(unix)]
-fn umask() -> u32 {
-    // SAFETY: umask cannot fail. It can only be read by setting it; setting it back at once
-    // leaves the process as it was.
-    unsafe {
-        let mask = libc::umask(0o022);
-        libc::umask(mask);
-        mask as u32
-    }
 }

@@ -1,11 +1,13 @@
 //! Model folders as Hugging Face writes them, memory-mapped.
 
 mod atomic;
+mod companions;
 mod pytorch;
 mod safetensors;
 mod save;
 
 pub use atomic::{write_atomic, write_atomic_at, write_folder};
+pub use companions::{Companions, MODEL_FILES, TOKENIZER_FILES};
 pub use save::save_model;
 
 use crate::error::{Error, Result};

@@ -2,6 +2,7 @@
 
 use super::DeviceArgs;
 use super::model::{DTypeChoice, Device, ModelArgs, Placed};
+use super::print::{self, print_line};
 use super::train::PrecisionChoice;
 use crate::bench::kernels::{self, KernelOptions};
 use crate::bench::llm::{LlmOptions, LlmReport, Phase, random_checkpoint, run};
@@ -133,20 +134,28 @@ impl KernelArgs {
             }
         };
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&report)?);
+            print::json(&report)?;
             return Ok(());
         }
-        println!("{} weights, {} ({})", report.weights, report.processor, report.isa);
-        println!(
+        print_line!("{} weights, {} ({})", report.weights, report.processor, report.isa)?;
+        print_line!(
             "measured: read {:.1} GB/s, peak {:.0} GFLOP/s",
-            report.read_gigabytes_per_second, report.peak_gigaflops
-        );
-        println!(
+            report.read_gigabytes_per_second,
+            report.peak_gigaflops
+        )?;
+        print_line!(
             "{:30}{:>10}{:>8}{:>11}{:>9}{:>9}{:>11}{:>10}",
-            "", "tokens", "of", "us", "GB/s", "TFLOP/s", "floor us", "fraction"
-        );
+            "",
+            "tokens",
+            "of",
+            "us",
+            "GB/s",
+            "TFLOP/s",
+            "floor us",
+            "fraction"
+        )?;
         for r in &report.rows {
-            println!(
+            print_line!(
                 "{:30}{:>10}{:>8}{:>11.1}{:>9.1}{:>9.2}{:>11.1}{:>9.0}%",
                 r.operation,
                 format!("{} x {}", r.sequences, r.tokens),
@@ -156,7 +165,7 @@ impl KernelArgs {
                 r.teraflops,
                 r.floor_microseconds,
                 100.0 * r.fraction
-            );
+            )?;
         }
         Ok(())
     }
@@ -204,9 +213,9 @@ impl TrainArgs {
             },
         );
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&report)?);
+            print::json(&report)?;
         } else {
-            println!(
+            print_line!(
                 "{} parameters, {} tokens a step in {}: {:.0} tokens/s, {:.1} ms, {:.1} GFLOP, floor {:.1} ms ({:.0} %)",
                 report.parameters,
                 report.tokens_per_step,
@@ -216,7 +225,7 @@ impl TrainArgs {
                 report.flops / 1e9,
                 report.floor_milliseconds,
                 100.0 * report.fraction
-            );
+            )?;
         }
         Ok(())
     }
@@ -246,23 +255,34 @@ impl LlmArgs {
             Placed::Cuda(cuda, model) => run(&*cuda, &model, options)?,
         };
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&report)?);
+            print::json(&report)?;
         } else {
-            print(&report);
+            print(&report)?;
         }
         Ok(())
     }
 }
 
-fn print(r: &LlmReport) {
-    println!("{} parameters in {}, {} threads of {} ({})", r.parameters, r.weights, r.threads, r.processor, r.isa);
-    println!(
+fn print(r: &LlmReport) -> std::io::Result<()> {
+    print_line!("{} parameters in {}, {} threads of {} ({})", r.parameters, r.weights, r.threads, r.processor, r.isa)?;
+    print_line!(
         "measured: read {:.1} GB/s, {} peak {:.0} GFLOP/s",
-        r.read_gigabytes_per_second, r.weights, r.peak_gigaflops
-    );
-    println!("{:28}{:>10}{:>11}{:>10}{:>10}{:>11}{:>10}", "", "tokens/s", "ms", "MB", "GFLOP", "floor ms", "fraction");
+        r.read_gigabytes_per_second,
+        r.weights,
+        r.peak_gigaflops
+    )?;
+    print_line!(
+        "{:28}{:>10}{:>11}{:>10}{:>10}{:>11}{:>10}",
+        "",
+        "tokens/s",
+        "ms",
+        "MB",
+        "GFLOP",
+        "floor ms",
+        "fraction"
+    )?;
     let line = |name: String, p: &Phase| {
-        println!(
+        print_line!(
             "{name:28}{:>10.1}{:>11.2}{:>10.1}{:>10.2}{:>11.2}{:>9.0}%",
             p.tokens_per_second,
             p.milliseconds,
@@ -270,18 +290,20 @@ fn print(r: &LlmReport) {
             p.flops / 1e9,
             p.floor_milliseconds,
             100.0 * p.fraction
-        );
+        )
     };
-    line(format!("prefill {} x {}", r.batch, r.prompt_tokens), &r.prefill);
-    line(format!("decode {} x {}", r.batch, r.new_tokens), &r.decode);
+    line(format!("prefill {} x {}", r.batch, r.prompt_tokens), &r.prefill)?;
+    line(format!("decode {} x {}", r.batch, r.new_tokens), &r.decode)?;
     if let Some(bytes) = r.peak_memory_bytes {
-        println!("peak memory {:.0} MB", bytes as f64 / 1e6);
+        print_line!("peak memory {:.0} MB", bytes as f64 / 1e6)?;
     }
     for step in &r.steps {
         let one = step.one_kernel_microseconds.map_or("not possible".to_owned(), |t| format!("{t:.0} us"));
-        println!(
+        print_line!(
             "a step of {} tokens: {:.0} us in launches, in one kernel {one}",
-            step.tokens, step.launches_microseconds
-        );
+            step.tokens,
+            step.launches_microseconds
+        )?;
     }
+    Ok(())
 }

@@ -3,6 +3,7 @@
 use super::engine::EngineArgs;
 use super::hosted::{HostOptions, Hosted};
 use super::model::ModelArgs;
+use super::print::{self, print_line};
 use crate::bench::serve::{Endpoint, Goodput, LoadOptions, Prompts, ServeReport, Server, run};
 use crate::data::records::read_prompts;
 use crate::serve::{HttpOptions, app, serve};
@@ -145,8 +146,8 @@ impl ServeBenchArgs {
         })?;
         bar.finish_and_clear();
         match self.json {
-            true => println!("{}", serde_json::to_string_pretty(&report)?),
-            false => print(&report),
+            true => print::json(&report)?,
+            false => print(&report)?,
         }
         if report.completed == 0 {
             anyhow::bail!("no request succeeded: {}", report.error.unwrap_or_default());
@@ -175,23 +176,24 @@ impl ServeBenchArgs {
     }
 }
 
-fn print(r: &ServeReport) {
-    println!("successful requests              {}", r.completed);
-    println!("failed requests                  {}", r.failed);
+fn print(r: &ServeReport) -> std::io::Result<()> {
+    print_line!("successful requests              {}", r.completed)?;
+    print_line!("failed requests                  {}", r.failed)?;
     if let Some(e) = &r.error {
-        println!("first failure                    {e}");
+        print_line!("first failure                    {e}")?;
     }
-    println!("duration (s)                     {:.2}", r.duration_seconds);
-    println!("input, output tokens             {}, {}", r.total_input_tokens, r.total_output_tokens);
-    println!("request throughput (req/s)       {:.2}", r.request_throughput);
+    print_line!("duration (s)                     {:.2}", r.duration_seconds)?;
+    print_line!("input, output tokens             {}, {}", r.total_input_tokens, r.total_output_tokens)?;
+    print_line!("request throughput (req/s)       {:.2}", r.request_throughput)?;
     if let Some(good) = r.request_goodput {
-        println!("request goodput (req/s)          {good:.2}");
+        print_line!("request goodput (req/s)          {good:.2}")?;
     }
-    println!("output token throughput (tok/s)  {:.2}", r.output_throughput);
-    println!("peak output throughput (tok/s)   {:.2}", r.peak_output_throughput);
-    println!("peak concurrent requests         {}", r.peak_concurrent_requests);
-    println!("total token throughput (tok/s)   {:.2}", r.total_token_throughput);
+    print_line!("output token throughput (tok/s)  {:.2}", r.output_throughput)?;
+    print_line!("peak output throughput (tok/s)   {:.2}", r.peak_output_throughput)?;
+    print_line!("peak concurrent requests         {}", r.peak_concurrent_requests)?;
+    print_line!("total token throughput (tok/s)   {:.2}", r.total_token_throughput)?;
     for (name, l) in [("TTFT", r.ttft_ms), ("TPOT", r.tpot_ms), ("ITL", r.itl_ms), ("E2EL", r.e2el_ms)] {
-        println!("{name:<5}mean, median, p99 (ms)      {:.2}, {:.2}, {:.2}", l.mean, l.median, l.p99);
+        print_line!("{name:<5}mean, median, p99 (ms)      {:.2}, {:.2}, {:.2}", l.mean, l.median, l.p99)?;
     }
+    Ok(())
 }

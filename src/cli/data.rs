@@ -1,5 +1,6 @@
 //! `bprompt data`: training data.
 
+use super::print::print_line;
 use crate::data::pairs::{PairOptions, make_pairs};
 use crate::data::phrases::StylePhrases;
 use crate::data::records::{read_prompts, write_pairs};
@@ -98,9 +99,9 @@ impl PairsArgs {
         write_pairs(&self.output, &made.train)?;
         write_pairs(&validation_output, &made.validation)?;
         for (what, count) in &made.counts {
-            println!("{count:>8}  {what}");
+            print_line!("{count:>8}  {what}")?;
         }
-        println!("wrote {} and {}", self.output.display(), validation_output.display());
+        print_line!("wrote {} and {}", self.output.display(), validation_output.display())?;
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 use super::engine::EngineArgs;
 use super::guard::GuardArgs;
 use super::model::{ModelArgs, SamplingArgs};
+use super::print::{self, note, print_line};
 use super::rewrite::Rewriter;
 use crate::data::records::{read_pairs, read_prompts};
 use crate::eval::{Rewrite, report};
@@ -92,7 +93,7 @@ impl EvalArgs {
                 input: prompt,
             };
             if self.show {
-                eprintln!("{}\n  {}", rewrite.input, rewrite.output);
+                note!("{}\n  {}", rewrite.input, rewrite.output);
             }
             rewrites.push(rewrite);
         }
@@ -101,20 +102,24 @@ impl EvalArgs {
         r.tokens_per_step = rewrites.iter().map(|r| r.tokens).sum::<usize>() as f64 / counters.steps.max(1) as f64;
         r.drafts_accepted = counters.accepted_tokens as f64 / counters.drafted_tokens.max(1) as f64;
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&r)?);
+            print::json(&r)?;
             return Ok(());
         }
-        println!("prompts                         {}", r.prompts);
-        println!("content words kept              {:.1} %", 100.0 * r.kept_content_words);
-        println!("meaning kept                    {:.1} %", 100.0 * r.kept_meaning);
-        println!("outputs that fell back          {:.1} %", 100.0 * r.fallbacks);
-        println!("outputs that keep all           {:.1} %", 100.0 * r.kept_all);
-        println!("outputs adding 8 or more words  {:.1} %", 100.0 * r.adds_eight_words);
-        println!("outputs repeating 4 words thrice {:.1} %", 100.0 * r.repeats_four_words);
-        println!("words in, out                   {:.1}, {:.1}", r.mean_words_in, r.mean_words_out);
-        println!("tokens a rewrite                {:.1}", r.mean_tokens);
-        println!("tokens a step, drafts accepted   {:.2}, {:.1} %", r.tokens_per_step, 100.0 * r.drafts_accepted);
-        println!("seconds a rewrite               {:.3} median, {:.3} slowest", r.median_seconds, r.slowest_seconds);
+        print_line!("prompts                         {}", r.prompts)?;
+        print_line!("content words kept              {:.1} %", 100.0 * r.kept_content_words)?;
+        print_line!("meaning kept                    {:.1} %", 100.0 * r.kept_meaning)?;
+        print_line!("outputs that fell back          {:.1} %", 100.0 * r.fallbacks)?;
+        print_line!("outputs that keep all           {:.1} %", 100.0 * r.kept_all)?;
+        print_line!("outputs adding 8 or more words  {:.1} %", 100.0 * r.adds_eight_words)?;
+        print_line!("outputs repeating 4 words thrice {:.1} %", 100.0 * r.repeats_four_words)?;
+        print_line!("words in, out                   {:.1}, {:.1}", r.mean_words_in, r.mean_words_out)?;
+        print_line!("tokens a rewrite                {:.1}", r.mean_tokens)?;
+        print_line!("tokens a step, drafts accepted   {:.2}, {:.1} %", r.tokens_per_step, 100.0 * r.drafts_accepted)?;
+        print_line!(
+            "seconds a rewrite               {:.3} median, {:.3} slowest",
+            r.median_seconds,
+            r.slowest_seconds
+        )?;
         Ok(())
     }
 }

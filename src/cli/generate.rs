@@ -1,6 +1,7 @@
 //! `bprompt generate`: continues a text as it is, without a template.
 
 use super::model::{ModelArgs, SamplingArgs};
+use super::print;
 use crate::engine::session::{Length, Update};
 use crate::engine::{EngineOptions, Sampling};
 use crate::models::generation_config::GenerationDefaults;
@@ -43,7 +44,7 @@ impl GenerateArgs {
         let engine = EngineOptions { cache_tokens: options.cache_tokens(ids.len()), ..EngineOptions::default() };
         let mut session = loaded.session(engine)?;
         session.submit(0, ids, &options)?;
-        let mut out = std::io::stdout().lock();
+        let mut out = print::stdout();
         let mut write_error = None;
         let mut done = Vec::new();
         while !session.is_idle() && write_error.is_none() {

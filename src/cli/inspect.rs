@@ -1,5 +1,6 @@
 //! `bprompt inspect`: what a model folder holds, or what is wrong with it.
 
+use super::print::{self, print_line};
 use crate::checkpoint::Checkpoint;
 use crate::tensor::DType;
 use crate::text::Tokenizer;
@@ -66,45 +67,45 @@ impl InspectArgs {
                 "tokenizer_vocab_size": tokenizer.as_ref().map(Tokenizer::vocab_size),
                 "special_tokens": special,
             });
-            println!("{}", serde_json::to_string_pretty(&object)?);
+            print::json(&object)?;
             return Ok(());
         }
-        println!(
+        print_line!(
             "architecture  BLOOM, {} layers, hidden {}, {} heads of {}",
             c.layers,
             c.hidden_size,
             c.heads,
             c.head_size()
-        );
-        println!(
+        )?;
+        print_line!(
             "vocabulary    {}, context {}, head {}",
             c.vocab_size,
             c.context,
             if c.tied { "tied" } else { "its own" }
-        );
+        )?;
         if c.residual_post_layer_norm {
-            println!("residual      after the layer norms");
+            print_line!("residual      after the layer norms")?;
         }
-        println!("parameters    {}", c.parameter_count());
+        print_line!("parameters    {}", c.parameter_count())?;
         for (name, (count, bytes)) in &dtypes {
-            println!("  {name:<10}  {count} ({:.1} MB)", *bytes as f64 / 1e6);
+            print_line!("  {name:<10}  {count} ({:.1} MB)", *bytes as f64 / 1e6)?;
         }
-        println!("memory        {:.1} MB of weights, {kv} bytes of KV cache a token", bytes as f64 / 1e6);
-        println!("files         {}", files.join(", "));
+        print_line!("memory        {:.1} MB of weights, {kv} bytes of KV cache a token", bytes as f64 / 1e6)?;
+        print_line!("files         {}", files.join(", "))?;
         if !unused.is_empty() {
-            println!(
+            print_line!(
                 "unused        {} tensors: {}",
                 unused.len(),
                 unused.iter().take(4).copied().collect::<Vec<_>>().join(", ")
-            );
+            )?;
         }
         match &tokenizer {
-            Some(t) => println!("tokenizer     {} tokens", t.vocab_size()),
-            None => println!("tokenizer     none: put the model's tokenizer.json into the folder"),
+            Some(t) => print_line!("tokenizer     {} tokens", t.vocab_size())?,
+            None => print_line!("tokenizer     none: put the model's tokenizer.json into the folder")?,
         }
         for (name, token) in special {
             let id = tokenizer.as_ref().and_then(|t| t.token_id(&token));
-            println!("  {name:<10}  {token} = {}", id.map_or("not in the vocabulary".into(), |i| i.to_string()));
+            print_line!("  {name:<10}  {token} = {}", id.map_or("not in the vocabulary".into(), |i| i.to_string()))?;
         }
         Ok(())
     }

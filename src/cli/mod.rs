@@ -11,14 +11,19 @@ mod guard;
 mod hosted;
 mod inspect;
 mod model;
+mod print;
 mod rewrite;
 mod selftest;
 mod serve;
 mod train;
 
+pub use print::reader_left;
+
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::simd::Isa;
 use clap::{Args, Parser, Subcommand};
+use print::note;
+use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -58,7 +63,7 @@ enum Command {
 /// Where and how to compute.
 #[derive(Args, Clone, Debug)]
 pub struct DeviceArgs {
-    /// Threads to compute with; 0 takes every core.
+    /// Threads to compute with; 0 takes every core that this process may use, and more than those are not taken.
     #[arg(long, default_value_t = 0, env = "BPROMPT_THREADS")]
     pub threads: usize,
     /// Instruction set: the best of this machine, or a lesser one for comparison.
@@ -77,7 +82,6 @@ pub enum IsaChoice {
 
 impl DeviceArgs {
     pub fn cpu(&self) -> anyhow::Result<Cpu> {
-        anyhow::ensure!(self.threads <= 1024, "--threads {} is too many; 1024 at most", self.threads);
         let isa = match self.isa {
             IsaChoice::Auto => Isa::detect(),
             IsaChoice::Portable => Isa::Portable,
@@ -91,7 +95,17 @@ impl DeviceArgs {
             isa.name(),
             Isa::detect().name()
         );
-        Ok(Cpu::new(self.threads, isa))
+        Ok(Cpu::new(self.capped_threads(), isa))
+    }
+
+    /// `--threads`, of which more than there are cores would only take time from each other.
+    fn capped_threads(&self) -> usize {
+        // what affinity and the control group leave of the machine
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        if self.threads > cores {
+            note!("--threads {}: this process may use {cores} cores; {cores} threads are taken", self.threads);
+        }
+        self.threads.min(cores)
     }
 }
 
@@ -118,7 +132,14 @@ fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
 
 impl Cli {
     pub fn run(self) -> anyhow::Result<()> {
-        match self.command {
+        self.command.run()?;
+        Ok(print::stdout().flush()?)
+    }
+}
+
+impl Command {
+    fn run(self) -> anyhow::Result<()> {
+        match self {
             Command::Rewrite(c) => c.run(),
             Command::Generate(c) => c.run(),
             Command::Serve(c) => c.run(),

@@ -1,6 +1,7 @@
 //! The arguments that choose a model, a device and how to sample, and what they load.
 
 use super::DeviceArgs;
+use super::print::note;
 use crate::checkpoint::Checkpoint;
 use crate::device::cuda::Driver;
 use crate::engine::session::{Generate, GenerateOptions, Length, Session};
@@ -182,7 +183,7 @@ impl ModelArgs {
             DeviceChoice::Auto => possible()
                 .inspect_err(|e| {
                     if Driver::likely() {
-                        eprintln!("the GPU is not used: {e}");
+                        note!("the GPU is not used: {e}");
                     }
                 })
                 .ok(),
@@ -205,7 +206,7 @@ impl ModelArgs {
             PersistentChoice::Never => Persistent::Never,
         };
         if let Some(what) = cuda.try_hopper(&config.attention_heads())? {
-            eprintln!(
+            note!(
                 "{}: the kernels with Hopper's own instructions are not used: {what} came out wrong; please report it",
                 cuda.launcher().name
             );

@@ -4,6 +4,7 @@ use super::batch::{self, Shard};
 use super::engine::EngineArgs;
 use super::guard::GuardArgs;
 use super::model::{Loaded, ModelArgs, SamplingArgs};
+use super::print::{self, note};
 use crate::engine::EngineOptions;
 use crate::engine::session::{Completed, Generate, GenerateOptions, Update};
 use crate::rewrite::{GuardOptions, Prompter, Rewrite, Rewriting};
@@ -141,7 +142,7 @@ impl RewriteArgs {
         let length = rewriter.prompter().encode(prompt)?.len();
         let cache_tokens = self.engine.cache_tokens.unwrap_or(rewriter.options.cache_tokens(length));
         let mut session = rewriter.session(EngineOptions { cache_tokens, ..engine })?;
-        let mut out = std::io::stdout().lock();
+        let mut out = print::stdout();
         let streams = n == 1 && !self.json && rewriting.streams();
         let mut begun = false;
         let mut write_error = None;
@@ -163,7 +164,7 @@ impl RewriteArgs {
             for c in &rewrite.candidates {
                 writeln!(out, "{}", one_line(&c.text))?;
                 if let (Some(reason), true) = (&c.reason, std::io::stderr().is_terminal()) {
-                    eprintln!("  ({reason})");
+                    note!("  ({reason})");
                 }
             }
         }

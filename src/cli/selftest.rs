@@ -1,5 +1,6 @@
 //! `bprompt selftest`: every CUDA kernel on this machine's GPU against the CPU.
 
+use super::print::print_line;
 use crate::device::cuda::Driver;
 use crate::selftest::{Outcome, Shapes, run};
 use crate::tensor::DType;
@@ -33,14 +34,15 @@ impl SelftestArgs {
     pub fn run(self) -> anyhow::Result<()> {
         let driver = Rc::new(Driver::open().context("selftest")?);
         let (major, minor) = driver.capability;
-        println!("{}, compute capability {major}.{minor}, {} MiB", driver.name, driver.memory_bytes >> 20);
+        print_line!("{}, compute capability {major}.{minor}, {} MiB", driver.name, driver.memory_bytes >> 20)?;
         let mut worst: BTreeMap<&'static str, Outcome> = BTreeMap::new();
         let (mut cases, mut failures) = (0, 0);
+        let mut unwritten = None;
         let mut each = |o: Outcome| {
             cases += 1;
             failures += usize::from(!o.passed());
             if self.all || !o.passed() {
-                print(&o);
+                unwritten = unwritten.take().or(print(&o).err());
             }
             let ratio = |o: &Outcome| o.error / o.allowed.max(1e-30);
             if worst.get(o.operation).is_none_or(|w| ratio(w) < ratio(&o)) {
@@ -54,15 +56,16 @@ impl SelftestArgs {
                 run(&driver, half, &Shapes::real(self.seed), &mut each)?;
             }
         }
-        println!("worst of each operation:");
-        worst.values().for_each(print);
+        unwritten.map_or(Ok(()), Err)?;
+        print_line!("worst of each operation:")?;
+        worst.values().try_for_each(print)?;
         ensure!(failures == 0, "selftest: {failures} of {cases} cases are wrong on {}", driver.name);
-        println!("{cases} cases passed");
+        print_line!("{cases} cases passed")?;
         Ok(())
     }
 }
 
-fn print(o: &Outcome) {
+fn print(o: &Outcome) -> std::io::Result<()> {
     let verdict = if o.passed() { "ok" } else { "WRONG" };
-    println!("{verdict:5} {:28} error {:9.2e} of {:8.2e} allowed  {}", o.operation, o.error, o.allowed, o.case);
+    print_line!("{verdict:5} {:28} error {:9.2e} of {:8.2e} allowed  {}", o.operation, o.error, o.allowed, o.case)
 }

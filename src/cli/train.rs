@@ -1,10 +1,12 @@
 //! `bprompt train`: vocabularies and models.
 
 use super::DeviceArgs;
-use crate::checkpoint::{Checkpoint, save_model, write_atomic};
-use crate::data::records::{read_pairs, read_prompts};
+use super::print::{note, print_line};
+use crate::checkpoint::{Checkpoint, Companions, MODEL_FILES, TOKENIZER_FILES, save_model};
+use crate::data::records::{read_prompts, read_training_pairs};
+use crate::memory::MemoryPlan;
 use crate::models::bloom::BloomConfig;
-use crate::models::bloom::train::TrainModel;
+use crate::models::bloom::train::{TrainModel, training_bytes_per_token};
 use crate::models::embedded;
 use crate::ops::cpu::matmul::Precision;
 use crate::tensor::DType;
@@ -15,7 +17,7 @@ use crate::train::optimizer::AdamWOptions;
 use crate::train::report::StepMetrics;
 use crate::train::schedule::Schedule;
 use crate::train::sft::{Observer, Outcome, Sft, SftOptions};
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -141,6 +143,9 @@ pub struct SftArgs {
     /// Go on from the newest checkpoint in the output folder.
     #[arg(long)]
     resume: bool,
+    /// Leave out pairs that cannot be read or have an empty side, and count them.
+    #[arg(long)]
+    skip_bad_lines: bool,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -156,6 +161,7 @@ impl TrainCommand {
 
 impl TokenizerArgs {
     fn run(self) -> anyhow::Result<()> {
+        within("--vocab-size", self.vocab_size, 1..=1 << 20, "[260, 1048576]")?;
         ensure!(self.force || !self.output.exists(), "{}: exists already; --force replaces it", self.output.display());
         let mut texts = Vec::new();
         for file in &self.input {
@@ -165,13 +171,13 @@ impl TokenizerArgs {
         let tokenizer = Tokenizer::open(&self.output)?;
         let bytes: usize = texts.iter().map(String::len).sum();
         let tokens: usize = texts.iter().map(|t| tokenizer.encode_literal(t).map_or(0, |ids| ids.len())).sum();
-        println!(
+        print_line!(
             "{}: {} tokens, {:.2} bytes a token on its {} texts",
             self.output.display(),
             tokenizer.vocab_size(),
             bytes as f64 / tokens.max(1) as f64,
             texts.len()
-        );
+        )?;
         Ok(())
     }
 }
@@ -180,9 +186,25 @@ impl TokenizerArgs {
 struct Start {
     model: TrainModel,
     tokenizer: Tokenizer,
-    /// The text of its tokenizer.json, to be kept beside the trained model.
-    tokenizer_json: Vec<u8>,
     template: Template,
+    /// What else the model folder holds, with this tokenizer and template.
+    companions: Companions,
+}
+
+/// Fails with the flag's name if `value` is outside a range, which NaN always is.
+fn within<T: PartialOrd + std::fmt::Display>(
+    flag: &str,
+    value: T,
+    range: impl std::ops::RangeBounds<T>,
+    text: &str,
+) -> anyhow::Result<()> {
+    ensure!(range.contains(&value), "{flag} {value} is outside {text}");
+    Ok(())
+}
+
+/// Numbers above 0, up to the largest that makes sense for a rate or a norm.
+fn positive(most: f64) -> (std::ops::Bound<f64>, std::ops::Bound<f64>) {
+    (std::ops::Bound::Excluded(0.0), std::ops::Bound::Included(most))
 }
 
 impl SftArgs {
@@ -194,10 +216,19 @@ impl SftArgs {
             (None, None) if self.model.is_none() && self.config.is_none() => embedded::template(),
             (None, None) => Template::named("v1")?,
         };
+        let fits = |c: &BloomConfig| {
+            let bytes = 16.0 * c.parameter_count() as f64;
+            MemoryPlan::new().with("weights, gradients and AdamW's moments", bytes, "the model's size").check()
+        };
         let (model, default_tokenizer) = match (&self.model, &self.config) {
-            (_, Some(file)) => (TrainModel::random(BloomConfig::read(file)?, self.seed), None),
+            (_, Some(file)) => {
+                let config = BloomConfig::read(file)?;
+                fits(&config).with_context(|| format!("{}", file.display()))?;
+                (TrainModel::random(config, self.seed), None)
+            }
             (Some(folder), None) => {
                 let c = Checkpoint::open(folder)?;
+                fits(&c.config).with_context(|| format!("{}", folder.display()))?;
                 let values = c.to_f32()?;
                 (TrainModel::new(c.config, values), Some(folder.join("tokenizer.json")))
             }
@@ -207,44 +238,111 @@ impl SftArgs {
                 (TrainModel::new(c.config, values), None)
             }
         };
+        let mut companions = Companions::default();
+        match (&self.model, &self.config) {
+            (Some(folder), _) => companions.read(folder, &MODEL_FILES)?,
+            (None, Some(file)) => companions.read(folder_of(file), &MODEL_FILES)?,
+            (None, None) => companions.set("generation_config.json", embedded::GENERATION_CONFIG),
+        }
+        companions.set("template.txt", format!("{}\n", template.text()));
         let path = self.tokenizer.clone().or(default_tokenizer);
-        let (tokenizer, tokenizer_json) = match &path {
+        let tokenizer = match &path {
             Some(path) => {
                 let tokenizer = Tokenizer::open(path)?;
                 tokenizer.check(model.config.vocab_size, path)?;
-                (tokenizer, std::fs::read(path).with_context(|| format!("{}: cannot read", path.display()))?)
+                companions.read(folder_of(path), &TOKENIZER_FILES)?;
+                // the file may have another name than in a model folder
+                companions.set(
+                    "tokenizer.json",
+                    std::fs::read(path).with_context(|| format!("{}: cannot read", path.display()))?,
+                );
+                tokenizer
             }
-            None => (embedded::tokenizer(), embedded::TOKENIZER.to_vec()),
+            None => {
+                companions.set("tokenizer.json", embedded::TOKENIZER);
+                embedded::tokenizer()
+            }
         };
-        Ok(Start { model, tokenizer, tokenizer_json, template })
+        Ok(Start { model, tokenizer, template, companions })
     }
 
     fn examples(&self, path: &Path, start: &Start) -> anyhow::Result<Vec<Example>> {
         let eos = start.model.config.eos_token_id;
+        let (pairs, mut bad) = read_training_pairs(path)?;
+        if !self.skip_bad_lines && !bad.is_empty() {
+            let first = bad.swap_remove(0);
+            let more = if bad.is_empty() { String::new() } else { format!(", and {} more", bad.len()) };
+            bail!("{first}{more}; mend it, or leave such pairs out with --skip-bad-lines");
+        }
         let mut examples = Vec::new();
-        for pair in read_pairs(path)? {
-            let e = example(&pair, &start.template, &start.tokenizer, eos, self.max_tokens)?;
+        let mut cut = 0;
+        for pair in &pairs {
+            let e = example(pair, &start.template, &start.tokenizer, eos, self.max_tokens)?;
             // a sequence whose target was cut off whole teaches nothing
             if e.loss_from < e.ids.len() {
                 examples.push(e);
+            } else {
+                cut += 1;
             }
         }
-        ensure!(!examples.is_empty(), "{}: no pair fits into --max-tokens {}", path.display(), self.max_tokens);
+        if !bad.is_empty() {
+            note!("{}: left out {} pairs that cannot be read or have an empty side", path.display(), bad.len());
+        }
+        if cut > 0 {
+            note!(
+                "{}: left out {cut} pairs whose targets begin beyond --max-tokens {}",
+                path.display(),
+                self.max_tokens
+            );
+        }
+        ensure!(
+            !examples.is_empty(),
+            "{}: no pair is left that fits into --max-tokens {}",
+            path.display(),
+            self.max_tokens
+        );
         Ok(examples)
     }
 
     fn check(&self) -> anyhow::Result<()> {
-        ensure!(self.batch > 0 && self.micro_tokens > 0, "--batch and --micro-tokens must be at least 1");
-        ensure!(self.max_tokens > 1, "--max-tokens must be at least 2");
-        ensure!(self.epochs > 0.0, "--epochs must be above 0");
-        ensure!((0.0..=1.0).contains(&self.warmup), "--warmup {} is outside [0, 1]", self.warmup);
-        ensure!(self.learning_rate > 0.0, "--learning-rate must be above 0");
+        within("--learning-rate", self.learning_rate, positive(1.0), "(0, 1]")?;
+        within("--warmup", self.warmup, 0.0..=1.0, "[0, 1]")?;
+        within("--beta1", self.beta1, 0.0..1.0, "[0, 1)")?;
+        within("--beta2", self.beta2, 0.0..1.0, "[0, 1)")?;
+        within("--epsilon", self.epsilon as f64, positive(1.0), "(0, 1]")?;
+        within("--weight-decay", self.weight_decay, 0.0..=1.0, "[0, 1]")?;
+        within("--clip", self.clip as f64, positive(1e9), "(0, 1e9]")?;
+        within("--epochs", self.epochs, positive(1e6), "(0, 1e6]")?;
+        within("--batch", self.batch, 1..=1 << 20, "[1, 1048576]")?;
+        within("--micro-tokens", self.micro_tokens, 1..=1 << 28, "[1, 268435456]")?;
+        within("--max-tokens", self.max_tokens, 2..=1 << 20, "[2, 1048576]")?;
+        within("--keep", self.keep, 1.., "[1, ...]: a checkpoint to go on from has to stay")?;
         ensure!(
             self.resume || !self.output.exists(),
             "{}: exists already; --resume goes on with it, or choose another --output",
             self.output.display()
         );
+        ensure!(
+            !self.output.exists() || self.output.is_dir(),
+            "{}: is a file; --output names the folder of the run",
+            self.output.display()
+        );
         Ok(())
+    }
+
+    /// Fails if the run would take more memory than there is.
+    fn check_memory(&self, config: &BloomConfig, train: &[Example], validation: &[Example]) -> anyhow::Result<()> {
+        let longest = train.iter().chain(validation).map(|e| e.ids.len()).max().unwrap_or(0);
+        let all: usize = train.iter().map(|e| e.ids.len()).sum();
+        let held_out: usize = validation.iter().map(|e| e.ids.len()).sum();
+        let tokens = self.micro_tokens.min((longest * self.batch).min(all).max(held_out)).max(longest);
+        // values are there already
+        let parameters = config.parameter_count() as f64;
+        MemoryPlan::new()
+            .with("gradients and AdamW's moments", 12.0 * parameters, "the model's size")
+            .with("activations", training_bytes_per_token(config) * tokens as f64, "--micro-tokens or --max-tokens")
+            .check()
+            .with_context(|| format!("training {} parameters on {tokens} tokens at once", config.parameter_count()))
     }
 
     fn run(self) -> anyhow::Result<()> {
@@ -262,6 +360,7 @@ impl SftArgs {
             epsilon: self.epsilon,
             weight_decay: self.weight_decay,
         };
+        self.check_memory(&start.model.config, &train, &validation)?;
         let settings = json!({
             "examples": train.len(),
             "tokens": train.iter().map(|e| e.ids.len()).sum::<usize>(),
@@ -297,16 +396,16 @@ impl SftArgs {
             output: self.output.clone(),
             settings,
         };
-        let Start { model, tokenizer_json, template, .. } = start;
-        let mut sft = Sft { cpu: &cpu, model, train, validation, options };
-        eprintln!("{} parameters, {} examples, {} steps", sft.model.values.len(), sft.train.len(), sft.total_steps());
+        let Start { model, companions, .. } = start;
+        let mut sft = Sft { cpu: &cpu, model, companions, train, validation, options };
+        note!("{} parameters, {} examples, {} steps", sft.model.values.len(), sft.train.len(), sft.total_steps());
         let stop = super::interrupt_flag()?;
         let mut bar = Bar::new(sft.total_steps());
         let outcome = sft.run(self.resume, &stop, &mut bar);
         bar.bar.finish_and_clear();
         match outcome? {
             Outcome::Stopped(folder) => {
-                eprintln!("stopped; saved {}; the same command with --resume goes on", folder.display());
+                note!("stopped; saved {}; the same command with --resume goes on", folder.display());
                 std::process::exit(130);
             }
             Outcome::Finished { validation_loss } => {
@@ -315,17 +414,22 @@ impl SftArgs {
                     SaveDtype::F16 => DType::F16,
                     SaveDtype::Bf16 => DType::Bf16,
                 };
+                // the weights come last: a folder that has them has all else
+                sft.companions.write(&self.output)?;
                 save_model(&self.output, &sft.model.config, &sft.model.values, dtype)?;
-                write_atomic(&self.output.join("tokenizer.json"), |w| w.write_all(&tokenizer_json))?;
-                write_atomic(&self.output.join("template.txt"), |w| writeln!(w, "{}", template.text()))?;
                 match validation_loss {
-                    Some(loss) => println!("{}: validation loss {loss:.4}", self.output.display()),
-                    None => println!("{}: trained", self.output.display()),
+                    Some(loss) => print_line!("{}: validation loss {loss:.4}", self.output.display())?,
+                    None => print_line!("{}: trained", self.output.display())?,
                 }
                 Ok(())
             }
         }
     }
+}
+
+/// The folder that a file is in.
+fn folder_of(file: &Path) -> &Path {
+    file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 struct Bar {

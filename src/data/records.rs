@@ -17,6 +17,11 @@ pub struct Pair {
 
 /// The values of a JSON array or of JSON lines, with the line (from 1) or the index of each.
 fn values(path: &Path) -> Result<Vec<(String, Value)>> {
+    records(path)?.into_iter().map(|(place, value)| Ok((place, value?))).collect()
+}
+
+/// [`values`], of which some may be unreadable.
+fn records(path: &Path) -> Result<Vec<(String, Result<Value>)>> {
     let bytes = std::fs::read(path).map_err(Error::io(path, "read"))?;
     let text = String::from_utf8(bytes).map_err(|e| {
         let line = e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|&&b| b == b'\n').count() + 1;
@@ -26,27 +31,46 @@ fn values(path: &Path) -> Result<Vec<(String, Value)>> {
     if text.trim_start().starts_with('[') {
         let list: Vec<Value> =
             serde_json::from_str(text).map_err(|e| Error::file(path, format!("not a JSON array: {e}")))?;
-        return Ok(list.into_iter().enumerate().map(|(i, v)| (format!("element {}", i + 1), v)).collect());
+        return Ok(list.into_iter().enumerate().map(|(i, v)| (format!("element {}", i + 1), Ok(v))).collect());
     }
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    lines
-        .map(|(i, line)| {
-            let place = format!("line {}", i + 1);
-            let value = serde_json::from_str(line);
-            value.map(|v| (place.clone(), v)).map_err(|e| Error::file(path, format!("{place} is not JSON: {e}")))
-        })
-        .collect()
+    let records = lines.map(|(i, line)| {
+        let place = format!("line {}", i + 1);
+        let value = serde_json::from_str(line).map_err(|e| Error::file(path, format!("{place} is not JSON: {e}")));
+        (place, value)
+    });
+    Ok(records.collect())
+}
+
+/// Pairs to train on, both sides of which say something. What is wrong with the others is in the second list.
+pub fn read_training_pairs(path: &Path) -> Result<(Vec<Pair>, Vec<Error>)> {
+    let (mut pairs, mut bad) = (Vec::new(), Vec::new());
+    for (place, value) in records(path)? {
+        match value.and_then(|v| pair(path, &place, v)) {
+            Ok(p) if p.raw_prompt.trim().is_empty() => {
+                bad.push(Error::file(path, format!("{place} has an empty \"raw_prompt\"")));
+            }
+            Ok(p) if p.prompt.trim().is_empty() => {
+                bad.push(Error::file(path, format!("{place} has an empty \"prompt\"")));
+            }
+            Ok(p) => pairs.push(p),
+            Err(e) => bad.push(e),
+        }
+    }
+    if pairs.is_empty() && bad.is_empty() {
+        return Err(Error::file(path, "holds no pairs"));
+    }
+    Ok((pairs, bad))
+}
+
+fn pair(path: &Path, place: &str, value: Value) -> Result<Pair> {
+    serde_json::from_value(value)
+        .map_err(|e| Error::file(path, format!("{place}: {e}; expected {{\"raw_prompt\": …, \"prompt\": …}}")))
 }
 
 /// Pairs with `raw_prompt` and `prompt`.
 pub fn read_pairs(path: &Path) -> Result<Vec<Pair>> {
-    let pairs: Vec<Pair> = values(path)?
-        .into_iter()
-        .map(|(place, v)| {
-            serde_json::from_value(v)
-                .map_err(|e| Error::file(path, format!("{place}: {e}; expected {{\"raw_prompt\": …, \"prompt\": …}}")))
-        })
-        .collect::<Result<_>>()?;
+    let pairs = values(path)?.into_iter().map(|(place, v)| pair(path, &place, v)).collect::<Result<Vec<Pair>>>()?;
     if pairs.is_empty() {
         return Err(Error::file(path, "holds no pairs"));
     }

@@ -34,18 +34,25 @@ impl Metrics {
     /// Opens the file of a run that has taken `done` steps; lines of later steps are taken away.
     pub fn open(path: &Path, done: u64) -> Result<Metrics> {
         let mut steps: Vec<StepMetrics> = Vec::new();
+        // lines stay as they were written, so that an interrupted run leaves the same file as an undisturbed one
+        let mut kept = String::new();
         if done > 0 && path.exists() {
             let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
-            steps = text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect();
-            steps.retain(|s| s.step <= done);
-        }
-        write_atomic(path, |w| {
-            for s in &steps {
-                serde_json::to_writer(&mut *w, s)?;
-                writeln!(w)?;
+            for (i, line) in text.split_inclusive('\n').enumerate() {
+                match serde_json::from_str::<StepMetrics>(line) {
+                    Ok(step) if step.step > done => {}
+                    Ok(step) => {
+                        steps.push(step);
+                        kept.push_str(line.trim_end());
+                        kept.push('\n');
+                    }
+                    // a crash may have cut the last line
+                    Err(_) if !line.ends_with('\n') => {}
+                    Err(e) => return Err(Error::file(path, format!("line {} is no metrics: {e}", i + 1))),
+                }
             }
-            Ok(())
-        })?;
+        }
+        write_atomic(path, |w| w.write_all(kept.as_bytes()))?;
         let file = OpenOptions::new().append(true).open(path).map_err(Error::io(path, "open"))?;
         Ok(Metrics { path: path.into(), file, steps })
     }

@@ -5,6 +5,7 @@ use super::optimizer::{AdamW, AdamWOptions, clip_gradients};
 use super::report::{Metrics, StepMetrics};
 use super::schedule::Schedule;
 use super::state::{self, RunState};
+use crate::checkpoint::Companions;
 use crate::error::{Error, Result};
 use crate::models::bloom::train::{TrainModel, Workspace};
 use crate::ops::cpu::Cpu;
@@ -59,6 +60,8 @@ pub enum Outcome {
 pub struct Sft<'a> {
     pub cpu: &'a Cpu,
     pub model: TrainModel,
+    /// Saved beside the weights.
+    pub companions: Companions,
     pub train: Vec<Example>,
     pub validation: Vec<Example>,
     pub options: SftOptions,
@@ -82,12 +85,12 @@ impl Sft<'_> {
         let mut done = 0;
         if resume && let Some((_, folder)) = state::list(&checkpoints)?.pop() {
             let saved = state::load(&folder, &mut self.model, &mut optimizer)?;
-            if saved.settings != self.options.settings {
+            if saved.settings != as_read(&self.options.settings) {
                 return Err(Error::file(
                     &folder,
                     format!(
                         "was trained with other settings ({}); --resume needs the same ones",
-                        difference(&saved.settings, &self.options.settings)
+                        difference(&saved.settings, &as_read(&self.options.settings))
                     ),
                 ));
             }
@@ -147,7 +150,8 @@ impl Sft<'_> {
             let stopping = stop.load(Ordering::Relaxed);
             if stopping || due(self.options.save_every) {
                 let state = RunState { step: done, settings: self.options.settings.clone() };
-                let folder = state::save(&checkpoints, &self.model, &optimizer, &state, self.options.keep)?;
+                let folder =
+                    state::save(&checkpoints, &self.model, &self.companions, &optimizer, &state, self.options.keep)?;
                 metrics.draw(&curve)?;
                 if stopping && done < total {
                     return Ok(Outcome::Stopped(folder));
@@ -177,6 +181,11 @@ impl Sft<'_> {
             "step {step}: loss {loss}, gradient norm {norm}; {kept}; lower --learning-rate or --clip, or raise --warmup"
         ))
     }
+}
+
+/// Settings as a file brings them back: reading may change the last digit of a number.
+fn as_read(settings: &serde_json::Value) -> serde_json::Value {
+    serde_json::from_str(&settings.to_string()).unwrap_or_else(|_| settings.clone())
 }
 
 /// The names of settings whose values differ.

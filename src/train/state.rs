@@ -2,7 +2,7 @@
 //! run stands. A folder appears whole or not at all.
 
 use super::optimizer::AdamW;
-use crate::checkpoint::{Checkpoint, save_model, write_atomic, write_atomic_at, write_folder};
+use crate::checkpoint::{Checkpoint, Companions, save_model, write_atomic, write_atomic_at, write_folder};
 use crate::error::{Error, Result};
 use crate::models::bloom::train::TrainModel;
 use crate::tensor::DType;
@@ -21,10 +21,11 @@ pub fn step_folder(checkpoints: &Path, step: u64) -> PathBuf {
     checkpoints.join(format!("step-{step:07}"))
 }
 
-/// Saves the run as `checkpoints/step-N` and removes all but the newest `keep`.
+/// Saves the run as `checkpoints/step-N`, a model folder of its own, and removes all but the newest `keep`.
 pub fn save(
     checkpoints: &Path,
     model: &TrainModel,
+    companions: &Companions,
     optimizer: &AdamW,
     state: &RunState,
     keep: usize,
@@ -35,6 +36,7 @@ pub fn save(
         return Ok(folder);
     }
     write_folder(&folder, |folder| {
+        companions.write(folder)?;
         save_model(folder, &model.config, &model.values, DType::F32)?;
         let view = |v| TensorView::new(Dtype::F32, vec![model.values.len()], bytemuck::cast_slice(v));
         let first = view(&optimizer.first).expect("length and shape agree");

@@ -9,6 +9,7 @@ mod output;
 
 pub use input::Shard;
 
+use super::print::note;
 use super::rewrite::{Format, RewriteArgs, Rewriter, one_line, record};
 use crate::engine::EngineOptions;
 use crate::engine::session::{Completed, Generate, GenerateOptions, Length};
@@ -81,16 +82,16 @@ pub fn run(args: &RewriteArgs) -> anyhow::Result<()> {
     if !run.bad.is_empty() {
         let shown: Vec<String> = run.bad.iter().take(10).map(u64::to_string).collect();
         let more = if run.bad.len() > 10 { ", …" } else { "" };
-        eprintln!("skipped {} bad lines: {}{more}", run.bad.len(), shown.join(", "));
+        note!("skipped {} bad lines: {}{more}", run.bad.len(), shown.join(", "));
     }
     if rewriter.guard.is_strict() && run.out.written > 0 {
         let candidates = run.out.written as f64 * rewriter.options.candidates as f64;
         let (kept, fallbacks) = (100.0 * run.kept / candidates, run.fallbacks);
-        eprintln!("kept {kept:.1} % of the prompts' meaning; {fallbacks} candidates fell back on their prompts");
+        note!("kept {kept:.1} % of the prompts' meaning; {fallbacks} candidates fell back on their prompts");
     }
     report.summary(run.out.written);
     if !done {
-        eprintln!("interrupted; the same command with --resume goes on");
+        note!("interrupted; the same command with --resume goes on");
         std::process::exit(130);
     }
     Ok(())

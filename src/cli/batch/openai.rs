@@ -1,6 +1,7 @@
 //! OpenAI's batch files: each line a request with `custom_id`, `method`, `url` and `body`, each result the answer that the
 //! server would give.
 
+use super::super::print::note;
 use super::input::{Lines, RawLine};
 use super::output::{Output, Report, Written};
 use crate::cli::hosted::{HostOptions, Hosted};
@@ -86,7 +87,7 @@ pub fn run(args: &RewriteArgs, mut lines: Lines) -> anyhow::Result<()> {
     if done {
         thread.join().map_err(|_| anyhow::anyhow!("the engine panicked"))?.context("the engine stopped")?;
     } else {
-        eprintln!("interrupted; the same command with --resume goes on");
+        note!("interrupted; the same command with --resume goes on");
         std::process::exit(130);
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! Results in the order of their lines, whole or not at all.
 
+use super::super::print::note;
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
@@ -147,7 +148,7 @@ impl Report {
         self.bar.finish_and_clear();
         if std::io::stderr().is_terminal() {
             let seconds = self.started.elapsed().as_secs_f64();
-            eprintln!("{written} prompts in {seconds:.1} s ({:.1} a second)", written as f64 / seconds);
+            note!("{written} prompts in {seconds:.1} s ({:.1} a second)", written as f64 / seconds);
         }
     }
 }

@@ -48,9 +48,13 @@ impl Parameter {
     }
 }
 
-/// Largest value accepted for any size in `config.json`: far above every model, and small
-/// enough that products of two sizes cannot overflow.
-const MOST: u64 = 1 << 24;
+/// Largest values accepted in `config.json`: far above every model, and small enough that no count of parameters or bytes
+/// overflows and the list of all tensors stays short.
+pub const MOST_VOCABULARY: usize = 1 << 24;
+pub const MOST_HIDDEN: usize = 1 << 18;
+pub const MOST_LAYERS: usize = 1 << 12;
+pub const MOST_HEADS: usize = 1 << 12;
+pub const MOST_CONTEXT: usize = 1 << 24;
 
 impl BloomConfig {
     /// A model of the given sizes with BLOOM's usual switches.
@@ -118,12 +122,12 @@ impl BloomConfig {
                 }
             }
         }
-        let hidden_size = size(object, &["hidden_size", "n_embed"], None)?;
+        let hidden_size = size(object, &["hidden_size", "n_embed"], None, MOST_HIDDEN)?;
         let config = BloomConfig {
-            vocab_size: size(object, &["vocab_size"], None)?,
+            vocab_size: size(object, &["vocab_size"], None, MOST_VOCABULARY)?,
             hidden_size,
-            layers: size(object, &["n_layer", "num_hidden_layers"], None)?,
-            heads: size(object, &["n_head", "num_attention_heads"], None)?,
+            layers: size(object, &["n_layer", "num_hidden_layers"], None, MOST_LAYERS)?,
+            heads: size(object, &["n_head", "num_attention_heads"], None, MOST_HEADS)?,
             layer_norm_epsilon: match object.get("layer_norm_epsilon") {
                 None => 1e-5,
                 Some(v) => match v.as_f64() {
@@ -133,7 +137,7 @@ impl BloomConfig {
             },
             residual_post_layer_norm: flag(object, "apply_residual_connection_post_layernorm", false)?,
             tied: flag(object, "tie_word_embeddings", true)?,
-            context: size(object, &["seq_length", "n_positions", "max_position_embeddings"], Some(2048))?,
+            context: size(object, &["seq_length", "n_positions", "max_position_embeddings"], Some(2048), MOST_CONTEXT)?,
             bos_token_id: id(object, "bos_token_id", 1)?,
             eos_token_id: id(object, "eos_token_id", 2)?,
             pad_token_id: id(object, "pad_token_id", 3)?,
@@ -141,6 +145,12 @@ impl BloomConfig {
         };
         if !config.hidden_size.is_multiple_of(config.heads) {
             return Err(format!("hidden_size {} is not divisible by n_head {}", config.hidden_size, config.heads));
+        }
+        if config.eos_token_id as usize >= config.vocab_size {
+            return Err(format!(
+                "eos_token_id {} is outside the vocabulary of {}",
+                config.eos_token_id, config.vocab_size
+            ));
         }
         Ok(config)
     }
@@ -211,13 +221,18 @@ impl BloomConfig {
     }
 }
 
-fn size(object: &Map<String, Value>, keys: &[&str], default: Option<usize>) -> std::result::Result<usize, String> {
+fn size(
+    object: &Map<String, Value>,
+    keys: &[&str],
+    default: Option<usize>,
+    most: usize,
+) -> std::result::Result<usize, String> {
     for key in keys {
         match object.get(*key) {
             None | Some(Value::Null) => {}
             Some(v) => match v.as_u64() {
-                Some(n) if (1..=MOST).contains(&n) => return Ok(n as usize),
-                _ => return Err(format!("{key} is {v}, expected a whole number from 1 to {MOST}")),
+                Some(n) if (1..=most as u64).contains(&n) => return Ok(n as usize),
+                _ => return Err(format!("{key} is {v}, expected a whole number from 1 to {most}")),
             },
         }
     }
@@ -236,7 +251,7 @@ fn id(object: &Map<String, Value>, key: &str, default: u32) -> std::result::Resu
     match object.get(key) {
         None | Some(Value::Null) => Ok(default),
         Some(v) => match v.as_u64() {
-            Some(n) if n <= MOST => Ok(n as u32),
+            Some(n) if n <= MOST_VOCABULARY as u64 => Ok(n as u32),
             _ => Err(format!("{key} is {v}, expected a token id")),
         },
     }
@@ -294,6 +309,9 @@ mod tests {
             (br#"{"model_type":"bloom","hidden_size":0}"#, "hidden_size"),
             (br#"{"model_type":"bloom","hidden_size":64}"#, "vocab_size"),
             (br#"{"model_type":"bloom","hidden_size":64,"vocab_size":1e30}"#, "vocab_size"),
+            (br#"{"model_type":"bloom","hidden_size":64,"vocab_size":9,"n_layer":1000000000}"#, "n_layer"),
+            (br#"{"model_type":"bloom","hidden_size":64,"vocab_size":9,"n_layer":1,"n_head":0}"#, "n_head"),
+            (br#"{"model_type":"bloom","hidden_size":64,"vocab_size":2,"n_layer":1,"n_head":1}"#, "eos_token_id"),
         ] {
             let e = BloomConfig::parse(text).unwrap_err();
             assert!(e.contains(word), "{e}");

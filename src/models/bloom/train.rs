@@ -137,6 +137,18 @@ pub struct Workspace {
     dattention: Vec<f32>,
 }
 
+/// Bytes that training takes for each token of a pass: what [`Workspace`] keeps of every layer, and what one layer needs at a time.
+pub fn training_bytes_per_token(config: &BloomConfig) -> f64 {
+    let (h, heads, layers) = (config.hidden_size as f64, config.heads as f64, config.layers as f64);
+    let norm = h + 2.0;
+    let saved = 2.0 * norm + (3.0 + 1.0 + 1.0 + 1.0 + 4.0 + 4.0) * h + heads;
+    // embedding and final norm, labelled rows, gradients
+    let shared = 2.0 * norm + 2.0 * h + 2.0 * h + (3.0 + 1.0 + 4.0 + 3.0) * h;
+    // operands in the type that they are multiplied in
+    let operands = 8.0 * h;
+    4.0 * (layers * saved + shared + operands)
+}
+
 /// A zeroed or reused buffer of `len` elements; what it holds is written before it is read.
 fn sized(v: &mut Vec<f32>, len: usize) -> &mut [f32] {
     v.resize(len, 0.0);

@@ -1,0 +1,272 @@
+//! What the program says when its input, a model, the machine or its output is not as it should be: one line, status 2, nothing
+//! lost, and never a panic.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+fn bprompt(args: &[&str]) -> Command {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_bprompt"));
+    c.env_remove("BPROMPT_MODEL").env("BPROMPT_THREADS", "1").stdin(Stdio::null()).args(args);
+    c
+}
+
+fn run(args: &[&str]) -> Output {
+    bprompt(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn stdout(args: &[&str]) -> String {
+    let out = run(args);
+    assert!(out.status.success(), "{args:?}: {}", text(&out.stderr));
+    text(&out.stdout)
+}
+
+/// Runs something that must fail: status 2 and one line, which is returned.
+fn failure(args: &[&str]) -> String {
+    let out = run(args);
+    let line = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(2), "{args:?}: {line}");
+    assert_eq!(line.lines().count(), 1, "{args:?}: {line}");
+    line
+}
+
+fn path(p: &Path) -> &str {
+    p.to_str().unwrap()
+}
+
+/// A folder with inputs for every subcommand.
+struct Inputs(tempfile::TempDir);
+
+impl Inputs {
+    fn new() -> Inputs {
+        let inputs = Inputs(tempfile::tempdir().unwrap());
+        let styles = "highly detailed, digital painting, concept art, sharp focus, cinematic lighting, octane render";
+        let prompts: String = (0..30).map(|i| format!("a fox number {i} on a hill, {styles}\n")).collect();
+        std::fs::write(inputs.at("prompts.txt"), prompts).unwrap();
+        std::fs::write(inputs.at("short.txt"), "a fox\n").unwrap();
+        let pair = |i| format!("{{\"raw_prompt\": \"a fox {i}\", \"prompt\": \"a fox {i}, oil on canvas, fog\"}}\n");
+        std::fs::write(inputs.at("pairs.jsonl"), (0..8).map(pair).collect::<String>()).unwrap();
+        inputs
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Arguments, with `@name` for the path of a file in the folder.
+    fn args(&self, line: &str) -> Vec<String> {
+        let place = |word: &str| match word.strip_prefix('@') {
+            Some(name) => path(&self.at(name)).to_owned(),
+            None => word.to_owned(),
+        };
+        line.split_whitespace().map(place).collect()
+    }
+
+    fn command(&self, line: &str) -> Command {
+        let args = self.args(line);
+        bprompt(&args.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    fn failure(&self, line: &str) -> String {
+        failure(&self.args(line).iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    fn stdout(&self, line: &str) -> String {
+        stdout(&self.args(line).iter().map(String::as_str).collect::<Vec<_>>())
+    }
+}
+
+/// One quick use of every subcommand that prints.
+const PRINTING: [&str; 13] = [
+    "--help",
+    "--version",
+    "rewrite --seed 1 --max-tokens 5 fox",
+    "rewrite --seed 1 --max-tokens 5 --json fox",
+    "generate --prompt fox --max-tokens 3",
+    "generate --prompt fox --max-tokens 3 --json",
+    "eval --input @short.txt --max-tokens 3",
+    "eval --input @short.txt --max-tokens 3 --json",
+    "data pairs --input @prompts.txt --output @made.jsonl --min-tokens 5 --force",
+    "train tokenizer --input @prompts.txt --output @tokenizer.json --vocab-size 300 --force",
+    "bench train --hidden 16 --layers 1 --heads 1 --vocab 64 --batch 1 --tokens 4 --repeats 1",
+    "bench train --hidden 16 --layers 1 --heads 1 --vocab 64 --batch 1 --tokens 4 --repeats 1 --json",
+    "inspect @run",
+];
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_under_standard_output_is_an_error_of_every_subcommand() {
+    let inputs = Inputs::new();
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let train = "train sft --train @pairs.jsonl --output @run --max-steps 1 --batch 2 --micro-tokens 64";
+    for line in [train].into_iter().chain(PRINTING) {
+        let out = inputs.command(line).stdout(full()).stderr(Stdio::piped()).output().unwrap();
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(2), "{line}: {said}");
+        assert!(said.lines().last().unwrap().contains("standard output"), "{line}: {said}");
+        assert!(!said.contains("panicked"), "{line}: {said}");
+    }
+    assert!(inputs.at("run/model.safetensors").exists(), "the result was there before the line about it");
+    // standard error that takes nothing changes nothing
+    for (line, code) in [("--version", 0), ("rewrite", 2), ("inspect @missing", 2), ("rewrite --top-p 7 fox", 2)] {
+        let out = inputs.command(line).stdout(Stdio::null()).stderr(full()).output().unwrap();
+        assert_eq!(out.status.code(), Some(code), "{line}");
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn more_threads_than_cores_are_capped_with_a_word() {
+    let cores = std::thread::available_parallelism().unwrap().get();
+    let line = "generate --prompt fox --max-tokens 3 --temperature 0 --threads";
+    let inputs = Inputs::new();
+    for threads in ["5000", "18446744073709551615"] {
+        let out = inputs.command(&format!("{line} {threads}")).output().unwrap();
+        let said = text(&out.stderr);
+        assert!(out.status.success(), "{said}");
+        let expected = format!("--threads {threads}: this process may use {cores} cores; {cores} threads are taken\n");
+        assert_eq!(said, expected);
+        assert_eq!(text(&out.stdout), inputs.stdout(&format!("{line} 1")));
+    }
+}
+
+/// Names of a folder's files, with those of folders in it.
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { found.extend(files_below(&path)) } else { found.push(path) }
+    }
+    found
+}
+
+#[test]
+fn a_trained_model_and_its_checkpoints_bring_all_that_their_model_brought() {
+    let inputs = Inputs::new();
+    let sft = |model: &str, output: &str, more: &str| {
+        inputs.stdout(&format!(
+            "train sft --train @pairs.jsonl --output @{output} --max-steps 2 --save-every 1 --batch 2 --micro-tokens 64 {model} {more}"
+        ))
+    };
+    sft("", "one", "");
+    // the embedded model's own settings, without which it samples in another way
+    let embedded = include_bytes!("../assets/model/generation_config.json");
+    assert_eq!(std::fs::read(inputs.at("one/generation_config.json")).unwrap(), embedded);
+    let template = std::fs::read_to_string(inputs.at("one/template.txt")).unwrap();
+    assert_eq!(template.trim_end(), include_str!("../assets/model/template.txt").trim_end());
+    // a folder as Hugging Face holds it
+    let brought = [
+        ("tokenizer_config.json", "{\"eos_token\": \"</s>\"}"),
+        ("special_tokens_map.json", "{\"eos_token\": \"</s>\"}"),
+        ("added_tokens.json", "{}"),
+        ("chat_template.jinja", "{{ messages }}"),
+        ("generation_config.json", "{\"top_k\": 7, \"repetition_penalty\": 1.0}"),
+        ("template.txt", "Plain: {raw} Rich:\n"),
+        ("LICENSE", "as you like"),
+    ];
+    for (name, content) in brought {
+        std::fs::write(inputs.at("one").join(name), content).unwrap();
+    }
+    sft("--model @one", "two", "");
+    let step = "two/checkpoints/step-0000002";
+    for folder in ["two", step, "two/checkpoints/step-0000001"] {
+        for (name, content) in brought {
+            let kept = std::fs::read_to_string(inputs.at(folder).join(name)).unwrap();
+            assert_eq!(kept, content, "{folder}/{name}");
+        }
+        assert_eq!(
+            std::fs::read(inputs.at(folder).join("tokenizer.json")).unwrap(),
+            std::fs::read(inputs.at("one/tokenizer.json")).unwrap()
+        );
+    }
+    // a checkpoint is a model folder of its own
+    assert!(inputs.stdout(&format!("inspect @{step}")).contains("BLOOM"));
+    assert!(!inputs.stdout(&format!("rewrite --model @{step} --max-tokens 3 --seed 1 fox")).is_empty());
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let usual = mode(&inputs.at("short.txt"));
+        let files = files_below(&inputs.at("two"));
+        assert!(files.len() > 20);
+        for file in files {
+            assert_eq!(mode(&file), usual, "{} is not readable as other new files are", file.display());
+        }
+    }
+}
+
+#[test]
+fn training_flags_out_of_range_are_named() {
+    let inputs = Inputs::new();
+    for flag in [
+        "--beta1 2",
+        "--beta1 -0.1",
+        "--beta1 nan",
+        "--beta2 1",
+        "--beta2 inf",
+        "--epsilon 0",
+        "--epsilon -1",
+        "--learning-rate 0",
+        "--learning-rate -1",
+        "--learning-rate nan",
+        "--learning-rate 1e3",
+        "--warmup 1.5",
+        "--warmup nan",
+        "--warmup -0.5",
+        "--weight-decay -1",
+        "--weight-decay 2",
+        "--clip 0",
+        "--clip nan",
+        "--clip -1",
+        "--epochs 0",
+        "--epochs -1",
+        "--epochs nan",
+        "--epochs inf",
+        "--batch 0",
+        "--batch 18446744073709551615",
+        "--micro-tokens 0",
+        "--max-tokens 1",
+        "--max-tokens 18446744073709551615",
+        "--keep 0",
+    ] {
+        let (name, value) = flag.split_once(' ').unwrap();
+        let line = inputs.failure(&format!("train sft --train @pairs.jsonl --output @run {name}={value}"));
+        assert!(line.contains(name), "{flag}: {line}");
+        assert!(!inputs.at("run").exists(), "{flag}");
+    }
+}
+
+#[test]
+fn empty_pairs_are_named_with_their_line_or_left_out_and_counted() {
+    let inputs = Inputs::new();
+    let good = "{\"raw_prompt\": \"a fox\", \"prompt\": \"a fox, fog\"}\n";
+    let bad = [
+        ("{\"raw_prompt\": \" \", \"prompt\": \"a fox\"}\n", "raw_prompt"),
+        ("{\"raw_prompt\": \"a fox\", \"prompt\": \"\\n\"}\n", "\"prompt\""),
+        ("{\"raw_prompt\": \"a fox\"}\n", "prompt"),
+        ("{\"raw_prompt\": 3, \"prompt\": \"x\"}\n", "string"),
+        ("{\"raw\n", "JSON"),
+    ];
+    let train = "train sft --train @bad.jsonl --output @run --max-steps 1 --batch 2 --micro-tokens 64";
+    for (line, word) in bad {
+        std::fs::write(inputs.at("bad.jsonl"), format!("{good}\n{line}{good}")).unwrap();
+        let said = inputs.failure(train);
+        assert!(said.contains("line 3") && said.contains(word), "{said}");
+        assert!(!inputs.at("run").exists());
+    }
+    let all: String = bad.iter().map(|b| b.0).collect();
+    std::fs::write(inputs.at("bad.jsonl"), format!("{all}{good}{good}")).unwrap();
+    assert!(inputs.failure(train).contains("and 4 more"));
+    let out = inputs.command(&format!("{train} --skip-bad-lines")).output().unwrap();
+    let said = text(&out.stderr);
+    assert!(out.status.success(), "{said}");
+    assert!(said.contains("left out 5 pairs") && said.contains("2 examples"), "{said}");
+    for empty in ["", "[]", "\n\n"] {
+        std::fs::write(inputs.at("bad.jsonl"), empty).unwrap();
+        let train = train.replace("@run", "@other");
+        assert!(inputs.failure(&train).contains("no pairs"));
+    }
+}
