@@ -1,11 +1,16 @@
 //! Rewrites that have to keep a prompt's meaning: candidates in rounds, and what to fall back on.
 
-use super::{Kept, Prompter, Verbatim};
+use super::assemble::{Assembled, Assembler, Draft, Plan, longest_part};
+use super::{Kept, Prompter, Verbatim, verbatim};
 use crate::engine::Finish;
 use crate::engine::session::{Completed, GenerateOptions};
 use crate::error::{Error, Result};
-use crate::text::clip::clip_tokens;
+use crate::text::phrases::Phrases;
 use serde::Serialize;
+use std::borrow::Cow;
+
+/// How often banned phrases are looked for in what is left of a prompt.
+const MOST_PASSES: usize = 8;
 
 /// What a rewrite has to satisfy. Words to keep and to ban are among the [`GenerateOptions`].
 #[derive(Clone, Debug)]
@@ -50,10 +55,10 @@ pub enum Source {
 pub struct Candidate {
     pub text: String,
     pub source: Source,
-    /// Why it is not the model's.
+    /// Why it is not the model's, or not all of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Part of the prompt's meaning that it keeps, and what it leaves out.
+    /// Part of the prompt's meaning that it keeps, what is banned aside, and what it leaves out.
     pub kept: f64,
     pub missing: Vec<String>,
     /// Phrases that say something new.
@@ -86,22 +91,36 @@ pub type Work = Vec<(Vec<u32>, GenerateOptions)>;
 /// A rewrite on its way: hands out work for the engine and takes what came of it, until it is done.
 pub struct Rewriting {
     prompter: Prompter,
-    verbatim: Verbatim,
+    /// The prompt without what is banned.
+    wanted: String,
+    plans: Vec<Plan>,
     options: GenerateOptions,
     guard: GuardOptions,
     kept: Kept,
     good: Vec<Candidate>,
-    failed: Vec<Candidate>,
+    failed: Vec<Failed>,
     rewrite: Rewrite,
 }
 
+/// A candidate that is not good enough, and what the model made of each part.
+struct Failed {
+    candidate: Candidate,
+    drafts: Vec<Option<Draft>>,
+}
+
 impl Rewriting {
+    /// Fails if the prompt is empty, or holds nothing but what is banned.
     pub fn new(prompter: Prompter, prompt: &str, options: GenerateOptions, guard: GuardOptions) -> Result<Rewriting> {
-        if prompt.trim().is_empty() {
+        let prompt = prompt.trim();
+        if prompt.is_empty() {
             return Err(Error::invalid("the prompt is empty; expected a few words"));
         }
+        let wanted = without_banned(prompt, &options.ban);
+        if wanted.is_empty() {
+            return Err(Error::invalid("the prompt holds nothing but banned phrases; expected some other word"));
+        }
         let rewrite = Rewrite {
-            prompt: prompt.trim().to_owned(),
+            prompt: prompt.to_owned(),
             seed: options.sampling.seed,
             rounds: 0,
             candidates: vec![],
@@ -109,22 +128,16 @@ impl Rewriting {
             cached_tokens: 0,
             output_tokens: 0,
         };
-        let verbatim = Verbatim::parse(prompt);
-        Ok(Rewriting {
-            prompter,
-            verbatim,
-            options,
-            guard,
-            kept: Kept::default(),
-            good: vec![],
-            failed: vec![],
-            rewrite,
-        })
+        let chunks = Verbatim::parse(&wanted).chunks;
+        let plans = chunks.into_iter().map(|c| Plan::new(c, &prompter.tokenizer)).collect();
+        let (kept, good, failed) = Default::default();
+        Ok(Rewriting { prompter, wanted, plans, options, guard, kept, good, failed, rewrite })
     }
 
     /// Whether the model's text is the result as it comes.
     pub fn streams(&self) -> bool {
-        self.verbatim.is_plain() && !self.guard.is_strict()
+        let plain = |p: &Plan| p.stays.is_none() && !p.reading.is_empty() && p.chunk.parts.is_empty();
+        self.plans.len() == 1 && plain(&self.plans[0]) && !self.guard.is_strict()
     }
 
     /// The next round's work, a prompt for each part between BREAKs that has words; none when the rewrite is done.
@@ -136,16 +149,19 @@ impl Rewriting {
             return Ok(vec![]);
         }
         let mut work = Work::new();
-        for chunk in self.verbatim.chunks.iter().filter(|c| !c.plain.is_empty()) {
+        let mut keeps = false;
+        for plan in self.plans.iter().filter(|p| !p.reading.is_empty()) {
             let mut options = self.options.clone();
             // seeds of rounds are far from those that people choose
             options.sampling.seed = options.sampling.seed.wrapping_add((self.rewrite.rounds as u64) << 56);
-            if !work.is_empty() {
-                options.keep = Default::default(); // once is enough
+            // once is enough, and where the model's text comes back whole
+            if keeps || plan.stays.is_some() {
+                options.keep = Default::default();
             }
-            work.push((self.prompter.encode(&chunk.plain)?, options));
+            keeps |= plan.stays.is_none();
+            work.push((self.prompter.encode(&plan.reading)?, options));
         }
-        self.rewrite.rounds += 1;
+        self.rewrite.rounds += u32::from(!work.is_empty());
         Ok(work)
     }
 
@@ -157,8 +173,7 @@ impl Rewriting {
             self.rewrite.output_tokens += c.candidates.iter().map(|c| c.tokens.len()).sum::<usize>();
         }
         for i in 0..completed.first().map_or(0, |c| c.candidates.len()) {
-            let (good, candidate) = self.candidate(completed, i);
-            if good { self.good.push(candidate) } else { self.failed.push(candidate) }
+            self.judge(completed, i);
         }
     }
 
@@ -170,134 +185,139 @@ impl Rewriting {
             self.good.sort_by(|a, b| score(b).total_cmp(&score(a)));
         }
         self.good.truncate(wanted);
-        self.failed.sort_by(|a, b| b.kept.total_cmp(&a.kept).then(score(b).total_cmp(&score(a))));
-        for failed in std::mem::take(&mut self.failed).into_iter().take(wanted - self.good.len()) {
+        let mut failed = std::mem::take(&mut self.failed);
+        failed.sort_by(|a, b| {
+            let (a, b) = (&a.candidate, &b.candidate);
+            b.kept.total_cmp(&a.kept).then(score(b).total_cmp(&score(a)))
+        });
+        for failed in failed.into_iter().take(wanted - self.good.len()) {
             let repaired = self.fall_back(failed);
             self.good.push(repaired);
         }
         if self.good.is_empty() {
-            let reason = "there are no words to rewrite".to_owned();
-            let input = self.measured(self.rewrite.prompt.clone(), Source::Input, Some(reason), None);
-            self.good.push(input);
+            // not even a prompt for the model
+            let nothing: Vec<Option<Draft>> = self.plans.iter().map(|_| None).collect();
+            let mut input = self.assembler().assemble(&nothing, false);
+            input.reason.get_or_insert("there are no words to rewrite".to_owned());
+            let input = self.measured(input, (0, 0.0, Finish::Stop));
+            self.good = vec![input; wanted];
         }
         Rewrite { candidates: self.good, ..self.rewrite }
     }
 
-    /// The `i`-th candidate of a round, and whether it is good enough.
-    fn candidate(&self, completed: &[Completed], i: usize) -> (bool, Candidate) {
-        let mut parts = completed.iter().map(|c| &c.candidates[i]);
-        let mut texts: Vec<String> = vec![];
+    fn assembler(&self) -> Assembler<'_> {
+        Assembler {
+            plans: &self.plans,
+            known: self.kept.known(&self.wanted),
+            keep: &self.options.keep,
+            max_clip_tokens: self.guard.max_clip_tokens,
+        }
+    }
+
+    /// Takes the `i`-th candidate of a round, if it is good enough.
+    fn judge(&mut self, completed: &[Completed], i: usize) {
+        let streams = self.streams();
+        let mut texts = completed.iter().map(|c| &c.candidates[i]);
         let (mut tokens, mut logprob, mut finish) = (0, 0.0, Finish::Stop);
-        for chunk in &self.verbatim.chunks {
-            if chunk.plain.is_empty() {
-                texts.push(String::new());
+        let mut drafts = vec![];
+        for plan in &self.plans {
+            let Some(c) = (!plan.reading.is_empty()).then(|| texts.next()).flatten() else {
+                drafts.push(None);
                 continue;
-            }
-            let c = parts.next().expect("one prompt for each part with words");
-            texts.push(c.text.trim().to_owned());
+            };
             tokens += c.tokens.len();
             logprob += c.tokens.iter().map(|t| t.logprob.max(-9999.0)).sum::<f32>();
             finish = if c.finish == Finish::Stop { finish } else { c.finish };
+            drafts.push(Some(match streams {
+                // what was given out stands
+                true => Draft { text: whole_characters(&c.text).trim().to_owned(), cut: false },
+                false => Draft::new(&c.text, c.finish != Finish::Stop),
+            }));
         }
-        let restored = |texts: &[String]| match self.verbatim.is_plain() {
-            true => texts[0].clone(),
-            false => self.verbatim.restore(texts),
+        let model = (tokens, logprob, finish);
+        let mut candidate = match streams {
+            true => {
+                let text = drafts[0].as_ref().map(|d| d.text.clone()).unwrap_or_default();
+                self.measured(Assembled { text, source: Source::Model, reason: None }, model)
+            }
+            false => self.measured(self.assembler().assemble(&drafts, false), model),
         };
-        let mut text = restored(&texts);
-        if let Some(most) = self.guard.max_clip_tokens {
-            for i in 0..texts.len() {
-                while clip_tokens(Verbatim::parse(&text).chunks.get(i).map_or("", |c| &c.plain)) > most {
-                    let Some(shorter) = self.shortened(&texts[i]) else { break };
-                    texts[i] = shorter;
-                    text = restored(&texts);
-                }
+        match self.fault(&candidate) {
+            None => self.good.push(candidate),
+            Some(fault) => {
+                candidate.reason = Some(fault);
+                self.failed.push(Failed { candidate, drafts });
             }
         }
-        let model = Some((tokens, logprob, finish));
-        let mut candidate = self.measured(text, Source::Model, None, model);
-        let kept = self.guard.min_kept.is_none_or(|least| candidate.kept >= least);
-        let fits = self.guard.max_clip_tokens.is_none_or(|most| candidate.clip_tokens.is_none_or(|n| n <= most));
-        let held = self.options.keep.missing(&candidate.text);
-        if !kept {
-            let missing = candidate.missing.join(", ");
-            candidate.reason = Some(format!("kept {:.2} of the prompt; missing: {missing}", candidate.kept));
-        } else if !fits {
-            candidate.reason = Some(format!("has {} CLIP tokens", candidate.clip_tokens.unwrap_or_default()));
-        } else if !held.is_empty() {
-            candidate.reason = Some(format!("lacks {}", held.join(", ")));
-        }
-        (candidate.reason.is_none(), candidate)
     }
 
-    /// A text without its last phrase that holds none of the words to keep; phrases at the end say the least.
-    fn shortened(&self, text: &str) -> Option<String> {
-        let phrases: Vec<&str> = text.split(',').collect();
-        let held = |text: &str| self.options.keep.missing(text).len();
-        (1..phrases.len()).rev().find_map(|i| {
-            let shorter = [&phrases[..i], &phrases[i + 1..]].concat().join(",");
-            (held(&shorter) == held(text)).then_some(shorter)
-        })
+    /// What a candidate lacks, checked in the text that is returned.
+    fn fault(&self, c: &Candidate) -> Option<String> {
+        let held = self.options.keep.missing(&c.text);
+        if self.guard.min_kept.is_some_and(|least| c.kept < least) {
+            Some(format!("kept {:.2} of the prompt; missing: {}", c.kept, c.missing.join(", ")))
+        } else if let (Some(most), Some(n)) = (self.guard.max_clip_tokens, c.clip_tokens)
+            && n > most
+        {
+            Some(format!("has {n} CLIP tokens"))
+        } else if !held.is_empty() {
+            Some(format!("lacks {}", held.join(", ")))
+        } else {
+            let banned = self.options.ban.find(&c.text)?;
+            Some(format!("holds \"{}\"", &c.text[banned]))
+        }
     }
 
     /// The input with what a candidate added, as far as there is room.
-    fn fall_back(&self, failed: Candidate) -> Candidate {
-        let ban = &self.options.ban;
-        let prompt = &self.rewrite.prompt;
-        let mut input = if ban.find(prompt).is_some() { ban.strip(prompt) } else { prompt.clone() };
-        let keep = self.options.keep.missing(&input);
-        if !keep.is_empty() {
-            input = format!("{input}, {}", keep.join(", "));
+    fn fall_back(&self, failed: Failed) -> Candidate {
+        let model = (failed.candidate.tokens, failed.candidate.logprob, failed.candidate.finish);
+        let assemble = |drafts: &[Option<Draft>]| {
+            let mut text = self.assembler().assemble(drafts, true);
+            text.reason = failed.candidate.reason.clone();
+            self.measured(text, model)
+        };
+        let mut c = assemble(&failed.drafts);
+        if self.fault(&c).is_some() {
+            // what was added may be at fault
+            let nothing: Vec<Option<Draft>> = self.plans.iter().map(|_| None).collect();
+            c = assemble(&nothing);
         }
-        let mut phrases: Vec<&str> = failed.added.iter().map(String::as_str).collect();
-        // what is about the same things may contradict the input; special parts stand in it already
-        phrases.retain(|p| Verbatim::parse(p).is_plain() && self.kept.is_apart(prompt, p));
-        let join = |phrases: &[&str]| [&[input.as_str()], phrases].concat().join(", ");
-        if let Some(most) = self.guard.max_clip_tokens {
-            while !phrases.is_empty() && longest_part(&join(&phrases)) > most {
-                phrases.pop();
-            }
-        }
-        let source = if phrases.is_empty() { Source::Input } else { Source::Phrases };
-        let text = join(&phrases);
-        let model = Some((failed.tokens, failed.logprob, failed.finish));
-        let mut c = self.measured(text, source, failed.reason, model);
-        if let (Some(most), Some(reason), Some(n)) = (self.guard.max_clip_tokens, &mut c.reason, c.clip_tokens)
-            && n > most
-        {
-            *reason = format!("{reason}; the input alone has {n} CLIP tokens");
+        if let (Some(fault), Some(reason)) = (self.fault(&c), &mut c.reason) {
+            *reason = format!("{reason}; the input alone {fault}");
         }
         c
     }
 
-    fn measured(
-        &self,
-        text: String,
-        source: Source,
-        reason: Option<String>,
-        model: Option<(usize, f32, Finish)>,
-    ) -> Candidate {
-        let (kept, missing) = self.kept.measure(&self.rewrite.prompt, &text);
-        let added = self.kept.added(&self.rewrite.prompt, &text);
-        let (tokens, logprob, finish) = model.unwrap_or((0, 0.0, Finish::Stop));
+    fn measured(&self, text: Assembled, (tokens, logprob, finish): (usize, f32, Finish)) -> Candidate {
+        let Assembled { text, source, reason } = text;
+        let (kept, missing) = self.kept.measure(&self.wanted, &text);
+        let added = self.kept.added(&self.wanted, &text);
         let counts = self.guard.count_clip_tokens || self.guard.max_clip_tokens.is_some();
-        Candidate {
-            clip_tokens: counts.then(|| longest_part(&text)),
-            text,
-            source,
-            reason,
-            kept,
-            missing,
-            added,
-            tokens,
-            logprob,
-            finish,
-        }
+        let clip_tokens = counts.then(|| longest_part(&text));
+        Candidate { text, source, reason, kept, missing, added, clip_tokens, tokens, logprob, finish }
     }
 }
 
-/// CLIP tokens of the longest part between BREAKs, without what image programs take out.
-fn longest_part(text: &str) -> usize {
-    Verbatim::parse(text).chunks.iter().map(|c| clip_tokens(&c.plain)).max().unwrap_or(2)
+/// A prompt without what is banned: tags and choices that hold some of it go whole.
+fn without_banned(prompt: &str, ban: &Phrases) -> String {
+    let mut text = prompt.to_owned();
+    // a part that goes may bring words of a phrase together
+    for _ in 0..MOST_PASSES {
+        let gone = ban.spans(&text);
+        if gone.is_empty() {
+            return text;
+        }
+        text = verbatim::without(&text, &gone);
+    }
+    ban.strip(&text)
+}
+
+/// A piece of the model's text as it is given out: without the replacement character of bytes that make none.
+pub fn whole_characters(text: &str) -> Cow<'_, str> {
+    match text.contains(char::REPLACEMENT_CHARACTER) {
+        true => Cow::Owned(text.replace(char::REPLACEMENT_CHARACTER, "")),
+        false => Cow::Borrowed(text),
+    }
 }
 
 /// Mean log-probability of the model's tokens.

@@ -1,10 +1,11 @@
 //! Plain prompts into rich ones that still mean the same.
 
+mod assemble;
 mod guard;
 mod kept;
 mod verbatim;
 
-pub use guard::{Candidate, GuardOptions, Rewrite, Rewriting, Source, Work};
+pub use guard::{Candidate, GuardOptions, Rewrite, Rewriting, Source, Work, whole_characters};
 pub use kept::Kept;
 pub use verbatim::Verbatim;
 

@@ -3,6 +3,7 @@
 use rust_stemmers::{Algorithm, Stemmer};
 use std::collections::HashSet;
 use std::ops::Range;
+use unicode_normalization::UnicodeNormalization;
 
 /// Words that say nothing about the picture by themselves.
 const STOP_WORDS: &str = "a about after all also am an and any are as at be because been being both but by can could did \
@@ -11,26 +12,49 @@ is it its itself just like made make me more most my of off on once only or othe
 some such than that the their theirs them then there these they this those through to too under until up upon very \
 was we were what when where which while who whom why will with would you your";
 
-/// The words of `text` in lower case: runs of letters and digits, with inner apostrophes and without a possessive's end.
+/// The words of `text` in lower case, characters that only look different made the same (NFKC): runs of letters and digits with
+/// their accents, with inner apostrophes and without a possessive's end. Where words have no spaces between them, each letter is one.
 pub fn words(text: &str) -> Vec<String> {
     word_spans(text).map(|(_, w)| w).collect()
 }
 
 /// [`words`] with the bytes they take in `text`.
 pub fn word_spans(text: &str) -> impl Iterator<Item = (Range<usize>, String)> {
-    let inside = |c: char| c.is_alphanumeric() || c == '\'' || c == '’';
     let mut at = 0;
     std::iter::from_fn(move || {
-        let start = at + text[at..].find(inside)?;
-        let end = text[start..].find(|c| !inside(c)).map_or(text.len(), |n| start + n);
+        let start = at + text[at..].find(|c: char| c.is_alphanumeric() || is_apostrophe(c))?;
+        let mut chars = text[start..].char_indices();
+        let first = chars.next().map_or(' ', |c| c.1);
+        let inside = |c: char| match is_unspaced(first) {
+            true => is_combining(c),
+            false => (c.is_alphanumeric() && !is_unspaced(c)) || is_apostrophe(c) || is_combining(c),
+        };
+        let end = chars.find(|&(_, c)| !inside(c)).map_or(text.len(), |(i, _)| start + i);
         at = end;
         Some((start..end, &text[start..end]))
     })
     .filter_map(|(span, word)| {
-        let word = word.to_lowercase().replace('’', "'");
+        let word = match word.is_ascii() {
+            true => word.to_ascii_lowercase(),
+            false => word.to_lowercase().nfkc().map(|c| if is_apostrophe(c) { '\'' } else { c }).collect(),
+        };
         let word = word.trim_matches('\'').trim_end_matches("'s");
         (!word.is_empty()).then(|| (span, word.to_owned()))
     })
+}
+
+fn is_apostrophe(c: char) -> bool {
+    matches!(c, '\'' | '’' | 'ʼ')
+}
+
+fn is_combining(c: char) -> bool {
+    !c.is_ascii() && unicode_normalization::char::is_combining_mark(c)
+}
+
+/// Letters of scripts that write no spaces: Chinese, Japanese, Thai, Lao, Burmese, Khmer.
+fn is_unspaced(c: char) -> bool {
+    matches!(c as u32, 0x3040..=0x30ff | 0x31f0..=0x31ff | 0x3400..=0x4dbf | 0x4e00..=0x9fff | 0xf900..=0xfaff | 0x20000..=0x3ffff
+        | 0x0e00..=0x0eff | 0x1000..=0x109f | 0x1780..=0x17ff)
 }
 
 /// Finds content words: everything but stop words, stemmed (Snowball English).
@@ -50,8 +74,9 @@ impl ContentWords {
         self.stop.contains(word)
     }
 
+    /// The stem of an English word; other words are their own.
     pub fn stem(&self, word: &str) -> String {
-        self.stemmer.stem(word).into_owned()
+        if word.is_ascii() { self.stemmer.stem(word).into_owned() } else { word.to_owned() }
     }
 
     /// Stems of the content words of `text`, each once, in order.
@@ -93,6 +118,18 @@ mod tests {
         assert_eq!(c.stems("The cats are sitting in the RAIN, a cat's tail"), ["cat", "sit", "rain", "tail"]);
         assert_eq!(c.kept("two cats sitting in the rain", "a cat sits, 8k, rain"), 0.75);
         assert_eq!(c.kept("in the", "anything"), 1.0);
+    }
+
+    #[test]
+    fn words_of_all_scripts() {
+        assert_eq!(words("Don’t, dogs' '90s ''"), ["don't", "dogs", "90s"]);
+        assert_eq!(
+            words("cafe\u{301}s caf\u{e9}s \u{fb01}sh"),
+            ["caf\u{e9}s", "caf\u{e9}s", "fish"],
+            "they look the same"
+        );
+        assert_eq!(words("Straße 夜の街, кот"), ["straße", "夜", "の", "街", "кот"]);
+        assert_eq!(words("❤\u{fe0f} \u{301}"), [""; 0]);
     }
 
     #[test]

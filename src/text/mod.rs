@@ -2,11 +2,13 @@
 
 pub mod clip;
 pub mod content_words;
+mod coverage;
 pub mod literals;
 pub mod phrases;
 pub mod template;
 mod tokenizer;
 mod tokenizer_training;
 
+pub use coverage::straighten;
 pub use tokenizer::{Decoder, Tokenizer};
 pub use tokenizer_training::{PRE_TOKENIZER_PATTERN, train_tokenizer};

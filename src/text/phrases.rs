@@ -73,8 +73,8 @@ impl Phrases {
         Scan { found, undecided }
     }
 
-    /// Without the phrases, those that only form as others go included, and with its surroundings tidied.
-    pub fn strip(&self, text: &str) -> String {
+    /// Bytes of all words of the phrases, those that only form as others go included, in order.
+    pub fn spans(&self, text: &str) -> Vec<Range<usize>> {
         let mut kept: Vec<(Range<usize>, String)> = Vec::new();
         let mut gone: Vec<Range<usize>> = Vec::new();
         for word in word_spans(text) {
@@ -84,6 +84,12 @@ impl Phrases {
             }
         }
         gone.sort_by_key(|g| g.start);
+        gone
+    }
+
+    /// Without the phrases, and with its surroundings tidied.
+    pub fn strip(&self, text: &str) -> String {
+        let gone = self.spans(text);
         let mut rest = String::with_capacity(text.len());
         let mut at = 0;
         for g in gone {
