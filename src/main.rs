@@ -1,7 +1,6 @@
 //! The `bprompt` program.
 
 use beautiful_prompt::cli::{Cli, reader_left};
-use clap::Parser;
 use clap::error::ErrorKind;
 use std::io::Write;
 use std::process::ExitCode;
@@ -13,7 +12,7 @@ fn main() -> ExitCode {
     unsafe {
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
     }
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::read() {
         Ok(cli) => cli,
         Err(e) if matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
             let printed = e.print().and_then(|()| std::io::stdout().flush());
@@ -31,7 +30,10 @@ fn main() -> ExitCode {
             let text = e.to_string();
             let lines = text.lines().take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more"));
             let line: Vec<&str> = lines.map(str::trim).filter(|l| !l.is_empty()).collect();
-            return failed(format_args!("{}; see --help", line.join(" ")));
+            // what Rust says about a number says little about what is expected
+            let line = line.join(" ").replace("invalid digit found in string", "expected a whole number, 0 or more");
+            let line = line.replace("invalid float literal", "expected a number");
+            return failed(format_args!("{line}; see --help"));
         }
     };
     match cli.run() {

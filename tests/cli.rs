@@ -127,6 +127,16 @@ fn mistakes_get_one_line_and_status_2() {
         (vec!["rewrite", ""], "empty"),
         (vec!["rewrite", "--top-p", "1.5", "a fox"], "--top-p 1.5"),
         (vec!["rewrite", "--temperature", "warm", "a fox"], "warm"),
+        (vec!["rewrite", "--temperature", "-1", "a fox"], "--temperature -1 is outside [0, 100]"),
+        (vec!["rewrite", "--max-tokens", "-5", "a fox"], "expected a whole number"),
+        (vec!["rewrite", "--top-k", "-2", "a fox"], "0 or -1 for all"),
+        (vec!["rewrite", "--frequency-penalty", "-3", "a fox"], "--frequency-penalty -3 is outside [-2, 2]"),
+        (vec!["rewrite", "--logit-bias", "5", "a fox"], "a token's id and a number"),
+        (vec!["rewrite", "--logit-bias", "99999999=1", "a fox"], "99999999"),
+        (vec!["rewrite", "--ban", "artists.txt", "a fox"], "--ban artists.txt: cannot read the file"),
+        (vec!["rewrite", "--keep", "@no such", "a fox"], "--keep @no such: cannot read the file"),
+        (vec!["rewrite", "--max-prompt-bytes", "0", "a fox"], "--max-prompt-bytes"),
+        (vec!["rewrite", "--output", "no/such/folder/out", "a fox"], "no/such/folder/out: cannot write"),
         (vec!["rewrite", "-n", "0", "a fox"], "-n 0"),
         (vec!["rewrite", "--template", "no-such-file", "a fox"], "no-such-file"),
         (vec!["rewrite", "--model", "no/such/dir", "a fox"], "no/such/dir"),
@@ -171,7 +181,7 @@ fn batches_keep_order_and_ids_and_equal_single_rewrites() {
     let output = f.path().join("out.jsonl");
     let done = batch(&input, &output, &[]).output().unwrap();
     assert!(done.status.success());
-    assert!(done.stderr.is_empty(), "no progress in a pipe: {}", text(&done.stderr));
+    assert!(!text(&done.stderr).contains("prompts,"), "no progress in a pipe: {}", text(&done.stderr));
     let lines = std::fs::read_to_string(&output).unwrap();
     let values: Vec<Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert_eq!(values.len(), 40);
@@ -301,4 +311,102 @@ fn pairs_training_and_inspection_work_together() {
     let bench = stdout(&["bench", "llm", "--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "1", "--json"]);
     let bench: Value = serde_json::from_str(&bench).unwrap();
     assert!(bench["decode"]["tokens_per_second"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn flags_have_the_names_that_others_give_them() {
+    let expected =
+        stdout(&["rewrite", "--candidates", "2", "--max-tokens", "9", "--temperature", "0.5", "--seed", "1", "a fox"]);
+    for args in [
+        ["--n", "2", "--max-new-tokens", "9", "--temp", "0.5", "--threads", "1", "--dtype", "auto"],
+        ["-n", "2", "--max-tokens", "9", "--temp", "0.5", "-t", "2", "-o", "/dev/stdout"],
+    ] {
+        assert_eq!(stdout(&[&["rewrite", "--seed", "1", "a fox"], &args[..]].concat()), expected, "{args:?}");
+    }
+    for same in [["f32", "float32"], ["f16", "half"], ["f16", "float16"], ["bf16", "bfloat16"]] {
+        let of = |dtype| stdout(&["rewrite", "--seed", "1", "--max-tokens", "9", "--dtype", dtype, "a fox"]);
+        assert_eq!(of(same[0]), of(same[1]), "{same:?}");
+    }
+    let of = |k| stdout(&["rewrite", "--seed", "1", "--max-tokens", "9", "--top-k", k, "a fox"]);
+    assert_eq!(of("-1"), of("0"));
+}
+
+#[test]
+fn the_environment_may_be_empty_and_switches_are_numbers() {
+    let run = |name: &str, value: &str| {
+        let mut c = bprompt();
+        let out = c.env(name, value).args(["rewrite", "--seed", "1", "--max-tokens", "5", "a fox"]).output().unwrap();
+        (out.status.code(), text(&out.stdout), text(&out.stderr))
+    };
+    let plain = run("BPROMPT_UNKNOWN", "");
+    assert_eq!(plain.0, Some(0), "{}", plain.2);
+    for name in [
+        "BPROMPT_MODEL",
+        "BPROMPT_THREADS",
+        "BPROMPT_ISA",
+        "BPROMPT_DEVICE",
+        "BPROMPT_BATCH_INVARIANT",
+        "BPROMPT_NO_CUDA_GRAPHS",
+        "BPROMPT_PERSISTENT",
+        "BPROMPT_BATCH_TOKENS",
+        "BPROMPT_SEQUENCES",
+        "BPROMPT_CACHE_TOKENS",
+        "BPROMPT_NO_PREFIX_CACHE",
+        "BPROMPT_DRAFT_TOKENS",
+    ] {
+        assert_eq!(run(name, ""), plain, "{name} is empty");
+    }
+    for name in ["BPROMPT_BATCH_INVARIANT", "BPROMPT_NO_CUDA_GRAPHS", "BPROMPT_NO_PREFIX_CACHE"] {
+        for value in ["0", "1", "true", "false", "yes", "no"] {
+            assert_eq!(run(name, value), plain, "{name}={value}");
+        }
+        let (code, _, message) = run(name, "perhaps");
+        assert!(code == Some(2) && message.contains("perhaps") && message.lines().count() == 1, "{message}");
+    }
+}
+
+#[test]
+fn shells_and_manuals_get_what_they_want() {
+    for (shell, word) in [("bash", "_bprompt"), ("zsh", "#compdef bprompt"), ("fish", "complete -c bprompt")] {
+        let script = stdout(&["completions", shell]);
+        assert!(script.contains(word) && script.contains("max-prompt-bytes"), "{shell}");
+    }
+    assert!(failure(&["completions", "cmd"]).contains("cmd"));
+    let page = stdout(&["man"]);
+    assert!(page.contains(".TH bprompt 1") && page.contains("rewrite"), "{page}");
+    let f = tempfile::tempdir().unwrap();
+    stdout(&["man", "--output", path(f.path())]);
+    let page = std::fs::read_to_string(f.path().join("bprompt-rewrite.1")).unwrap();
+    assert!(page.contains("min\\-kept"), "{page}");
+    let help = stdout(&["rewrite", "--help"]);
+    for group in ["Files:", "Keeping the meaning:", "Sampling:", "Model and device:", "Engine:"] {
+        assert!(help.contains(group), "{group}");
+    }
+    let has_kernels = !beautiful_prompt::device::images::IMAGES.is_empty();
+    assert_eq!((help.contains("GPU:"), help.contains("--no-cuda-graphs")), (has_kernels, has_kernels));
+}
+
+#[test]
+fn text_says_what_json_says_and_little_kept_is_said() {
+    for seed in 0..8 {
+        let seed = seed.to_string();
+        for more in [
+            &[][..],
+            &["--min-kept", "0"],
+            &["--min-kept", "0", "--keep", "100 mph"],
+            &["--min-kept", "0", "--ban", "highly detailed,digital painting,by,art"],
+            &["--min-kept", "0", "--keep", "f/1.8", "--ban", "sharp", "--stop", "art"],
+        ] {
+            let args = [&["rewrite", "--seed", &seed, "--max-tokens", "48", "a red car on a road"], more].concat();
+            let json: Value = serde_json::from_str(&stdout(&[&args[..], &["--json"]].concat())).unwrap();
+            assert_eq!(stdout(&args).trim_end_matches('\n'), json["candidates"][0]["text"], "{args:?}");
+        }
+    }
+    // four tokens cannot say all of this
+    let long = "seven purple xylophones, a brass telescope, two owls and a melting clock under a stone bridge";
+    let args = ["rewrite", "--seed", "1", "--max-tokens", "4", long];
+    for (more, word) in [(&["--min-kept", "0"][..], "kept 0."), (&["--min-kept", "1"], "fell back on the prompt")] {
+        let out = run(&[&args[..], more].concat());
+        assert!(out.status.success() && text(&out.stderr).contains(word), "{}", text(&out.stderr));
+    }
 }

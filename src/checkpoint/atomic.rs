@@ -5,8 +5,13 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-/// Writes a file beside its place, flushes it to disk and renames it there.
+/// Writes a file beside its place, flushes it to disk and renames it there. A pipe or a device cannot be replaced: it is written to.
 pub fn write_atomic(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
+    if std::fs::metadata(path).is_ok_and(|m| !m.is_file() && !m.is_dir()) {
+        let file = File::options().write(true).open(path).map_err(Error::io(path, "write"))?;
+        let mut out = BufWriter::new(file);
+        return write(&mut out).and_then(|()| out.flush()).map_err(Error::io(path, "write"));
+    }
     write_atomic_at(path, |temporary| {
         let file = File::options().write(true).open(temporary)?;
         let mut out = BufWriter::with_capacity(1 << 20, file);
@@ -17,6 +22,9 @@ pub fn write_atomic(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::
 
 /// [`write_atomic`] for writers that want a path: `write` fills the file at the path it is given, or puts another one there.
 pub fn write_atomic_at(path: &Path, write: impl FnOnce(&Path) -> std::io::Result<()>) -> Result<()> {
+    // a link stays a link: the file that it names is replaced
+    let target = if path.is_symlink() { path.canonicalize().ok() } else { None };
+    let path = target.as_deref().unwrap_or(path);
     let folder = match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
@@ -58,4 +66,26 @@ pub fn write_folder(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Resu
         let _ = std::fs::remove_dir_all(&partial);
     }
     result
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{FileTypeExt, symlink};
+
+    #[test]
+    fn links_stay_links_and_devices_stay_devices() {
+        let f = tempfile::tempdir().unwrap();
+        let (real, link) = (f.path().join("real"), f.path().join("link"));
+        std::fs::write(&real, "before").unwrap();
+        symlink(&real, &link).unwrap();
+        write_atomic(&link, |w| w.write_all(b"after")).unwrap();
+        assert!(link.is_symlink() && std::fs::read(&real).unwrap() == b"after");
+        let device = f.path().join("null");
+        symlink("/dev/null", &device).unwrap();
+        write_atomic(&device, |w| w.write_all(b"text")).unwrap();
+        assert!(std::fs::metadata(&device).unwrap().file_type().is_char_device());
+        symlink("/dev/full", f.path().join("full")).unwrap();
+        assert!(write_atomic(&f.path().join("full"), |w| w.write_all(b"text")).is_err());
+    }
 }

@@ -1,5 +1,7 @@
 //! `bprompt data`: training data.
 
+use super::batch::check_lengths;
+use super::files::check_distinct;
 use super::print::print_line;
 use crate::data::pairs::{PairOptions, make_pairs};
 use crate::data::phrases::StylePhrases;
@@ -17,10 +19,10 @@ pub enum DataCommand {
 #[derive(Args)]
 pub struct PairsArgs {
     /// Prompts: .jsonl or .json records with "prompt", or text with one a line.
-    #[arg(long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE")]
     input: PathBuf,
     /// Training pairs, as JSON lines (or a JSON array if the name ends in .json).
-    #[arg(long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
     /// Held-out pairs; by default the output's name with `.validation` before its ending.
     #[arg(long, value_name = "FILE")]
@@ -31,7 +33,7 @@ pub struct PairsArgs {
     /// Tokenizer that counts the targets' tokens.
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
-    /// Most plain sides made of one rich prompt.
+    /// Most plain sides made of one rich prompt; 0 for none.
     #[arg(long, default_value_t = 3)]
     variants: usize,
     /// How many targets a prompt gets with style phrases borrowed from similar rich prompts: a plain prompt
@@ -41,14 +43,18 @@ pub struct PairsArgs {
     /// Leave details out of targets that the plain side does not name: small models cannot invent sensible ones.
     #[arg(long)]
     style_only: bool,
-    /// Drop targets of fewer tokens.
+    /// Drop targets of fewer tokens; 0 drops none.
     #[arg(long, default_value_t = 25)]
     min_tokens: usize,
-    /// Part of the prompts that is held out.
+    /// Part of the prompts that is held out, from 0 to 1; 0 holds out none.
     #[arg(long, default_value_t = 0.02)]
     validation: f32,
+    /// Begins the choices; the same seed makes the same pairs.
     #[arg(long, default_value_t = 42)]
     seed: u64,
+    /// Most bytes of a prompt, at least 1; longer ones are refused before they take memory.
+    #[arg(long, value_name = "BYTES", default_value_t = 65536)]
+    max_prompt_bytes: usize,
     /// Replace existing output files.
     #[arg(long)]
     force: bool,
@@ -68,10 +74,14 @@ impl PairsArgs {
             let ending = self.output.extension().unwrap_or("jsonl".as_ref()).to_string_lossy().into_owned();
             self.output.with_extension(format!("validation.{ending}"))
         });
+        let mut reads = vec![self.input.as_path()];
+        reads.extend(self.styles.iter().chain(&self.tokenizer).map(PathBuf::as_path));
+        check_distinct(&[&self.output, &validation_output], &reads)?;
         for path in [&self.output, &validation_output] {
             anyhow::ensure!(self.force || !path.exists(), "{}: exists already; --force replaces it", path.display());
         }
         let prompts = read_prompts(&self.input)?;
+        check_lengths(&self.input, &prompts, self.max_prompt_bytes)?;
         let mut styles = StylePhrases::default();
         for file in &self.styles {
             styles.add_file(file)?;

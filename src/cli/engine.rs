@@ -6,21 +6,22 @@ use clap::Args;
 
 /// How much the engine does at once.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Engine")]
 pub struct EngineArgs {
-    /// Most tokens of one forward pass.
-    #[arg(long, default_value_t = 512, env = "BPROMPT_BATCH_TOKENS")]
+    /// Most tokens of one forward pass, at least 1.
+    #[arg(long, value_name = "N", default_value_t = 512, env = "BPROMPT_BATCH_TOKENS")]
     pub batch_tokens: usize,
-    /// Most sequences that run at once.
-    #[arg(long, default_value_t = 32, env = "BPROMPT_SEQUENCES")]
+    /// Most sequences that run at once, at least 1.
+    #[arg(long, value_name = "N", default_value_t = 32, env = "BPROMPT_SEQUENCES")]
     pub sequences: usize,
-    /// Positions that the KV cache holds; room for all sequences at 512 each if not given.
-    #[arg(long, env = "BPROMPT_CACHE_TOKENS")]
+    /// Positions that the KV cache holds, at least 1; room for all sequences if not given.
+    #[arg(long, value_name = "N", env = "BPROMPT_CACHE_TOKENS")]
     pub cache_tokens: Option<usize>,
     /// Compute every prompt from its beginning.
     #[arg(long, env = "BPROMPT_NO_PREFIX_CACHE")]
     pub no_prefix_cache: bool,
     /// Most tokens guessed ahead of a sequence, which changes no result; 0 for none.
-    #[arg(long, default_value_t = 4, env = "BPROMPT_DRAFT_TOKENS")]
+    #[arg(long, value_name = "N", default_value_t = 4, env = "BPROMPT_DRAFT_TOKENS")]
     pub draft_tokens: usize,
 }
 

@@ -1,6 +1,8 @@
 //! `bprompt eval`: measures rewrites.
 
+use super::batch::check_lengths;
 use super::engine::EngineArgs;
+use super::files::check_distinct;
 use super::guard::GuardArgs;
 use super::model::{ModelArgs, SamplingArgs};
 use super::print::{self, note, print_line};
@@ -12,7 +14,7 @@ use crate::text::content_words::words;
 use anyhow::ensure;
 use clap::Args;
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 #[derive(Args)]
@@ -30,6 +32,9 @@ pub struct EvalArgs {
     /// Leave out longer prompts.
     #[arg(long, default_value_t = 20)]
     max_words: usize,
+    /// Most bytes of a prompt, at least 1; longer ones are refused before they take memory.
+    #[arg(long, value_name = "BYTES", default_value_t = 65536)]
+    max_prompt_bytes: usize,
     /// Print the outputs too.
     #[arg(long)]
     show: bool,
@@ -61,12 +66,14 @@ impl EvalArgs {
         } else {
             read_prompts(&self.input)?
         };
+        check_lengths(&self.input, &all, self.max_prompt_bytes)?;
         let mut seen = HashSet::new();
         let fits = |p: &String| (1..=self.max_words).contains(&words(p).len());
         Ok(all.into_iter().filter(|p| fits(p) && seen.insert(p.clone())).take(self.limit).collect())
     }
 
     pub fn run(self) -> anyhow::Result<()> {
+        check_distinct(&[Path::new("-")], &[&self.input])?;
         let prompts = self.prompts()?;
         ensure!(!prompts.is_empty(), "{}: holds no prompts of up to {} words", self.input.display(), self.max_words);
         let loaded = self.model.load()?;

@@ -1,18 +1,20 @@
 //! `bprompt generate`: continues a text as it is, without a template.
 
+use super::batch::check_length;
 use super::model::{ModelArgs, SamplingArgs};
 use super::print;
 use crate::engine::session::{Length, Update};
 use crate::engine::{EngineOptions, Sampling};
 use crate::models::generation_config::GenerationDefaults;
+use anyhow::{Context, ensure};
 use clap::Args;
 use serde_json::json;
-use std::io::Write;
+use std::io::{IsTerminal, Read, Write};
 
 #[derive(Args)]
 pub struct GenerateArgs {
-    /// Text to continue.
-    #[arg(long, value_name = "TEXT", required_unless_present = "prompt_ids", allow_hyphen_values = true)]
+    /// Text to continue; without it, that of standard input.
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Option<String>,
     /// Token ids to continue, separated by commas, instead of a text.
     #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with = "prompt")]
@@ -20,14 +22,45 @@ pub struct GenerateArgs {
     /// Print one JSON object: prompt_ids, prompt_logprobs, output_ids, text, logprobs, finish_reason.
     #[arg(long)]
     json: bool,
-    #[command(flatten)]
-    model: ModelArgs,
+    /// Most bytes of the text, at least 1; a longer one is refused before it takes memory.
+    #[arg(long, value_name = "BYTES", default_value_t = 65536)]
+    max_prompt_bytes: usize,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    model: ModelArgs,
 }
 
 impl GenerateArgs {
+    /// The text of standard input, without the line's end that an editor or `echo` puts there.
+    fn standard_input(&self) -> anyhow::Result<String> {
+        let stdin = std::io::stdin();
+        ensure!(
+            !stdin.is_terminal(),
+            "nothing to continue: give --prompt TEXT, --prompt-ids, or a text on standard input"
+        );
+        let mut bytes = Vec::new();
+        // a byte more than allowed, with a line's end, is enough to know
+        let most = (self.max_prompt_bytes as u64).saturating_add(3);
+        stdin.lock().take(most).read_to_end(&mut bytes).context("standard input: cannot read")?;
+        ensure!(
+            bytes.len() < most as usize,
+            "standard input is longer than the {} bytes that --max-prompt-bytes allows",
+            self.max_prompt_bytes
+        );
+        let text = String::from_utf8(bytes).context("standard input: is not UTF-8")?;
+        let text = text.strip_suffix('\n').map(|t| t.strip_suffix('\r').unwrap_or(t)).unwrap_or(&text);
+        ensure!(!text.is_empty(), "standard input holds no text; give --prompt TEXT, --prompt-ids, or a text there");
+        Ok(text.to_owned())
+    }
+
     pub fn run(self) -> anyhow::Result<()> {
+        let prompt = match (&self.prompt, &self.prompt_ids) {
+            (Some(text), _) => text.clone(),
+            (None, Some(_)) => String::new(),
+            (None, None) => self.standard_input()?,
+        };
+        check_length(&prompt, self.max_prompt_bytes)?;
         let loaded = self.model.load()?;
         // a plain interface: the model's distribution as it is, unless flags say otherwise
         let defaults = GenerationDefaults {
@@ -36,10 +69,9 @@ impl GenerateArgs {
         };
         let mut options = self.sampling.options(&defaults, 1)?;
         options.prompt_logprobs = self.json;
-        let ids = match (&self.prompt, &self.prompt_ids) {
-            (Some(text), _) => loaded.tokenizer.encode(text)?,
-            (None, Some(ids)) => ids.clone(),
-            (None, None) => unreachable!("the parser asks for one of them"),
+        let ids = match &self.prompt_ids {
+            Some(ids) => ids.clone(),
+            None => loaded.tokenizer.encode(&prompt)?,
         };
         let engine = EngineOptions { cache_tokens: options.cache_tokens(ids.len()), ..EngineOptions::default() };
         let mut session = loaded.session(engine)?;

@@ -6,29 +6,41 @@ use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
 use anyhow::{Context, ensure};
 use clap::Args;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Keeping the meaning")]
 pub struct GuardArgs {
     /// Words or phrases that every rewrite must hold, separated by commas.
-    #[arg(long, value_name = "PHRASES", value_delimiter = ',')]
+    /// `@FILE`, or what looks like a file's name, is a file with one a line.
+    #[arg(long, value_name = "PHRASES|@FILE")]
     pub keep: Vec<String>,
-    /// Words or phrases that no rewrite may hold, separated by commas; or a file with one a line.
-    #[arg(long, value_name = "PHRASES|FILE")]
+    /// Words or phrases that no rewrite may hold, in the same form.
+    #[arg(long, value_name = "PHRASES|@FILE")]
     pub ban: Vec<String>,
     /// Least part of the prompt's meaning that a rewrite keeps, from 0 to 1; else it falls back on the prompt.
     #[arg(long, value_name = "PART")]
     pub min_kept: Option<f64>,
-    /// How often to generate before falling back.
-    #[arg(long, default_value_t = 3)]
+    /// How often to generate before falling back, at least once.
+    #[arg(long, value_name = "N", default_value_t = 3)]
     pub rounds: u32,
-    /// Most tokens as CLIP counts them; 77 fill Stable Diffusion's text encoder.
+    /// Most tokens as CLIP counts them, at least 3; 77 fill Stable Diffusion's text encoder. No limit if not given.
     #[arg(long, value_name = "TOKENS")]
     pub max_clip_tokens: Option<usize>,
 }
 
 impl GuardArgs {
+    /// Files that phrases are read from.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.keep.iter().chain(&self.ban).filter_map(|item| file(item)).map(PathBuf::from).collect()
+    }
+
+    /// The phrases that no rewrite may hold.
+    pub fn banned(&self) -> anyhow::Result<Vec<String>> {
+        phrases("--ban", &self.ban)
+    }
+
     /// The guard, with the phrases to keep and to ban put into `options`.
     pub fn options(&self, options: &mut GenerateOptions) -> anyhow::Result<GuardOptions> {
         if let Some(kept) = self.min_kept {
@@ -38,23 +50,66 @@ impl GuardArgs {
         if let Some(n) = self.max_clip_tokens {
             ensure!(n >= 3, "--max-clip-tokens {n} is too few; the first and the last token always count");
         }
-        let mut ban = Vec::new();
-        for item in &self.ban {
-            match Path::new(item).is_file() {
-                true => {
-                    let text = std::fs::read_to_string(item).with_context(|| format!("--ban {item}: cannot read"))?;
-                    ban.extend(text.lines().map(str::to_owned));
-                }
-                false => ban.extend(item.split(',').map(str::to_owned)),
-            }
-        }
-        options.keep = Arc::new(Literals::new(&self.keep));
-        options.ban = Arc::new(Phrases::new(ban));
+        options.keep = Arc::new(Literals::new(&phrases("--keep", &self.keep)?));
+        options.ban = Arc::new(Phrases::new(self.banned()?));
         Ok(GuardOptions {
             min_kept: self.min_kept,
             rounds: self.rounds,
             max_clip_tokens: self.max_clip_tokens,
             count_clip_tokens: false,
         })
+    }
+}
+
+/// The file that an item of a list of phrases means, if it means one: what begins with `@`, what is there, and what looks like a path
+/// or like the name of a text file, so that a wrong name is no phrase.
+fn file(item: &str) -> Option<&str> {
+    if let Some(name) = item.strip_prefix('@') {
+        return Some(name);
+    }
+    let single = !item.contains([',', ' ']);
+    let ending =
+        Path::new(item).extension().is_some_and(|e| ["txt", "list", "csv", "tsv"].iter().any(|known| e == *known));
+    let path = ["/", "./", "../", "~/"].iter().any(|start| item.starts_with(start));
+    (Path::new(item).is_file() || (single && (ending || path))).then_some(item)
+}
+
+/// The phrases of a list's items: separated by commas, or a file's lines.
+fn phrases(flag: &str, items: &[String]) -> anyhow::Result<Vec<String>> {
+    let mut phrases = Vec::new();
+    for item in items {
+        match file(item) {
+            Some(name) => {
+                let text = std::fs::read_to_string(name);
+                let text = text.with_context(|| format!("{flag} {item}: cannot read the file {name}"))?;
+                phrases.extend(text.trim_start_matches('\u{feff}').lines().map(str::to_owned));
+            }
+            None => phrases.extend(item.split(',').map(str::to_owned)),
+        }
+    }
+    Ok(phrases)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_files_are_no_phrases() {
+        for name in ["artists.txt", "no/such.txt", "./x", "/x", "../a-b", "@x", "@a b, c"] {
+            assert!(
+                phrases("--ban", &[name.into()]).unwrap_err().to_string().contains("cannot read the file"),
+                "{name}"
+            );
+        }
+        let f = tempfile::tempdir().unwrap();
+        let list = f.path().join("a list");
+        std::fs::write(&list, "\u{feff}oil paint\r\n\nfog, mist\n").unwrap();
+        let list = list.to_str().unwrap();
+        for name in [list.to_owned(), format!("@{list}")] {
+            assert_eq!(phrases("--ban", &[name]).unwrap(), ["oil paint", "", "fog, mist"]);
+        }
+        let items = ["f/1.8".to_owned(), "a cat, mr.txt jones".into(), "w/o hat".into(), "3.5".into()];
+        assert_eq!(phrases("--keep", &items).unwrap(), ["f/1.8", "a cat", " mr.txt jones", "w/o hat", "3.5"]);
     }
 }

@@ -6,6 +6,7 @@ mod bench_serve;
 mod data;
 mod engine;
 mod eval;
+mod files;
 mod generate;
 mod guard;
 mod hosted;
@@ -15,13 +16,15 @@ mod print;
 mod rewrite;
 mod selftest;
 mod serve;
+mod shell;
 mod train;
 
 pub use print::reader_left;
 
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::simd::Isa;
-use clap::{Args, Parser, Subcommand};
+use clap::builder::{BoolishValueParser, OsStr, Resettable};
+use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use print::note;
 use std::io::Write;
 use std::sync::Arc;
@@ -58,13 +61,18 @@ enum Command {
     /// Train a tokenizer or a model.
     #[command(subcommand)]
     Train(train::TrainCommand),
+    /// Print a script that has a shell complete commands and flags.
+    Completions(shell::CompletionsArgs),
+    /// Print the manual page, or write the pages of all commands.
+    Man(shell::ManArgs),
 }
 
 /// Where and how to compute.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Model and device")]
 pub struct DeviceArgs {
     /// Threads to compute with; 0 takes every core that this process may use, and more than those are not taken.
-    #[arg(long, default_value_t = 0, env = "BPROMPT_THREADS")]
+    #[arg(short, long, default_value_t = 0, env = "BPROMPT_THREADS")]
     pub threads: usize,
     /// Instruction set: the best of this machine, or a lesser one for comparison.
     #[arg(long, value_enum, default_value_t = IsaChoice::Auto, env = "BPROMPT_ISA", hide = true)]
@@ -130,7 +138,30 @@ fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
     Ok(raised)
 }
 
+/// The command line as it is read, with what holds for every argument: a variable of the environment that is empty is not set, those
+/// of switches say 0 or 1, yes or no, and a negative number is a value that may be out of range, not a flag that nobody knows.
+pub fn command() -> clap::Command {
+    fn adapted(command: clap::Command) -> clap::Command {
+        let arg = |arg: clap::Arg| {
+            let variable = arg.get_env().map(std::env::var_os);
+            let empty = matches!(&variable, Some(Some(value)) if value.is_empty());
+            let switch = matches!(arg.get_action(), ArgAction::SetTrue);
+            let negative = arg.get_action().takes_values() && !arg.is_positional();
+            let arg = if switch && variable.is_some() { arg.value_parser(BoolishValueParser::new()) } else { arg };
+            let arg = if empty { arg.env(Resettable::<OsStr>::Reset) } else { arg };
+            if negative { arg.allow_negative_numbers(true) } else { arg }
+        };
+        command.mut_args(arg).mut_subcommands(adapted)
+    }
+    adapted(Cli::command())
+}
+
 impl Cli {
+    /// Reads the command line.
+    pub fn read() -> Result<Cli, clap::Error> {
+        Cli::from_arg_matches(&command().try_get_matches()?)
+    }
+
     pub fn run(self) -> anyhow::Result<()> {
         self.command.run()?;
         Ok(print::stdout().flush()?)
@@ -149,6 +180,8 @@ impl Command {
             Command::Selftest(args) => args.run(),
             Command::Data(c) => c.run(),
             Command::Train(c) => c.run(),
+            Command::Completions(args) => args.run(),
+            Command::Man(args) => args.run(),
         }
     }
 }

@@ -21,12 +21,22 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
+/// The group of options that only matter on a GPU, which a program without kernels for one does not show.
+const GPU: &str = "GPU";
+
+fn no_gpu() -> bool {
+    crate::device::images::IMAGES.is_empty()
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DTypeChoice {
     /// As stored.
     Auto,
+    #[value(alias = "float32", alias = "float")]
     F32,
+    #[value(alias = "float16", alias = "half")]
     F16,
+    #[value(alias = "bfloat16")]
     Bf16,
     /// Quantized at load, one scale per output row.
     Int8,
@@ -61,9 +71,10 @@ pub enum PersistentChoice {
 }
 
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Model and device")]
 pub struct ModelArgs {
     /// Model folder as Hugging Face writes it; the embedded demonstration model if not given.
-    #[arg(long, value_name = "DIR", env = "BPROMPT_MODEL")]
+    #[arg(short, long, value_name = "DIR", env = "BPROMPT_MODEL")]
     pub model: Option<PathBuf>,
     /// How weights are held for computing.
     #[arg(long, value_enum, default_value_t = DTypeChoice::Auto)]
@@ -71,14 +82,15 @@ pub struct ModelArgs {
     /// Where to compute; auto takes a GPU if there is one that can.
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto, env = "BPROMPT_DEVICE")]
     pub device: DeviceChoice,
-    /// On a GPU, give a prompt the same bits in any batch, at the price of slower prompts and batches; the CPU always does.
-    #[arg(long, env = "BPROMPT_BATCH_INVARIANT")]
+    /// Give a prompt the same bits in any batch, at the price of slower prompts and batches; the CPU always does.
+    #[arg(long, env = "BPROMPT_BATCH_INVARIANT", help_heading = GPU, hide = no_gpu())]
     pub batch_invariant: bool,
-    /// On a GPU, launch every kernel by itself instead of repeating recorded steps (CUDA graphs).
-    #[arg(long, env = "BPROMPT_NO_CUDA_GRAPHS")]
+    /// Launch every kernel by itself instead of repeating recorded steps (CUDA graphs).
+    #[arg(long, env = "BPROMPT_NO_CUDA_GRAPHS", help_heading = GPU, hide = no_gpu())]
     pub no_cuda_graphs: bool,
-    /// On a GPU, do decoding steps of up to 8 sequences in one kernel that stays on the processors through all layers.
-    #[arg(long, value_enum, default_value_t = PersistentChoice::Auto, env = "BPROMPT_PERSISTENT")]
+    /// Do decoding steps of up to 8 sequences in one kernel that stays on the processors through all layers.
+    #[arg(long, value_enum, default_value_t = PersistentChoice::Auto, env = "BPROMPT_PERSISTENT", help_heading = GPU,
+        hide = no_gpu())]
     pub persistent: PersistentChoice,
     #[command(flatten)]
     pub compute: DeviceArgs,
@@ -104,6 +116,8 @@ pub struct Loaded {
     placed: Placed,
     pub config: BloomConfig,
     pub tokenizer: Arc<Tokenizer>,
+    /// Tells its weights from others, wherever they lie.
+    pub fingerprint: String,
     /// The template that comes with the model.
     own_template: Option<Template>,
     pub defaults: GenerationDefaults,
@@ -148,8 +162,9 @@ impl ModelArgs {
             }
         };
         let config = checkpoint.config.clone();
+        let fingerprint = fingerprint(&checkpoint);
         let placed = self.place(checkpoint, self.dtype.dtype())?;
-        Ok(Loaded { placed, config, tokenizer: Arc::new(tokenizer), own_template: template, defaults })
+        Ok(Loaded { placed, config, tokenizer: Arc::new(tokenizer), fingerprint, own_template: template, defaults })
     }
 
     /// Prepares the weights of a checkpoint where they are to be used; `dtype` as for [`Bloom::load`].
@@ -215,32 +230,71 @@ impl ModelArgs {
     }
 }
 
+/// A checksum of every tensor's name, shape and type, and of parts of its values: all of them would take long to read.
+fn fingerprint(checkpoint: &Checkpoint) -> String {
+    /// Bytes of a tensor at either end.
+    const PART: usize = 1024;
+    let mut sum = crc32fast::Hasher::new();
+    for (name, tensor) in &checkpoint.tensors {
+        sum.update(format!("{name} {:?} {}", tensor.shape, tensor.dtype.name()).as_bytes());
+        let bytes: &[u8] = &tensor.bytes;
+        sum.update(&bytes[..bytes.len().min(PART)]);
+        sum.update(&bytes[bytes.len().saturating_sub(PART)..]);
+    }
+    format!("weights {:08x}", sum.finalize())
+}
+
+/// Refuses sampling settings outside of their ranges; `named` is what the user calls them.
+pub fn check_sampling(s: &Sampling, named: impl Fn(&str) -> String) -> anyhow::Result<()> {
+    let within = |name: &str, value: f32, ok: bool, range: &str| {
+        ensure!(ok, "{} {value} is outside {range}", named(name));
+        Ok(())
+    };
+    within("temperature", s.temperature, (0.0..=100.0).contains(&s.temperature), "[0, 100]")?;
+    within("top_p", s.top_p, s.top_p > 0.0 && s.top_p <= 1.0, "(0, 1]")?;
+    within("min_p", s.min_p, (0.0..=1.0).contains(&s.min_p), "[0, 1]")?;
+    let penalty = s.repetition_penalty;
+    within("repetition_penalty", penalty, penalty > 0.0 && penalty <= 100.0, "(0, 100]")?;
+    within("presence_penalty", s.presence_penalty, (-2.0..=2.0).contains(&s.presence_penalty), "[-2, 2]")?;
+    within("frequency_penalty", s.frequency_penalty, (-2.0..=2.0).contains(&s.frequency_penalty), "[-2, 2]")
+}
+
 /// Sampling flags; what is not given comes from the model's recommendation.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
-    /// 0 always takes the most likely token.
-    #[arg(long)]
+    /// How much chance has a say, from 0 to 100; 0 always takes the most likely token.
+    #[arg(long, visible_alias = "temp", value_name = "T")]
     pub temperature: Option<f32>,
-    /// Choose among the k most likely tokens; 0 for all.
-    #[arg(long)]
+    /// Choose among the k most likely tokens; 0 or -1 for all.
+    #[arg(long, value_name = "K", value_parser = top_k)]
     pub top_k: Option<usize>,
-    /// Choose among the most likely tokens that together have this probability.
-    #[arg(long)]
+    /// Choose among the most likely tokens that together have this probability, above 0; 1 for all.
+    #[arg(long, value_name = "P")]
     pub top_p: Option<f32>,
-    /// Leave out tokens less likely than this part of the most likely one.
-    #[arg(long)]
+    /// Leave out tokens less likely than this part of the most likely one, from 0 to 1; 0 for none.
+    #[arg(long, value_name = "P")]
     pub min_p: Option<f32>,
-    /// Above 1, makes tokens that occurred less likely.
-    #[arg(long)]
+    /// Above 1, makes tokens that occurred less likely; 1 for none, 0 is not possible.
+    #[arg(long, value_name = "P")]
     pub repetition_penalty: Option<f32>,
     /// What the repetition penalty counts; transformers counts the prompt too.
     #[arg(long, value_enum, default_value_t = PenaltyScope::All)]
     pub penalty_scope: PenaltyScope,
-    /// Most new tokens.
-    #[arg(long)]
+    /// Taken once from the logits of tokens that came out before, from -2 to 2; 0 for none.
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    pub presence_penalty: f32,
+    /// Taken from the logits of tokens for each time they came out, from -2 to 2; 0 for none.
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    pub frequency_penalty: f32,
+    /// Added to the logit of a token, from -100 to 100; may be given several times.
+    #[arg(long, value_name = "ID=VALUE", value_parser = bias)]
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Most new tokens, at least 1; what the model recommends if not given.
+    #[arg(long, visible_alias = "max-new-tokens", value_name = "N")]
     pub max_tokens: Option<usize>,
-    /// Makes the result repeatable; random if not given.
-    #[arg(long)]
+    /// Makes the result repeatable; random if not given, and 0 is a seed like any other.
+    #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
     /// End at this text, which is left out; may be given several times.
     #[arg(long, value_name = "TEXT")]
@@ -256,6 +310,21 @@ pub enum PenaltyScope {
     Output,
 }
 
+/// Reads a number of tokens, of which -1 means all, as 0 does.
+fn top_k(text: &str) -> Result<usize, String> {
+    match text {
+        "-1" => Ok(0),
+        _ => text.parse().map_err(|_| "expected a whole number, or 0 or -1 for all tokens".into()),
+    }
+}
+
+/// Reads `ID=VALUE`.
+fn bias(text: &str) -> Result<(u32, f32), String> {
+    let both = text.split_once('=').and_then(|(id, value)| Some((id.trim().parse().ok()?, value.trim().parse().ok()?)));
+    both.filter(|(_, value): &(u32, f32)| (-100.0..=100.0).contains(value))
+        .ok_or_else(|| "expected a token's id and a number from -100 to 100, such as 50256=-100".into())
+}
+
 impl SamplingArgs {
     /// The settings, with `defaults` where flags are silent, and a seed of the moment if none is given.
     pub fn options(&self, defaults: &GenerationDefaults, candidates: u32) -> anyhow::Result<GenerateOptions> {
@@ -267,25 +336,22 @@ impl SamplingArgs {
             min_p: self.min_p.unwrap_or(d.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(d.repetition_penalty),
             penalize_prompt: self.penalty_scope == PenaltyScope::All,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
             seed: self.seed.unwrap_or_else(crate::random::seed),
-            ..Sampling::default()
         };
-        ensure!((0.0..=100.0).contains(&s.temperature), "--temperature {} is outside [0, 100]", s.temperature);
-        ensure!(s.top_p > 0.0 && s.top_p <= 1.0, "--top-p {} is outside (0, 1]", s.top_p);
-        ensure!((0.0..=1.0).contains(&s.min_p), "--min-p {} is outside [0, 1]", s.min_p);
-        ensure!(
-            s.repetition_penalty > 0.0 && s.repetition_penalty <= 100.0,
-            "--repetition-penalty {} is outside (0, 100]",
-            s.repetition_penalty
-        );
+        check_sampling(&s, |name| format!("--{}", name.replace('_', "-")))?;
         ensure!(self.max_tokens != Some(0), "--max-tokens must be at least 1");
         ensure!((1..=1024).contains(&candidates), "-n {candidates} is outside [1, 1024]");
+        // the last of several for a token counts
+        let bias: std::collections::BTreeMap<u32, f32> = self.logit_bias.iter().copied().collect();
         Ok(GenerateOptions {
             candidates,
             sampling: s,
             length: self.max_tokens.map_or(defaults.length, Length::New),
             ignore_eos: self.ignore_eos,
             stops: self.stop.clone(),
+            bias: bias.into_iter().collect(),
             ..GenerateOptions::default()
         })
     }

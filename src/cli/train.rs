@@ -1,6 +1,7 @@
 //! `bprompt train`: vocabularies and models.
 
 use super::DeviceArgs;
+use super::files::check_distinct;
 use super::print::{note, print_line};
 use crate::checkpoint::{Checkpoint, Companions, MODEL_FILES, TOKENIZER_FILES, save_model};
 use crate::data::records::{read_prompts, read_training_pairs};
@@ -162,6 +163,8 @@ impl TrainCommand {
 impl TokenizerArgs {
     fn run(self) -> anyhow::Result<()> {
         within("--vocab-size", self.vocab_size, 1..=1 << 20, "[260, 1048576]")?;
+        let reads: Vec<&Path> = self.input.iter().map(PathBuf::as_path).collect();
+        check_distinct(&[&self.output], &reads)?;
         ensure!(self.force || !self.output.exists(), "{}: exists already; --force replaces it", self.output.display());
         let mut texts = Vec::new();
         for file in &self.input {

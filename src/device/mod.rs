@@ -4,7 +4,7 @@
 //! grids, block sizes, shared memory and the order of arguments are checked on machines without a GPU.
 
 pub mod cuda;
-mod images;
+pub mod images;
 mod staging;
 
 use crate::error::{Error, Result};

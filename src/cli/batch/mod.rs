@@ -1,271 +1,436 @@
 //! Files of prompts: read ahead, rewritten in ragged batches, written in input order as they finish.
 //!
-//! Each output line names its input line, lines are only ever appended whole, and `--resume` cuts off
+//! Each output line names its input line, results are only ever appended whole, and `--resume` cuts off
 //! what a killed run left unfinished: nothing is lost or written twice.
 
+mod flight;
 mod input;
 mod openai;
 mod output;
+mod progress;
+mod record;
+mod settings;
+mod target;
 
 pub use input::Shard;
+pub use record::{check_length, check_lengths};
+pub use settings::Settings;
 
+use super::files::check_distinct;
 use super::print::note;
 use super::rewrite::{Format, RewriteArgs, Rewriter, one_line, record};
 use crate::engine::EngineOptions;
-use crate::engine::session::{Completed, Generate, GenerateOptions, Length};
-use crate::rewrite::{Rewrite, Rewriting, Source};
-use anyhow::{Context, bail, ensure};
-use input::{Lines, RawLine};
-use output::{Output, Report, Written};
+use crate::engine::session::{Generate, Length};
+use crate::rewrite::{Prompter, Rewrite, Rewriting, Source as TextSource};
+use anyhow::{Context, anyhow, ensure};
+use flight::{Flight, Job, guarded};
+use input::{LineOptions, Lines, RawLine};
+use output::{Output, Written};
+use progress::Progress;
+use record::{Common, Line};
 use serde_json::{Value, json};
-use std::collections::HashMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::Duration;
+use target::{Begin, Target};
 
-/// Prompts read ahead and sorted by length together.
-const WINDOW: usize = 1024;
+/// Results that may wait for an earlier one: they take memory.
+const PENDING: usize = 4096;
 
-/// A line of the input that holds a prompt.
-struct Line {
-    number: u64,
-    place: String,
-    id: Value,
-    prompt: String,
-    seed: u64,
-}
+/// A part of the prompt's meaning that is worth a word if a rewrite keeps less.
+pub const LOW_KEPT: f64 = 0.9;
 
-/// A line on its way.
-struct Job {
-    line: Line,
-    rewriting: Rewriting,
-    /// What came of the round's work, in its order.
-    parts: Vec<Option<Completed>>,
-}
+/// Bytes that a line of JSON may have beside its prompt.
+const BESIDE_PROMPT: usize = 1 << 20;
 
 pub fn run(args: &RewriteArgs) -> anyhow::Result<()> {
-    let to_stdout = args.output.as_os_str() == "-";
-    let by_name = match args.output.extension() {
-        Some(e) if e == "txt" => Format::Text,
-        _ => Format::Jsonl,
-    };
-    let format = args.format.unwrap_or(by_name);
-    ensure!(!(args.resume && to_stdout), "--resume needs --output FILE");
-    if !to_stdout && !args.resume && !args.force && args.output.exists() {
-        bail!("{}: exists already; --resume goes on with it, --force replaces it", args.output.display());
-    }
-    let mut lines = Lines::open(&args.input, args.shard.unwrap_or_default())?;
-    if format == Format::Openai {
-        return openai::run(args, lines);
-    }
-    let mut rewriter = args.rewriter()?;
-    let mut before = 0;
-    if args.resume {
-        let each = if format == Format::Text { rewriter.options.candidates as u64 } else { 1 };
-        let written = Written::read(&args.output, each)?;
-        before = written.results;
-        if format == Format::Text {
-            lines.skip(written.results)?;
-        } else if let Some((line, seed)) = written.last_line(&args.output)? {
-            lines.skip_to(line)?;
-            if let (None, Some(seed)) = (args.sampling.seed, seed) {
-                rewriter.options.sampling.seed = seed;
-            }
-        }
-    }
-    let out = Output::open(&args.output, args.resume)?;
-    let stop = super::interrupt_flag()?;
-    let report = Report::new(before);
-    let mut run = Run { args, rewriter: &rewriter, format, lines, out, bad: vec![], kept: 0.0, fallbacks: 0 };
-    let result = run.all(&stop, &report);
-    run.out.write_ready()?;
-    report.bar.finish_and_clear();
-    let done = result?;
-    if !run.bad.is_empty() {
-        let shown: Vec<String> = run.bad.iter().take(10).map(u64::to_string).collect();
-        let more = if run.bad.len() > 10 { ", …" } else { "" };
-        note!("skipped {} bad lines: {}{more}", run.bad.len(), shown.join(", "));
-    }
-    if rewriter.guard.is_strict() && run.out.written > 0 {
-        let candidates = run.out.written as f64 * rewriter.options.candidates as f64;
-        let (kept, fallbacks) = (100.0 * run.kept / candidates, run.fallbacks);
-        note!("kept {kept:.1} % of the prompts' meaning; {fallbacks} candidates fell back on their prompts");
-    }
-    report.summary(run.out.written);
-    if !done {
-        note!("interrupted; the same command with --resume goes on");
+    if !rewrite(args)? {
         std::process::exit(130);
     }
     Ok(())
 }
 
-/// What the engine works on.
-struct Flight<'a> {
-    session: Box<dyn Generate + 'a>,
-    /// The session's prompts: line and part.
-    prompts: HashMap<u64, (u64, usize)>,
-    next: u64,
+/// Where prompts come from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Source<'a> {
+    Files(&'a [String]),
+    /// Nobody said where from.
+    Stdin,
+    /// The command line.
+    Prompts(&'a [String]),
 }
 
-impl Flight<'_> {
-    /// Hands in a job's next round; `false` if there is none.
-    fn hand_in(&mut self, job: &mut Job) -> crate::error::Result<bool> {
-        let work = job.rewriting.work()?;
-        job.parts = vec![None; work.len()];
-        let first = self.next;
-        for (part, (ids, options)) in work.into_iter().enumerate() {
-            if let Err(e) = self.session.submit(self.next, ids, &options) {
-                for id in first..self.next {
-                    self.session.cancel(id);
-                    self.prompts.remove(&id);
-                }
-                return Err(e);
+/// How an output was begun, and what was there.
+struct Begun {
+    target: Target,
+    lines: Lines,
+    /// The settings that the output was begun with.
+    earlier: Option<Settings>,
+    begin: Begin,
+}
+
+fn begin(args: &RewriteArgs, format: Format) -> anyhow::Result<Begun> {
+    let prompts = if format == Format::Openai { 16 } else { 1 };
+    let longest = args.max_prompt_bytes.saturating_mul(prompts).saturating_add(BESIDE_PROMPT);
+    let shard = args.files.shard.unwrap_or_default();
+    let options = LineOptions { shard, longest, text: format == Format::Text };
+    let lines = match args.source() {
+        Source::Files(files) => Lines::open(files, options)?,
+        Source::Stdin => Lines::open(&["-".to_owned()], options)?,
+        Source::Prompts(prompts) => Lines::of_prompts(prompts, options),
+    };
+    let mut reads: Vec<&Path> = lines.files().collect();
+    let others = args.other_files();
+    reads.extend(others.iter().map(|p| p.as_path()));
+    check_distinct(&[&args.files.output], &reads)?;
+    let begin = match (args.files.resume, args.files.force) {
+        (true, _) => Begin::Resume,
+        (_, true) => Begin::Replace,
+        _ => Begin::New,
+    };
+    let mut target = Target::open(&args.files.output, begin)?;
+    let earlier = match target.file() {
+        Some((file, path)) if begin == Begin::Resume => {
+            let holds_something = file.metadata().is_ok_and(|m| m.len() > 0);
+            let earlier = Settings::read(path)?.filter(|_| holds_something);
+            if earlier.is_none() && holds_something {
+                note!(
+                    "{}: is missing, so it cannot be checked that {} was begun with these settings",
+                    settings::path(path).display(),
+                    path.display()
+                );
             }
-            self.prompts.insert(self.next, (job.line.number, part));
-            self.next += 1;
+            earlier
         }
-        Ok(!job.parts.is_empty())
+        _ => None,
+    };
+    Ok(Begun { target, lines, earlier, begin })
+}
+
+impl Begun {
+    /// Compares this run's settings with those that the output was begun with, and keeps them beside it.
+    fn settle(&mut self, mut settings: Settings) -> anyhow::Result<()> {
+        let earlier = self.earlier.take();
+        let known = earlier.as_ref().map_or(&Value::Null, |e| e.get("input"));
+        settings.0.insert("input".into(), self.lines.identity(known)?);
+        if let Some(earlier) = &earlier {
+            settings.check(earlier, self.target.name())?;
+        }
+        match self.target.file() {
+            Some((_, path)) => settings.write(path),
+            None => Ok(()),
+        }
     }
+
+    /// What an interrupted run has written, in results of `each` lines.
+    fn written(&mut self, each: u64) -> anyhow::Result<Written> {
+        let packing = self.target.packing;
+        let name = self.target.name().to_owned();
+        match self.target.file() {
+            Some((file, _)) if self.begin == Begin::Resume => Written::read(file, &name, packing, each),
+            _ => Ok(Written::default()),
+        }
+    }
+}
+
+/// Rewrites files; `false` if somebody interrupted.
+fn rewrite(args: &RewriteArgs) -> anyhow::Result<bool> {
+    let format = args.format();
+    let mut begun = begin(args, format)?;
+    if format == Format::Openai {
+        return openai::run(args, begun);
+    }
+    let mut rewriter = args.rewriter()?;
+    if let (None, Some(seed)) = (args.sampling.seed, begun.earlier.as_ref().and_then(|e| e.get("seed").as_u64())) {
+        rewriter.options.sampling.seed = seed;
+    }
+    begun.settle(args.settings(&rewriter, format)?)?;
+    let each = if format == Format::Text { rewriter.options.candidates as u64 } else { 1 };
+    let written = begun.written(each)?;
+    let Begun { target, mut lines, begin, .. } = begun;
+    let total = lines.count()?;
+    if format == Format::Text {
+        lines.skip(written.results)?;
+    } else if written.results > 0 {
+        skip_written(&mut lines, &common(args, &rewriter, format), &written, target.name())?;
+    }
+    let stop = super::interrupt_flag()?;
+    let mut progress = Progress::new(written.results, total);
+    let make = || rewriter.session(engine_options(args, &rewriter)?);
+    let mut run = Run::new(args, &rewriter, format, target);
+    let result = run.all(lines.read_ahead()?, &make, &stop, &mut progress);
+    run.out.flush()?;
+    progress.clear();
+    if begin == Begin::Replace
+        && run.out.written > 0
+        && let (Ok(false) | Err(_), Some(partial)) = (&result, run.out.target.partial())
+    {
+        note!("the results so far are in {}; --resume instead of --force goes on there", partial.display());
+    }
+    let done = result?;
+    run.report();
+    progress.summary(run.out.written);
+    if !done {
+        note!("interrupted; the same command with --resume goes on");
+        return Ok(false);
+    }
+    ensure!(
+        args.source() != Source::Stdin || run.out.finished > 0 || !run.bad.is_empty() || written.results > 0,
+        "standard input holds no prompts; give a PROMPT, --input FILES, or prompts on standard input"
+    );
+    run.out.target.complete()?;
+    Ok(true)
+}
+
+/// What holds for all lines.
+fn common<'a>(args: &RewriteArgs, rewriter: &'a Rewriter, format: Format) -> Common<'a> {
+    Common {
+        options: &rewriter.options,
+        guard: &rewriter.guard,
+        longest: args.max_prompt_bytes,
+        same_candidates: format == Format::Text,
+    }
+}
+
+/// Goes to the line behind the last one that was written, and checks that it is the line that was rewritten then.
+fn skip_written(lines: &mut Lines, common: &Common, written: &Written, output: &str) -> anyhow::Result<()> {
+    let last: Value = serde_json::from_slice(&written.last).unwrap_or_default();
+    let number = last.get("line").and_then(Value::as_u64);
+    let number = number
+        .with_context(|| format!("{output}: its last line names no input line; it was not written by this command"))?;
+    let line = lines.skip_to(number)?;
+    let prompt = line.and_then(|raw| common.parse(raw).ok()).map(|l| l.prompt);
+    ensure!(
+        prompt.as_deref() == last["prompt"].as_str(),
+        "{output}: its last result is that of another prompt than the input's line {number}; is it the same input?"
+    );
+    Ok(())
+}
+
+/// Room for all running sequences, and for at least one of any length.
+fn engine_options(args: &RewriteArgs, rewriter: &Rewriter) -> anyhow::Result<EngineOptions> {
+    let longest = rewriter.loaded.config.context;
+    let room = match rewriter.options.length {
+        Length::New(n) => n.saturating_add(128),
+        Length::Total(n) => n,
+    };
+    let engine = args.engine.options()?;
+    let needed = engine.sequences.saturating_mul(room.min(longest)).max(longest);
+    Ok(EngineOptions { cache_tokens: args.engine.cache_tokens.unwrap_or(needed), ..engine })
 }
 
 struct Run<'a> {
-    args: &'a RewriteArgs,
-    rewriter: &'a Rewriter,
+    common: Common<'a>,
+    prompter: Prompter,
     format: Format,
-    lines: Lines,
+    skip_bad_lines: bool,
+    /// Sequences that the engine runs at once.
+    sequences: usize,
     out: Output,
-    /// Lines that cannot be read.
+    /// Lines that cannot be rewritten.
     bad: Vec<u64>,
-    /// Sum over candidates, and those whose text is not the model's.
+    /// The first line that ends the run, and why.
+    failure: Option<(u64, anyhow::Error)>,
+    /// Candidates, the sum of what they keep, those that keep little, and those whose text is not the model's.
+    candidates: u64,
     kept: f64,
+    low: u64,
     fallbacks: u64,
 }
 
-impl Run<'_> {
-    /// Rewrites everything; `false` if somebody interrupted.
-    fn all(&mut self, stop: &AtomicBool, report: &Report) -> anyhow::Result<bool> {
-        let session = self.rewriter.session(self.engine_options()?)?;
-        let mut flight = Flight { session, prompts: HashMap::new(), next: 0 };
-        let mut jobs: HashMap<u64, Job> = HashMap::new();
+type Make<'m, 's> = &'m dyn Fn() -> anyhow::Result<Box<dyn Generate + 's>>;
+type Input = Receiver<anyhow::Result<RawLine>>;
+
+impl<'a> Run<'a> {
+    fn new(args: &RewriteArgs, rewriter: &'a Rewriter, format: Format, target: Target) -> Run<'a> {
+        Run {
+            common: common(args, rewriter, format),
+            prompter: rewriter.prompter(),
+            format,
+            skip_bad_lines: args.files.skip_bad_lines,
+            sequences: args.engine.sequences,
+            out: Output::new(target),
+            bad: vec![],
+            failure: None,
+            candidates: 0,
+            kept: 0.0,
+            low: 0,
+            fallbacks: 0,
+        }
+    }
+
+    /// Rewrites everything; `false` if somebody interrupted. What is finished is written whatever happens, and what must be
+    /// finished before it can be written, too.
+    fn all(&mut self, input: Input, make: Make, stop: &AtomicBool, progress: &mut Progress) -> anyhow::Result<bool> {
+        let mut flight = Flight::new(make()?, self.sequences);
         let mut end = false;
+        let mut interrupted = false;
+        let mut before = 0;
         loop {
-            // results that wait for an earlier one take memory too
-            if !end && flight.session.waiting() < WINDOW / 4 && self.out.pending() < 4 * WINDOW {
-                for mut job in self.window(&mut end)? {
-                    match flight.hand_in(&mut job) {
-                        Ok(true) => drop(jobs.insert(job.line.number, job)),
-                        Ok(false) => self.finish(job),
-                        Err(e) => {
-                            self.out.write_ready()?;
-                            self.bad_line(&job.line.place, job.line.number, e.into())?;
-                        }
-                    }
+            if stop.load(Ordering::Relaxed) && !interrupted {
+                interrupted = true;
+                let wanted = self.out.last_ready().unwrap_or(0);
+                flight.cancel_from(wanted + 1);
+                if !flight.jobs.is_empty() {
+                    progress.clear();
+                    note!("finishing {} prompts that finished ones wait for; Ctrl-C ends at once", flight.jobs.len());
                 }
             }
-            if stop.load(Ordering::Relaxed) {
-                self.out.write_ready()?;
-                return Ok(false);
+            if !end && !interrupted && self.failure.is_none() {
+                self.read(&input, &mut flight, &mut end)?;
             }
-            if flight.session.is_idle() && end {
-                self.out.write_ready()?;
-                return Ok(true);
+            if let Some((line, _)) = self.failure {
+                flight.cancel_from(line);
             }
-            for outcome in flight.session.step(&mut |_| {})? {
-                let completed = outcome?;
-                let (number, part) = flight.prompts.remove(&completed.id).expect("handed in above");
-                let job = jobs.get_mut(&number).expect("its parts are in flight");
-                job.parts[part] = Some(completed);
-                if job.parts.iter().any(Option::is_none) {
-                    continue;
+            self.out.write_ready()?;
+            if flight.session.is_idle() {
+                if let Some((_, e)) = self.failure.take() {
+                    return Err(e);
                 }
-                let parts: Vec<Completed> = std::mem::take(&mut job.parts).into_iter().flatten().collect();
-                job.rewriting.take(&parts);
-                if !flight.hand_in(job)? {
-                    let job = jobs.remove(&number).expect("looked at above");
-                    self.finish(job);
+                if interrupted || end {
+                    return Ok(!interrupted);
+                }
+                continue;
+            }
+            match flight.step() {
+                Ok(jobs) => jobs.into_iter().for_each(|(job, failed)| match failed {
+                    None => self.go_on(&mut flight, job),
+                    Some(e) => self.bad_line(&job.line.place, job.line.number, e),
+                }),
+                Err(e) => {
+                    before += flight.tokens();
+                    self.one_by_one(&mut flight, make, stop, e)?;
                 }
             }
             self.out.write_ready()?;
-            report.update(self.out.written, flight.session.generated_tokens());
+            progress.update(self.out.finished, before + flight.tokens());
         }
     }
 
-    /// Room for all running sequences, and for at least one of any length.
-    fn engine_options(&self) -> anyhow::Result<EngineOptions> {
-        let longest = self.rewriter.loaded.config.context;
-        let room = match self.rewriter.options.length {
-            Length::New(n) => n + 128,
-            Length::Total(n) => n,
-        };
-        let engine = self.args.engine.options()?;
-        let needed = (engine.sequences * room.min(longest)).max(longest);
-        Ok(EngineOptions { cache_tokens: self.args.engine.cache_tokens.unwrap_or(needed), ..engine })
-    }
-
-    /// The next lines, those of like length together.
-    fn window(&mut self, end: &mut bool) -> anyhow::Result<Vec<Job>> {
-        let mut window: Vec<Job> = Vec::new();
-        while window.len() < WINDOW {
-            let Some(raw) = self.lines.next()? else {
-                *end = true;
-                break;
+    /// Reads lines until the engine has enough to do; waits for one only if it has nothing.
+    fn read(&mut self, input: &Input, flight: &mut Flight, end: &mut bool) -> anyhow::Result<()> {
+        while self.failure.is_none() && flight.has_room() && self.out.pending() < PENDING {
+            let line = if flight.session.is_idle() {
+                input.recv_timeout(Duration::from_millis(100))
+            } else {
+                input.try_recv().map_err(|e| match e {
+                    TryRecvError::Empty => RecvTimeoutError::Timeout,
+                    TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
+                })
+            };
+            let line = match line {
+                Ok(line) => line,
+                Err(RecvTimeoutError::Timeout) => break,
+                Err(RecvTimeoutError::Disconnected) => {
+                    *end = true;
+                    break;
+                }
+            };
+            let raw = match line {
+                Ok(raw) => raw,
+                Err(e) => {
+                    // a file that cannot be read on: what was read of it is still finished
+                    self.failure = Some((u64::MAX, e));
+                    return Ok(());
+                }
             };
             let (number, place) = (raw.number, raw.place.clone());
             self.out.expect(number);
-            match self.job(raw) {
-                Ok(job) => window.push(job),
-                Err(e) => self.bad_line(&place, number, e)?,
+            match guarded(|| self.job(raw)) {
+                Ok(job) => self.go_on(flight, job),
+                Err(e) => self.bad_line(&place, number, e),
             }
+            self.out.write_ready()?;
         }
-        window.sort_by_key(|j| (j.line.prompt.len(), j.line.number));
-        Ok(window)
+        Ok(())
     }
 
     fn job(&self, raw: RawLine) -> anyhow::Result<Job> {
-        let line = self.parse(raw)?;
-        let mut options: GenerateOptions = self.rewriter.options.clone();
-        options.sampling.seed = line.seed;
-        let rewriting = Rewriting::new(self.rewriter.prompter(), &line.prompt, options, self.rewriter.guard.clone())?;
-        Ok(Job { line, rewriting, parts: vec![] })
+        let line = self.common.parse(raw)?;
+        let (options, guard) = (line.options.clone(), line.guard.clone());
+        let rewriting = Rewriting::new(self.prompter.clone(), &line.prompt, options, guard)?;
+        Ok(Job::new(line, rewriting))
     }
 
-    fn parse(&self, raw: RawLine) -> anyhow::Result<Line> {
-        let text = std::str::from_utf8(&raw.bytes).context("is not UTF-8")?.trim_start_matches('\u{feff}');
-        let default_id = json!(raw.number - 1);
-        let mut seed = self.rewriter.options.sampling.seed;
-        let (id, prompt) = if text.trim_start().starts_with('{') {
-            let value: Value = serde_json::from_str(text).context("is not JSON")?;
-            let prompt = ["prompt", "raw_prompt"].iter().find_map(|k| value.get(*k)?.as_str());
-            let prompt = prompt.context("has no text under \"prompt\"")?.to_owned();
-            if let Some(own) = value.get("seed") {
-                seed = own.as_u64().with_context(|| format!("has the seed {own}, expected a whole number"))?;
+    /// Hands in a job's next round, or takes its result.
+    fn go_on(&mut self, flight: &mut Flight, mut job: Job) {
+        let handed_in = guarded(|| Ok(job.advance()? && flight.hand_in(&mut job)?));
+        match handed_in {
+            Ok(true) => drop(flight.jobs.insert(job.line.number, job)),
+            Ok(false) => self.finish(job),
+            Err(e) => self.bad_line(&job.line.place, job.line.number, e),
+        }
+    }
+
+    /// After the engine failed: what was in flight, each line alone in a new engine. The line that it fails at again is bad, and
+    /// the others get what they would have got.
+    fn one_by_one<'s>(
+        &mut self,
+        flight: &mut Flight<'s>,
+        make: Make<'_, 's>,
+        stop: &AtomicBool,
+        cause: anyhow::Error,
+    ) -> anyhow::Result<()> {
+        /// Lines in a row that cannot all be at fault.
+        const HOPELESS: usize = 3;
+        let mut jobs = flight.give_up(make().with_context(|| format!("after {cause:#}"))?);
+        let mut failures = 0;
+        while let Some((_, mut job)) = jobs.pop_first() {
+            if self.failure.as_ref().is_some_and(|(line, _)| *line < job.line.number) || stop.load(Ordering::Relaxed) {
+                break;
             }
-            (value.get("id").cloned().unwrap_or(default_id), prompt)
-        } else {
-            (default_id, text.to_owned())
-        };
-        Ok(Line { number: raw.number, place: raw.place, id, prompt, seed })
+            match guarded(|| flight.alone(&mut job)) {
+                Ok(()) => {
+                    failures = 0;
+                    self.finish(job);
+                }
+                Err(e) => {
+                    failures += 1;
+                    ensure!(failures < HOPELESS, "{}: {e:#}, as at the lines before", job.line.place);
+                    self.bad_line(&job.line.place, job.line.number, e);
+                    flight.give_up(make()?);
+                }
+            }
+            self.out.write_ready()?;
+        }
+        Ok(())
     }
 
-    /// Counts a line that cannot be rewritten, or ends the run.
-    fn bad_line(&mut self, place: &str, number: u64, e: anyhow::Error) -> anyhow::Result<()> {
-        if !self.args.skip_bad_lines {
-            bail!("{place}: {e:#}; --skip-bad-lines goes on");
+    /// Counts a line that cannot be rewritten, or has it end the run.
+    fn bad_line(&mut self, place: &str, number: u64, e: anyhow::Error) {
+        if !self.skip_bad_lines {
+            if self.failure.as_ref().is_none_or(|(line, _)| number < *line) {
+                self.failure = Some((number, anyhow!("{place}: {e:#}; --skip-bad-lines goes on")));
+            }
+            return;
         }
         self.bad.push(number);
         // in text as many empty lines as keep the count
         let blank = match self.format {
-            Format::Text => "\n".repeat(self.rewriter.options.candidates as usize),
+            Format::Text => "\n".repeat(self.common.options.candidates as usize),
             _ => String::new(),
         };
         self.out.finish(number, blank);
-        Ok(())
     }
 
     fn finish(&mut self, job: Job) {
-        let line = job.line;
-        let rewrite = job.rewriting.finish();
-        self.kept += rewrite.candidates.iter().map(|c| c.kept).sum::<f64>();
-        self.fallbacks += rewrite.candidates.iter().filter(|c| c.source != Source::Model).count() as u64;
-        self.out.finish(line.number, self.render(&line, &rewrite));
+        let Job { line, rewriting, .. } = job;
+        let finished = guarded(|| {
+            let rewrite = rewriting.finish();
+            Ok((self.render(&line, &rewrite), rewrite))
+        });
+        match finished {
+            Ok((text, rewrite)) => {
+                let least = line.guard.min_kept.unwrap_or(LOW_KEPT);
+                self.candidates += rewrite.candidates.len() as u64;
+                self.kept += rewrite.candidates.iter().map(|c| c.kept).sum::<f64>();
+                self.low += rewrite.candidates.iter().filter(|c| c.kept < least).count() as u64;
+                self.fallbacks += rewrite.candidates.iter().filter(|c| c.source != TextSource::Model).count() as u64;
+                self.out.finish(line.number, text);
+            }
+            Err(e) => self.bad_line(&line.place, line.number, e),
+        }
     }
 
     fn render(&self, line: &Line, rewrite: &Rewrite) -> String {
@@ -275,5 +440,187 @@ impl Run<'_> {
         let mut object = record(line.id.clone(), &line.prompt, rewrite);
         object["line"] = json!(line.number);
         format!("{object}\n")
+    }
+
+    /// Says what was left out, and what does not keep its prompt.
+    fn report(&mut self) {
+        if !self.bad.is_empty() {
+            self.bad.sort_unstable();
+            let shown: Vec<String> = self.bad.iter().take(10).map(u64::to_string).collect();
+            let more = if self.bad.len() > 10 { ", …" } else { "" };
+            note!("skipped {} bad lines: {}{more}", self.bad.len(), shown.join(", "));
+        }
+        if self.low + self.fallbacks > 0 {
+            let kept = 100.0 * self.kept / self.candidates as f64;
+            note!(
+                "kept {kept:.1} % of the prompts' meaning; of {} candidates {} fell back on their prompts, {} keep too little",
+                self.candidates,
+                self.fallbacks,
+                self.low
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::Counters;
+    use crate::engine::session::{GenerateOptions, Outcome, Update};
+    use crate::error::Result;
+    use clap::Parser;
+    use std::collections::BTreeMap;
+    use std::sync::atomic::AtomicUsize;
+
+    /// Token ids by request.
+    type Prompts = BTreeMap<u64, Vec<u32>>;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        args: RewriteArgs,
+    }
+
+    /// A session that somebody watches: what is in flight before a step, and how many prompts are done after it.
+    struct Watched<'a> {
+        inner: Box<dyn Generate + 'a>,
+        prompts: Prompts,
+        before: &'a dyn Fn(&Prompts),
+        after: &'a dyn Fn(usize),
+    }
+
+    impl Generate for Watched<'_> {
+        fn submit(&mut self, id: u64, prompt: Vec<u32>, options: &GenerateOptions) -> Result<()> {
+            self.prompts.insert(id, prompt.clone());
+            self.inner.submit(id, prompt, options)
+        }
+
+        fn cancel(&mut self, id: u64) {
+            self.prompts.remove(&id);
+            self.inner.cancel(id);
+        }
+
+        fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Outcome>> {
+            (self.before)(&self.prompts);
+            let outcomes = self.inner.step(on_update)?;
+            for completed in outcomes.iter().flatten() {
+                self.prompts.remove(&completed.id);
+            }
+            (self.after)(outcomes.len());
+            Ok(outcomes)
+        }
+
+        fn is_idle(&self) -> bool {
+            self.inner.is_idle()
+        }
+
+        fn in_flight(&self) -> usize {
+            self.inner.in_flight()
+        }
+
+        fn running(&self) -> usize {
+            self.inner.running()
+        }
+
+        fn waiting(&self) -> usize {
+            self.inner.waiting()
+        }
+
+        fn blocks(&self) -> (usize, usize) {
+            self.inner.blocks()
+        }
+
+        fn counters(&self) -> Counters {
+            self.inner.counters()
+        }
+
+        fn generated_tokens(&self) -> u64 {
+            self.inner.generated_tokens()
+        }
+    }
+
+    const LINES: usize = 12;
+
+    /// Rewrites twelve lines; what came of it, the bad lines, and the output.
+    fn watched(
+        skip_bad_lines: bool,
+        stop: &AtomicBool,
+        before: &dyn Fn(&Rewriter, &Prompts),
+        after: &dyn Fn(usize),
+    ) -> (anyhow::Result<bool>, Vec<u64>, String) {
+        let flags = [
+            "rewrite",
+            "--seed",
+            "3",
+            "--max-tokens",
+            "12",
+            "--threads",
+            "1",
+            "--sequences",
+            "4",
+            "--min-kept",
+            "0",
+            "x",
+        ];
+        let mut args = Program::try_parse_from(flags).unwrap_or_else(|e| panic!("{e}")).args;
+        args.files.skip_bad_lines = skip_bad_lines;
+        let rewriter = args.rewriter().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.jsonl");
+        let options = LineOptions { shard: Shard::default(), longest: 1000, text: false };
+        let lines = Lines::of_prompts(&(1..=LINES).map(prompt).collect::<Vec<_>>(), options);
+        let target = Target::open(&path, Begin::New).unwrap();
+        let before = |prompts: &Prompts| before(&rewriter, prompts);
+        let make = || -> anyhow::Result<Box<dyn Generate + '_>> {
+            let inner = rewriter.session(engine_options(&args, &rewriter)?)?;
+            Ok(Box::new(Watched { inner, prompts: BTreeMap::new(), before: &before, after }))
+        };
+        let mut run = Run::new(&args, &rewriter, Format::Jsonl, target);
+        let result = run.all(lines.read_ahead().unwrap(), &make, stop, &mut Progress::new(0, None));
+        (result, run.bad, std::fs::read_to_string(&path).unwrap())
+    }
+
+    fn prompt(line: usize) -> String {
+        format!("a fox number {line}")
+    }
+
+    fn whole() -> String {
+        let (result, bad, text) = watched(false, &AtomicBool::new(false), &|_, _| {}, &|_| {});
+        assert!(result.unwrap() && bad.is_empty() && text.lines().count() == LINES);
+        text
+    }
+
+    #[test]
+    fn a_line_that_the_engine_fails_at_is_one_bad_line() {
+        let fails = |rewriter: &Rewriter, prompts: &Prompts| {
+            let poison = rewriter.prompter().encode(&prompt(6)).unwrap();
+            assert!(prompts.values().all(|p| *p != poison), "the engine fails at fox 6");
+        };
+        let whole = whole();
+        let (result, bad, text) = watched(true, &AtomicBool::new(false), &fails, &|_| {});
+        let others: String =
+            whole.split_inclusive('\n').enumerate().filter(|(i, _)| *i != 5).map(|(_, line)| line).collect();
+        assert!(result.unwrap() && bad == [6] && text == others, "{text}");
+        let (result, _, text) = watched(false, &AtomicBool::new(false), &fails, &|_| {});
+        let message = format!("{:#}", result.unwrap_err());
+        assert!(message.contains("line 6") && message.contains("the engine fails at fox 6"), "{message}");
+        let before: String = whole.split_inclusive('\n').take(5).collect();
+        assert_eq!(text, before, "what came before it is written, and nothing behind it");
+    }
+
+    #[test]
+    fn an_interrupted_run_writes_what_is_finished() {
+        let whole = whole();
+        for when in [1, 4, 7] {
+            let (stop, done) = (AtomicBool::new(false), AtomicUsize::new(0));
+            let after = |n| {
+                let done = done.fetch_add(n, Ordering::Relaxed) + n;
+                stop.store(done >= when, Ordering::Relaxed);
+            };
+            let (result, _, text) = watched(false, &stop, &|_, _| {}, &after);
+            assert!(!result.unwrap());
+            let lines = text.lines().count();
+            assert!(lines >= when && whole.starts_with(&text), "after {when}: {lines} lines");
+        }
     }
 }

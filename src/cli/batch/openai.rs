@@ -1,33 +1,33 @@
 //! OpenAI's batch files: each line a request with `custom_id`, `method`, `url` and `body`, each result the answer that the
 //! server would give.
 
-use super::super::print::note;
 use super::input::{Lines, RawLine};
-use super::output::{Output, Report, Written};
+use super::output::Output;
+use super::progress::Progress;
+use super::{Begun, PENDING, Settings, record};
 use crate::cli::hosted::{HostOptions, Hosted};
+use crate::cli::print::note;
 use crate::cli::rewrite::RewriteArgs;
 use crate::serve::{HttpOptions, app};
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail, ensure};
 use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, header};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
-use std::sync::atomic::Ordering;
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tower::ServiceExt;
 
-pub fn run(args: &RewriteArgs, mut lines: Lines) -> anyhow::Result<()> {
-    let mut before = 0;
-    if args.resume {
-        before = Written::read(&args.output, 1)?.results;
-        lines.skip(before)?;
-    }
+/// Answers a file of requests; `false` if somebody interrupted.
+pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
     let engine = args.engine.options()?;
     let host = HostOptions {
         model: args.model.clone(),
-        name: None,
+        name: args.files.served_model_name.clone(),
         template: args.template.clone(),
         engine,
         // a request may hold hundreds of prompts
@@ -35,62 +35,223 @@ pub fn run(args: &RewriteArgs, mut lines: Lines) -> anyhow::Result<()> {
         request_timeout: None,
         api_keys: vec![],
     };
+    begun.settle(settings(args))?;
+    let written = begun.written(1)?;
+    let Begun { target, mut lines, .. } = begun;
+    let total = lines.count()?;
+    lines.skip(written.results)?;
     let Hosted { shared, thread } = host.start()?;
-    let router = app(shared, &HttpOptions { body_limit: 64 << 20, ..HttpOptions::default() })?;
-    let mut out = Output::open(&args.output, args.resume)?;
+    let model = shared.name.clone();
+    let limit = args.max_prompt_bytes.saturating_mul(16).saturating_add(super::BESIDE_PROMPT);
+    let router = app(shared, &HttpOptions { body_limit: limit, ..HttpOptions::default() })?;
     let stop = crate::cli::interrupt_flag()?;
-    let report = Report::new(before);
+    let mut progress = Progress::new(written.results, total);
+    let mut run = Run {
+        router,
+        model,
+        skip_bad_lines: args.files.skip_bad_lines,
+        at_once: 4 * engine.sequences,
+        out: Output::new(target),
+        requests: JoinSet::new(),
+        handles: vec![],
+        other_models: BTreeSet::new(),
+        failures: 0,
+        first_failure: None,
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let done = runtime.block_on(async {
-        let mut requests = JoinSet::new();
-        let mut end = false;
+    let result = runtime.block_on(run.all(lines, &stop, &mut progress));
+    run.out.flush()?;
+    progress.summary(run.out.written);
+    run.report();
+    let Run { router, out, failures, first_failure, .. } = run;
+    drop((router, runtime));
+    let done = result?;
+    if !done {
+        note!("interrupted; the same command with --resume goes on");
+        return Ok(false);
+    }
+    thread.join().map_err(|_| anyhow!("the engine panicked"))?.context("the engine stopped")?;
+    let requests = out.written;
+    out.target.complete()?;
+    ensure!(
+        failures == 0 || failures < requests,
+        "all of {requests} requests failed; the first: {}",
+        first_failure.unwrap_or_default()
+    );
+    Ok(true)
+}
+
+/// What the answers depend on beside the requests.
+fn settings(args: &RewriteArgs) -> Settings {
+    let mut settings = Settings::default();
+    let model = args.model.model.as_ref().map(|m| m.display().to_string());
+    let values = [
+        ("format", json!("openai")),
+        ("shard", json!(args.files.shard.unwrap_or_default().to_string())),
+        ("model", json!(model)),
+        ("dtype", json!(format!("{:?}", args.model.dtype).to_lowercase())),
+        ("template", json!(args.template)),
+    ];
+    settings.0.extend(values.map(|(flag, value)| (flag.to_owned(), value)));
+    settings
+}
+
+struct Run {
+    router: Router,
+    /// What the model is called here.
+    model: String,
+    skip_bad_lines: bool,
+    /// Most requests at once.
+    at_once: usize,
+    out: Output,
+    requests: JoinSet<Answer>,
+    /// The requests that are not answered yet, by line.
+    handles: Vec<(u64, AbortHandle)>,
+    /// Names of models that requests asked for and that are not this one's.
+    other_models: BTreeSet<String>,
+    failures: u64,
+    first_failure: Option<String>,
+}
+
+/// A line's result, with the message if its request failed.
+struct Answer {
+    line: u64,
+    text: String,
+    failure: Option<String>,
+}
+
+impl Run {
+    async fn all(&mut self, lines: Lines, stop: &AtomicBool, progress: &mut Progress) -> anyhow::Result<bool> {
+        let input = lines.read_ahead()?;
+        let (mut end, mut interrupted) = (false, false);
+        let mut failure = None;
         loop {
-            while !end && requests.len() < 4 * engine.sequences && out.pending() < 4096 {
-                let Some(line) = lines.next()? else {
-                    end = true;
-                    break;
-                };
-                let request = match parse(&line) {
-                    Ok(request) => request,
-                    Err(e) if args.skip_bad_lines => {
-                        out.expect(line.number);
-                        let error = json!({ "code": "invalid_line", "message": format!("{e:#}") });
-                        out.finish(line.number, result(line.number, Value::Null, Value::Null, error));
-                        continue;
-                    }
-                    Err(e) => bail!("{}: {e:#}; --skip-bad-lines goes on", line.place),
-                };
-                out.expect(line.number);
-                requests.spawn(answer(router.clone(), line.number, request));
+            if stop.load(Ordering::Relaxed) && !interrupted {
+                interrupted = true;
+                // what is finished can be written once the requests before it are
+                let wanted = self.out.last_ready().unwrap_or(0);
+                self.handles.iter().filter(|(line, _)| *line > wanted).for_each(|(_, handle)| handle.abort());
             }
-            if stop.load(Ordering::Relaxed) {
-                return Ok(false);
+            if !end
+                && !interrupted
+                && failure.is_none()
+                && let Err(e) = self.read(&input, &mut end)
+            {
+                failure = Some(e);
             }
-            // a signal must not wait for the next answer
-            let pause = tokio::time::sleep(Duration::from_millis(200));
+            self.out.write_ready()?;
+            // neither a signal nor a slow pipe must wait for the next answer
+            let pause = tokio::time::sleep(Duration::from_millis(if self.requests.is_empty() { 20 } else { 200 }));
             tokio::select! {
-                answered = requests.join_next(), if !requests.is_empty() => {
-                    let (number, text) = answered.expect("there are requests").context("a request failed")?;
-                    out.finish(number, text);
-                    out.write_ready()?;
-                    report.update(out.written, 0);
+                answered = self.requests.join_next(), if !self.requests.is_empty() => {
+                    match answered.expect("there are requests") {
+                        Ok(answer) => self.finish(answer),
+                        Err(e) if e.is_cancelled() => {}
+                        Err(e) => bail!("a request failed: {e}"),
+                    }
+                    self.handles.retain(|(_, handle)| !handle.is_finished());
+                    self.out.write_ready()?;
+                    progress.update(self.out.finished, 0);
                 }
-                () = pause, if !requests.is_empty() => {}
-                else => return Ok(true),
+                () = pause => {}
+            }
+            if self.requests.is_empty() {
+                match failure.take() {
+                    Some(e) => return Err(e),
+                    None if interrupted || end => return Ok(!interrupted),
+                    None => {}
+                }
             }
         }
-    });
-    out.write_ready()?;
-    report.summary(out.written);
-    let done = done?;
-    drop((router, runtime));
-    if done {
-        thread.join().map_err(|_| anyhow::anyhow!("the engine panicked"))?.context("the engine stopped")?;
-    } else {
-        note!("interrupted; the same command with --resume goes on");
-        std::process::exit(130);
     }
-    Ok(())
+
+    /// Reads requests until there are enough at once.
+    fn read(&mut self, input: &Receiver<anyhow::Result<RawLine>>, end: &mut bool) -> anyhow::Result<()> {
+        while self.requests.len() < self.at_once && self.out.pending() < PENDING {
+            let line = match input.try_recv() {
+                Ok(line) => line?,
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => {
+                    *end = true;
+                    break;
+                }
+            };
+            match self.parse(&line) {
+                Ok(request) => {
+                    self.out.expect(line.number);
+                    let handle = self.requests.spawn(answer(self.router.clone(), line.number, request));
+                    self.handles.push((line.number, handle));
+                }
+                Err((custom_id, e)) if self.skip_bad_lines => {
+                    let message = format!("{e:#}");
+                    let error = json!({ "code": "invalid_line", "message": message });
+                    let text = result(line.number, custom_id, Value::Null, error);
+                    self.out.expect(line.number);
+                    self.finish(Answer { line: line.number, text, failure: Some(message) });
+                }
+                Err((_, e)) => bail!("{}: {e:#}; --skip-bad-lines goes on", line.place),
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, answer: Answer) {
+        if let Some(message) = answer.failure {
+            self.failures += 1;
+            self.first_failure.get_or_insert(format!("line {}: {message}", answer.line));
+        }
+        self.out.finish(answer.line, answer.text);
+    }
+
+    /// A line's request, or what is wrong with it, with its id as far as it has one.
+    fn parse(&mut self, line: &RawLine) -> Result<Parsed, (Value, anyhow::Error)> {
+        if line.too_long {
+            return Err((Value::Null, anyhow!("is longer than --max-prompt-bytes allows sixteen prompts")));
+        }
+        let value = record::text(&line.bytes).and_then(|t| serde_json::from_str::<Value>(t).context("is not JSON"));
+        let value = value.map_err(|e| (Value::Null, e))?;
+        let custom_id = value.get("custom_id").cloned().unwrap_or_default();
+        self.request(&value).map_err(|e| (custom_id, e))
+    }
+
+    fn request(&mut self, value: &Value) -> anyhow::Result<Parsed> {
+        let custom_id = value.get("custom_id").filter(|v| v.is_string()).context("has no text under \"custom_id\"")?;
+        let url = value.get("url").and_then(Value::as_str).context("has no text under \"url\"")?;
+        let known = ["/v1/completions", "/v1/chat/completions", "/v1/rewrite"];
+        if !known.contains(&url) {
+            bail!("has the url \"{url}\"; expected one of {}", known.join(", "));
+        }
+        if value.get("method").is_some_and(|m| m != "POST") {
+            bail!("has the method {}; expected \"POST\"", value["method"]);
+        }
+        let mut body = value.get("body").filter(|b| b.is_object()).context("has no object under \"body\"")?.clone();
+        // an answer in pieces makes no sense in a file
+        body["stream"] = json!(false);
+        if let Some(model) = body.get("model").and_then(Value::as_str)
+            && model != self.model
+        {
+            if self.other_models.len() < 3 {
+                self.other_models.insert(model.to_owned());
+            }
+            body["model"] = json!(self.model);
+        }
+        Ok(Parsed { custom_id: custom_id.clone(), url: url.to_owned(), body })
+    }
+
+    /// Says what did not go as the requests asked for.
+    fn report(&self) {
+        if !self.other_models.is_empty() {
+            let names: Vec<&str> = self.other_models.iter().map(String::as_str).collect();
+            note!(
+                "requests for the model {} were answered by {}; --served-model-name gives it another name",
+                names.join(", "),
+                self.model
+            );
+        }
+        if let (Some(first), true) = (&self.first_failure, self.failures < self.out.finished) {
+            note!("{} of {} requests failed; the first: {first}", self.failures, self.out.finished);
+        }
+    }
 }
 
 /// A line's request.
@@ -100,32 +261,19 @@ struct Parsed {
     body: Value,
 }
 
-fn parse(line: &RawLine) -> anyhow::Result<Parsed> {
-    let value: Value = serde_json::from_slice(&line.bytes).context("is not JSON")?;
-    let custom_id = value.get("custom_id").filter(|v| v.is_string()).context("has no text under \"custom_id\"")?;
-    let url = value.get("url").and_then(Value::as_str).context("has no text under \"url\"")?;
-    let known = ["/v1/completions", "/v1/chat/completions", "/v1/rewrite"];
-    if !known.contains(&url) {
-        bail!("has the url \"{url}\"; expected one of {}", known.join(", "));
-    }
-    if value.get("method").is_some_and(|m| m != "POST") {
-        bail!("has the method {}; expected \"POST\"", value["method"]);
-    }
-    let mut body = value.get("body").filter(|b| b.is_object()).context("has no object under \"body\"")?.clone();
-    // an answer in pieces makes no sense in a file
-    body["stream"] = json!(false);
-    Ok(Parsed { custom_id: custom_id.clone(), url: url.to_owned(), body })
-}
-
-async fn answer(router: Router, number: u64, request: Parsed) -> (u64, String) {
+async fn answer(router: Router, number: u64, request: Parsed) -> Answer {
     let body = Body::from(request.body.to_string());
     let http = Request::post(&request.url).header(header::CONTENT_TYPE, "application/json").body(body);
     let response = router.oneshot(http.expect("a known path")).await.expect("the router answers everything");
-    let status = response.status().as_u16();
+    let status = response.status();
     let bytes = response.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
     let body: Value = serde_json::from_slice(&bytes).unwrap_or_default();
-    let response = json!({ "status_code": status, "request_id": format!("req-{number}"), "body": body });
-    (number, result(number, request.custom_id, response, Value::Null))
+    let failure = (!status.is_success()).then(|| {
+        let message = body["error"]["message"].as_str().unwrap_or("no message");
+        format!("status {}: {message}", status.as_u16())
+    });
+    let response = json!({ "status_code": status.as_u16(), "request_id": format!("req-{number}"), "body": body });
+    Answer { line: number, text: result(number, request.custom_id, response, Value::Null), failure }
 }
 
 fn result(number: u64, custom_id: Value, response: Value, error: Value) -> String {
