@@ -46,7 +46,8 @@ impl<B: Backend> Engine<'_, B> {
     pub(super) fn fly_on(&mut self, flight: &Flight<B>) -> Result<Option<Flight<B>>> {
         let places: Vec<(usize, usize)> =
             flight.targets.iter().enumerate().filter_map(|(choice, t)| Some((self.find(*t)?, choice))).collect();
-        let admits = !self.waiting.is_empty() && self.running.len() < self.options.sequences;
+        let admits = !self.waiting.is_empty()
+            && (self.running.len() < self.options.sequences || self.over_its_share().is_some());
         if admits || places.len() < self.running.len() {
             return Ok(None);
         }

@@ -55,6 +55,16 @@ impl Blocks {
         self.total() - self.available()
     }
 
+    /// Panics if the blocks are not used as often as `users` says, or if one is neither used nor to be had; for tests.
+    pub fn check(&self, users: &[u32]) {
+        assert_eq!(self.users, users, "users of blocks");
+        let mut idle = vec![0; users.len()];
+        self.free.iter().chain(self.unused.values()).for_each(|&b| idle[b as usize] += 1);
+        assert!(idle.iter().zip(users).all(|(&idle, &users)| idle == u32::from(users == 0)), "blocks are lost");
+        let known = self.known.iter().all(|(key, (block, _))| self.keys[*block as usize].as_ref() == Some(key));
+        assert!(known && self.known.len() == self.keys.iter().flatten().count(), "known blocks");
+    }
+
     /// A block of one's own, if there is one; the longest unused of the known ones is forgotten for it.
     pub fn allocate(&mut self) -> Option<u32> {
         let block = self.free.pop().or_else(|| {

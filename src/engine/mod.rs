@@ -9,6 +9,7 @@
 mod ahead;
 mod blocks;
 mod drafts;
+mod fairness;
 mod request;
 mod sampling;
 pub mod session;
@@ -33,7 +34,7 @@ pub struct EngineOptions {
     pub cache_tokens: usize,
     /// Most tokens of one forward pass.
     pub batch_tokens: usize,
-    /// Most sequences that run at once.
+    /// Most sequences that run at once. Requests that wait have a share of them: one with many candidates gives some of its places up.
     pub sequences: usize,
     /// Whether prompts start behind what earlier ones have in common with them.
     pub prefix_cache: bool,
@@ -149,7 +150,8 @@ impl<'a, B: Backend> Engine<'a, B> {
     }
 
     /// Queues a request, or says why it can never run.
-    pub fn submit(&mut self, request: Request) -> Result<()> {
+    pub fn submit(&mut self, mut request: Request) -> Result<()> {
+        request.sampling = request.sampling.effective();
         let prompt = request.prompt.len();
         if prompt == 0 {
             return Err(Error::invalid("the prompt has no tokens; expected at least one"));
@@ -207,6 +209,29 @@ impl<'a, B: Backend> Engine<'a, B> {
 
     pub fn total_blocks(&self) -> usize {
         self.blocks.total()
+    }
+
+    /// Forgets all requests and what the cache holds, whatever state a failure left them in.
+    pub fn reset(&mut self) {
+        self.waiting.clear();
+        self.running.clear();
+        self.flight = None;
+        self.blocks = Blocks::new(self.blocks.total());
+    }
+
+    /// Panics if the engine's books do not agree; for tests.
+    #[doc(hidden)]
+    pub fn check(&self) {
+        let mut users = vec![0; self.blocks.total()];
+        for s in &self.running {
+            assert!(!s.done && s.computed < s.tokens.len() + usize::from(self.flight.is_some()));
+            assert!(s.computed <= s.blocks.len() * BLOCK && s.nodes.len() <= s.blocks.len());
+            assert!(s.outputs() <= s.request.max_new);
+            s.blocks.iter().for_each(|&b| users[b as usize] += 1);
+        }
+        assert!(self.waiting.iter().all(|s| !s.done && s.blocks.is_empty() && s.computed == 0));
+        assert!(self.running.len() <= self.options.sequences);
+        self.blocks.check(&users);
     }
 
     pub fn is_idle(&self) -> bool {
@@ -270,6 +295,7 @@ impl<'a, B: Backend> Engine<'a, B> {
         let mut batch = Batch::default();
         let mut plan = Vec::new();
         let mut budget = self.options.batch_tokens;
+        self.make_room();
         let drafting = self.drafter.pays(self.running.len());
         let mut at = 0;
         while at < self.running.len() && budget > 0 {
@@ -340,16 +366,19 @@ impl<'a, B: Backend> Engine<'a, B> {
         self.waiting.push_front(s);
     }
 
-    /// Starts the first waiting sequence, if there is room for it.
+    /// Starts the waiting sequence whose turn it is, if there is room for it.
     fn admit(&mut self, sink: Sink) -> bool {
-        let lanes: usize = self.running.iter().map(|s| s.fork.max(1) as usize).sum();
-        let Some(s) = self.waiting.front_mut() else { return false };
-        if lanes > 0 && lanes + s.fork.max(1) as usize > self.options.sequences {
+        if self.running.len() >= self.options.sequences {
             return false;
         }
-        // whoever wants the prompt's log-probabilities needs it computed
-        if self.options.prefix_cache && (s.started || !s.request.prompt_logprobs) {
-            let most = (s.tokens.len() - 1) / BLOCK;
+        let Some(next) = self.next_waiting() else { return false };
+        let s = &mut self.waiting[next];
+        if self.options.prefix_cache {
+            let mut most = (s.tokens.len() - 1) / BLOCK;
+            if s.request.prompt_logprobs && s.scored < s.prompt {
+                // positions whose log-probabilities are still to be told have to be computed
+                most = most.min(s.scored / BLOCK);
+            }
             for tokens in s.tokens.chunks_exact(BLOCK).take(most) {
                 let Some((block, node)) = self.blocks.find(s.node(), tokens) else { break };
                 s.blocks.push(block);
@@ -361,7 +390,7 @@ impl<'a, B: Backend> Engine<'a, B> {
             self.blocks.release(&s.preempt());
             return false;
         }
-        let mut s = self.waiting.pop_front().expect("looked at above");
+        let Some(mut s) = self.waiting.remove(next) else { return false };
         if !s.started {
             s.started = true;
             if self.options.prefix_cache {
@@ -416,10 +445,13 @@ impl<'a, B: Backend> Engine<'a, B> {
             }
             let count = std::mem::replace(&mut s.fork, 0).max(1);
             let row = p.start + p.known - 1;
+            // candidates beyond the request's share of places wait for theirs
+            let at_once = if count > 1 { self.share() } else { 1 };
             targets.push((p.at, &p.ahead, choices.len()));
             choices.extend((0..=p.ahead.len()).map(|ahead| self.choice(p.at, &p.ahead[..ahead], None, row + ahead)));
             for candidate in 1..count {
-                match self.fork(p.at, candidate) {
+                let room = (candidate as usize) < at_once && self.running.len() < self.options.sequences;
+                match room.then(|| self.fork(p.at, candidate)).flatten() {
                     Some(copy) => {
                         self.running.push(copy);
                         let at = self.running.len() - 1;

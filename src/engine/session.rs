@@ -141,6 +141,8 @@ pub trait Generate {
     fn submit(&mut self, id: u64, prompt: Vec<u32>, options: &GenerateOptions) -> Result<()>;
     /// Forgets a prompt.
     fn cancel(&mut self, id: u64);
+    /// Forgets all prompts and what was computed for them, whatever state a failure left them in.
+    fn reset(&mut self);
     /// One forward pass; prompts that are done come back, and those that failed alone. An error is one of the device or the model as
     /// a whole, after which nothing goes on.
     fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Outcome>>;
@@ -190,6 +192,12 @@ impl<'a, B: Backend> Session<'a, B> {
             generated_tokens: 0,
         })
     }
+
+    /// Panics if the engine's books do not agree; for tests.
+    #[doc(hidden)]
+    pub fn check(&self) {
+        self.engine.check();
+    }
 }
 
 impl<B: Backend> Generate for Session<'_, B> {
@@ -220,6 +228,11 @@ impl<B: Backend> Generate for Session<'_, B> {
     fn cancel(&mut self, id: u64) {
         self.engine.cancel(id);
         self.pending.remove(&id);
+    }
+
+    fn reset(&mut self) {
+        self.engine.reset();
+        self.pending.clear();
     }
 
     fn is_idle(&self) -> bool {

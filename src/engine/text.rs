@@ -9,6 +9,9 @@ use std::sync::Arc;
 
 /// How often a candidate may run into a banned phrase; then it ends before it.
 const REWINDS: usize = 256;
+/// Most tokens that a candidate is told of, those taken back included, beyond four times what it may have. It ends in any case: each
+/// token takes it further, but for so many rewinds.
+const SPARE_PUSHES: usize = 4096;
 
 /// What a candidate's text has to keep to.
 #[derive(Clone, Debug, Default)]
@@ -52,8 +55,9 @@ pub struct Token {
 
 /// One candidate as it grows.
 ///
-/// A banned phrase takes back the tokens from its first one on. Nothing else takes text back: text is given out up to where a
-/// banned phrase may yet form, or a stop text, and tokens as far as their text is.
+/// A banned phrase takes back the tokens from its first one on. Text is given out up to where a banned phrase may yet form, or a stop
+/// text, and tokens as far as their text is. Where others were taken back since, a phrase may form with what was given out: then
+/// as many of its tokens go as are left to go.
 pub struct Growing<'a> {
     tokenizer: &'a Tokenizer,
     decoder: Decoder<'a>,
@@ -69,10 +73,14 @@ pub struct Growing<'a> {
     given: (usize, usize),
     /// Bytes before which no banned phrase begins, nor a stop text.
     searched: usize,
+    stops_searched: usize,
+    /// Bytes of the text before `min_new` tokens, in which no stop text counts.
     stops_from: usize,
     /// Tokens that are to be written at the end, and why it ends then.
     forced: Option<(usize, Finish)>,
     rewinds: usize,
+    /// Tokens that it may still be told of.
+    pushes: usize,
 }
 
 impl<'a> Growing<'a> {
@@ -80,7 +88,7 @@ impl<'a> Growing<'a> {
         let mut reserved = 0;
         for text in rules.keep.iter() {
             let tokens = |comma: &str| tokenizer.encode_literal(&format!("{comma}{text}"));
-            reserved += tokens(", ")?.len().max(tokens(" ")?.len());
+            reserved += tokens(", ")?.len().max(tokens(" ")?.len()).max(tokens("")?.len());
         }
         // one token comes before it is looked at
         if reserved > 0 && reserved >= max_new {
@@ -101,9 +109,11 @@ impl<'a> Growing<'a> {
             finish: None,
             given: (0, 0),
             searched: 0,
+            stops_searched: 0,
             stops_from: 0,
             forced: None,
             rewinds: 0,
+            pushes: 4 * max_new + SPARE_PUSHES,
         })
     }
 
@@ -131,6 +141,11 @@ impl<'a> Growing<'a> {
             self.text.push_str(&new);
         }
         self.tokens.push(Token { id, logprob, top, end: self.text.len() });
+        self.pushes = self.pushes.saturating_sub(1);
+        if self.pushes == 0 {
+            self.end(Finish::Length);
+            return Ok(Verdict::End);
+        }
         let finish = match &mut self.forced {
             Some((left, why)) => {
                 *left = left.saturating_sub(1);
@@ -195,7 +210,7 @@ impl<'a> Growing<'a> {
             self.finish = Some(Finish::Stop);
             return Ok(Some(Verdict::End));
         }
-        let keep = self.token_at(found.start);
+        let keep = self.token_at(found.start).max(self.given.1).min(self.tokens.len() - 1);
         let ban = self.tokens[keep].id;
         self.rewind(keep, usize::MAX)?;
         Ok(Some(Verdict::Rewind { keep, ban }))
@@ -208,7 +223,7 @@ impl<'a> Growing<'a> {
         if self.rules.keep.is_empty() || self.forced.is_some() || !(ends || left <= self.reserved) {
             return Ok(None);
         }
-        let before = self.text[..cut].trim_end();
+        let before = &self.text[..self.text[..cut].trim_end().len().max(self.given.0)];
         let missing = self.rules.keep.missing(before);
         if missing.is_empty() {
             // what stands at the very end must not go on as another word, with no room to write it again
@@ -220,7 +235,11 @@ impl<'a> Growing<'a> {
             return Ok(None);
         }
         let cut = before.len();
-        let mut comma = if before.is_empty() || before.ends_with(',') { " " } else { ", " };
+        let mut comma = match before.trim_end() {
+            trimmed if !trimmed.is_empty() && !trimmed.ends_with(',') => ", ",
+            trimmed if trimmed.len() < before.len() => "",
+            _ => " ",
+        };
         let mut tokens = Vec::new();
         for text in missing {
             tokens.extend(self.tokenizer.encode_literal(&format!("{comma}{text}"))?);
@@ -230,6 +249,7 @@ impl<'a> Growing<'a> {
         let start = |i: usize| i.checked_sub(1).map_or(0, |before| self.tokens[before].end);
         let keep =
             (0..self.tokens.len()).rfind(|&i| start(i) < cut && self.tokens[i].end > start(i)).map_or(0, |i| i + 1);
+        let keep = keep.max(self.given.1);
         if keep + tokens.len() > self.max_new {
             return Ok(None);
         }
@@ -252,12 +272,15 @@ impl<'a> Growing<'a> {
         Ok(())
     }
 
-    /// Leaves out the text from `end` on.
+    /// Leaves out the text from `end` on, but for what was given out.
     fn cut(&mut self, end: usize) {
-        self.text.truncate(end);
+        self.text.truncate(end.max(self.given.0));
         let end = self.text.len();
         self.tokens.iter_mut().rev().take_while(|t| t.end > end).for_each(|t| t.end = end);
         self.stops_from = self.stops_from.min(end);
+        if end < self.stops_searched {
+            self.stops_searched = self.stops_from;
+        }
     }
 
     /// The token that wrote the byte at `at`.
@@ -274,20 +297,21 @@ impl<'a> Growing<'a> {
         if self.tokens.len() <= self.rules.min_new {
             // a text that began before counts as little as one that is there already
             self.stops_from = self.text.len();
+            self.stops_searched = self.stops_from;
             return None;
         }
-        let found =
-            self.stops().filter_map(|s| Some((self.stops_from + self.text[self.stops_from..].find(s)?, s.len())));
+        let from = self.stops_searched;
+        let found = self.stops().filter_map(|s| Some((from + self.text[from..].find(s)?, s.len())));
         let found = found.min().map(|(at, len)| (at, at + len));
         if found.is_none() {
-            self.stops_from = self.before_stop();
+            self.stops_searched = self.before_stop();
         }
         found
     }
 
     /// Bytes of the text before what may become a stop text.
     fn before_stop(&self) -> usize {
-        let text = &self.text[self.stops_from..];
+        let text = &self.text[self.stops_searched..];
         let begun =
             |stop: &str| (1..stop.len()).rev().find(|&n| stop.is_char_boundary(n) && text.ends_with(&stop[..n]));
         self.text.len() - self.stops().filter_map(begun).max().unwrap_or(0)
@@ -313,5 +337,137 @@ impl<'a> Growing<'a> {
         let written = |i: usize| self.tokens[i].end > i.checked_sub(1).map_or(0, |before| self.tokens[before].end);
         let tokens = if keeps { (0..tokens).rfind(|&i| written(i)).map_or(0, |i| i + 1) } else { tokens };
         (certain, tokens)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::embedded;
+    use crate::random::Words;
+    use proptest::prelude::*;
+    use std::sync::OnceLock;
+
+    const EOS: u32 = 2;
+
+    fn tokenizer() -> &'static Tokenizer {
+        static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
+        TOKENIZER.get_or_init(embedded::tokenizer)
+    }
+
+    /// A candidate whose tokens are chosen at random from a few, with the engine's part played: what was given out, and what it came to.
+    fn grow(rules: Rules, max_new: usize, seed: u64, deadline: usize) -> (String, Vec<u32>, Growing<'static>) {
+        let tokenizer = tokenizer();
+        let words =
+            [" art", " by", ",", " a", "s", " digital", " painting", "ist", " red", " umb", "rella", "'", " ", "-"];
+        let ids = |w: &&str| tokenizer.encode_literal(w).expect("plain words");
+        let mut vocabulary: Vec<u32> = words.iter().flat_map(ids).collect();
+        // parts of characters too
+        vocabulary.extend(ids(&"東🐱é"));
+        vocabulary.push(EOS);
+        let rules = Arc::new(rules);
+        let mut c = Growing::new(tokenizer, rules.clone(), EOS, max_new).expect("room for what is to be kept");
+        let mut random = Words::new(seed, 0);
+        let (mut given, mut given_tokens) = (String::new(), vec![]);
+        let mut banned: Vec<(usize, u32)> = vec![];
+        let mut forced: Vec<u32> = vec![];
+        for pushed in 0.. {
+            if pushed == deadline {
+                c.end(Finish::Deadline);
+            }
+            if c.finish.is_none() {
+                let at = c.tokens.len();
+                let id = match forced.is_empty() {
+                    false => forced.remove(0),
+                    true => loop {
+                        let id = vocabulary[random.below(vocabulary.len())];
+                        let early = at < rules.min_new && (id == EOS || rules.stop_token_ids.contains(&id));
+                        if !early && !banned.contains(&(at, id)) {
+                            break id;
+                        }
+                    },
+                };
+                let stops = forced.is_empty() && (id == EOS || rules.stop_token_ids.contains(&id));
+                let finish = if stops { Some(Finish::Stop) } else { (at + 1 >= max_new).then_some(Finish::Length) };
+                match c.push(id, 0.0, vec![], finish).expect("tokens of the vocabulary") {
+                    Verdict::Go => assert!(finish.is_none(), "ended and going on"),
+                    Verdict::End => assert!(c.finish.is_some(), "without a reason"),
+                    Verdict::Rewind { keep, ban } => {
+                        banned.push((keep, ban));
+                        forced.clear();
+                    }
+                    Verdict::Force { keep, tokens } => {
+                        assert!(keep + tokens.len() <= max_new);
+                        forced = tokens;
+                    }
+                }
+            }
+            let (text, tokens) = c.fresh();
+            given.push_str(text);
+            given_tokens.extend(tokens.iter().map(|t| t.id));
+            if c.finish.is_some() {
+                return (given, given_tokens, c);
+            }
+        }
+        unreachable!("a candidate ends")
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// What is given out is what there is in the end, nothing banned comes, what is kept is there, and each ends with a reason.
+        #[test]
+        fn nothing_given_out_is_taken_back(
+            ban in proptest::collection::vec(proptest::sample::select(vec![
+                "art", "by art", "digital painting", "a", "art's", "artists", "red a red", "umb",
+            ]), 0..4),
+            stops in proptest::collection::vec(proptest::sample::select(vec![
+                ", by", ",", "is", "umbrella", "s a", " ", "東京", "t,",
+            ]), 0..3),
+            keep in proptest::collection::vec(proptest::sample::select(vec!["red umbrella", "f/1.8", "🐱", "100 mph"]), 0..3),
+            stop_comma: bool, include_stop: bool, min_new in 0usize..6, max_new in 40usize..60, seed: u64,
+            deadline in proptest::option::of(0usize..40),
+        ) {
+            let rules = Rules {
+                stops: stops.iter().map(|s| s.to_string()).collect(),
+                stop_token_ids: if stop_comma { tokenizer().encode_literal(",").unwrap() } else { vec![] },
+                include_stop,
+                min_new,
+                ban: Arc::new(Phrases::new(&ban)),
+                keep: Arc::new(Literals::new(&keep)),
+            };
+            if rules.check().is_err() {
+                return Ok(());
+            }
+            let (given, given_tokens, c) = grow(rules.clone(), max_new, seed, deadline.unwrap_or(usize::MAX));
+            prop_assert_eq!(&given, &c.text);
+            prop_assert_eq!(given_tokens, c.tokens.iter().map(|t| t.id).collect::<Vec<_>>());
+            prop_assert_eq!(rules.ban.find(&c.text), None, "{}", c.text);
+            prop_assert!(c.tokens.len() <= max_new);
+            prop_assert!(c.tokens.is_sorted_by_key(|t| t.end));
+            prop_assert!(c.tokens.last().is_none_or(|t| t.end == c.text.len()));
+            if deadline.is_none() && c.rewinds <= REWINDS {
+                prop_assert!(rules.keep.missing(&c.text).is_empty(), "{}", c.text);
+            }
+            if keep.is_empty() && !include_stop && min_new == 0 {
+                prop_assert!(stops.iter().all(|s| !c.text.contains(s)), "{}", c.text);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_to_be_kept_cannot_be_banned_nor_hold_a_stop_text() {
+        let keep = Arc::new(Literals::new(["red umbrella"]));
+        let banned = Rules { keep: keep.clone(), ban: Arc::new(Phrases::new(["umbrella"])), ..Rules::default() };
+        assert!(banned.check().unwrap_err().to_string().contains("kept and banned"));
+        let stops = Rules { keep, stops: vec!["umbrella".into()], ..Rules::default() };
+        assert!(stops.check().unwrap_err().to_string().contains("stop text"));
+    }
+
+    #[test]
+    fn there_must_be_room_for_what_is_kept() {
+        let rules = Rules { keep: Arc::new(Literals::new(["red umbrella"])), ..Rules::default() };
+        let error = Growing::new(tokenizer(), Arc::new(rules), EOS, 3).err().expect("too small");
+        assert!(error.to_string().contains("--max-tokens"));
     }
 }
