@@ -495,6 +495,11 @@ mod tests {
             self.inner.submit(id, prompt, options)
         }
 
+        fn reset(&mut self) {
+            self.prompts.clear();
+            self.inner.reset();
+        }
+
         fn cancel(&mut self, id: u64) {
             self.prompts.remove(&id);
             self.inner.cancel(id);
