@@ -341,7 +341,7 @@ fn rewrites_hold_and_lack_what_is_asked() {
     assert_eq!(a["results"], server.post("/v1/rewrite", body).json()["results"], "the seed repeats it");
 
     // in pieces: the last word on each prompt is the same
-    let mut stream = json!({ "prompt": "a cat in the rain", "n": 2, "seed": 5 });
+    let mut stream = json!({ "prompt": "a cat in the rain", "n": 2, "seed": 5, "min_kept": 0 });
     let whole = server.post("/v1/rewrite", stream.clone()).json()["results"][0].clone();
     stream["stream"] = json!(true);
     let pieces = server.post("/v1/rewrite", stream).body;

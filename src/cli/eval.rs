@@ -8,12 +8,13 @@ use super::model::{ModelArgs, SamplingArgs};
 use super::print::{self, note, print_line};
 use super::rewrite::Rewriter;
 use crate::data::records::{read_pairs, read_prompts};
+use crate::eval::facts::{Facts, count_facts, read_facts};
 use crate::eval::{Rewrite, report};
 use crate::rewrite::{Rewriting, Source};
 use crate::text::content_words::words;
 use anyhow::ensure;
 use clap::Args;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -21,15 +22,21 @@ use std::time::Instant;
 pub struct EvalArgs {
     /// Held-out prompts: pairs with "raw_prompt", records with "prompt", text with one a line, or the first
     /// column of a .tsv with a heading.
-    #[arg(long, value_name = "FILE")]
-    input: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "facts")]
+    input: Option<PathBuf>,
+    /// Prompts with the facts that they state, to measure how many survive: JSON lines with "prompt" and "facts", each fact with "kind"
+    /// and "keywords".
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["input", "kind"])]
+    facts: Option<PathBuf>,
     /// Take only pairs of this kind.
     #[arg(long)]
     kind: Option<String>,
     /// Most prompts.
     #[arg(long, default_value_t = 300)]
     limit: usize,
-    /// Leave out longer prompts.
+    /// Leave out shorter and longer prompts.
+    #[arg(long, default_value_t = 1)]
+    min_words: usize,
     #[arg(long, default_value_t = 20)]
     max_words: usize,
     /// Most bytes of a prompt, at least 1; longer ones are refused before they take memory.
@@ -52,30 +59,46 @@ pub struct EvalArgs {
 }
 
 impl EvalArgs {
-    fn prompts(&self) -> anyhow::Result<Vec<String>> {
-        let ending = self.input.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    /// Prompts, each once, and the facts that are known of them.
+    fn prompts(&self) -> anyhow::Result<(Vec<String>, Vec<Facts>)> {
+        let facts = self.facts.as_deref().map(read_facts).transpose()?.unwrap_or_default();
+        let all = match &self.input {
+            Some(input) => self.read(input)?,
+            None => facts.iter().map(|f| f.prompt.clone()).collect(),
+        };
+        if let Some(read) = self.input.as_ref().or(self.facts.as_ref()) {
+            check_lengths(read, &all, self.max_prompt_bytes)?;
+        }
+        let mut seen = HashSet::new();
+        let fits = |p: &String| (self.min_words.max(1)..=self.max_words).contains(&words(p).len());
+        let prompts: Vec<String> =
+            all.into_iter().filter(|p| fits(p) && seen.insert(p.clone())).take(self.limit).collect();
+        let name = self.input.as_ref().or(self.facts.as_ref()).map(|f| f.display().to_string()).unwrap_or_default();
+        ensure!(!prompts.is_empty(), "{name}: holds no prompts of {} to {} words", self.min_words, self.max_words);
+        Ok((prompts, facts))
+    }
+
+    fn read(&self, input: &Path) -> anyhow::Result<Vec<String>> {
+        let ending = input.extension().and_then(|e| e.to_str()).unwrap_or_default();
         let all: Vec<String> = if ending == "tsv" {
             let column = |l: &String| l.split('\t').next().unwrap_or_default().trim().to_owned();
-            read_prompts(&self.input)?.iter().skip(1).map(column).collect()
+            read_prompts(input)?.iter().skip(1).map(column).collect()
         } else if let Some(kind) = &self.kind {
-            let pairs = read_pairs(&self.input)?;
+            let pairs = read_pairs(input)?;
             let of_kind = pairs.into_iter().filter(|p| p.other.get("kind").and_then(|k| k.as_str()) == Some(kind));
             of_kind.map(|p| p.raw_prompt).collect()
-        } else if let Ok(pairs) = read_pairs(&self.input) {
+        } else if let Ok(pairs) = read_pairs(input) {
             pairs.into_iter().map(|p| p.raw_prompt).collect()
         } else {
-            read_prompts(&self.input)?
+            read_prompts(input)?
         };
-        check_lengths(&self.input, &all, self.max_prompt_bytes)?;
-        let mut seen = HashSet::new();
-        let fits = |p: &String| (1..=self.max_words).contains(&words(p).len());
-        Ok(all.into_iter().filter(|p| fits(p) && seen.insert(p.clone())).take(self.limit).collect())
+        Ok(all)
     }
 
     pub fn run(self) -> anyhow::Result<()> {
-        check_distinct(&[Path::new("-")], &[&self.input])?;
-        let prompts = self.prompts()?;
-        ensure!(!prompts.is_empty(), "{}: holds no prompts of up to {} words", self.input.display(), self.max_words);
+        let read: Vec<&Path> = self.input.iter().chain(&self.facts).map(PathBuf::as_path).collect();
+        check_distinct(&[Path::new("-")], &read)?;
+        let (prompts, facts) = self.prompts()?;
         let loaded = self.model.load()?;
         let mut options = self.sampling.options(&loaded.defaults, 1)?;
         let guard = self.guard.options(&mut options)?;
@@ -105,6 +128,9 @@ impl EvalArgs {
             rewrites.push(rewrite);
         }
         let mut r = report(&rewrites);
+        let outputs: HashMap<&str, &str> = rewrites.iter().map(|r| (r.input.as_str(), r.output.as_str())).collect();
+        let known = facts.iter().filter_map(|f| Some((f, *outputs.get(f.prompt.as_str())?)));
+        r.facts = if facts.is_empty() { vec![] } else { count_facts(known) };
         let counters = session.counters();
         r.tokens_per_step = rewrites.iter().map(|r| r.tokens).sum::<usize>() as f64 / counters.steps.max(1) as f64;
         r.drafts_accepted = counters.accepted_tokens as f64 / counters.drafted_tokens.max(1) as f64;
@@ -117,6 +143,10 @@ impl EvalArgs {
         print_line!("meaning kept                    {:.1} %", 100.0 * r.kept_meaning)?;
         print_line!("outputs that fell back          {:.1} %", 100.0 * r.fallbacks)?;
         print_line!("outputs that keep all           {:.1} %", 100.0 * r.kept_all)?;
+        for k in &r.facts {
+            let name = format!("facts kept, {}", k.kind);
+            print_line!("{name:32}{:.1} % ({} of {} stated, of {})", 100.0 * k.share, k.kept, k.stated, k.facts)?;
+        }
         print_line!("outputs adding 8 or more words  {:.1} %", 100.0 * r.adds_eight_words)?;
         print_line!("outputs repeating 4 words thrice {:.1} %", 100.0 * r.repeats_four_words)?;
         print_line!("words in, out                   {:.1}, {:.1}", r.mean_words_in, r.mean_words_out)?;

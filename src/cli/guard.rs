@@ -1,7 +1,7 @@
 //! The arguments that hold a rewrite to its prompt.
 
 use crate::engine::session::GenerateOptions;
-use crate::rewrite::GuardOptions;
+use crate::rewrite::{DEFAULT_MIN_KEPT, GuardOptions};
 use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
 use anyhow::{Context, ensure};
@@ -19,9 +19,10 @@ pub struct GuardArgs {
     /// Words or phrases that no rewrite may hold, in the same form.
     #[arg(long, value_name = "PHRASES|@FILE")]
     pub ban: Vec<String>,
-    /// Least part of the prompt's meaning that a rewrite keeps, from 0 to 1; else it falls back on the prompt.
-    #[arg(long, value_name = "PART")]
-    pub min_kept: Option<f64>,
+    /// Least part of the prompt's meaning that a rewrite keeps, from 0 to 1; else it falls back on the prompt. 0 takes what the model
+    /// says.
+    #[arg(long, value_name = "PART", default_value_t = DEFAULT_MIN_KEPT)]
+    pub min_kept: f64,
     /// How often to generate before falling back, at least once.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub rounds: u32,
@@ -43,9 +44,7 @@ impl GuardArgs {
 
     /// The guard, with the phrases to keep and to ban put into `options`.
     pub fn options(&self, options: &mut GenerateOptions) -> anyhow::Result<GuardOptions> {
-        if let Some(kept) = self.min_kept {
-            ensure!((0.0..=1.0).contains(&kept), "--min-kept {kept} is outside [0, 1]");
-        }
+        ensure!((0.0..=1.0).contains(&self.min_kept), "--min-kept {} is outside [0, 1]", self.min_kept);
         ensure!((1..=100).contains(&self.rounds), "--rounds {} is outside [1, 100]", self.rounds);
         if let Some(n) = self.max_clip_tokens {
             ensure!(n >= 3, "--max-clip-tokens {n} is too few; the first and the last token always count");
@@ -53,7 +52,7 @@ impl GuardArgs {
         options.keep = Arc::new(Literals::new(&phrases("--keep", &self.keep)?));
         options.ban = Arc::new(Phrases::new(self.banned()?));
         Ok(GuardOptions {
-            min_kept: self.min_kept,
+            min_kept: Some(self.min_kept).filter(|least| *least > 0.0),
             rounds: self.rounds,
             max_clip_tokens: self.max_clip_tokens,
             count_clip_tokens: false,

@@ -8,7 +8,7 @@ use super::model::{Loaded, ModelArgs, SamplingArgs};
 use super::print::{self, note};
 use crate::engine::EngineOptions;
 use crate::engine::session::{Completed, Generate, GenerateOptions, Length, Update};
-use crate::rewrite::{Candidate, GuardOptions, Prompter, Rewrite, Rewriting};
+use crate::rewrite::{Candidate, GuardOptions, Prompter, Rewrite, Rewriting, whole_characters};
 use crate::text::template::Template;
 use anyhow::{bail, ensure};
 use clap::{Args, ValueEnum};
@@ -246,7 +246,7 @@ impl RewriteArgs {
         let mut stream = TextStream::new(print::stdout());
         let rewrite = rewriter.rewrite(&mut *session, rewriting, &mut |update| {
             if let (true, Update::Text { text, .. }) = (streams, update) {
-                stream.push(text);
+                stream.push(&whole_characters(text));
             }
         })?;
         waiting.end();

@@ -16,7 +16,7 @@ pub struct Pair {
 }
 
 /// The values of a JSON array or of JSON lines, with the line (from 1) or the index of each.
-fn values(path: &Path) -> Result<Vec<(String, Value)>> {
+pub(crate) fn values(path: &Path) -> Result<Vec<(String, Value)>> {
     records(path)?.into_iter().map(|(place, value)| Ok((place, value?))).collect()
 }
 

@@ -1,6 +1,9 @@
 //! How well a rewriter does: what it keeps, adds and repeats.
 
+pub mod facts;
+
 use crate::text::content_words::{ContentWords, most_repeated, words};
+use facts::KindOfFact;
 use serde::Serialize;
 
 /// One prompt and its rewrite.
@@ -39,6 +42,9 @@ pub struct RewriteReport {
     pub drafts_accepted: f64,
     pub median_seconds: f64,
     pub slowest_seconds: f64,
+    /// What survives of single facts, by kind, if they are known.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub facts: Vec<KindOfFact>,
 }
 
 pub fn report(rewrites: &[Rewrite]) -> RewriteReport {
@@ -63,5 +69,6 @@ pub fn report(rewrites: &[Rewrite]) -> RewriteReport {
         drafts_accepted: 0.0,
         median_seconds: seconds.get(seconds.len() / 2).copied().unwrap_or(0.0),
         slowest_seconds: seconds.last().copied().unwrap_or(0.0),
+        facts: vec![],
     }
 }

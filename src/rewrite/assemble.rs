@@ -8,6 +8,7 @@ use crate::text::content_words::words;
 use crate::text::literals::Literals;
 use crate::text::{Tokenizer, straighten};
 use std::collections::HashSet;
+use unicode_normalization::char::is_combining_mark;
 
 /// Characters that a reason names.
 const NAMED: usize = 5;
@@ -28,7 +29,8 @@ impl Plan {
         let choice = chunk.parts.iter().find(|p| p.kind == PartKind::Choice);
         let stays = match (split.is_empty(), choice) {
             (false, _) => {
-                let named: Vec<String> = split.iter().take(NAMED).map(|c| format!("\"{c}\"")).collect();
+                let seen = |c: &&char| !is_combining_mark(**c);
+                let named: Vec<String> = split.iter().filter(seen).take(NAMED).map(|c| format!("\"{c}\"")).collect();
                 let more = if split.len() > NAMED { ", …" } else { "" };
                 Some(format!("the model's vocabulary lacks {}{more}", named.join(", ")))
             }

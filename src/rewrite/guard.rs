@@ -12,10 +12,16 @@ use std::borrow::Cow;
 /// How often banned phrases are looked for in what is left of a prompt.
 const MOST_PASSES: usize = 8;
 
+/// Missing words and parts after which it is not tried again.
+const HOPELESS: usize = 5;
+
+/// What a rewrite keeps of its prompt, if nobody says otherwise.
+pub const DEFAULT_MIN_KEPT: f64 = 0.9;
+
 /// What a rewrite has to satisfy. Words to keep and to ban are among the [`GenerateOptions`].
 #[derive(Clone, Debug)]
 pub struct GuardOptions {
-    /// Least part of the prompt's meaning, from 0 to 1, that a candidate keeps ([`Kept`]).
+    /// Least part of the prompt's meaning, from 0 to 1, that a candidate keeps ([`Kept`]); any if nothing.
     pub min_kept: Option<f64>,
     /// How often to generate for it.
     pub rounds: u32,
@@ -27,7 +33,7 @@ pub struct GuardOptions {
 
 impl Default for GuardOptions {
     fn default() -> Self {
-        GuardOptions { min_kept: None, rounds: 3, max_clip_tokens: None, count_clip_tokens: false }
+        GuardOptions { min_kept: Some(DEFAULT_MIN_KEPT), rounds: 3, max_clip_tokens: None, count_clip_tokens: false }
     }
 }
 
@@ -55,7 +61,7 @@ pub enum Source {
 pub struct Candidate {
     pub text: String,
     pub source: Source,
-    /// Why it is not the model's, or not all of it.
+    /// Why it is not the model's, or not all of it; or what it lacks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// Part of the prompt's meaning that it keeps, what is banned aside, and what it leaves out.
@@ -145,7 +151,9 @@ impl Rewriting {
         let wanted = self.options.candidates.max(1) as usize;
         // greedy decoding says the same every time
         let rounds = if self.options.sampling.temperature > 0.0 { self.guard.rounds.max(1) } else { 1 };
-        if self.good.len() >= wanted || self.rewrite.rounds >= rounds {
+        // what leaves out so much will not be whole the next time
+        let hopeless = !self.failed.is_empty() && self.failed.iter().all(|f| f.candidate.missing.len() >= HOPELESS);
+        if self.good.len() >= wanted || self.rewrite.rounds >= rounds || (hopeless && self.good.is_empty()) {
             return Ok(vec![]);
         }
         let mut work = Work::new();
@@ -180,8 +188,8 @@ impl Rewriting {
     /// What it has come to.
     pub fn finish(mut self) -> Rewrite {
         let wanted = self.options.candidates.max(1) as usize;
-        if self.guard.is_strict() {
-            // the likeliest first
+        if self.good.len() > wanted {
+            // the likeliest of them
             self.good.sort_by(|a, b| score(b).total_cmp(&score(a)));
         }
         self.good.truncate(wanted);
@@ -199,7 +207,10 @@ impl Rewriting {
             let nothing: Vec<Option<Draft>> = self.plans.iter().map(|_| None).collect();
             let mut input = self.assembler().assemble(&nothing, false);
             input.reason.get_or_insert("there are no words to rewrite".to_owned());
-            let input = self.measured(input, (0, 0.0, Finish::Stop));
+            let mut input = self.measured(input, (0, 0.0, Finish::Stop));
+            if let (Some(fault), Some(reason)) = (self.fault(&input), &mut input.reason) {
+                *reason = format!("{reason}; the input {fault}");
+            }
             self.good = vec![input; wanted];
         }
         Rewrite { candidates: self.good, ..self.rewrite }
@@ -244,6 +255,11 @@ impl Rewriting {
         };
         match self.fault(&candidate) {
             None => self.good.push(candidate),
+            // nothing takes back what was given out
+            Some(fault) if streams => {
+                candidate.reason = Some(fault);
+                self.good.push(candidate);
+            }
             Some(fault) => {
                 candidate.reason = Some(fault);
                 self.failed.push(Failed { candidate, drafts });
@@ -324,3 +340,7 @@ pub fn whole_characters(text: &str) -> Cow<'_, str> {
 fn score(c: &Candidate) -> f32 {
     c.logprob / c.tokens.max(1) as f32
 }
+
+#[cfg(test)]
+#[path = "guard_tests.rs"]
+mod tests;

@@ -274,7 +274,7 @@ impl<'a> Said<'a> {
         let mut open: Option<(char, usize)> = None;
         let mut before = ' ';
         let mut chars = self.text.char_indices().peekable();
-        while let Some((at, c)) = chars.next() {
+        while let Some((at, c)) = chars.next().filter(|_| quotes.len() < MOST_QUOTES) {
             let after = chars.peek().map_or(' ', |c| c.1);
             let mark = match c {
                 '"' | '“' | '”' | '„' => '"',
@@ -287,7 +287,8 @@ impl<'a> Said<'a> {
                     Some((begun, start)) if begun == mark && (mark == '"' || !after.is_alphanumeric()) => {
                         let first = self.words.partition_point(|w| w.0.end <= start);
                         let end = self.words.partition_point(|w| w.0.start < at);
-                        if first < end {
+                        // what goes on within a word is no quotation
+                        if first < end && self.words[end - 1].0.end <= at + c.len_utf8() {
                             quotes.push(self.joined(first..end));
                         }
                         open = None;
@@ -301,7 +302,6 @@ impl<'a> Said<'a> {
             }
             before = c;
         }
-        quotes.truncate(MOST_QUOTES);
         quotes
     }
 }

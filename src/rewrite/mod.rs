@@ -5,7 +5,10 @@ mod guard;
 mod kept;
 mod verbatim;
 
-pub use guard::{Candidate, GuardOptions, Rewrite, Rewriting, Source, Work, whole_characters};
+#[cfg(test)]
+mod scaling_tests;
+
+pub use guard::{Candidate, DEFAULT_MIN_KEPT, GuardOptions, Rewrite, Rewriting, Source, Work, whole_characters};
 pub use kept::Kept;
 pub use verbatim::Verbatim;
 

@@ -473,8 +473,10 @@ fn inner_words(group: &str) -> String {
             }
             ')' | ']' | '}' => {
                 let weight = words.trim_end_matches(|c: char| c.is_ascii_digit() || "+-.".contains(c));
-                let name = weight.trim_end().strip_suffix(':');
-                if let (true, Some(name)) = (weight.len() < words.len(), name) {
+                // without a number the spaces before are not looked at, which others may have been already
+                if weight.len() < words.len()
+                    && let Some(name) = weight.trim_end().strip_suffix(':')
+                {
                     words.truncate(name.len());
                 }
                 words.push(' ');
@@ -546,7 +548,7 @@ mod tests {
         assert!(Verbatim::parse("a cat, 3 < 4 and breakfast").is_plain());
         assert!(Verbatim::parse("CATS AND DOGS").is_plain(), "a shout");
         assert!(Verbatim::parse(r"smile \(anime\), a (b c __ d").is_plain(), "escaped or unbalanced");
-        assert_eq!(one("((16:9:1.2) view:1.1), (3)").plain, "16:9 view");
+        assert_eq!(one("((16:9:1.2) view:1.1), (3)").plain, "16:9 view, 3");
     }
 
     #[test]

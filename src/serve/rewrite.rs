@@ -6,7 +6,7 @@ use super::sse;
 use super::state::{Shared, StateArc};
 use super::worker::Reply;
 use crate::engine::session::{Completed, GenerateOptions};
-use crate::rewrite::{Candidate, GuardOptions, Prompter, Rewrite, Rewriting};
+use crate::rewrite::{Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, whole_characters};
 use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
 use crate::text::template::Template;
@@ -38,7 +38,8 @@ pub struct RewriteRequest {
     pub keep: Option<Vec<String>>,
     /// Phrases that no candidate may hold.
     pub ban: Option<Vec<String>>,
-    /// Least part of the prompt's meaning that a candidate keeps; others fall back on the prompt itself.
+    /// Least part of the prompt's meaning that a candidate keeps; others fall back on the prompt itself. 0.9 if not given; 0 takes
+    /// what the model says.
     #[schema(minimum = 0, maximum = 1)]
     pub min_kept: Option<f64>,
     /// How often to generate for it; 3 if not given.
@@ -73,7 +74,7 @@ pub struct RewriteResult {
     pub seed: u64,
     /// How often was generated.
     pub rounds: u32,
-    /// The best first, if something was demanded of them.
+    /// Those that satisfy what was demanded first.
     pub candidates: Vec<Candidate>,
 }
 
@@ -130,6 +131,7 @@ async fn drive(
                         counts.resize(counts.len().max(candidate as usize + 1), 0);
                         counts[candidate as usize] += tokens.len();
                         let tokens = counts[candidate as usize];
+                        let text = whole_characters(&text).into_owned();
                         // nobody may be listening any more
                         let _ = pieces.send(sse::data(&RewritePiece { index, candidate, round, part, text, tokens }));
                     }
@@ -183,8 +185,8 @@ pub async fn rewrite(State(shared): StateArc, Json(r): Json<RewriteRequest>) -> 
     if let Some(n) = r.max_clip_tokens.filter(|n| *n < 3) {
         return Err(ApiError::field("max_clip_tokens", format!("max_clip_tokens is {n}, expected at least 3")));
     }
-    let guard =
-        GuardOptions { min_kept: r.min_kept, rounds, max_clip_tokens: r.max_clip_tokens, count_clip_tokens: true };
+    let min_kept = Some(r.min_kept.unwrap_or(DEFAULT_MIN_KEPT)).filter(|least| *least > 0.0);
+    let guard = GuardOptions { min_kept, rounds, max_clip_tokens: r.max_clip_tokens, count_clip_tokens: true };
     let prompts = r.prompt.list();
     if prompts.is_empty() || prompts.len() > MOST_PROMPTS {
         let message = format!("there are {} prompts; expected 1 to {MOST_PROMPTS}", prompts.len());

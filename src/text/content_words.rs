@@ -5,6 +5,9 @@ use std::collections::HashSet;
 use std::ops::Range;
 use unicode_normalization::UnicodeNormalization;
 
+/// No longer word is an English one.
+const LONGEST_STEMMED: usize = 64;
+
 /// Words that say nothing about the picture by themselves.
 const STOP_WORDS: &str = "a about after all also am an and any are as at be because been being both but by can could did \
 do does doing during each few for from further get gets had has have having he her here hers him his how i if in into \
@@ -76,7 +79,12 @@ impl ContentWords {
 
     /// The stem of an English word; other words are their own.
     pub fn stem(&self, word: &str) -> String {
-        if word.is_ascii() { self.stemmer.stem(word).into_owned() } else { word.to_owned() }
+        // the stemmer's time grows with the square of a word's length
+        if word.is_ascii() && word.len() <= LONGEST_STEMMED {
+            self.stemmer.stem(word).into_owned()
+        } else {
+            word.to_owned()
+        }
     }
 
     /// Stems of the content words of `text`, each once, in order.
