@@ -15,6 +15,9 @@ pub enum Error {
     /// A piece of work would take more memory than there is. Sizes are written out with their units.
     #[error("needs {needed} of memory ({parts}), but {available} are left here; {remedy}")]
     OutOfMemory { needed: String, parts: String, available: String, remedy: String },
+    /// Numbers of a tensor that cannot be computed with; who knows its name says it, by [`Error::of_tensor`].
+    #[error("a tensor {0}")]
+    Weights(String),
     /// A request or a value that cannot be served.
     #[error("{0}")]
     Invalid(String),
@@ -26,6 +29,14 @@ pub enum Error {
 impl Error {
     pub fn file(path: impl AsRef<Path>, message: impl Into<String>) -> Error {
         Error::File { path: path.as_ref().to_path_buf(), message: message.into() }
+    }
+
+    /// Names the tensor that an [`Error::Weights`] is about, and where it is from.
+    pub fn of_tensor(self, path: &Path, name: &str) -> Error {
+        match self {
+            Error::Weights(what) => Error::file(path, format!("tensor {name} {what}")),
+            other => other,
+        }
     }
 
     pub fn invalid(message: impl Into<String>) -> Error {

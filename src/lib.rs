@@ -10,6 +10,7 @@ pub mod device;
 pub mod engine;
 pub mod error;
 pub mod eval;
+pub mod files;
 pub mod memory;
 pub mod models;
 pub mod ops;

@@ -1,9 +1,12 @@
 //! Checkpoints: what good folders hold, and what damaged ones get.
 
 use beautiful_prompt::checkpoint::{Checkpoint, save_model};
-use beautiful_prompt::models::bloom::BloomConfig;
 use beautiful_prompt::models::bloom::train::TrainModel;
+use beautiful_prompt::models::bloom::{Bloom, BloomConfig};
+use beautiful_prompt::ops::cpu::Cpu;
+use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::tensor::DType;
+use beautiful_prompt::text::Tokenizer;
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
 
@@ -103,6 +106,157 @@ fn a_pickle_that_calls_anything_is_refused() {
     assert!(e.contains("posix.system"), "{e}");
 }
 
+/// All that can be done with a checkpoint that opens: it works, or says what is wrong.
+fn use_up(checkpoint: Checkpoint) {
+    let _ = checkpoint.to_f32();
+    let cpu = Cpu::new(1, Isa::detect());
+    for dtype in [None, Some(DType::F16), Some(DType::Int8)] {
+        if let Ok(model) = Bloom::load(&cpu, checkpoint.clone(), dtype) {
+            assert!(model.cache(&cpu, 1).is_ok());
+        }
+    }
+}
+
+/// Writes `element` over one of a tensor's in a safetensors file.
+fn overwrite(file: &Path, tensor: &str, at: usize, element: &[u8]) {
+    let mut bytes = std::fs::read(file).unwrap();
+    let view = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let data = view.tensor(tensor).unwrap().data();
+    let start = data.as_ptr() as usize - bytes.as_ptr() as usize + at * element.len();
+    bytes[start..start + element.len()].copy_from_slice(element);
+    std::fs::write(file, bytes).unwrap();
+}
+
+#[test]
+fn a_file_that_is_something_else_is_named_with_the_remedy() {
+    let pointer = b"version https://git-lfs.example/spec/v1\noid sha256:00\nsize 2130731008\n";
+    let kinds: [(&[u8], &str); 4] = [
+        (pointer, "Git LFS pointer in place of a file of 2130731008 bytes; `git lfs pull`"),
+        (b"<!DOCTYPE html><html>404</html>", "web page"),
+        (b"\n  <html><body>Please log in</body></html>", "web page"),
+        (&[0; 4096], "unfinished download"),
+    ];
+    let files = [
+        ("f32_six_heads", "model.safetensors"),
+        ("f32_six_heads", "config.json"),
+        ("bf16_sharded", "model-00001-of-00002.safetensors"),
+        ("bf16_sharded", "model.safetensors.index.json"),
+        ("bf16_pytorch", "pytorch_model.bin"),
+        ("f16_pytorch_sharded", "pytorch_model-00002-of-00002.bin"),
+    ];
+    for (model, file) in files {
+        let f = copy(model);
+        let path = f.path().join(file);
+        for (content, words) in kinds {
+            std::fs::write(&path, content).unwrap();
+            let e = error(f.path());
+            assert!(e.contains(file) && e.contains(words), "{e}");
+        }
+        std::fs::write(&path, "").unwrap();
+        assert!(error(f.path()).contains("is empty"));
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        let e = error(f.path());
+        assert!(e.contains(file) && e.contains("is a folder, expected a file"), "{e}");
+    }
+    let f = tempfile::tempdir().unwrap();
+    let path = f.path().join("tokenizer.json");
+    std::fs::write(&path, pointer).unwrap();
+    let e = Tokenizer::open(&path).err().unwrap().to_string();
+    assert!(e.contains("tokenizer.json") && e.contains("git lfs pull"), "{e}");
+}
+
+#[test]
+fn numbers_that_are_none_stop_the_loading_and_name_their_tensor() {
+    let isas = Isa::ALL.into_iter().filter(|isa| isa.available());
+    let cpus: Vec<Cpu> =
+        isas.flat_map(|isa| [false, true].map(|resident| Cpu { resident, ..Cpu::new(2, isa) })).collect();
+    let dtypes = [None, Some(DType::F32), Some(DType::F16), Some(DType::Bf16), Some(DType::Int8)];
+    let load = |cpu: &Cpu, folder: &Path, dtype| {
+        let loaded = Bloom::load(cpu, Checkpoint::open(folder).unwrap(), dtype);
+        loaded.err().map(|e| e.to_string()).unwrap_or_default()
+    };
+    // [576, 192]; its element at row 5, column 7
+    let (weight, at) = ("transformer.h.0.self_attention.query_key_value.weight", 5 * 192 + 7);
+    for (tensor, at, place) in [
+        (weight, at, "[5, 7]"),
+        ("transformer.word_embeddings.weight", 159 * 192 + 191, "[159, 191]"),
+        ("transformer.ln_f.bias", 3, "[3]"),
+    ] {
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let f = copy("f32_six_heads");
+            overwrite(&f.path().join("model.safetensors"), tensor, at, &value.to_le_bytes());
+            for cpu in &cpus {
+                for dtype in dtypes {
+                    let e = load(cpu, f.path(), dtype);
+                    assert!(
+                        e.contains(tensor) && e.contains("holds 1 number that is NaN or infinite"),
+                        "{dtype:?} {e}"
+                    );
+                    assert!(e.ends_with(&format!("first at {place}")) && e.contains("model.safetensors"), "{e}");
+                }
+            }
+            let checkpoint = Checkpoint::open(f.path()).unwrap();
+            assert!(checkpoint.to_f32().unwrap_err().to_string().contains(tensor));
+            assert!(checkpoint.check_finite(&cpus[0]).unwrap_err().to_string().contains(tensor));
+        }
+    }
+    // half precision cannot hold it, the others can
+    let f = copy("f32_six_heads");
+    overwrite(&f.path().join("model.safetensors"), weight, at, &1e6f32.to_le_bytes());
+    for cpu in &cpus {
+        for dtype in dtypes {
+            let e = load(cpu, f.path(), dtype);
+            if dtype == Some(DType::F16) {
+                assert!(e.contains(weight) && e.contains("too large for f16; use --dtype bf16"), "{e}");
+            } else {
+                assert_eq!(e, "", "{dtype:?}");
+            }
+        }
+    }
+    // 16-bit weights that are read where they lie
+    let f = copy("bf16_sharded");
+    let shard = f.path().join("model-00001-of-00002.safetensors");
+    let table = "word_embeddings.weight";
+    overwrite(&shard, table, 1000, &[0x80, 0x7f]);
+    overwrite(&shard, table, 2000, &[0xc0, 0xff]);
+    for cpu in &cpus {
+        for dtype in dtypes {
+            let e = load(cpu, f.path(), dtype);
+            assert!(e.contains(table) && e.contains("2 numbers that are NaN"), "{e}");
+        }
+    }
+}
+
+#[test]
+fn absurd_configurations_are_refused_before_anything_is_reserved() {
+    let f = copy("f32_six_heads");
+    let path = f.path().join("config.json");
+    let config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let sizes = ["hidden_size", "n_layer", "n_head", "vocab_size", "seq_length"];
+    let values =
+        ["0", "-1", "1.5", "1e12", "1000000000", "16777217", "18446744073709551615", "1e400", "\"4\"", "true", "[]"];
+    for key in sizes {
+        for value in values {
+            let text = serde_json::to_string(&config).unwrap();
+            let mut object: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text).unwrap();
+            object.insert(key.into(), "HERE".into());
+            let text = serde_json::to_string(&object).unwrap().replace("\"HERE\"", value);
+            std::fs::write(&path, text).unwrap();
+            let e = error(f.path());
+            assert!(e.contains("config.json") && (e.contains(key) || e.contains("not JSON")), "{key} {value}: {e}");
+        }
+    }
+    for (key, value) in
+        [("eos_token_id", 160), ("hidden_size", 262_144), ("n_layer", 4096), ("n_head", 4096), ("vocab_size", 1 << 24)]
+    {
+        let mut config = config.clone();
+        config[key] = value.into();
+        std::fs::write(&path, config.to_string()).unwrap();
+        assert!(!error(f.path()).is_empty());
+    }
+}
+
 /// Overwrites, cuts and repeats parts of a file.
 fn mutate(bytes: &mut Vec<u8>, edits: &[(usize, u8, u8)]) {
     for &(at, kind, value) in edits {
@@ -144,7 +298,7 @@ proptest! {
         mutate(&mut bytes, &edits);
         std::fs::write(&path, bytes).unwrap();
         if let Ok(checkpoint) = Checkpoint::open(folder.path()) {
-            checkpoint.to_f32().unwrap();
+            use_up(checkpoint);
         }
     }
 
@@ -169,7 +323,7 @@ proptest! {
         }
         out.finish().unwrap();
         if let Ok(checkpoint) = Checkpoint::open(folder.path()) {
-            checkpoint.to_f32().unwrap();
+            use_up(checkpoint);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What the program says when its input, a model, the machine or its output is not as it should be: one line, status 2, nothing
 //! lost, and never a panic.
 
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -269,4 +270,202 @@ fn empty_pairs_are_named_with_their_line_or_left_out_and_counted() {
         let train = train.replace("@run", "@other");
         assert!(inputs.failure(&train).contains("no pairs"));
     }
+}
+
+/// Sizes that no machine has the memory for: each is refused with the number and a flag, at once and before anything is done.
+#[test]
+fn what_no_machine_has_memory_for_is_planned_and_refused() {
+    let inputs = Inputs::new();
+    for (line, flag) in [
+        ("bench llm --batch 1048576 --prompt-tokens 500 --new-tokens 8", "--batch"),
+        ("bench kernels --squares 1048576 --batch 1 --prefill 1x16", "--squares"),
+        ("bench kernels --batch 1000000 --context 16777216", "--batch or --context"),
+        ("bench kernels --prefill 1048576x16777216", "--prefill"),
+        ("bench train --batch 1000000 --tokens 1000000", "--batch or --tokens"),
+        ("bench train --hidden 262144 --layers 4096 --heads 4096", "--hidden, --layers or --vocab"),
+        ("rewrite --seed 1 --input @short.txt --cache-tokens 1000000000000", "--cache-tokens"),
+        ("rewrite --seed 1 --cache-tokens 18446744073709551615 fox", "--cache-tokens"),
+        ("rewrite --seed 1 --input @short.txt --sequences 1048576 --cache-tokens 1000000000000", "--cache-tokens"),
+        ("serve --port 0 --cache-tokens 1000000000000", "--cache-tokens"),
+    ] {
+        let said = inputs.failure(line);
+        assert!(said.contains("of memory (") && said.contains("are left here; lower"), "{line}: {said}");
+        assert!(said.split("; lower ").nth(1).unwrap().contains(flag), "{line}: {said}");
+    }
+    // what makes no sense at all is out of range
+    for (line, flag) in [
+        ("bench llm --batch 18446744073709551615", "--batch"),
+        ("bench llm --prompt-tokens 1000000000", "--prompt-tokens"),
+        ("bench llm --new-tokens 0", "--new-tokens"),
+        ("bench llm --repeats 0", "--repeats"),
+        ("bench llm --prompt-tokens 16000000", "context"),
+        ("bench kernels --squares 100000000", "--squares"),
+        ("bench kernels --squares 15", "--squares"),
+        ("bench kernels --calls 0", "--calls"),
+        ("bench kernels --context 18446744073709551615", "--context"),
+        ("bench kernels --prefill 99999999999x2", "--prefill"),
+        ("bench train --hidden 18446744073709551615", "--hidden"),
+        ("bench train --tokens 1", "--tokens"),
+        ("bench train --repeats 18446744073709551615", "--repeats"),
+        ("rewrite --sequences 18446744073709551615 --input @short.txt", "--sequences"),
+        ("rewrite --batch-tokens 18446744073709551615 --input @short.txt", "--batch-tokens"),
+        ("serve --port 0 --sequences 18446744073709551615", "--sequences"),
+    ] {
+        let said = inputs.failure(line);
+        assert!(said.contains(flag), "{line}: {said}");
+    }
+    // a pass never has more tokens than the cache, so these cost nothing
+    inputs.stdout("rewrite --seed 1 --max-tokens 3 --input @short.txt --batch-tokens 1000000000 --cache-tokens 512");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn limits_of_the_process_count_as_memory() {
+    let limited = |kilobytes: u32, line: &str| {
+        let shell = format!("ulimit -v {kilobytes}; exec {} {line}", env!("CARGO_BIN_EXE_bprompt"));
+        Command::new("sh").args(["-c", &shell]).env("BPROMPT_THREADS", "1").output().unwrap()
+    };
+    let train = "bench train --hidden 1024 --layers 12 --heads 4 --repeats 1";
+    let out = limited(2_000_000, train);
+    let said = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(2), "{said}");
+    assert!(said.contains("weights, gradients and AdamW's moments 2.6 GB"), "{said}");
+    let out = limited(2_000_000, "bench llm --shape bloom-1b1");
+    let said = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(2), "{said}");
+    assert!(said.contains("weights 2.1 GB") && said.contains("--shape"), "{said}");
+}
+
+/// A model's folder: the embedded one's files.
+fn model_in(folder: &Path) {
+    std::fs::create_dir_all(folder).unwrap();
+    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/model")).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
+    }
+}
+
+type Damage<'a> = (&'a str, &'a dyn Fn(&Path));
+
+#[test]
+fn inspect_finds_all_that_rewrite_would_refuse_and_says_the_same() {
+    let inputs = Inputs::new();
+    let write = |name: &'static str, content: &'static str| {
+        move |folder: &Path| std::fs::write(folder.join(name), content).unwrap()
+    };
+    let pointer = "version https://git-lfs.example/spec/v1\nsize 12\n";
+    let poison = |folder: &Path| {
+        let path = folder.join("model.safetensors");
+        let mut bytes = std::fs::read(&path).unwrap();
+        let view = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let tensor = view.tensor("transformer.ln_f.weight").unwrap();
+        let end = tensor.data().as_ptr() as usize - bytes.as_ptr() as usize + tensor.data().len();
+        // exponents of ones in every floating-point type
+        bytes[end - 4..end].fill(0xff);
+        std::fs::write(path, bytes).unwrap();
+    };
+    let damages: [Damage; 14] = [
+        ("does not exist; copy the model's tokenizer.json", &|f| {
+            std::fs::remove_file(f.join("tokenizer.json")).unwrap()
+        }),
+        ("not a tokenizer.json", &write("tokenizer.json", "{}")),
+        ("git lfs pull", &write("tokenizer.json", pointer)),
+        ("git lfs pull", &write("model.safetensors", pointer)),
+        ("not a generation config", &write("generation_config.json", "{\"top_k\": \"many\"}")),
+        ("top_p is 0", &write("generation_config.json", "{\"top_p\": 0}")),
+        ("temperature is -1", &write("generation_config.json", "{\"temperature\": -1}")),
+        ("repetition_penalty is 1000", &write("generation_config.json", "{\"repetition_penalty\": 1000}")),
+        ("does not hold {raw}", &write("template.txt", "no place")),
+        ("more than once", &write("template.txt", "{raw} {raw}")),
+        ("transformer.ln_f.weight holds", &poison),
+        ("no weights", &|f| std::fs::remove_file(f.join("model.safetensors")).unwrap()),
+        ("config.json", &|f| std::fs::remove_file(f.join("config.json")).unwrap()),
+        ("is a folder", &|f| {
+            std::fs::remove_file(f.join("tokenizer.json")).unwrap();
+            std::fs::create_dir(f.join("tokenizer.json")).unwrap();
+        }),
+    ];
+    for (i, (words, damage)) in damages.iter().enumerate() {
+        let name = format!("model-{i}");
+        model_in(&inputs.at(&name));
+        damage(&inputs.at(&name));
+        let inspected = inputs.failure(&format!("inspect @{name}"));
+        assert!(inspected.contains(words), "{words}: {inspected}");
+        assert_eq!(inspected, inputs.failure(&format!("inspect --json @{name}")));
+        assert_eq!(inspected, inputs.failure(&format!("rewrite --seed 1 --model @{name} fox")));
+    }
+    model_in(&inputs.at("whole"));
+    inputs.stdout("inspect @whole");
+    let missing = inputs.failure("inspect @none");
+    assert!(missing.contains("does not exist"), "{missing}");
+}
+
+#[test]
+fn a_model_is_found_by_its_name_in_the_cache_of_hugging_face() {
+    let inputs = Inputs::new();
+    let home = inputs.at("hf");
+    let command = |line: &str| {
+        let mut c = inputs.command(line);
+        c.env("HF_HOME", &home)
+            .env_remove("HF_HUB_CACHE")
+            .env_remove("HUGGINGFACE_HUB_CACHE")
+            .current_dir(inputs.0.path());
+        c
+    };
+    let succeed = |line: &str| {
+        let out = command(line).output().unwrap();
+        assert!(out.status.success(), "{line}: {}", text(&out.stderr));
+        text(&out.stdout)
+    };
+    let rewrite = "rewrite --seed 1 --max-tokens 6 fox --model";
+    let out = command(&format!("{rewrite} some-org/some-model")).output().unwrap();
+    let said = text(&out.stderr);
+    assert_eq!((out.status.code(), said.lines().count()), (Some(2), 1), "{said}");
+    assert!(said.contains("`hf download some-org/some-model`") && said.contains("hub"), "{said}");
+    let snapshot = home.join("hub/models--some-org--some-model/snapshots/0123abcd");
+    model_in(&snapshot);
+    let refs = home.join("hub/models--some-org--some-model/refs");
+    std::fs::create_dir_all(&refs).unwrap();
+    std::fs::write(refs.join("main"), "0123abcd").unwrap();
+    let whole = inputs.stdout("rewrite --seed 1 --max-tokens 6 fox");
+    assert_eq!(succeed(&format!("{rewrite} some-org/some-model")), whole);
+    assert_eq!(succeed(&format!("{rewrite} some-org/some-model@0123abcd")), whole);
+    assert!(succeed("inspect some-org/some-model").contains("BLOOM"));
+    assert!(succeed("generate --prompt fox --max-tokens 2 --model some-org/some-model").len() > 1);
+    assert!(succeed("eval --input @short.txt --max-tokens 3 --model some-org/some-model").contains("prompts"));
+    succeed(
+        "train sft --train @pairs.jsonl --output @run --max-steps 1 --batch 2 --micro-tokens 64 --model some-org/some-model",
+    );
+    succeed("bench llm --prompt-tokens 4 --new-tokens 1 --repeats 1 --model some-org/some-model");
+    // a folder of that name wins
+    std::fs::create_dir_all(inputs.at("some-org/some-model")).unwrap();
+    let out = command(&format!("{rewrite} some-org/some-model")).output().unwrap();
+    assert!(text(&out.stderr).contains("some-org/some-model/config.json: does not exist"), "{}", text(&out.stderr));
+}
+
+/// Every figure has what the machine reached beside it, and a label where a fraction would say nothing.
+#[test]
+fn bench_figures_stand_beside_what_was_measured_with_them() {
+    let inputs = Inputs::new();
+    let check = |figure: &Value| {
+        let number = |key: &str| figure[key].as_f64().unwrap_or_else(|| panic!("{key} of {figure}"));
+        assert!(number("read_gigabytes_per_second") > 0.0 && number("peak_gigaflops") > 0.0, "{figure}");
+        match figure["bound"].as_str().unwrap() {
+            "cache" => assert!(figure["fraction"].is_null(), "{figure}"),
+            "beyond" => assert!(number("fraction") > 1.0, "{figure}"),
+            "memory" | "compute" => assert!(number("fraction") <= 1.0, "{figure}"),
+            other => panic!("{other}"),
+        }
+    };
+    let json = |line: &str| serde_json::from_str::<Value>(&inputs.stdout(line)).unwrap();
+    let llm = json("bench llm --prompt-tokens 4 --new-tokens 2 --repeats 1 --json");
+    check(&llm["prefill"]);
+    check(&llm["decode"]);
+    assert!(llm["last_cache_bytes"].is_u64() || llm["last_cache_bytes"].is_null());
+    let peak = llm["peak_memory_bytes"].as_u64().unwrap_or(0);
+    assert!(peak < 400 << 20, "the buffer of the measurement is not the model's memory: {peak}");
+    check(&json("bench train --hidden 16 --layers 1 --heads 1 --vocab 64 --batch 1 --tokens 4 --repeats 1 --json"));
+    let shown = inputs.stdout("bench llm --prompt-tokens 4 --new-tokens 2 --repeats 1");
+    let cached = [&llm["prefill"], &llm["decode"]].iter().any(|p| p["bound"] == "cache");
+    assert!(!cached || shown.contains("from cache"), "{shown}");
 }

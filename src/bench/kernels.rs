@@ -2,10 +2,12 @@
 //!
 //! Random weights of a published shape; its layers take turns, so that weights come from memory and not from a cache.
 
+use super::floor::{Compared, Gauge, Least, Peaks};
 use super::llm::random_checkpoint;
-use super::machine::Machine;
+use super::machine::{Machine, probe_bytes};
 use crate::engine::{SampleRow, Sampling};
 use crate::error::Result;
+use crate::memory::MemoryPlan;
 use crate::models::bloom::{BloomConfig, Parameter};
 use crate::ops::{BLOCK, Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
 use crate::random::Words;
@@ -39,10 +41,9 @@ pub struct KernelRow {
     pub flops: f64,
     pub gigabytes_per_second: f64,
     pub teraflops: f64,
-    /// The longer of bytes over bandwidth and FLOPs over peak.
     pub floor_microseconds: f64,
-    /// Floor over time.
-    pub fraction: f64,
+    #[serde(flatten)]
+    pub compared: Compared,
 }
 
 #[derive(Debug, Serialize)]
@@ -50,8 +51,10 @@ pub struct KernelReport {
     pub weights: &'static str,
     pub processor: String,
     pub isa: String,
-    pub read_gigabytes_per_second: f64,
-    pub peak_gigaflops: f64,
+    /// The best that was measured in the whole run; each row has what was reached right before and after it.
+    #[serde(flatten)]
+    pub best: Peaks,
+    pub last_cache_bytes: Option<usize>,
     pub rows: Vec<KernelRow>,
 }
 
@@ -72,10 +75,14 @@ struct Bench<'a, B: Backend + Machine> {
     /// Bytes of a weight and of an element of the KV cache.
     weight: f64,
     cached: f64,
-    bandwidth: f64,
-    peak: f64,
+    gauge: RefCell<Gauge<'a, B>>,
     calls: usize,
     rows: RefCell<Vec<KernelRow>>,
+}
+
+/// Work whose calls all go through the same bytes.
+fn whole(bytes: f64, flops: f64) -> Least {
+    Least { bytes, flops, working_set: bytes }
 }
 
 /// One kind of batch.
@@ -92,6 +99,29 @@ impl Case {
     }
 }
 
+/// What measuring takes beside the weights: the largest batch, or the largest square.
+pub fn plan(config: &BloomConfig, dtype: DType, o: &KernelOptions) -> MemoryPlan {
+    let cached = if dtype == DType::Int8 { 2 } else { dtype.size() };
+    let (h, element) = (config.hidden_size as f64, dtype.size() as f64);
+    let batch = |sequences: usize, tokens: usize, positions: usize, flags: &'static str| {
+        let positions = sequences as f64 * positions.next_multiple_of(BLOCK) as f64;
+        let all = sequences as f64 * tokens as f64;
+        MemoryPlan::new()
+            .with("KV cache", positions * config.kv_bytes_per_token(cached) as f64, flags)
+            .with("activations", all * 4.0 * 15.0 * h, flags)
+            .with("logits", sequences as f64 * 4.0 * config.vocab_size as f64, flags)
+    };
+    let decodes = o.batches.iter().map(|&b| batch(b, 1, o.context, "--batch or --context"));
+    let prefills = o.prefills.iter().map(|&(b, t)| batch(b, t, t, "--prefill"));
+    let squares = o.squares.iter().map(|&n| {
+        // noise twice, two matrices, and f32 rows, inputs and results
+        MemoryPlan::new().with("squares", n as f64 * n as f64 * (8.0 + 2.0 * element + 16.0), "--squares")
+    });
+    let all = decodes.chain(prefills).chain(squares);
+    let largest = all.max_by(|a, b| a.bytes().total_cmp(&b.bytes())).unwrap_or_default();
+    largest.with("a buffer to measure the bandwidth", probe_bytes() as f64, "nothing: more memory is needed")
+}
+
 /// Measures all operations in `dtype`.
 pub fn run<B: Backend + Machine>(
     backend: &B,
@@ -99,6 +129,7 @@ pub fn run<B: Backend + Machine>(
     dtype: DType,
     options: &KernelOptions,
 ) -> Result<KernelReport> {
+    backend.fits(&plan(&config, dtype, options))?;
     let mut checkpoint = random_checkpoint(config.clone(), dtype)?;
     let h = config.hidden_size;
     let mut take = |name: String, shape: &[usize]| checkpoint.take(&Parameter { name, shape: shape.to_vec() });
@@ -125,8 +156,7 @@ pub fn run<B: Backend + Machine>(
         table: backend.matrix(table, Some(dtype))?,
         weight: dtype.size() as f64,
         cached: cache_dtype.size() as f64,
-        bandwidth: backend.bandwidth()?,
-        peak: backend.peak(dtype)?,
+        gauge: RefCell::new(Gauge::new(backend, dtype)?),
         calls: options.calls.max(1),
         rows: RefCell::default(),
         config,
@@ -145,8 +175,8 @@ pub fn run<B: Backend + Machine>(
         weights: dtype.name(),
         processor,
         isa,
-        read_gigabytes_per_second: bench.bandwidth / 1e9,
-        peak_gigaflops: bench.peak / 1e9,
+        best: bench.gauge.borrow().best,
+        last_cache_bytes: backend.last_cache(),
         rows: bench.rows.into_inner(),
     })
 }
@@ -172,12 +202,14 @@ impl<B: Backend + Machine> Bench<'_, B> {
         // queries see the positions before their own span, and on average half of that
         let seen = (case.positions - case.tokens) as f64 + (case.tokens as f64 + 1.0) / 2.0;
         let kv = 2.0 * case.sequences as f64 * case.positions as f64 * h * self.cached;
+        let layers = self.layers.len() as f64;
         let product = |weight: f64, outputs: f64, inputs: f64| {
-            (outputs * inputs * weight + 2.0 * n * (outputs + inputs), 2.0 * n * outputs * inputs)
+            let bytes = outputs * inputs * weight + 2.0 * n * (outputs + inputs);
+            Least { bytes, flops: 2.0 * n * outputs * inputs, working_set: layers * outputs * inputs * weight }
         };
         let w = self.weight;
         let layer = |i: usize| &self.layers[i % self.layers.len()];
-        self.time("embedding + norm", case, (n * h * (w + 4.0), 0.0), &mut |i| {
+        self.time("embedding + norm", case, whole(n * h * (w + 4.0), 0.0), &mut |i| {
             b.embed_norm(&batch, &pass, &self.table, &layer(i).norm, eps, &mut x);
             Ok(())
         })?;
@@ -197,7 +229,8 @@ impl<B: Backend + Machine> Bench<'_, B> {
             );
             Ok(())
         })?;
-        self.time("attention", case, (kv + 4.0 * n * h, 4.0 * n * seen * h), &mut |i| {
+        let read = Least { bytes: kv + 4.0 * n * h, flops: 4.0 * n * seen * h, working_set: layers * kv };
+        self.time("attention", case, read, &mut |i| {
             b.attention(&batch, &pass, i % self.layers.len(), &self.heads, &qkv, &cache, &mut attended);
             Ok(())
         })?;
@@ -218,7 +251,7 @@ impl<B: Backend + Machine> Bench<'_, B> {
         let rows: Vec<usize> = batch.spans.iter().map(|s| s.start + s.len - 1).collect();
         b.gather_norm(&x, &rows, norm(0), eps, &mut normed);
         let (vocabulary, r) = (self.config.vocab_size as f64, rows.len() as f64);
-        let counted = (vocabulary * h * w, 2.0 * r * vocabulary * h);
+        let counted = whole(vocabulary * h * w, 2.0 * r * vocabulary * h);
         let plain = Sampling { temperature: 1.0, seed: 5, ..Sampling::default() };
         let ways = [
             ("head + greedy", Sampling::default()),
@@ -256,7 +289,7 @@ impl<B: Backend + Machine> Bench<'_, B> {
         b.gather_norm(&rows, &(0..n).collect::<Vec<usize>>(), &norm, 1e-5, &mut x);
         let size = n as f64;
         // f32 out
-        let counted = (size * size * (self.weight + 2.0 + 4.0), 2.0 * size * size * size);
+        let counted = whole(size * size * (self.weight + 2.0 + 4.0), 2.0 * size * size * size);
         self.time("product of squares", Case { sequences: 1, tokens: n, positions: n }, counted, &mut |i| {
             b.linear(&x, &linears[i % 2], Epilogue::Bias, &mut out);
             Ok(())
@@ -267,11 +300,13 @@ impl<B: Backend + Machine> Bench<'_, B> {
         &self,
         operation: &'static str,
         case: Case,
-        (bytes, flops): (f64, f64),
+        least: Least,
         work: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<()> {
-        let seconds = self.backend.time(self.calls, work)?;
-        let floor = (bytes / self.bandwidth).max(flops / self.peak);
+        let mut gauge = self.gauge.borrow_mut();
+        let (seconds, peaks) = gauge.beside(|| self.backend.time(self.calls, work))?;
+        let compared = Compared::new(seconds, least, peaks, self.backend.last_cache());
+        let Least { bytes, flops, .. } = least;
         self.rows.borrow_mut().push(KernelRow {
             operation,
             sequences: case.sequences,
@@ -282,8 +317,8 @@ impl<B: Backend + Machine> Bench<'_, B> {
             flops,
             gigabytes_per_second: bytes / seconds / 1e9,
             teraflops: flops / seconds / 1e12,
-            floor_microseconds: floor * 1e6,
-            fraction: floor / seconds,
+            floor_microseconds: compared.floor * 1e6,
+            compared,
         });
         Ok(())
     }

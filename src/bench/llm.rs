@@ -1,9 +1,11 @@
 //! Prefill and decode of BLOOM, on random weights of any published shape.
 
+use super::floor::{Compared, Gauge, Least, Peaks};
 use super::machine::{self, Machine};
 use crate::checkpoint::Checkpoint;
 use crate::engine::{Engine, EngineOptions, Event, Request, Verdict};
 use crate::error::{Error, Result};
+use crate::memory::MemoryPlan;
 use crate::models::bloom::{Bloom, BloomConfig};
 use crate::ops::Backend;
 use crate::ops::cuda::Comparison;
@@ -30,10 +32,9 @@ pub struct Phase {
     /// Bytes read from and written to memory at least once, and multiply-adds counted twice.
     pub bytes: f64,
     pub flops: f64,
-    /// The longer of bytes over bandwidth and FLOPs over peak.
     pub floor_milliseconds: f64,
-    /// Floor over time.
-    pub fraction: f64,
+    #[serde(flatten)]
+    pub compared: Compared,
 }
 
 #[derive(Debug, Serialize)]
@@ -48,8 +49,10 @@ pub struct LlmReport {
     pub prompt_tokens: usize,
     pub new_tokens: usize,
     pub batch: usize,
-    pub read_gigabytes_per_second: f64,
-    pub peak_gigaflops: f64,
+    /// The best that was measured in the whole run; each phase has what was reached right before and after it.
+    #[serde(flatten)]
+    pub best: Peaks,
+    pub last_cache_bytes: Option<usize>,
     /// All prompts at once; median of the repeats.
     pub prefill: Phase,
     /// One new token for every sequence; median of all steps.
@@ -63,6 +66,8 @@ pub struct LlmReport {
 /// A checkpoint of random weights in `dtype` (int8 is quantized from bf16 at load).
 pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Result<Checkpoint> {
     let stored = if dtype == DType::Int8 { DType::Bf16 } else { dtype };
+    let bytes = (config.parameter_count() * stored.size()) as f64;
+    MemoryPlan::new().with("weights", bytes, "--dtype to bf16, or take a smaller --shape").check()?;
     // one block of noise serves all tensors: each takes a stretch of it
     let mut words = Words::new(1, 0);
     let noise: Vec<f32> = (0..1 << 18).map(|_| (words.uniform() - 0.5) * 0.07).collect();
@@ -89,74 +94,120 @@ pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Result<Checkpoint
     Ok(Checkpoint { config, tensors, path: "random weights".into(), files: vec![] })
 }
 
+/// What measuring a model takes beside its weights.
+pub fn plan<B: Backend>(model: &Bloom<B>, o: &LlmOptions) -> MemoryPlan {
+    let flags = "--batch or --prompt-tokens";
+    let engine = crate::engine::plan(model, &o.engine());
+    // ids of prompts, in requests and in sequences
+    let ids = 32.0 * o.batch as f64 * (o.prompt_tokens + o.new_tokens) as f64;
+    MemoryPlan::new().with("KV cache and activations", engine.bytes(), flags).with("prompts", ids, flags).with(
+        "a buffer to measure the bandwidth",
+        machine::probe_bytes() as f64,
+        "nothing: more memory is needed",
+    )
+}
+
+impl LlmOptions {
+    fn engine(&self) -> EngineOptions {
+        EngineOptions {
+            cache_tokens: self.batch * (self.prompt_tokens + self.new_tokens + 16),
+            batch_tokens: self.batch * self.prompt_tokens,
+            sequences: self.batch,
+            ..EngineOptions::default()
+        }
+    }
+}
+
+/// A model's sequences, all of which go on together.
+struct Runner<'a, B: Backend> {
+    engine: Engine<'a, B>,
+    model: &'a Bloom<B>,
+    o: LlmOptions,
+    words: Words,
+    next_id: u64,
+}
+
+impl<B: Backend> Runner<'_, B> {
+    /// Random prompts, one for each sequence.
+    fn submit(&mut self, max_new: usize) -> Result<()> {
+        let config = &self.model.config;
+        for _ in 0..self.o.batch {
+            let prompt = (0..self.o.prompt_tokens).map(|_| self.words.below(config.vocab_size) as u32).collect();
+            let request = Request::new(self.next_id, prompt, max_new, config.eos_token_id);
+            self.next_id += 1;
+            self.engine.submit(Request { ignore_eos: true, ..request })?;
+        }
+        Ok(())
+    }
+
+    /// Seconds for a token of every sequence; a step may begin the next one before it tells the last one's.
+    fn tokens(&mut self) -> Result<f64> {
+        let started = Instant::now();
+        let mut heard = 0;
+        while heard < self.o.batch {
+            self.engine.step(&mut |event| {
+                heard += usize::from(matches!(event, Event::Token { .. }));
+                Verdict::Go
+            })?;
+        }
+        Ok(started.elapsed().as_secs_f64())
+    }
+}
+
 /// Measures `model`.
 pub fn run<B: Backend + Machine>(backend: &B, model: &Bloom<B>, options: LlmOptions) -> Result<LlmReport> {
     let o = options;
     let config = &model.config;
-    let dtype = backend.stored(model.head());
-    let peak = backend.peak(dtype)?;
-    let mut prefill_times = Vec::new();
-    let mut decode_times = Vec::new();
-    for repeat in 0..o.repeats.max(1) {
-        let engine = EngineOptions {
-            cache_tokens: o.batch * (o.prompt_tokens + o.new_tokens + 16),
-            batch_tokens: o.batch * o.prompt_tokens,
-            sequences: o.batch,
-            ..EngineOptions::default()
-        };
-        let mut engine = Engine::new(backend, model, engine)?;
-        let mut words = Words::new(7, repeat as u64);
-        let mut ids = 0..;
-        // a token of every sequence; a step may begin the next one before it tells the last one's
-        let tokens = |engine: &mut Engine<B>| -> Result<f64> {
-            let started = Instant::now();
-            let mut heard = 0;
-            while heard < o.batch {
-                engine.step(&mut |event| {
-                    heard += usize::from(matches!(event, Event::Token { .. }));
-                    Verdict::Go
-                })?;
-            }
-            Ok(started.elapsed().as_secs_f64())
-        };
-        let mut submit = |engine: &mut Engine<B>, max_new: usize| -> Result<()> {
-            ids.by_ref().take(o.batch).try_for_each(|id| {
-                let prompt = (0..o.prompt_tokens).map(|_| words.below(config.vocab_size) as u32).collect();
-                let request = Request::new(id, prompt, max_new, config.eos_token_id);
-                engine.submit(Request { ignore_eos: true, ..request })
-            })
-        };
-        submit(&mut engine, 1)?;
-        prefill_times.push(tokens(&mut engine)?);
-        submit(&mut engine, o.new_tokens + 1)?;
-        tokens(&mut engine)?;
-        for _ in 0..o.new_tokens {
-            decode_times.push(tokens(&mut engine)?);
-        }
+    if o.prompt_tokens + o.new_tokens + 1 > config.context {
+        return Err(Error::invalid(format!(
+            "--prompt-tokens {} and --new-tokens {} are more than the model's context of {}",
+            o.prompt_tokens, o.new_tokens, config.context
+        )));
     }
-    // before the buffers of the next measurement
-    let peak_memory_bytes = machine::peak_memory();
-    let bandwidth = backend.bandwidth()?;
+    backend.fits(&plan(model, &o))?;
+    let dtype = backend.stored(model.head());
+    let before_probe = machine::peak_memory();
+    let mut gauge = Gauge::new(backend, dtype)?;
+    let (mut prefill_times, mut prefill_peaks) = (Vec::new(), Peaks::default());
+    let (mut decode_times, mut decode_peaks) = (Vec::new(), Peaks::default());
+    for repeat in 0..o.repeats.max(1) {
+        let engine = Engine::new(backend, model, o.engine())?;
+        let mut runner = Runner { engine, model, o, words: Words::new(7, repeat as u64), next_id: 0 };
+        runner.submit(1)?;
+        let (seconds, peaks) = gauge.beside(|| runner.tokens())?;
+        prefill_times.push(seconds);
+        prefill_peaks = prefill_peaks.best(peaks);
+        runner.submit(o.new_tokens + 1)?;
+        runner.tokens()?;
+        let decode = || (0..o.new_tokens).map(|_| runner.tokens()).collect::<Result<Vec<f64>>>();
+        let (seconds, peaks) = gauge.beside(decode)?;
+        decode_times.extend(seconds);
+        decode_peaks = decode_peaks.best(peaks);
+    }
+    // the probe was there all the time that came after it
+    let without = |all: u64| all.saturating_sub(gauge.probe_bytes());
+    let peak_memory_bytes = machine::peak_memory().map(|all| without(all).max(before_probe.unwrap_or(0)));
     let (processor, isa) = backend.describe();
     let counted = Counted::new(model, dtype);
-    let phase = |times: &mut Vec<f64>, tokens: usize, bytes: f64, flops: f64| {
+    let cache = backend.last_cache();
+    let phase = |times: &mut Vec<f64>, tokens: usize, (bytes, flops): (f64, f64), peaks: Peaks| {
         times.sort_by(f64::total_cmp);
         let seconds = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
-        let floor = (bytes / bandwidth).max(flops / peak);
+        // every pass goes through all weights and all of the cache
+        let compared = Compared::new(seconds, Least { bytes, flops, working_set: bytes }, peaks, cache);
         Phase {
             tokens_per_second: tokens as f64 / seconds,
             milliseconds: seconds * 1e3,
             bytes,
             flops,
-            floor_milliseconds: floor * 1e3,
-            fraction: floor / seconds,
+            floor_milliseconds: compared.floor * 1e3,
+            compared,
         }
     };
     let tokens = o.batch * o.prompt_tokens;
-    let (bytes, flops) = counted.pass(tokens, 0, o.prompt_tokens, o.batch);
-    let prefill = phase(&mut prefill_times, tokens, bytes, flops);
-    let (bytes, flops) = counted.pass(o.batch, o.prompt_tokens + o.new_tokens / 2, 1, o.batch);
-    let decode = phase(&mut decode_times, o.batch, bytes, flops);
+    let prefill = phase(&mut prefill_times, tokens, counted.pass(tokens, 0, o.prompt_tokens, o.batch), prefill_peaks);
+    let past = o.prompt_tokens + o.new_tokens / 2;
+    let decode = phase(&mut decode_times, o.batch, counted.pass(o.batch, past, 1, o.batch), decode_peaks);
     Ok(LlmReport {
         parameters: config.parameter_count(),
         weights: dtype.name(),
@@ -166,8 +217,8 @@ pub fn run<B: Backend + Machine>(backend: &B, model: &Bloom<B>, options: LlmOpti
         prompt_tokens: o.prompt_tokens,
         new_tokens: o.new_tokens,
         batch: o.batch,
-        read_gigabytes_per_second: bandwidth / 1e9,
-        peak_gigaflops: peak / 1e9,
+        best: gauge.best,
+        last_cache_bytes: cache,
         prefill,
         decode,
         peak_memory_bytes,

@@ -3,6 +3,7 @@
 use crate::device::Launcher;
 use crate::device::cuda::Driver;
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::simd::Isa;
 use crate::ops::cuda::{Comparison, Cuda};
@@ -17,8 +18,15 @@ pub trait Machine {
     fn describe(&self) -> (String, String);
     /// Threads, or multiprocessors.
     fn threads(&self) -> usize;
-    /// Bytes a second read from memory.
-    fn bandwidth(&self) -> Result<f64>;
+    /// What measuring the bandwidth needs.
+    type Probe;
+    fn probe(&self) -> Result<Self::Probe>;
+    /// Bytes of this process's memory that a probe takes.
+    fn probe_bytes(&self, probe: &Self::Probe) -> u64;
+    /// Bytes a second read from memory: the best of some passes.
+    fn bandwidth(&self, probe: &Self::Probe) -> Result<f64>;
+    /// Bytes that the last cache before memory holds, where that is known.
+    fn last_cache(&self) -> Option<usize>;
     /// FLOP/s of the products that weights of this type run on.
     fn peak(&self, dtype: DType) -> Result<f64>;
     /// Seconds that a call of `work` takes, measured over `calls` of them, which get their numbers.
@@ -36,9 +44,20 @@ impl Machine for Cpu {
     fn threads(&self) -> usize {
         self.threads.count()
     }
-    /// The best of many passes: what neighbours take away must not flatter a fraction of it.
-    fn bandwidth(&self) -> Result<f64> {
-        read_bandwidth(self, 1 << 29, 10)
+    type Probe = Buffer<f32>;
+    /// In as large pages as weights are.
+    fn probe(&self) -> Result<Buffer<f32>> {
+        let data = Bytes::resident(probe_bytes(), |data| data.fill(1)).map_err(Error::io("memory", "reserve"))?;
+        Ok(Buffer::from_bytes(data))
+    }
+    fn probe_bytes(&self, probe: &Buffer<f32>) -> u64 {
+        4 * probe.len() as u64
+    }
+    fn bandwidth(&self, probe: &Buffer<f32>) -> Result<f64> {
+        Ok(read_bandwidth(self, probe, 2))
+    }
+    fn last_cache(&self) -> Option<usize> {
+        last_cache()
     }
     fn peak(&self, dtype: DType) -> Result<f64> {
         Ok(match dtype {
@@ -72,8 +91,18 @@ impl Machine for Cuda<Driver> {
     fn threads(&self) -> usize {
         self.launcher().limits().processors as usize
     }
-    fn bandwidth(&self) -> Result<f64> {
+    type Probe = ();
+    fn probe(&self) -> Result<()> {
+        Ok(())
+    }
+    fn probe_bytes(&self, _: &()) -> u64 {
+        0
+    }
+    fn bandwidth(&self, _: &()) -> Result<f64> {
         self.read_bandwidth(2 << 30, 20)
+    }
+    fn last_cache(&self) -> Option<usize> {
+        None
     }
     /// Weights of 8 bits are multiplied in 16.
     fn peak(&self, _: DType) -> Result<f64> {
@@ -84,11 +113,34 @@ impl Machine for Cuda<Driver> {
     }
 }
 
-/// Bytes a second that all threads together read from memory: the best of several passes over `bytes` bytes.
-pub fn read_bandwidth(cpu: &Cpu, bytes: usize, passes: usize) -> Result<f64> {
-    // as large pages as the weights are in
-    let data = Bytes::resident(bytes, |data| data.fill(1)).map_err(Error::io("memory", "reserve"))?;
-    let data = Buffer::<f32>::from_bytes(data);
+/// Bytes of a probe: much more than the last cache holds, but no large part of the memory.
+pub fn probe_bytes() -> usize {
+    let wanted = last_cache().map_or(0, |c| 2 * c).max(1 << 29);
+    let most = memory::available().map_or(usize::MAX, |free| free as usize / 8).max(1 << 24);
+    wanted.min(most) / 128 * 128
+}
+
+/// Bytes of the largest cache of the first processor, where the system tells.
+pub fn last_cache() -> Option<usize> {
+    let caches = std::fs::read_dir("/sys/devices/system/cpu/cpu0/cache").ok()?;
+    let size = |folder: std::path::PathBuf| {
+        let text = std::fs::read_to_string(folder.join("size")).ok()?;
+        let text = text.trim();
+        let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+        let unit = match unit {
+            "" => 1,
+            "K" => 1 << 10,
+            "M" => 1 << 20,
+            "G" => 1 << 30,
+            _ => return None,
+        };
+        digits.parse::<usize>().ok()?.checked_mul(unit)
+    };
+    caches.flatten().filter_map(|entry| size(entry.path())).max()
+}
+
+/// Bytes a second that all threads together read from memory: the best of several passes over `data`.
+fn read_bandwidth(cpu: &Cpu, data: &[f32], passes: usize) -> f64 {
     let mut best = 0f64;
     for _ in 0..passes {
         let started = Instant::now();
@@ -96,9 +148,9 @@ pub fn read_bandwidth(cpu: &Cpu, bytes: usize, passes: usize) -> Result<f64> {
         cpu.threads.run_ranges(data.len(), 1 << 16, |r| {
             black_box(sum(cpu.isa, &data[r]));
         });
-        best = best.max((data.len() * 4) as f64 / started.elapsed().as_secs_f64());
+        best = best.max(size_of_val(data) as f64 / started.elapsed().as_secs_f64());
     }
-    Ok(best)
+    best
 }
 
 simd_fn! {
@@ -215,7 +267,7 @@ simd_fn! {
     }
 }
 
-/// The most memory this process has held, in bytes, where the system tells.
+/// The most memory that this process has held, in bytes, where the system tells.
 pub fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;

@@ -1,5 +1,6 @@
 //! What `bprompt bench` measures, and the floors it compares with.
 
+pub mod floor;
 pub mod kernels;
 pub mod llm;
 pub mod machine;

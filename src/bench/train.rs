@@ -1,11 +1,15 @@
 //! A training step on random tokens: forward, backward, clipping, AdamW.
 
+use super::floor::{Compared, Gauge, Least, Peaks};
 use super::machine;
+use crate::error::Result;
+use crate::memory::MemoryPlan;
 use crate::models::bloom::BloomConfig;
-use crate::models::bloom::train::{Batch, TrainModel, Workspace};
+use crate::models::bloom::train::{Batch, TrainModel, Workspace, training_bytes_per_token};
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::matmul::Precision;
 use crate::random::Words;
+use crate::tensor::DType;
 use crate::train::optimizer::{AdamW, AdamWOptions, clip_gradients};
 use serde::Serialize;
 use std::time::Instant;
@@ -30,18 +34,35 @@ pub struct TrainReport {
     pub threads: usize,
     pub processor: String,
     pub tokens_per_step: usize,
-    pub peak_gigaflops: f64,
     /// Of the best step.
     pub tokens_per_second: f64,
     pub milliseconds: f64,
     /// Multiply-adds counted twice: three times those of the forward pass.
     pub flops: f64,
     pub floor_milliseconds: f64,
-    pub fraction: f64,
+    /// Beside FLOPs over peak alone: bytes are not counted.
+    #[serde(flatten)]
+    pub compared: Compared,
 }
 
-pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> TrainReport {
-    let mut model = TrainModel::random(BloomConfig::new(o.vocab, o.hidden, o.layers, o.heads), 1);
+/// What the steps take.
+fn plan(config: &BloomConfig, o: &TrainBenchOptions) -> MemoryPlan {
+    let tokens = o.sequences as f64 * o.tokens as f64;
+    let per_token = training_bytes_per_token(config) + 4.0 * 6.0;
+    MemoryPlan::new()
+        .with(
+            "weights, gradients and AdamW's moments",
+            16.0 * config.parameter_count() as f64,
+            "--hidden, --layers or --vocab",
+        )
+        .with("activations", tokens * per_token, "--batch or --tokens")
+        .with("a buffer to measure the bandwidth", machine::probe_bytes() as f64, "nothing: more memory is needed")
+}
+
+pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
+    let config = BloomConfig::new(o.vocab, o.hidden, o.layers, o.heads);
+    plan(&config, &o).check()?;
+    let mut model = TrainModel::random(config, 1);
     let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 };
     let mut optimizer = AdamW::new(&model.config, options);
     let mut words = Words::new(1, 1);
@@ -51,40 +72,45 @@ pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> TrainReport {
         batch.push(&ids, 1);
     }
     let (mut grads, mut space) = (vec![0f32; model.values.len()], Workspace::default());
-    let mut best = f64::INFINITY;
+    let (dtype, precision) = match o.precision {
+        Precision::F32 => (DType::F32, "f32"),
+        Precision::Bf16 => (DType::Bf16, "bf16"),
+    };
+    let mut gauge = Gauge::new(cpu, dtype)?;
+    let (mut best, mut peaks) = (f64::INFINITY, Peaks::default());
     // the first step allocates and is not counted
     for step in 0..=o.repeats.max(1) {
-        let started = Instant::now();
-        grads.fill(0.0);
-        let out = Some((1.0 / batch.labels.len() as f32, &mut grads[..]));
-        model.loss(cpu, o.precision, &batch, &mut space, out);
-        clip_gradients(cpu, &mut grads, 1.0);
-        optimizer.step(cpu, &mut model.values, &grads, 1e-4);
+        let (seconds, reached) = gauge.beside(|| {
+            let started = Instant::now();
+            grads.fill(0.0);
+            let out = Some((1.0 / batch.labels.len() as f32, &mut grads[..]));
+            model.loss(cpu, o.precision, &batch, &mut space, out);
+            clip_gradients(cpu, &mut grads, 1.0);
+            optimizer.step(cpu, &mut model.values, &grads, 1e-4);
+            Ok(started.elapsed().as_secs_f64())
+        })?;
+        peaks = peaks.best(reached);
         if step > 0 {
-            best = best.min(started.elapsed().as_secs_f64());
+            best = best.min(seconds);
         }
     }
-    let (peak, precision) = match o.precision {
-        Precision::F32 => (machine::peak_f32(cpu), "f32"),
-        Precision::Bf16 => (machine::peak_bf16(cpu), "bf16"),
-    };
     let h = o.hidden as f64;
     let tokens = (o.sequences * o.tokens) as f64;
     let attention = 4.0 * tokens * (o.tokens as f64 + 1.0) / 2.0 * h * o.layers as f64;
     let products = 2.0 * tokens * o.layers as f64 * 12.0 * h * h + 2.0 * batch.labels.len() as f64 * o.vocab as f64 * h;
     let flops = 3.0 * (products + attention);
-    TrainReport {
+    let compared = Compared::new(best, Least { bytes: 0.0, flops, working_set: 0.0 }, peaks, None);
+    Ok(TrainReport {
         parameters: model.values.len(),
         precision,
         isa: cpu.isa.name(),
         threads: cpu.threads.count(),
         processor: machine::processor(),
         tokens_per_step: batch.ids.len(),
-        peak_gigaflops: peak / 1e9,
         tokens_per_second: tokens / best,
         milliseconds: best * 1e3,
         flops,
-        floor_milliseconds: flops / peak * 1e3,
-        fraction: flops / peak / best,
-    }
+        floor_milliseconds: compared.floor * 1e3,
+        compared,
+    })
 }

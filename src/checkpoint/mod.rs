@@ -11,12 +11,15 @@ pub use companions::{Companions, MODEL_FILES, TOKENIZER_FILES};
 pub use save::save_model;
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::models::bloom::{BloomConfig, Parameter};
+use crate::ops::cpu::Cpu;
+use crate::ops::cpu::finite;
+use crate::ops::cpu::simd::Isa;
 use crate::tensor::{Bytes, Tensor};
 use memmap2::Mmap;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -103,13 +106,23 @@ impl Checkpoint {
         Ok(self.tensors.remove(&p.name).expect("it is there"))
     }
 
-    /// All parameters in f32, one after the other in the order of the config.
+    /// All parameters in f32, one after the other in the order of the config; fails if one holds NaN or infinity.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         let mut values = Vec::with_capacity(self.config.parameter_count());
         for p in self.config.parameters() {
-            values.extend(self.parameter(&p)?.to_f32());
+            let tensor = self.parameter(&p)?;
+            finite::check(Isa::detect(), tensor).map_err(|e| e.of_tensor(&self.path, &p.name))?;
+            values.extend(tensor.to_f32());
         }
         Ok(values)
+    }
+
+    /// Reads all parameters and fails if one holds NaN or infinity.
+    pub fn check_finite(&self, cpu: &Cpu) -> Result<()> {
+        let check = |p: Parameter| {
+            finite::check_parallel(cpu, self.parameter(&p)?).map_err(|e| e.of_tensor(&self.path, &p.name))
+        };
+        self.config.parameters().into_iter().try_for_each(check)
     }
 
     /// Tensors that the model does not use.
@@ -121,14 +134,17 @@ impl Checkpoint {
 
 /// Maps a whole file. Empty files cannot be mapped and are no checkpoint either.
 fn map(path: &Path) -> Result<Bytes> {
-    let file = File::open(path).map_err(Error::io(path, "open"))?;
-    let len = file.metadata().map_err(Error::io(path, "read"))?.len() as usize;
+    let (file, metadata) = files::open(path, "does not exist")?;
+    let len = metadata.len() as usize;
     if len == 0 {
         return Err(Error::file(path, "is empty; expected tensors (download or copy it again)"));
     }
     // SAFETY: the usual contract of a mapped file: nobody truncates it while the program runs.
     let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path, "map"))?;
-    Ok(Bytes::Mapped(Arc::new(map), 0..len))
+    match files::instead(&map) {
+        Some(what) => Err(Error::file(path, what)),
+        None => Ok(Bytes::Mapped(Arc::new(map), 0..len)),
+    }
 }
 
 fn read_file(path: &Path) -> Result<BTreeMap<String, Tensor>> {
@@ -147,7 +163,7 @@ fn normalised(tensors: BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
 }
 
 fn read_index(folder: &Path, path: &Path, files: &mut Vec<PathBuf>) -> Result<BTreeMap<String, Tensor>> {
-    let text = std::fs::read(path).map_err(Error::io(path, "read"))?;
+    let text = files::read(path, "does not exist")?;
     let value: Value = serde_json::from_slice(&text).map_err(|e| Error::file(path, format!("not JSON: {e}")))?;
     let map = value
         .get("weight_map")

@@ -1,18 +1,25 @@
 //! `bprompt bench`: measures beside the machine's floors.
 
 use super::DeviceArgs;
+use super::hub::model_folder;
 use super::model::{DTypeChoice, Device, ModelArgs, Placed};
 use super::print::{self, print_line};
 use super::train::PrecisionChoice;
+use super::within;
+use crate::bench::floor::Bound;
 use crate::bench::kernels::{self, KernelOptions};
 use crate::bench::llm::{LlmOptions, LlmReport, Phase, random_checkpoint, run};
 use crate::bench::train::{self, TrainBenchOptions};
 use crate::checkpoint::Checkpoint;
-use crate::models::bloom::BloomConfig;
+use crate::models::bloom::{BloomConfig, MOST_CONTEXT, MOST_HEADS, MOST_HIDDEN, MOST_LAYERS, MOST_VOCABULARY};
 use crate::models::embedded;
 use crate::tensor::DType;
 use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
+
+/// Largest numbers of sequences and repeats that are taken: whether there is memory for them is another question.
+const MOST_SEQUENCES: usize = 1 << 20;
+const MOST_REPEATS: usize = 10_000;
 
 #[derive(Subcommand)]
 pub enum BenchCommand {
@@ -112,10 +119,18 @@ fn prefill(text: &str) -> Result<(usize, usize), String> {
 impl KernelArgs {
     fn run(self) -> anyhow::Result<()> {
         ensure!(self.model.model.is_none(), "bench kernels measures random weights: --shape instead of --model");
-        ensure!(self.batch.iter().all(|&b| b > 0) && self.context > 0, "--batch and --context must be at least 1");
+        for &batch in &self.batch {
+            within("--batch", batch, 1..=MOST_SEQUENCES, "[1, 1048576]")?;
+        }
+        within("--context", self.context, 1..=MOST_CONTEXT, "[1, 16777216]")?;
+        within("--calls", self.calls, 1..=100_000, "[1, 100000]")?;
+        for &(sequences, tokens) in &self.prefill {
+            within("--prefill: sequences", sequences, 1..=MOST_SEQUENCES, "[1, 1048576]")?;
+            within("--prefill: tokens", tokens, 1..=MOST_CONTEXT, "[1, 16777216]")?;
+        }
         ensure!(
-            self.squares.iter().all(|n| *n > 0 && n.is_multiple_of(16)),
-            "--squares takes multiples of 16, such as 8192"
+            self.squares.iter().all(|n| (1..=1 << 20).contains(n) && n.is_multiple_of(16)),
+            "--squares takes multiples of 16 up to 1048576, such as 8192"
         );
         let config = published(&self.shape)?;
         let dtype = self.model.dtype.dtype().unwrap_or(DType::Bf16);
@@ -139,34 +154,39 @@ impl KernelArgs {
         }
         print_line!("{} weights, {} ({})", report.weights, report.processor, report.isa)?;
         print_line!(
-            "measured: read {:.1} GB/s, peak {:.0} GFLOP/s",
-            report.read_gigabytes_per_second,
-            report.peak_gigaflops
+            "best measured: read {:.1} GB/s, peak {:.0} GFLOP/s; beside each figure what was reached before and after it",
+            report.best.read_gigabytes_per_second,
+            report.best.peak_gigaflops
         )?;
         print_line!(
-            "{:30}{:>10}{:>8}{:>11}{:>9}{:>9}{:>11}{:>10}",
+            "{:30}{:>10}{:>8}{:>11}{:>9}{:>9}{:>9}{:>9}{:>11}{:>15}",
             "",
             "tokens",
             "of",
             "us",
             "GB/s",
+            "of",
             "TFLOP/s",
+            "of",
             "floor us",
             "fraction"
         )?;
         for r in &report.rows {
             print_line!(
-                "{:30}{:>10}{:>8}{:>11.1}{:>9.1}{:>9.2}{:>11.1}{:>9.0}%",
+                "{:30}{:>10}{:>8}{:>11.1}{:>9.1}{:>9.1}{:>9.2}{:>9.2}{:>11.1}{:>15}",
                 r.operation,
                 format!("{} x {}", r.sequences, r.tokens),
                 r.positions,
                 r.microseconds,
                 r.gigabytes_per_second,
+                r.compared.peaks.read_gigabytes_per_second,
                 r.teraflops,
+                r.compared.peaks.peak_gigaflops / 1e3,
                 r.floor_microseconds,
-                100.0 * r.fraction
+                r.compared.shown()
             )?;
         }
+        explain(report.rows.iter().map(|r| r.compared.bound))?;
         Ok(())
     }
 }
@@ -190,8 +210,13 @@ impl BenchCommand {
 
 impl TrainArgs {
     fn run(self) -> anyhow::Result<()> {
-        let sizes = [self.hidden, self.layers, self.heads, self.vocab, self.batch, self.tokens];
-        ensure!(sizes.iter().all(|&s| s > 0), "sizes must be at least 1");
+        within("--hidden", self.hidden, 1..=MOST_HIDDEN, "[1, 262144]")?;
+        within("--layers", self.layers, 1..=MOST_LAYERS, "[1, 4096]")?;
+        within("--heads", self.heads, 1..=MOST_HEADS, "[1, 4096]")?;
+        within("--vocab", self.vocab, 1..=MOST_VOCABULARY, "[1, 16777216]")?;
+        within("--batch", self.batch, 1..=MOST_SEQUENCES, "[1, 1048576]")?;
+        within("--tokens", self.tokens, 2..=MOST_CONTEXT, "[2, 16777216]: the first token is not predicted")?;
+        within("--repeats", self.repeats, 1..=MOST_REPEATS, "[1, 10000]")?;
         ensure!(
             self.hidden.is_multiple_of(self.heads),
             "--hidden {} is not divisible by --heads {}",
@@ -211,12 +236,12 @@ impl TrainArgs {
                 precision: self.precision.into(),
                 repeats: self.repeats,
             },
-        );
+        )?;
         if self.json {
             print::json(&report)?;
         } else {
             print_line!(
-                "{} parameters, {} tokens a step in {}: {:.0} tokens/s, {:.1} ms, {:.1} GFLOP, floor {:.1} ms ({:.0} %)",
+                "{} parameters, {} tokens a step in {}: {:.0} tokens/s, {:.1} ms, {:.1} GFLOP, floor {:.1} ms ({})",
                 report.parameters,
                 report.tokens_per_step,
                 report.precision,
@@ -224,8 +249,10 @@ impl TrainArgs {
                 report.milliseconds,
                 report.flops / 1e9,
                 report.floor_milliseconds,
-                100.0 * report.fraction
+                report.compared.shown()
             )?;
+            print_line!("measured beside it: peak {:.0} GFLOP/s", report.compared.peaks.peak_gigaflops)?;
+            explain([report.compared.bound].into_iter())?;
         }
         Ok(())
     }
@@ -233,14 +260,14 @@ impl TrainArgs {
 
 impl LlmArgs {
     fn run(self) -> anyhow::Result<()> {
-        ensure!(
-            self.prompt_tokens > 0 && self.new_tokens > 0 && self.batch > 0,
-            "--prompt-tokens, --new-tokens and --batch must be at least 1"
-        );
+        within("--prompt-tokens", self.prompt_tokens, 1..=MOST_CONTEXT, "[1, 16777216]")?;
+        within("--new-tokens", self.new_tokens, 1..=MOST_CONTEXT, "[1, 16777216]")?;
+        within("--batch", self.batch, 1..=MOST_SEQUENCES, "[1, 1048576]")?;
+        within("--repeats", self.repeats, 1..=MOST_REPEATS, "[1, 10000]")?;
         let dtype = self.model.dtype.dtype();
         let checkpoint = match (&self.shape, &self.model.model) {
             (Some(shape), _) => random_checkpoint(published(shape)?, dtype.unwrap_or(DType::Bf16))?,
-            (None, Some(folder)) => Checkpoint::open(folder)?,
+            (None, Some(model)) => Checkpoint::open(&model_folder(model)?)?,
             (None, None) => embedded::checkpoint(),
         };
         let dtype = if self.model.dtype == DTypeChoice::Auto { None } else { dtype };
@@ -263,37 +290,53 @@ impl LlmArgs {
     }
 }
 
+/// Says what the labels in a table mean, of those that are in it.
+fn explain(bounds: impl Iterator<Item = Bound> + Clone) -> std::io::Result<()> {
+    if bounds.clone().any(|b| b == Bound::Cache) {
+        print_line!("from cache: all that is read fits into the last cache, so memory's bandwidth is no floor")?;
+    }
+    if bounds.clone().any(|b| b == Bound::Beyond) {
+        print_line!("beyond: the machine reached more during the work than right before and after it")?;
+    }
+    Ok(())
+}
+
 fn print(r: &LlmReport) -> std::io::Result<()> {
     print_line!("{} parameters in {}, {} threads of {} ({})", r.parameters, r.weights, r.threads, r.processor, r.isa)?;
     print_line!(
-        "measured: read {:.1} GB/s, {} peak {:.0} GFLOP/s",
-        r.read_gigabytes_per_second,
+        "best measured: read {:.1} GB/s, {} peak {:.0} GFLOP/s; beside each figure what was reached before and after it",
+        r.best.read_gigabytes_per_second,
         r.weights,
-        r.peak_gigaflops
+        r.best.peak_gigaflops
     )?;
     print_line!(
-        "{:28}{:>10}{:>11}{:>10}{:>10}{:>11}{:>10}",
+        "{:28}{:>10}{:>11}{:>10}{:>10}{:>9}{:>9}{:>11}{:>15}",
         "",
         "tokens/s",
         "ms",
         "MB",
         "GFLOP",
+        "GB/s",
+        "GFLOP/s",
         "floor ms",
         "fraction"
     )?;
     let line = |name: String, p: &Phase| {
         print_line!(
-            "{name:28}{:>10.1}{:>11.2}{:>10.1}{:>10.2}{:>11.2}{:>9.0}%",
+            "{name:28}{:>10.1}{:>11.2}{:>10.1}{:>10.2}{:>9.1}{:>9.0}{:>11.2}{:>15}",
             p.tokens_per_second,
             p.milliseconds,
             p.bytes / 1e6,
             p.flops / 1e9,
+            p.compared.peaks.read_gigabytes_per_second,
+            p.compared.peaks.peak_gigaflops,
             p.floor_milliseconds,
-            100.0 * p.fraction
+            p.compared.shown()
         )
     };
     line(format!("prefill {} x {}", r.batch, r.prompt_tokens), &r.prefill)?;
     line(format!("decode {} x {}", r.batch, r.new_tokens), &r.decode)?;
+    explain([r.prefill.compared.bound, r.decode.compared.bound].into_iter())?;
     if let Some(bytes) = r.peak_memory_bytes {
         print_line!("peak memory {:.0} MB", bytes as f64 / 1e6)?;
     }

@@ -1,5 +1,6 @@
 //! The arguments of the engine.
 
+use super::within;
 use crate::engine::EngineOptions;
 use anyhow::ensure;
 use clap::Args;
@@ -27,7 +28,8 @@ pub struct EngineArgs {
 
 impl EngineArgs {
     pub fn options(&self) -> anyhow::Result<EngineOptions> {
-        ensure!(self.batch_tokens > 0 && self.sequences > 0, "--batch-tokens and --sequences must be at least 1");
+        within("--batch-tokens", self.batch_tokens, 1..=1 << 30, "[1, 1073741824]")?;
+        within("--sequences", self.sequences, 1..=1 << 20, "[1, 1048576]")?;
         ensure!(self.cache_tokens != Some(0), "--cache-tokens must be at least 1");
         ensure!(self.draft_tokens <= 64, "--draft-tokens {} is too many; 64 at most", self.draft_tokens);
         Ok(EngineOptions {

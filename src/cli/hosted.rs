@@ -1,5 +1,6 @@
 //! A model on a thread of its own, with the server's handlers around it.
 
+use super::hub::is_name;
 use super::model::ModelArgs;
 use crate::engine::EngineOptions;
 use crate::rewrite::Prompter;
@@ -88,6 +89,11 @@ impl HostOptions {
     }
 
     fn model_name(&self) -> String {
+        if let (None, Some(model)) = (&self.name, &self.model.model)
+            && is_name(model)
+        {
+            return model.display().to_string();
+        }
         let folder = self.model.model.as_ref().and_then(|m| m.canonicalize().ok());
         let folder = folder.and_then(|f| f.file_name().map(|n| n.to_string_lossy().into_owned()));
         self.name.clone().or(folder).unwrap_or_else(|| "beautiful-prompt".into())

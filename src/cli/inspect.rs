@@ -1,28 +1,40 @@
 //! `bprompt inspect`: what a model folder holds, or what is wrong with it.
 
+use super::DeviceArgs;
+use super::hub::model_folder;
+use super::model::ModelParts;
 use super::print::{self, print_line};
-use crate::checkpoint::Checkpoint;
+use crate::rewrite::Prompter;
 use crate::tensor::DType;
-use crate::text::Tokenizer;
+use crate::text::template::Template;
 use anyhow::Context;
 use clap::Args;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 #[derive(Args)]
 pub struct InspectArgs {
-    /// Model folder.
-    #[arg(value_name = "DIR")]
+    /// Model folder, or org/name[@revision] of one in Hugging Face's cache.
+    #[arg(value_name = "DIR|NAME")]
     folder: PathBuf,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    compute: DeviceArgs,
 }
 
 impl InspectArgs {
     pub fn run(self) -> anyhow::Result<()> {
-        let checkpoint = Checkpoint::open(&self.folder)?;
+        // all that loading checks, with the same messages
+        let folder = model_folder(&self.folder)?;
+        let ModelParts { checkpoint, tokenizer, template, .. } = ModelParts::open(Some(&folder))?;
+        checkpoint.check_finite(&self.compute.cpu()?)?;
+        let template = template.map_or_else(|| Template::named("v1"), Ok)?;
+        let tokenizer = Arc::new(tokenizer);
+        Prompter { tokenizer: tokenizer.clone(), template }.encode("a cat")?;
         let c = &checkpoint.config;
         let mut dtypes: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
         let mut element = DType::F32;
@@ -33,15 +45,7 @@ impl InspectArgs {
             *sum = (sum.0 + p.len(), sum.1 + t.bytes.len());
         }
         let bytes: usize = dtypes.values().map(|d| d.1).sum();
-        let path = self.folder.join("tokenizer.json");
-        let tokenizer = if path.exists() {
-            let t = Tokenizer::open(&path)?;
-            t.check(c.vocab_size, &path)?;
-            Some(t)
-        } else {
-            None
-        };
-        let special = special_tokens(&self.folder)?;
+        let special = special_tokens(&folder)?;
         let files: Vec<String> =
             checkpoint.files.iter().filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned())).collect();
         let unused = checkpoint.unused();
@@ -64,7 +68,7 @@ impl InspectArgs {
                 "kv_bytes_per_token": kv,
                 "files": files,
                 "unused_tensors": unused,
-                "tokenizer_vocab_size": tokenizer.as_ref().map(Tokenizer::vocab_size),
+                "tokenizer_vocab_size": tokenizer.vocab_size(),
                 "special_tokens": special,
             });
             print::json(&object)?;
@@ -99,12 +103,9 @@ impl InspectArgs {
                 unused.iter().take(4).copied().collect::<Vec<_>>().join(", ")
             )?;
         }
-        match &tokenizer {
-            Some(t) => print_line!("tokenizer     {} tokens", t.vocab_size())?,
-            None => print_line!("tokenizer     none: put the model's tokenizer.json into the folder")?,
-        }
+        print_line!("tokenizer     {} tokens", tokenizer.vocab_size())?;
         for (name, token) in special {
-            let id = tokenizer.as_ref().and_then(|t| t.token_id(&token));
+            let id = tokenizer.token_id(&token);
             print_line!("  {name:<10}  {token} = {}", id.map_or("not in the vocabulary".into(), |i| i.to_string()))?;
         }
         Ok(())

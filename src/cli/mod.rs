@@ -10,6 +10,7 @@ mod files;
 mod generate;
 mod guard;
 mod hosted;
+mod hub;
 mod inspect;
 mod model;
 mod print;
@@ -115,6 +116,17 @@ impl DeviceArgs {
         }
         self.threads.min(cores)
     }
+}
+
+/// Fails with the flag's name if `value` is outside a range, which NaN always is.
+fn within<T: PartialOrd + std::fmt::Display>(
+    flag: &str,
+    value: T,
+    range: impl std::ops::RangeBounds<T>,
+    text: &str,
+) -> anyhow::Result<()> {
+    anyhow::ensure!(range.contains(&value), "{flag} {value} is outside {text}");
+    Ok(())
 }
 
 /// Has writing to a connection whose other end is gone fail instead of ending the program.

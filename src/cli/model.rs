@@ -1,23 +1,26 @@
 //! The arguments that choose a model, a device and how to sample, and what they load.
 
 use super::DeviceArgs;
+use super::hub::model_folder;
 use super::print::note;
 use crate::checkpoint::Checkpoint;
 use crate::device::cuda::Driver;
 use crate::engine::session::{Generate, GenerateOptions, Length, Session};
 use crate::engine::{EngineOptions, Sampling};
 use crate::error::Error;
+use crate::memory::MemoryPlan;
 use crate::models::bloom::{Bloom, BloomConfig};
 use crate::models::embedded;
 use crate::models::generation_config::GenerationDefaults;
 use crate::ops::cpu::Cpu;
+use crate::ops::cpu::simd::Isa;
 use crate::ops::cuda::{Cuda, Persistent};
-use crate::tensor::DType;
+use crate::tensor::{Bytes, DType};
 use crate::text::Tokenizer;
 use crate::text::template::Template;
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -73,8 +76,9 @@ pub enum PersistentChoice {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Model and device")]
 pub struct ModelArgs {
-    /// Model folder as Hugging Face writes it; the embedded demonstration model if not given.
-    #[arg(short, long, value_name = "DIR", env = "BPROMPT_MODEL")]
+    /// Model folder as Hugging Face writes it, or org/name[@revision] of one in its cache (HF_HOME); the embedded demonstration model if
+    /// not given.
+    #[arg(short, long, value_name = "DIR|NAME", env = "BPROMPT_MODEL")]
     pub model: Option<PathBuf>,
     /// How weights are held for computing.
     #[arg(long, value_enum, default_value_t = DTypeChoice::Auto)]
@@ -141,26 +145,42 @@ impl Loaded {
     }
 }
 
+/// What a model's folder holds, checked, on no device yet.
+pub struct ModelParts {
+    pub checkpoint: Checkpoint,
+    pub tokenizer: Tokenizer,
+    /// The template that comes with the model.
+    pub template: Option<Template>,
+    pub defaults: GenerationDefaults,
+}
+
+impl ModelParts {
+    /// Those of a folder or of a model in Hugging Face's cache; of the embedded model if `model` is none.
+    pub fn open(model: Option<&Path>) -> anyhow::Result<ModelParts> {
+        let Some(model) = model else {
+            return Ok(ModelParts {
+                checkpoint: embedded::checkpoint(),
+                tokenizer: embedded::tokenizer(),
+                template: Some(embedded::template()),
+                defaults: GenerationDefaults::parse(embedded::GENERATION_CONFIG)
+                    .expect("the embedded settings are whole"),
+            });
+        };
+        let folder = model_folder(model)?;
+        let checkpoint = Checkpoint::open(&folder)?;
+        let path = folder.join("tokenizer.json");
+        let tokenizer = Tokenizer::open(&path)?;
+        tokenizer.check(checkpoint.config.vocab_size, &path)?;
+        let template = folder.join("template.txt");
+        let template = if template.exists() { Some(Template::read(&template)?) } else { None };
+        let defaults = GenerationDefaults::read(&folder.join("generation_config.json"))?;
+        Ok(ModelParts { checkpoint, tokenizer, template, defaults })
+    }
+}
+
 impl ModelArgs {
     pub fn load(&self) -> anyhow::Result<Loaded> {
-        let (checkpoint, tokenizer, template, defaults) = match &self.model {
-            None => (
-                embedded::checkpoint(),
-                embedded::tokenizer(),
-                Some(embedded::template()),
-                GenerationDefaults::parse(embedded::GENERATION_CONFIG).expect("the embedded settings are whole"),
-            ),
-            Some(folder) => {
-                let checkpoint = Checkpoint::open(folder)?;
-                let path = folder.join("tokenizer.json");
-                let tokenizer = Tokenizer::open(&path)?;
-                tokenizer.check(checkpoint.config.vocab_size, &path)?;
-                let template = folder.join("template.txt");
-                let template = if template.exists() { Some(Template::read(&template)?) } else { None };
-                let defaults = GenerationDefaults::read(&folder.join("generation_config.json"))?;
-                (checkpoint, tokenizer, template, defaults)
-            }
-        };
+        let ModelParts { checkpoint, tokenizer, template, defaults } = ModelParts::open(self.model.as_deref())?;
         let config = checkpoint.config.clone();
         let fingerprint = fingerprint(&checkpoint);
         let placed = self.place(checkpoint, self.dtype.dtype())?;
@@ -172,6 +192,9 @@ impl ModelArgs {
         let stored = checkpoint.tensors.values().next().map(|t| t.dtype);
         Ok(match self.device(&checkpoint.config)? {
             Device::Cpu(cpu) => {
+                weights_plan(&cpu, &checkpoint, dtype)
+                    .check()
+                    .with_context(|| checkpoint.path.display().to_string())?;
                 let model = Bloom::load(&cpu, checkpoint, dtype)?;
                 Placed::Cpu(cpu, model)
             }
@@ -257,6 +280,25 @@ pub fn check_sampling(s: &Sampling, named: impl Fn(&str) -> String) -> anyhow::R
     within("repetition_penalty", penalty, penalty > 0.0 && penalty <= 100.0, "(0, 100]")?;
     within("presence_penalty", s.presence_penalty, (-2.0..=2.0).contains(&s.presence_penalty), "[-2, 2]")?;
     within("frequency_penalty", s.frequency_penalty, (-2.0..=2.0).contains(&s.frequency_penalty), "[-2, 2]")
+}
+
+/// What the CPU takes for weights beside the pages of mapped files, which the system takes back when it needs them.
+fn weights_plan(cpu: &Cpu, checkpoint: &Checkpoint, dtype: Option<DType>) -> MemoryPlan {
+    let bytes: f64 = checkpoint
+        .config
+        .parameters()
+        .iter()
+        .filter_map(|p| {
+            let tensor = checkpoint.tensors.get(&p.name)?;
+            let held = dtype.unwrap_or(tensor.dtype);
+            let packed = held == DType::Bf16 && cpu.isa == Isa::Avx512Bf16;
+            // what is in such memory already is laid out where it lies
+            let there = held == tensor.dtype && matches!(tensor.bytes, Bytes::Resident(..));
+            let copied = held != tensor.dtype || packed || (cpu.resident && matches!(tensor.bytes, Bytes::Mapped(..)));
+            (copied && !there).then_some((p.len() * held.size()) as f64)
+        })
+        .sum();
+    MemoryPlan::new().with("weights", bytes, "--dtype to int8 or bf16, or take a smaller model")
 }
 
 /// Sampling flags; what is not given comes from the model's recommendation.

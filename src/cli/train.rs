@@ -2,7 +2,9 @@
 
 use super::DeviceArgs;
 use super::files::check_distinct;
+use super::hub::model_folder;
 use super::print::{note, print_line};
+use super::within;
 use crate::checkpoint::{Checkpoint, Companions, MODEL_FILES, TOKENIZER_FILES, save_model};
 use crate::data::records::{read_prompts, read_training_pairs};
 use crate::memory::MemoryPlan;
@@ -80,8 +82,9 @@ pub struct SftArgs {
     /// Folder of the run: the trained model, checkpoints, metrics.jsonl, loss.svg.
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
-    /// Checkpoint to start from; the embedded model if neither this nor --config is given.
-    #[arg(long, value_name = "DIR", conflicts_with = "config")]
+    /// Checkpoint to start from, a folder or org/name of one in Hugging Face's cache; the embedded model if neither this nor --config is
+    /// given.
+    #[arg(long, value_name = "DIR|NAME", conflicts_with = "config")]
     model: Option<PathBuf>,
     /// Start from random weights of this config.json; needs --tokenizer.
     #[arg(long, value_name = "FILE", requires = "tokenizer")]
@@ -194,17 +197,6 @@ struct Start {
     companions: Companions,
 }
 
-/// Fails with the flag's name if `value` is outside a range, which NaN always is.
-fn within<T: PartialOrd + std::fmt::Display>(
-    flag: &str,
-    value: T,
-    range: impl std::ops::RangeBounds<T>,
-    text: &str,
-) -> anyhow::Result<()> {
-    ensure!(range.contains(&value), "{flag} {value} is outside {text}");
-    Ok(())
-}
-
 /// Numbers above 0, up to the largest that makes sense for a rate or a norm.
 fn positive(most: f64) -> (std::ops::Bound<f64>, std::ops::Bound<f64>) {
     (std::ops::Bound::Excluded(0.0), std::ops::Bound::Included(most))
@@ -212,7 +204,8 @@ fn positive(most: f64) -> (std::ops::Bound<f64>, std::ops::Bound<f64>) {
 
 impl SftArgs {
     fn start(&self) -> anyhow::Result<Start> {
-        let own_template = self.model.as_ref().map(|m| m.join("template.txt")).filter(|p| p.exists());
+        let folder = self.model.as_deref().map(model_folder).transpose()?;
+        let own_template = folder.as_ref().map(|m| m.join("template.txt")).filter(|p| p.exists());
         let template = match (&self.template, own_template) {
             (Some(name), _) => Template::named(name)?,
             (None, Some(file)) => Template::read(&file)?,
@@ -223,7 +216,7 @@ impl SftArgs {
             let bytes = 16.0 * c.parameter_count() as f64;
             MemoryPlan::new().with("weights, gradients and AdamW's moments", bytes, "the model's size").check()
         };
-        let (model, default_tokenizer) = match (&self.model, &self.config) {
+        let (model, default_tokenizer) = match (&folder, &self.config) {
             (_, Some(file)) => {
                 let config = BloomConfig::read(file)?;
                 fits(&config).with_context(|| format!("{}", file.display()))?;
@@ -242,7 +235,7 @@ impl SftArgs {
             }
         };
         let mut companions = Companions::default();
-        match (&self.model, &self.config) {
+        match (&folder, &self.config) {
             (Some(folder), _) => companions.read(folder, &MODEL_FILES)?,
             (None, Some(file)) => companions.read(folder_of(file), &MODEL_FILES)?,
             (None, None) => companions.set("generation_config.json", embedded::GENERATION_CONFIG),

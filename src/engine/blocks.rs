@@ -28,6 +28,9 @@ pub struct Blocks {
 }
 
 impl Blocks {
+    /// About what a block takes here: its key twice, and its places in the tables.
+    pub const BYTES: usize = 2 * size_of::<Option<Key>>() + 64;
+
     pub fn new(count: usize) -> Blocks {
         Blocks {
             // low numbers first, so that untouched memory stays untouched

@@ -19,6 +19,7 @@ pub use request::{Event, Finish, Request, Verdict};
 pub use sampling::{Chosen, SampleRow, Sampling, Top, choose, log_sum_exp};
 
 use crate::error::{Error, Result};
+use crate::memory::MemoryPlan;
 use crate::models::bloom::{Bloom, Scratch};
 use crate::ops::{BLOCK, Backend, Batch};
 use ahead::Flight;
@@ -124,11 +125,32 @@ fn sample_rows<'c>(running: &'c [Sequence], choices: &'c [Choice]) -> Vec<Sample
     choices.iter().map(row).collect()
 }
 
+/// What an engine with these options takes beside the weights.
+pub fn plan<B: Backend>(model: &Bloom<B>, options: &EngineOptions) -> MemoryPlan {
+    let positions = options.cache_tokens as f64;
+    // a pass never has more tokens than the cache has positions, nor rows of logits than there are tokens
+    let tokens = positions.min(options.batch_tokens as f64);
+    let rows = tokens.min(options.sequences as f64 * (options.draft_tokens as f64 + 1.0));
+    let config = &model.config;
+    // activations in f32, and a product's inputs in the type that they are multiplied in
+    let activation = (11 * 4 + 4 * 4) * config.hidden_size;
+    MemoryPlan::new()
+        .with("KV cache", positions * model.cache_bytes_per_token() as f64, "--cache-tokens, --sequences or -n")
+        .with(
+            "the cache's table of blocks",
+            positions * Blocks::BYTES as f64 / BLOCK as f64,
+            "--cache-tokens, --sequences or -n",
+        )
+        .with("activations", tokens * activation as f64, "--batch-tokens")
+        .with("logits", rows * 4.0 * config.vocab_size as f64, "--sequences or --draft-tokens")
+}
+
 type Sink<'s> = &'s mut dyn FnMut(Event) -> Verdict;
 
 impl<'a, B: Backend> Engine<'a, B> {
     pub fn new(backend: &'a B, model: &'a Bloom<B>, options: EngineOptions) -> Result<Engine<'a, B>> {
         let blocks = options.cache_tokens.div_ceil(BLOCK).max(1);
+        backend.fits(&plan(model, &options))?;
         Ok(Engine {
             backend,
             model,

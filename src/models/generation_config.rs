@@ -18,6 +18,21 @@ struct Stored {
     max_length: Option<usize>,
 }
 
+impl Stored {
+    /// The ranges of the flags of the same names.
+    fn check(&self) -> std::result::Result<(), String> {
+        let above_zero = |most: f32| move |v: f32| v > 0.0 && v <= most;
+        let in_range = |name: &str, value: Option<f32>, fits: &dyn Fn(f32) -> bool, range: &str| match value {
+            Some(v) if !fits(v) => Err(format!("{name} is {v}, expected a number in {range}")),
+            _ => Ok(()),
+        };
+        in_range("temperature", self.temperature, &|v| (0.0..=100.0).contains(&v), "[0, 100]")?;
+        in_range("top_p", self.top_p, &above_zero(1.0), "(0, 1]")?;
+        in_range("min_p", self.min_p, &|v| (0.0..=1.0).contains(&v), "[0, 1]")?;
+        in_range("repetition_penalty", self.repetition_penalty, &above_zero(100.0), "(0, 100]")
+    }
+}
+
 /// Sampling and length that hold where a user says nothing.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GenerationDefaults {
@@ -44,15 +59,15 @@ impl Default for GenerationDefaults {
 impl GenerationDefaults {
     /// Those of a file, if it exists; what it leaves out is as in BeautifulPrompt's card.
     pub fn read(path: &Path) -> Result<GenerationDefaults> {
-        match std::fs::read(path) {
-            Ok(text) => GenerationDefaults::parse(&text).map_err(|e| Error::file(path, e)),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(GenerationDefaults::default()),
-            Err(e) => Err(Error::io(path, "read")(e)),
+        if matches!(std::fs::metadata(path), Err(e) if e.kind() == std::io::ErrorKind::NotFound) {
+            return Ok(GenerationDefaults::default());
         }
+        GenerationDefaults::parse(&crate::files::read(path, "does not exist")?).map_err(|e| Error::file(path, e))
     }
 
     pub fn parse(text: &[u8]) -> std::result::Result<GenerationDefaults, String> {
         let s: Stored = serde_json::from_slice(text).map_err(|e| format!("not a generation config: {e}"))?;
+        s.check()?;
         let d = GenerationDefaults::default();
         let greedy = s.do_sample == Some(false);
         Ok(GenerationDefaults {

@@ -11,6 +11,7 @@ pub use forward::{Forward, Layer, Scratch};
 
 use crate::engine::{Chosen, SampleRow};
 use crate::error::Result;
+use crate::memory::MemoryPlan;
 use crate::tensor::{DType, Tensor};
 
 /// Positions of one block of the KV cache.
@@ -107,6 +108,10 @@ pub trait Backend {
     /// The type that a matrix is held in.
     fn stored(&self, matrix: &Self::Matrix) -> DType;
     fn vector(&self, tensor: &Tensor) -> Result<Self::Vector>;
+    /// Fails if there is no memory for so much. Devices that reserve all of it at once say so themselves.
+    fn fits(&self, _plan: &MemoryPlan) -> Result<()> {
+        Ok(())
+    }
     fn cache(&self, dtype: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<Self::Cache>;
     /// Copies a block's keys and values in all layers.
     fn copy_block(&self, cache: &mut Self::Cache, from: u32, to: u32);

@@ -36,12 +36,8 @@ impl Template {
     }
 
     pub fn read(path: &Path) -> Result<Template> {
-        let text = std::fs::read_to_string(path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::file(path, "does not exist; --template takes v1, v2 or a file with {raw} in it")
-            }
-            _ => Error::io(path, "read")(e),
-        })?;
+        let bytes = crate::files::read(path, "does not exist; --template takes v1, v2 or a file with {raw} in it")?;
+        let text = String::from_utf8(bytes).map_err(|_| Error::file(path, "is not UTF-8 text"))?;
         Template::parse(text.strip_suffix('\n').unwrap_or(&text)).map_err(|e| Error::file(path, e))
     }
 

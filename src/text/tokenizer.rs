@@ -11,10 +11,7 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     pub fn open(path: &Path) -> Result<Tokenizer> {
-        let bytes = std::fs::read(path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => Error::file(path, "does not exist; copy the model's tokenizer.json there"),
-            _ => Error::io(path, "read")(e),
-        })?;
+        let bytes = crate::files::read(path, "does not exist; copy the model's tokenizer.json there")?;
         Tokenizer::from_bytes(&bytes).map_err(|e| Error::file(path, e))
     }
 

@@ -1,6 +1,7 @@
 //! `config.json` of a BLOOM checkpoint.
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::ops::Heads;
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -55,6 +56,7 @@ pub const MOST_HIDDEN: usize = 1 << 18;
 pub const MOST_LAYERS: usize = 1 << 12;
 pub const MOST_HEADS: usize = 1 << 12;
 pub const MOST_CONTEXT: usize = 1 << 24;
+const MOST_HEAD_SIZE: usize = 512;
 
 impl BloomConfig {
     /// A model of the given sizes with BLOOM's usual switches.
@@ -99,12 +101,7 @@ impl BloomConfig {
 
     /// Reads and checks `config.json`.
     pub fn read(path: &Path) -> Result<BloomConfig> {
-        let text = std::fs::read(path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::file(path, "does not exist; a model folder holds config.json beside its weights")
-            }
-            _ => Error::io(path, "read")(e),
-        })?;
+        let text = files::read(path, "does not exist; a model folder holds config.json beside its weights")?;
         BloomConfig::parse(&text).map_err(|e| Error::file(path, e))
     }
 
@@ -145,6 +142,10 @@ impl BloomConfig {
         };
         if !config.hidden_size.is_multiple_of(config.heads) {
             return Err(format!("hidden_size {} is not divisible by n_head {}", config.hidden_size, config.heads));
+        }
+        if config.head_size() > MOST_HEAD_SIZE {
+            let size = config.head_size();
+            return Err(format!("hidden_size over n_head gives heads of {size}, expected at most {MOST_HEAD_SIZE}"));
         }
         if config.eos_token_id as usize >= config.vocab_size {
             return Err(format!(

@@ -5,8 +5,10 @@ use crate::checkpoint::Checkpoint;
 use crate::engine::{Chosen, SampleRow};
 use crate::error::Result;
 use crate::models::bloom::Parameter;
+use crate::ops::cpu::finite;
+use crate::ops::cpu::simd::Isa;
 use crate::ops::{Backend, Batch, Forward, Heads, Layer, LayerNorm, Linear, Scratch};
-use crate::tensor::DType;
+use crate::tensor::{DType, Tensor};
 use std::cell::RefCell;
 
 pub struct Bloom<B: Backend> {
@@ -23,7 +25,8 @@ pub struct Bloom<B: Backend> {
 }
 
 impl<B: Backend> Bloom<B> {
-    /// Prepares the weights of a checkpoint in `dtype`; `None` keeps what is stored.
+    /// Prepares the weights of a checkpoint in `dtype`; `None` keeps what is stored. A tensor that holds NaN or infinity, or does so after
+    /// its conversion, is named.
     pub fn load(backend: &B, checkpoint: Checkpoint, dtype: Option<DType>) -> Result<Bloom<B>> {
         let config = checkpoint.config.clone();
         let checkpoint = RefCell::new(checkpoint);
@@ -31,19 +34,23 @@ impl<B: Backend> Bloom<B> {
             checkpoint.borrow_mut().take(&Parameter { name: name.to_owned(), shape: shape.to_vec() })
         };
         let h = config.hidden_size;
+        let path = checkpoint.borrow().path.clone();
+        let vector = |name: String, len: usize| {
+            let tensor = tensor(&name, &[len])?;
+            let checked = finite::check(Isa::detect(), &tensor).and_then(|()| backend.vector(&tensor));
+            checked.map_err(|e| e.of_tensor(&path, &name))
+        };
+        let matrix = |name: &str, tensor: Tensor| backend.matrix(tensor, dtype).map_err(|e| e.of_tensor(&path, name));
         let norm = |name: &str| -> Result<_> {
-            Ok(LayerNorm {
-                weight: backend.vector(&tensor(&format!("{name}.weight"), &[h])?)?,
-                bias: backend.vector(&tensor(&format!("{name}.bias"), &[h])?)?,
-            })
+            Ok(LayerNorm { weight: vector(format!("{name}.weight"), h)?, bias: vector(format!("{name}.bias"), h)? })
         };
         let linear = |name: String, rows: usize, cols: usize| -> Result<_> {
-            Ok(Linear {
-                weight: backend.matrix(tensor(&format!("{name}.weight"), &[rows, cols])?, dtype)?,
-                bias: backend.vector(&tensor(&format!("{name}.bias"), &[rows])?)?,
-            })
+            let weight = format!("{name}.weight");
+            let weight = matrix(&weight, tensor(&weight, &[rows, cols])?)?;
+            Ok(Linear { weight, bias: vector(format!("{name}.bias"), rows)? })
         };
-        let embedding = tensor("transformer.word_embeddings.weight", &[config.vocab_size, h])?;
+        let table = "transformer.word_embeddings.weight";
+        let embedding = tensor(table, &[config.vocab_size, h])?;
         let cache_dtype = match dtype.unwrap_or(embedding.dtype) {
             DType::Int8 => DType::Bf16,
             plain => plain,
@@ -61,14 +68,14 @@ impl<B: Backend> Bloom<B> {
         });
         Ok(Bloom {
             heads: config.attention_heads(),
-            embedding: backend.matrix(embedding, dtype)?,
+            embedding: matrix(table, embedding)?,
             embedding_norm: norm("transformer.word_embeddings_layernorm")?,
             layers: layers.collect::<Result<_>>()?,
             final_norm: norm("transformer.ln_f")?,
             head: if config.tied {
                 None
             } else {
-                Some(backend.matrix(tensor("lm_head.weight", &[config.vocab_size, h])?, dtype)?)
+                Some(matrix("lm_head.weight", tensor("lm_head.weight", &[config.vocab_size, h])?)?)
             },
             cache_dtype,
             config,

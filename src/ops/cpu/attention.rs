@@ -47,12 +47,16 @@ impl Cache {
         }
         fn make<E: bytemuck::Zeroable + Clone>(layers: usize, block: usize, blocks: usize) -> Result<Blocks<E>> {
             let one = || -> Result<Vec<E>> {
-                let mut v: Vec<E> = Vec::new();
-                let bytes = blocks * block * size_of::<E>();
-                v.try_reserve_exact(blocks * block)
-                    .map_err(|_| Error::invalid(format!("no memory for a KV cache of {} MiB a layer", bytes >> 19)))?;
-                drop(v);
-                Ok(bytemuck::zeroed_vec(blocks * block))
+                // zeroed by the system, page by page as they are used
+                blocks.checked_mul(block).and_then(|len| bytemuck::allocation::try_zeroed_vec(len).ok()).ok_or_else(
+                    || {
+                        let bytes = blocks as f64 * block as f64 * size_of::<E>() as f64;
+                        Error::invalid(format!(
+                            "no memory for a KV cache of {:.1} GB a layer; lower --cache-tokens",
+                            2.0 * bytes / 1e9
+                        ))
+                    },
+                )
             };
             let data = (0..layers).map(|_| Ok([one()?, one()?])).collect::<Result<_>>()?;
             Ok(Blocks { data, block })

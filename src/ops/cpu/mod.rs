@@ -1,6 +1,7 @@
 //! The CPU backend: native Rust with AVX-512, AVX2 and portable paths chosen at run time.
 
 pub mod attention;
+pub mod finite;
 pub mod matmul;
 #[cfg(target_arch = "x86_64")]
 mod matmul_bf16;
@@ -14,6 +15,7 @@ pub mod training;
 use super::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
 use crate::engine::{Chosen, SampleRow, choose};
 use crate::error::Result;
+use crate::memory::MemoryPlan;
 use crate::simd_fn;
 use crate::tensor::{DType, Tensor};
 use attention::Cache;
@@ -69,6 +71,10 @@ impl Backend for Cpu {
 
     fn vector(&self, tensor: &Tensor) -> Result<Vec<f32>> {
         Ok(tensor.to_f32())
+    }
+
+    fn fits(&self, plan: &MemoryPlan) -> Result<()> {
+        plan.check()
     }
 
     fn cache(&self, dtype: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<Cache> {

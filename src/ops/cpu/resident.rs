@@ -15,13 +15,13 @@ thread_local! {
 }
 
 /// Moves `bytes` to memory of large pages, where `write` puts them part by part, each of `part` bytes (the last one may have
-/// fewer). They never take memory twice: of a mapped file, pages are given back on the way; what is in such memory already
+/// fewer); it gets a part's place among the bytes, the part, and where to. They never take memory twice: of a mapped file, pages are given back on the way; what is in such memory already
 /// and nobody else's is written over.
 pub fn into_resident(
     cpu: &Cpu,
     bytes: Bytes,
     part: usize,
-    write: impl Fn(&[u8], &mut [u8]) + Sync,
+    write: impl Fn(usize, &[u8], &mut [u8]) + Sync,
 ) -> std::io::Result<Bytes> {
     let len = bytes.len();
     let task = part * TASK.div_ceil(part);
@@ -34,10 +34,10 @@ pub fn into_resident(
                 cpu.threads.run(len.div_ceil(task), |i| {
                     BEFORE.with_borrow_mut(|before| {
                         // SAFETY: every task has its own range.
-                        for part in unsafe { out.slice(ranges(i)) }.chunks_mut(part) {
+                        for (n, to) in unsafe { out.slice(ranges(i)) }.chunks_mut(part).enumerate() {
                             before.clear();
-                            before.extend_from_slice(part);
-                            write(before, part);
+                            before.extend_from_slice(to);
+                            write(i * task + n * part, before, to);
                         }
                     });
                 });
@@ -53,8 +53,8 @@ pub fn into_resident(
             let range = ranges(i);
             // SAFETY: every task has its own range.
             let to = unsafe { out.slice(range.clone()) };
-            for (from, to) in shared[range.clone()].chunks(part).zip(to.chunks_mut(part)) {
-                write(from, to);
+            for (n, (from, to)) in shared[range.clone()].chunks(part).zip(to.chunks_mut(part)).enumerate() {
+                write(i * task + n * part, from, to);
             }
             shared.give_back(range);
         });

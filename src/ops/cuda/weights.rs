@@ -2,6 +2,7 @@
 
 use crate::device::{Launcher, Memory};
 use crate::error::{Error, Result};
+use crate::ops::cpu::finite;
 use crate::ops::cpu::product::quantize_offset;
 use crate::ops::cpu::rows::{narrow_bf16, narrow_f16};
 use crate::ops::cpu::simd::Isa;
@@ -23,6 +24,7 @@ impl<L: Launcher> Matrix<L> {
             return Err(Error::invalid(format!("a weight has shape {:?}, expected two dimensions", tensor.shape)));
         };
         assert!(cols.is_multiple_of(16), "see `Cuda::supports`");
+        finite::check(Isa::detect(), tensor)?;
         if !int8 && tensor.dtype == half {
             return Ok(Matrix { data: Memory::from_bytes(launcher, &tensor.bytes)?, scales: None, rows, cols });
         }
@@ -30,6 +32,7 @@ impl<L: Launcher> Matrix<L> {
         let size = if int8 { 1 } else { 2 };
         let data = Memory::new(launcher, rows * cols * size)?;
         let mut scales = Vec::new();
+        let overflow = finite::NotFinite::default();
         let part_rows = ((16 << 20) / cols).max(1);
         for first in (0..rows).step_by(part_rows) {
             let range = first..(first + part_rows).min(rows);
@@ -37,8 +40,12 @@ impl<L: Launcher> Matrix<L> {
             let bytes = tensor.bytes.slice(range.start * width..range.end * width);
             let part = Tensor { dtype: tensor.dtype, shape: vec![range.len(), cols], bytes }.to_f32();
             let converted = if int8 { quantize(&part, cols, &mut scales) } else { narrow(&part, half) };
+            if !int8 {
+                overflow.look(Isa::detect(), half, first * cols, &converted);
+            }
             launcher.write(data.at + (first * cols * size) as u64, &converted)?;
         }
+        overflow.result(&tensor.shape, &finite::overflowed(half))?;
         let scales = if int8 { Some(Memory::from_bytes(launcher, bytemuck::cast_slice(&scales))?) } else { None };
         Ok(Matrix { data, scales, rows, cols })
     }

@@ -5,12 +5,13 @@
 //! speed.
 
 use super::super::Cpu;
+use super::super::finite::NotFinite;
 use super::super::resident::into_resident;
 use super::super::rows::narrow_bf16;
 use super::super::simd::transpose;
 use super::Finish;
 use super::lanes::{self, GROUP, Groups, Lanes, WORD, panel_instance};
-use crate::tensor::Bytes;
+use crate::tensor::{Bytes, DType};
 use half::bf16;
 use std::arch::x86_64::*;
 
@@ -28,10 +29,11 @@ fn group_bytes(cols: usize) -> usize {
 }
 
 impl Packed {
-    /// Lays out a row-major matrix, in place where it is nobody else's. `cpu` must have AVX-512 BF16.
-    pub fn new(cpu: &Cpu, source: Bytes, rows: usize, cols: usize) -> std::io::Result<Packed> {
+    /// Lays out a row-major matrix, in place where it is nobody else's, and looks for what is no number. `cpu` must have AVX-512 BF16.
+    pub fn new(cpu: &Cpu, source: Bytes, [rows, cols]: [usize; 2], found: &NotFinite) -> std::io::Result<Packed> {
         let group = group_bytes(cols);
-        let pack = |from: &[u8], to: &mut [u8]| {
+        let pack = |at: usize, from: &[u8], to: &mut [u8]| {
+            found.look(cpu.isa, DType::Bf16, at / 2, from);
             // SAFETY: this type is only made where the instruction set is there.
             unsafe { pack_group(from, cols, to) }
         };
@@ -39,8 +41,9 @@ impl Packed {
             into_resident(cpu, source, group, pack)?
         } else {
             Bytes::resident(rows.div_ceil(GROUP) * group, |out| {
-                for (from, to) in source.chunks(GROUP * cols * 2).zip(out.chunks_exact_mut(group)) {
-                    pack(from, to);
+                let width = GROUP * cols * 2;
+                for (i, (from, to)) in source.chunks(width).zip(out.chunks_exact_mut(group)).enumerate() {
+                    pack(i * width, from, to);
                 }
             })?
         };

@@ -5,6 +5,7 @@ use super::bf16::Packed;
 use super::int8::Int8;
 use crate::error::{Error, Result};
 use crate::ops::cpu::Cpu;
+use crate::ops::cpu::finite::{self, NotFinite};
 use crate::ops::cpu::resident::into_resident;
 use crate::ops::cpu::rows::{narrow_bf16, narrow_f16};
 use crate::ops::cpu::simd::Isa;
@@ -33,7 +34,7 @@ pub enum Matrix {
 }
 
 impl Matrix {
-    /// Prepares a tensor for products. One that is stored in `dtype` already (or if that is `None`) and lies in a mapped file
+    /// Prepares a tensor for products, and fails with [`Error::Weights`] if it holds what is no number. One that is stored in `dtype` already (or if that is `None`) and lies in a mapped file
     /// stays there, unless [`Cpu::resident`] or its layout says otherwise.
     pub fn new(cpu: &Cpu, tensor: Tensor, dtype: Option<DType>) -> Result<Matrix> {
         let [rows, cols] = tensor.shape[..] else {
@@ -41,38 +42,58 @@ impl Matrix {
         };
         let dtype = dtype.unwrap_or(tensor.dtype);
         let reserved = |r: std::io::Result<Bytes>| r.map_err(Error::io("memory", "reserve"));
-        let bytes = if dtype == tensor.dtype {
-            tensor.bytes
-        } else {
-            // converted row by row, so that a large matrix never exists twice in f32
+        // as stored, and after a conversion
+        let (found, overflow) = (NotFinite::default(), NotFinite::default());
+        let converted = dtype != tensor.dtype;
+        let bytes = if converted {
+            // row by row, so that a large matrix never exists twice in f32
             let width = cols * tensor.dtype.size();
             let row = |i: usize| {
                 let bytes = tensor.bytes.slice(i * width..(i + 1) * width);
+                found.look(cpu.isa, tensor.dtype, i * cols, &bytes);
                 if i.is_multiple_of(GIVE_BACK) {
                     tensor.bytes.give_back(i.saturating_sub(GIVE_BACK) * width..i * width);
                 }
                 Tensor { dtype: tensor.dtype, shape: vec![cols], bytes }.to_f32()
             };
             if dtype == DType::Int8 {
-                return Ok(Matrix::Int8(Int8::new(cpu, rows, cols, row).map_err(Error::io("memory", "reserve"))?));
+                let matrix = Int8::new(cpu, rows, cols, row).map_err(Error::io("memory", "reserve"))?;
+                found.result(&tensor.shape, finite::STORED)?;
+                return Ok(Matrix::Int8(matrix));
             }
-            reserved(Bytes::resident(rows * cols * dtype.size(), |out| {
+            let bytes = reserved(Bytes::resident(rows * cols * dtype.size(), |out| {
                 for (i, out) in out.chunks_exact_mut(cols * dtype.size()).enumerate() {
                     narrow(cpu.isa, &row(i), dtype, out);
+                    overflow.look(cpu.isa, dtype, i * cols, out);
                 }
-            }))?
+            }))?;
+            found.result(&tensor.shape, finite::STORED)?;
+            overflow.result(&tensor.shape, &finite::overflowed(dtype))?;
+            bytes
+        } else {
+            tensor.bytes.clone()
         };
         #[cfg(target_arch = "x86_64")]
         if dtype == DType::Bf16 && cpu.isa == Isa::Avx512Bf16 {
-            let packed = Packed::new(cpu, bytes, rows, cols);
-            return Ok(Matrix::Bf16Packed(packed.map_err(Error::io("memory", "reserve"))?));
+            // nobody else's any more, so that it is laid out where it lies
+            drop(tensor.bytes);
+            let packed = Packed::new(cpu, bytes, [rows, cols], &found).map_err(Error::io("memory", "reserve"))?;
+            found.result(&tensor.shape, finite::STORED)?;
+            return Ok(Matrix::Bf16Packed(packed));
         }
         let bytes = match bytes {
-            Bytes::Mapped(..) if cpu.resident => {
-                reserved(into_resident(cpu, bytes, 1 << 20, |from, to| to.copy_from_slice(from)))?
+            Bytes::Mapped(..) if cpu.resident => reserved(into_resident(cpu, bytes, 1 << 20, |at, from, to| {
+                found.look(cpu.isa, dtype, at / dtype.size(), from);
+                to.copy_from_slice(from);
+            }))?,
+            bytes if converted => bytes,
+            bytes => {
+                let stored = Tensor { dtype, shape: tensor.shape.clone(), bytes };
+                finite::check_parallel(cpu, &stored)?;
+                stored.bytes
             }
-            bytes => bytes,
         };
+        found.result(&tensor.shape, finite::STORED)?;
         Ok(match dtype {
             DType::F32 => Matrix::F32(Plain { data: Buffer::from_bytes(bytes), rows, cols }),
             DType::F16 => Matrix::F16(Plain { data: Buffer::from_bytes(bytes), rows, cols }),
