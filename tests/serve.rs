@@ -1,136 +1,12 @@
 //! The server as its clients meet it.
 
+mod served;
+
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, Read, Write};
+use served::{Answer, Server, answer, long};
+use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-
-struct Server {
-    child: Child,
-    address: String,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-struct Answer {
-    status: u16,
-    head: String,
-    body: String,
-}
-
-impl Answer {
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.body))
-    }
-
-    fn header(&self, name: &str) -> Option<&str> {
-        self.head.lines().find_map(|l| l.split_once(": ").filter(|h| h.0.eq_ignore_ascii_case(name)).map(|h| h.1))
-    }
-}
-
-impl Server {
-    fn start(flags: &[&str]) -> Server {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_bprompt"))
-            .args(["serve", "--port", "0", "--device", "cpu", "--threads", "1"])
-            .args(flags)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut log = BufReader::new(child.stderr.take().unwrap());
-        let mut address = String::new();
-        for line in log.by_ref().lines() {
-            let line = line.unwrap();
-            if let Some((_, rest)) = line.split_once("http://") {
-                address = rest.split([' ', '"']).next().unwrap().to_owned();
-                break;
-            }
-        }
-        assert!(!address.is_empty(), "the server did not start");
-        // somebody has to read the log
-        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
-        Server { child, address }
-    }
-
-    fn connect(&self) -> TcpStream {
-        let stream = TcpStream::connect(&self.address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        stream
-    }
-
-    /// Sends a request and leaves the connection open.
-    fn send(&self, method: &str, path: &str, headers: &str, body: &[u8]) -> TcpStream {
-        let mut stream = self.connect();
-        let length = body.len();
-        let head = format!(
-            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
-        );
-        stream.write_all(head.as_bytes()).unwrap();
-        stream.write_all(body).unwrap();
-        stream
-    }
-
-    fn request(&self, method: &str, path: &str, headers: &str, body: &[u8]) -> Answer {
-        answer(self.send(method, path, headers, body))
-    }
-
-    fn get(&self, path: &str) -> Answer {
-        self.request("GET", path, "", b"")
-    }
-
-    fn post(&self, path: &str, body: Value) -> Answer {
-        self.request("POST", path, "Content-Type: application/json\r\n", body.to_string().as_bytes())
-    }
-
-    /// The value of a metric without labels of its own.
-    fn metric(&self, name: &str) -> f64 {
-        let text = self.get("/metrics").body;
-        let line = text.lines().find(|l| l.starts_with(&format!("{name}{{")));
-        line.unwrap_or_else(|| panic!("no {name}")).rsplit(' ').next().unwrap().parse().unwrap()
-    }
-
-    fn wait_for(&self, what: &str, done: impl Fn(&Server) -> bool) {
-        let started = Instant::now();
-        while !done(self) {
-            assert!(started.elapsed() < Duration::from_secs(30), "{what}");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    fn terminate(&self) {
-        // SAFETY: a signal to our own child.
-        unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
-    }
-}
-
-fn answer(mut stream: TcpStream) -> Answer {
-    let mut text = Vec::new();
-    stream.read_to_end(&mut text).unwrap();
-    let text = String::from_utf8_lossy(&text).into_owned();
-    let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
-    let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
-    let mut body = body.to_owned();
-    if head.to_lowercase().contains("transfer-encoding: chunked") {
-        let (mut whole, mut rest) = (String::new(), body.as_str());
-        while let Some((size, after)) = rest.split_once("\r\n") {
-            let n = usize::from_str_radix(size, 16).unwrap_or(0);
-            whole.push_str(&after[..n]);
-            rest = after.get(n + 2..).unwrap_or_default();
-        }
-        body = whole;
-    }
-    Answer { status, head: head.to_owned(), body }
-}
-
-/// A request that takes long.
-fn long() -> Value {
-    json!({ "prompt": "a cat", "max_tokens": 480, "ignore_eos": true, "n": 8, "temperature": 1.0, "stream": true })
-}
 
 #[test]
 fn a_seed_gives_the_same_text_whatever_else_is_asked() {
@@ -248,7 +124,7 @@ fn keys_limits_and_wrong_requests() {
             .as_bytes(),
     )
     .unwrap();
-    assert_eq!(answer(slow).status, 400);
+    assert_eq!(answer(slow).status, 408);
     assert!(started.elapsed() < Duration::from_secs(20));
     // and a connection without a request
     let started = Instant::now();
@@ -344,10 +220,8 @@ fn rewrites_hold_and_lack_what_is_asked() {
     let mut stream = json!({ "prompt": "a cat in the rain", "n": 2, "seed": 5, "min_kept": 0 });
     let whole = server.post("/v1/rewrite", stream.clone()).json()["results"][0].clone();
     stream["stream"] = json!(true);
-    let pieces = server.post("/v1/rewrite", stream).body;
-    let events: Vec<Value> =
-        pieces.lines().filter_map(|l| serde_json::from_str(l.strip_prefix("data: ")?).ok()).collect();
-    assert!(pieces.trim_end().ends_with("[DONE]"));
+    let pieces = server.post("/v1/rewrite", stream);
+    let events = pieces.events();
     assert!(events.contains(&whole));
     let text =
         |i: u64| events.iter().filter(|e| e["candidate"] == i).filter_map(|e| e["text"].as_str()).collect::<String>();

@@ -164,6 +164,7 @@ impl ServeBenchArgs {
             engine: self.engine.options()?,
             max_queue: 1 << 16,
             request_timeout: None,
+            stall_timeout: None,
             api_keys: vec![],
         };
         let Hosted { shared, .. } = host.start()?;

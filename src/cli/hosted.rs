@@ -5,8 +5,9 @@ use super::model::ModelArgs;
 use crate::engine::EngineOptions;
 use crate::rewrite::Prompter;
 use crate::serve::Shared;
+use crate::serve::engine::{self, Inbox};
 use crate::serve::metrics::Metrics;
-use crate::serve::worker::{self, Inbox};
+use crate::serve::worker;
 use anyhow::{Context, anyhow};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -23,6 +24,8 @@ pub struct HostOptions {
     /// Prompts that may wait beyond those that run.
     pub max_queue: usize,
     pub request_timeout: Option<Duration>,
+    /// How long the engine may stand still before it counts as stuck.
+    pub stall_timeout: Option<Duration>,
     pub api_keys: Vec<String>,
 }
 
@@ -70,8 +73,10 @@ impl HostOptions {
         })?;
         let (prompter, defaults, config, blocks) = facts.recv().context("the engine stopped while loading")??;
         let metrics = Arc::new(Metrics::new(&name, blocks));
-        let (engine, inbox) = worker::engine(options.sequences + self.max_queue);
+        let (engine, inbox) = engine::engine(options.sequences + self.max_queue);
         start.send((inbox, metrics.clone())).map_err(|_| anyhow!("the engine stopped while loading"))?;
+        let ids = 0..config.vocab_size as u32;
+        let longest_token = ids.map(|id| prompter.tokenizer.token_bytes(id).len()).max().unwrap_or(0);
         let shared = Arc::new(Shared {
             engine,
             tokenizer: prompter.tokenizer.clone(),
@@ -82,8 +87,11 @@ impl HostOptions {
             created: std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
             metrics,
             request_timeout: self.request_timeout,
+            stall_timeout: self.stall_timeout,
             api_keys: self.api_keys,
             draining: Default::default(),
+            texts: Default::default(),
+            longest_token,
         });
         Ok(Hosted { shared, thread })
     }

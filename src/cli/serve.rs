@@ -46,6 +46,13 @@ pub struct ServeArgs {
     /// Longest time in seconds for a request's body.
     #[arg(long, default_value_t = 30.0, env = "BPROMPT_BODY_TIMEOUT")]
     body_timeout: f64,
+    /// Longest time in seconds for which a client may take nothing of its answer; its connection is closed then, and the work for
+    /// it ends. 0 for no limit.
+    #[arg(long, default_value_t = 60.0, env = "BPROMPT_WRITE_TIMEOUT")]
+    write_timeout: f64,
+    /// Seconds for which the engine may stand still in its work before /health fails; 0 for no limit.
+    #[arg(long, default_value_t = 120.0, env = "BPROMPT_STALL_TIMEOUT")]
+    stall_timeout: f64,
     /// Seconds for which /ready fails before connections are refused, so that balancers notice.
     #[arg(long, default_value_t = 0.0, env = "BPROMPT_SHUTDOWN_DELAY")]
     shutdown_delay: f64,
@@ -74,6 +81,11 @@ fn seconds(flag: &str, value: f64) -> anyhow::Result<Duration> {
     Duration::try_from_secs_f64(value).map_err(|_| anyhow::anyhow!("{flag} {value}: expected seconds, 0 or more"))
 }
 
+/// A time in seconds, 0 for none.
+fn limit(flag: &str, value: f64) -> anyhow::Result<Option<Duration>> {
+    Ok(Some(seconds(flag, value)?).filter(|d| !d.is_zero()))
+}
+
 impl ServeArgs {
     pub fn run(self) -> anyhow::Result<()> {
         super::ignore_broken_pipes();
@@ -94,11 +106,13 @@ impl ServeArgs {
             body_limit: self.body_limit,
             header_timeout: seconds("--header-timeout", self.header_timeout)?,
             body_timeout: seconds("--body-timeout", self.body_timeout)?,
+            write_timeout: limit("--write-timeout", self.write_timeout)?,
             cors_origins: self.cors_origin.clone(),
             shutdown_delay: seconds("--shutdown-delay", self.shutdown_delay)?,
             shutdown_timeout: seconds("--shutdown-timeout", self.shutdown_timeout)?,
         };
-        let timeout = seconds("--request-timeout", self.request_timeout)?;
+        let request_timeout = limit("--request-timeout", self.request_timeout)?;
+        let stall_timeout = limit("--stall-timeout", self.stall_timeout)?;
         let options = self.engine.options()?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let address = format!("{}:{}", self.host, self.port);
@@ -112,7 +126,8 @@ impl ServeArgs {
             template: self.template,
             engine: options,
             max_queue: self.max_queue,
-            request_timeout: (!timeout.is_zero()).then_some(timeout),
+            request_timeout,
+            stall_timeout,
             api_keys: self.api_key,
         };
         let Hosted { shared, thread: engine_thread } = host.start()?;

@@ -140,6 +140,11 @@ impl Rewriting {
         Ok(Rewriting { prompter, wanted, plans, options, guard, kept, good, failed, rewrite })
     }
 
+    /// About how many bytes of text a round reads and measures.
+    pub fn text_bytes(&self) -> usize {
+        (self.rewrite.prompt.len() + 256).saturating_mul(self.options.candidates.max(1) as usize)
+    }
+
     /// Whether the model's text is the result as it comes.
     pub fn streams(&self) -> bool {
         let plain = |p: &Plan| p.stays.is_none() && !p.reading.is_empty() && p.chunk.parts.is_empty();

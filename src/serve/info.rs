@@ -1,6 +1,6 @@
 //! Tokens, health, versions and metrics.
 
-use super::errors::{ApiError, ErrorBody, Json};
+use super::errors::{ApiError, ErrorBody, Json, RequestBody};
 use super::state::StateArc;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -15,6 +15,8 @@ pub struct TokenizeRequest {
     /// Whether to tell what each token says.
     pub return_token_strs: Option<bool>,
 }
+
+impl RequestBody for TokenizeRequest {}
 
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TokenizeResponse {
@@ -34,19 +36,25 @@ pub struct TokenizeResponse {
 )]
 pub async fn tokenize(
     State(shared): StateArc,
-    Json(r): Json<TokenizeRequest>,
+    Json(r, bytes): Json<TokenizeRequest>,
 ) -> Result<axum::Json<TokenizeResponse>, ApiError> {
-    let tokens = shared.tokenizer.encode(&r.prompt).map_err(|e| ApiError::field("prompt", e.to_string()))?;
-    let text = |id: &u32| String::from_utf8_lossy(&shared.tokenizer.token_bytes(*id)).into_owned();
-    let token_strs = r.return_token_strs.unwrap_or(false).then(|| tokens.iter().map(text).collect());
     let max_model_len = shared.config.context;
-    Ok(axum::Json(TokenizeResponse { count: tokens.len(), max_model_len, tokens, token_strs }))
+    let tokenizer = shared.tokenizer.clone();
+    let work = move || {
+        let tokens = tokenizer.encode(&r.prompt).map_err(|e| ApiError::field("prompt", e.to_string()))?;
+        let text = |id: &u32| String::from_utf8_lossy(&tokenizer.token_bytes(*id)).into_owned();
+        let token_strs = r.return_token_strs.unwrap_or(false).then(|| tokens.iter().map(text).collect());
+        Ok(axum::Json(TokenizeResponse { count: tokens.len(), max_model_len, tokens, token_strs }))
+    };
+    shared.texts.run(bytes, work).await?
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct DetokenizeRequest {
     pub tokens: Vec<u32>,
 }
+
+impl RequestBody for DetokenizeRequest {}
 
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DetokenizeResponse {
@@ -63,28 +71,35 @@ pub struct DetokenizeResponse {
 )]
 pub async fn detokenize(
     State(shared): StateArc,
-    Json(r): Json<DetokenizeRequest>,
+    Json(r, bytes): Json<DetokenizeRequest>,
 ) -> Result<axum::Json<DetokenizeResponse>, ApiError> {
     let known = |id: &&u32| (**id as usize) < shared.config.vocab_size;
     if let Some(id) = r.tokens.iter().find(|id| !known(id)) {
         return Err(ApiError::field("tokens", format!("{id} is no token id of this model")));
     }
-    let prompt = shared.tokenizer.decode(&r.tokens).map_err(|e| ApiError::field("tokens", e.to_string()))?;
-    Ok(axum::Json(DetokenizeResponse { prompt }))
+    let tokenizer = shared.tokenizer.clone();
+    let work = move || {
+        let prompt = tokenizer.decode(&r.tokens).map_err(|e| ApiError::field("tokens", e.to_string()))?;
+        Ok(axum::Json(DetokenizeResponse { prompt }))
+    };
+    shared.texts.run(bytes, work).await?
 }
 
-/// Whether the process lives.
-#[utoipa::path(get, path = "/health", tag = "Operation", responses((status = 200)))]
-pub async fn health() -> StatusCode {
-    StatusCode::OK
+/// Whether the engine works: it has not stopped and does not stand still.
+#[utoipa::path(get, path = "/health", tag = "Operation", responses((status = 200), (status = 503, body = ErrorBody)))]
+pub async fn health(State(shared): StateArc) -> Result<StatusCode, ApiError> {
+    match shared.trouble() {
+        Some(trouble) => Err(ApiError::unhealthy(trouble)),
+        None => Ok(StatusCode::OK),
+    }
 }
 
 /// Whether to send requests here; no longer once the server is shutting down.
 #[utoipa::path(get, path = "/ready", tag = "Operation", responses((status = 200), (status = 503, body = ErrorBody)))]
-pub async fn ready(State(shared): StateArc) -> Result<StatusCode, ApiError> {
-    match shared.draining.load(Ordering::Relaxed) {
+pub async fn ready(state: StateArc) -> Result<StatusCode, ApiError> {
+    match state.draining.load(Ordering::Relaxed) {
         true => Err(ApiError::draining()),
-        false => Ok(StatusCode::OK),
+        false => health(state).await,
     }
 }
 

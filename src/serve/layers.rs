@@ -3,16 +3,30 @@
 use super::errors::ApiError;
 use super::state::Shared;
 use axum::body::Body;
-use axum::extract::{MatchedPath, Request, State};
+use axum::extract::{FromRequestParts, MatchedPath, Request, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http_body_util::BodyExt;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use subtle::{Choice, ConstantTimeEq};
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// A request's id, its own or the one that [`request_id`] gave it.
+pub struct RequestId(pub Arc<str>);
+
+impl<S: Send + Sync> FromRequestParts<S> for RequestId {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<RequestId, Infallible> {
+        let id = parts.headers.get(&REQUEST_ID).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        Ok(RequestId(id.into()))
+    }
+}
 
 /// Gives a request an id, if it brings none, and its answer the same.
 pub async fn request_id(mut request: Request, next: Next) -> Response {
@@ -37,7 +51,7 @@ pub async fn observe(State(shared): State<Arc<Shared>>, request: Request, next: 
     let response = next.run(request).await;
     let status = response.status().as_u16();
     let elapsed = started.elapsed();
-    shared.metrics.http(&handler, method.as_str(), status, elapsed.as_secs_f64());
+    shared.metrics.http(&handler, &method, status, elapsed.as_secs_f64());
     let milliseconds = elapsed.as_secs_f64() * 1e3;
     match status {
         500.. => tracing::error!(request_id = id, %method, path, status, milliseconds, "request"),
@@ -52,7 +66,9 @@ pub async fn authorize(State(shared): State<Arc<Shared>>, request: Request, next
         return next.run(request).await;
     }
     let given = request.headers().get(header::AUTHORIZATION).map_or(&[][..], HeaderValue::as_bytes);
-    let given = given.strip_prefix(b"Bearer ").unwrap_or_default();
+    // the scheme's name may be written in any case
+    let given = given.split_at_checked(7).filter(|(scheme, _)| scheme.eq_ignore_ascii_case(b"Bearer "));
+    let given = given.map_or(&[][..], |(_, key)| key.trim_ascii());
     let known = shared.api_keys.iter().fold(Choice::from(0), |any, key| any | key.as_bytes().ct_eq(given));
     match bool::from(known) {
         true => next.run(request).await,
@@ -60,10 +76,25 @@ pub async fn authorize(State(shared): State<Arc<Shared>>, request: Request, next
     }
 }
 
-/// Refuses a body that takes too long to come.
-pub async fn limit_body_time(State(limit): State<Duration>, request: Request, next: Next) -> Response {
-    let deadline = tokio::time::Instant::now() + limit;
+/// Limits of a request's body.
+#[derive(Clone, Copy)]
+pub struct BodyLimits {
+    pub bytes: usize,
+    pub time: Duration,
+}
+
+/// Refuses a body that says it is too large before any of it is asked for, and one that takes too long to come.
+pub async fn limit_body(State(limits): State<BodyLimits>, request: Request, next: Next) -> Response {
+    let deadline = tokio::time::Instant::now() + limits.time;
     let (head, body) = request.into_parts();
+    let size = head.headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    if let Some(size) = size.filter(|n| *n > limits.bytes as u64) {
+        // whoever sends without waiting for permission reads the answer only after that
+        if !head.headers.contains_key(header::EXPECT) {
+            let _ = tokio::time::timeout_at(deadline, discard(body)).await;
+        }
+        return ApiError::too_large(Some((size, limits.bytes))).into_response();
+    }
     let timed = futures_util::stream::unfold(body, move |mut body| async move {
         let frame = match tokio::time::timeout_at(deadline, body.frame()).await {
             Ok(frame) => frame?.map_err(std::io::Error::other),
@@ -73,4 +104,16 @@ pub async fn limit_body_time(State(limit): State<Duration>, request: Request, ne
         Some((bytes, body))
     });
     next.run(Request::from_parts(head, Body::from_stream(timed))).await
+}
+
+/// Reads what is left of a body, up to a size that no mistake has.
+async fn discard(mut body: Body) {
+    const MOST: usize = 64 << 20;
+    let mut read = 0;
+    while let Some(Ok(frame)) = body.frame().await {
+        read += frame.data_ref().map_or(0, |d| d.len());
+        if read > MOST {
+            return;
+        }
+    }
 }

@@ -3,6 +3,7 @@
 use crate::engine::session::Completed;
 use crate::engine::{Counters, Finish};
 use crate::ops::BLOCK;
+use axum::http::Method;
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
@@ -33,6 +34,7 @@ pub struct Metrics {
     request_generation_tokens: Histogram,
     request_max_tokens: Histogram,
     request_n: Histogram,
+    restarts: IntCounter,
     http: HistogramVec,
 }
 
@@ -125,6 +127,11 @@ impl Metrics {
             request_generation_tokens: tokens("request_generation_tokens", "Tokens generated for a request."),
             request_max_tokens: tokens("request_params_max_tokens", "Most tokens that a request asks for."),
             request_n: tokens("request_params_n", "Candidates that a request asks for."),
+            // this one vLLM does not have
+            restarts: m.add(IntCounter::with_opts(
+                Opts::new("bprompt:engine_restarts_total", "Times that the engine was emptied after a failure.")
+                    .const_labels(m.labels.clone()),
+            )),
             http: m.add(HistogramVec::new(
                 HistogramOpts::new("http_request_duration_seconds", "Time to the response's head.")
                     .buckets(SECONDS.to_vec()),
@@ -146,7 +153,22 @@ impl Metrics {
         self.success.with_label_values(&["abort"]).inc();
     }
 
-    pub fn http(&self, handler: &str, method: &str, status: u16, seconds: f64) {
+    /// The engine failed while it served a request.
+    pub fn failed(&self) {
+        self.success.with_label_values(&["error"]).inc();
+    }
+
+    /// The engine's session was emptied after a failure.
+    pub fn restarted(&self) {
+        self.restarts.inc();
+    }
+
+    /// A request was answered. `handler` is a route; methods that nobody serves are counted together, because anybody can make
+    /// up more of them.
+    pub fn http(&self, handler: &str, method: &Method, status: u16, seconds: f64) {
+        const KNOWN: [Method; 7] =
+            [Method::GET, Method::POST, Method::HEAD, Method::OPTIONS, Method::PUT, Method::PATCH, Method::DELETE];
+        let method = KNOWN.iter().find(|known| *known == method).map_or("other", Method::as_str);
         self.http.with_label_values(&[handler, method, &status.to_string()]).observe(seconds);
     }
 
@@ -184,14 +206,17 @@ impl Metrics {
         }
     }
 
-    /// A forward pass is done, or everything was cancelled.
-    pub fn step(&self, running: usize, waiting: usize, blocks: (usize, usize), counters: Counters, tokens: u64) {
+    /// A forward pass is done, or something was cancelled. `counted` are the engine's counters before and after.
+    pub fn step(&self, running: usize, waiting: usize, blocks: (usize, usize), counted: (&Counters, &Counters)) {
+        let (before, after) = counted;
+        let grown = |read: &ReadCounter| read(after).saturating_sub(read(before));
         self.running.set(running as i64);
         self.waiting.set(waiting as i64);
         self.cache_usage.iter().for_each(|g| g.set(blocks.0 as f64 / blocks.1 as f64));
         for (counter, read) in &self.counters {
-            counter.inc_by(read(&counters) - counter.get());
+            counter.inc_by(grown(read));
         }
+        let tokens = after.computed_tokens.saturating_sub(before.computed_tokens);
         if tokens > 0 {
             self.iteration_tokens.observe(tokens as f64);
         }

@@ -1,10 +1,13 @@
 //! The HTTP server: OpenAI's API, rewriting, metrics, a page.
 
+mod connection;
+pub mod engine;
 pub mod errors;
 mod info;
 mod layers;
 pub mod metrics;
 mod openai;
+mod pool;
 mod rewrite;
 mod sse;
 mod state;
@@ -12,19 +15,26 @@ pub mod worker;
 
 pub use state::Shared;
 
-use axum::extract::{DefaultBodyLimit, Request};
+use axum::body::Body;
+use axum::extract::DefaultBodyLimit;
+use axum::http::{Method, Request, Version, header};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::get;
 use axum::{Json, Router};
+use connection::Wire;
 use errors::ApiError;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
 use std::future::Future;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::Sleep;
+use tower::ServiceExt;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::CorsLayer;
 use utoipa::OpenApi;
@@ -39,6 +49,8 @@ pub struct HttpOptions {
     /// Longest time for a request's head, and between requests of a connection; and for a request's body.
     pub header_timeout: Duration,
     pub body_timeout: Duration,
+    /// Longest time for which a client may take nothing of its answer.
+    pub write_timeout: Option<Duration>,
     /// Origins whose pages may call; `*` for all.
     pub cors_origins: Vec<String>,
     /// How long `/ready` fails before the server stops accepting connections, and how long requests may take after that.
@@ -52,6 +64,7 @@ impl Default for HttpOptions {
             body_limit: 1 << 20,
             header_timeout: Duration::from_secs(60),
             body_timeout: Duration::from_secs(30),
+            write_timeout: Some(Duration::from_secs(60)),
             cors_origins: vec![],
             shutdown_delay: Duration::ZERO,
             shutdown_timeout: Duration::from_secs(30),
@@ -81,6 +94,8 @@ pub fn app(shared: Arc<Shared>, options: &HttpOptions) -> anyhow::Result<Router>
         .routes(routes!(rewrite::model_list))
         .routes(routes!(info::tokenize))
         .routes(routes!(info::detokenize))
+        // a name with slashes, as Hugging Face has them
+        .route("/v1/models/{model}/{*rest}", get(openai::models::model_by_path))
         .route_layer(from_fn_with_state(shared.clone(), layers::authorize));
     let open = OpenApiRouter::new()
         .routes(routes!(info::health))
@@ -89,14 +104,17 @@ pub fn app(shared: Arc<Shared>, options: &HttpOptions) -> anyhow::Result<Router>
         .routes(routes!(info::metrics));
     let (router, document) =
         OpenApiRouter::with_openapi(Document::openapi()).merge(guarded).merge(open).split_for_parts();
+    let body_limits = layers::BodyLimits { bytes: options.body_limit, time: options.body_timeout };
     let mut router = router
         .route("/", get(info::page))
         .route("/ping", get(info::health))
         .route("/openapi.json", get(move || std::future::ready(Json(document))))
-        .fallback(|request: Request| async move { ApiError::no_such_path(request.uri().path()) })
-        .method_not_allowed_fallback(|request: Request| async move { ApiError::wrong_method(request.uri().path()) })
+        .fallback(|request: Request<Body>| async move { ApiError::no_such_path(request.uri().path()) })
+        .method_not_allowed_fallback(
+            |request: Request<Body>| async move { ApiError::wrong_method(request.uri().path()) },
+        )
         .layer(DefaultBodyLimit::max(options.body_limit))
-        .layer(from_fn_with_state(options.body_timeout, layers::limit_body_time));
+        .layer(from_fn_with_state(body_limits, layers::limit_body));
     if !options.cors_origins.is_empty() {
         router = router.layer(cors(&options.cors_origins)?);
     }
@@ -112,8 +130,12 @@ pub fn app(shared: Arc<Shared>, options: &HttpOptions) -> anyhow::Result<Router>
 }
 
 fn cors(origins: &[String]) -> anyhow::Result<CorsLayer> {
-    use tower_http::cors::{AllowOrigin, Any};
-    let layer = CorsLayer::new().allow_methods(Any).allow_headers(Any);
+    use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, Any};
+    // `*` would not cover Authorization, so that what is asked for is allowed by name
+    let layer = CorsLayer::new()
+        .allow_methods(AllowMethods::list([Method::GET, Method::POST]))
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers([layers::REQUEST_ID, header::RETRY_AFTER]);
     if origins.iter().any(|o| o == "*") {
         return Ok(layer.allow_origin(Any));
     }
@@ -130,22 +152,10 @@ pub async fn serve(
     options: HttpOptions,
     stop: impl Future<Output = ()>,
 ) -> usize {
-    let mut builder = hyper::server::conn::http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(options.header_timeout);
     let graceful = GracefulShutdown::new();
-    let accept = |stream: tokio::net::TcpStream| {
-        // a token is a small packet that somebody waits for
-        let _ = stream.set_nodelay(true);
-        let service = TowerToHyperService::new(router.clone());
-        let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service));
-        tokio::spawn(async move {
-            if let Err(e) = connection.await {
-                tracing::debug!("connection: {e}");
-            }
-        });
-    };
+    let accept = |stream| accept(stream, router.clone(), &options, &graceful);
     let mut stop = std::pin::pin!(stop);
-    let mut leaving = std::pin::pin!(None::<tokio::time::Sleep>);
+    let mut leaving = std::pin::pin!(None::<Sleep>);
     loop {
         tokio::select! {
             connection = listener.accept() => match connection {
@@ -164,13 +174,43 @@ pub async fn serve(
             () = async { leaving.as_mut().as_pin_mut().expect("checked").await }, if leaving.is_some() => break,
         }
     }
-    // who has connected already is served
-    while let Ok(Ok((stream, _))) = tokio::time::timeout(Duration::from_millis(20), listener.accept()).await {
+    let now = tokio::time::Instant::now();
+    let end = now + options.shutdown_timeout;
+    // who has connected already is served; who goes on connecting must not keep the server from ending
+    let last = end.min(now + Duration::from_millis(200));
+    let soon = || last.min(tokio::time::Instant::now() + Duration::from_millis(20));
+    while let Ok(Ok((stream, _))) = tokio::time::timeout_at(soon(), listener.accept()).await {
         accept(stream);
     }
     drop(listener);
-    match tokio::time::timeout(options.shutdown_timeout, graceful.shutdown()).await {
+    match tokio::time::timeout_at(end, graceful.shutdown()).await {
         Ok(()) => 0,
         Err(_) => shared.engine.in_flight().max(1),
     }
+}
+
+/// Serves a connection on a task of its own. A client that leaves before its answer begins ends the work for it.
+fn accept(stream: TcpStream, router: Router, options: &HttpOptions, graceful: &GracefulShutdown) {
+    // a token is a small packet that somebody waits for
+    let _ = stream.set_nodelay(true);
+    let wire = Wire::new(stream, options.write_timeout);
+    let client = wire.client();
+    let service = service_fn(move |request: Request<Incoming>| {
+        let (router, client) = (router.clone(), client.clone());
+        async move {
+            let takes_interim = request.version() == Version::HTTP_11;
+            tokio::select! {
+                answer = router.oneshot(request.map(Body::new)) => answer.map_err(|e| match e {}),
+                () = client.left(takes_interim) => Err(std::io::Error::from(ErrorKind::ConnectionAborted)),
+            }
+        }
+    });
+    let mut builder = hyper::server::conn::http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(options.header_timeout).half_close(true);
+    let connection = graceful.watch(builder.serve_connection(TokioIo::new(wire), service));
+    tokio::spawn(async move {
+        if let Err(e) = connection.await {
+            tracing::debug!("connection: {e}");
+        }
+    });
 }

@@ -1,20 +1,20 @@
 //! `/v1/rewrite`: plain prompts into rich ones that keep their meaning; and the routes of the existing web-UI extension.
 
-use super::errors::{ApiError, ErrorBody, Json};
-use super::openai::{OneOrMany, PromptTokensDetails, SamplingParams, Usage, now};
+use super::engine::{Generation, Reply};
+use super::errors::{ApiError, ErrorBody, Json, RequestBody};
+use super::layers::RequestId;
+use super::openai::{OneOrMany, PromptTokensDetails, SamplingParams, Usage, bans, keeps, now};
 use super::sse;
 use super::state::{Shared, StateArc};
-use super::worker::Reply;
 use crate::engine::session::{Completed, GenerateOptions};
 use crate::rewrite::{Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, whole_characters};
-use crate::text::literals::Literals;
-use crate::text::phrases::Phrases;
 use crate::text::template::Template;
 use axum::extract::State;
-use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::convert::Infallible;
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -23,6 +23,9 @@ use utoipa::ToSchema;
 /// Most prompts of one request, and how many of them are worked on at once.
 const MOST_PROMPTS: usize = 256;
 const AT_ONCE: usize = 32;
+
+/// Most parts between BREAKs of a prompt.
+const MOST_PARTS: usize = 64;
 
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct RewriteRequest {
@@ -35,8 +38,10 @@ pub struct RewriteRequest {
     #[schema(minimum = 1)]
     pub max_tokens: Option<u32>,
     /// Phrases that every candidate must hold.
+    #[schema(max_items = 256)]
     pub keep: Option<Vec<String>>,
     /// Phrases that no candidate may hold.
+    #[schema(max_items = 10000)]
     pub ban: Option<Vec<String>>,
     /// Least part of the prompt's meaning that a candidate keeps; others fall back on the prompt itself. 0.9 if not given; 0 takes
     /// what the model says.
@@ -52,6 +57,12 @@ pub struct RewriteRequest {
     pub stream: Option<bool>,
     #[serde(flatten)]
     pub sampling: SamplingParams,
+}
+
+impl RequestBody for RewriteRequest {
+    fn check(body: &Value) -> Result<(), ApiError> {
+        super::openai::check(body)
+    }
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -103,48 +114,78 @@ fn count(usage: &mut Usage, r: &Rewrite) {
     usage.prompt_tokens_details = PromptTokensDetails { cached_tokens };
 }
 
-/// Works until a rewrite is done. If it is the `first` of a request, a full queue refuses it.
-async fn drive(
-    shared: &Shared,
-    mut rewriting: Rewriting,
-    index: usize,
-    pieces: Option<&mpsc::UnboundedSender<Event>>,
-    first: bool,
-) -> Result<Rewrite, ApiError> {
-    let mut round = 0;
-    loop {
-        let work = rewriting.work().map_err(|e| ApiError::field("prompt", e.to_string()))?;
-        if work.is_empty() {
-            return Ok(rewriting.finish());
-        }
-        let generations = match first && round == 0 {
-            true => shared.engine.submit(work).await?,
-            false => shared.engine.submit_in_turn(work).await?,
-        };
-        let completed = stream::iter(generations.into_iter().enumerate().map(|(part, mut generation)| async move {
-            let mut counts: Vec<usize> = vec![];
-            while let Some(reply) = generation.next().await {
-                match reply? {
-                    Reply::Done(completed) => return Ok::<Completed, ApiError>(*completed),
-                    Reply::Text { candidate, text, tokens, .. } => {
-                        let Some(pieces) = pieces else { continue };
-                        counts.resize(counts.len().max(candidate as usize + 1), 0);
-                        counts[candidate as usize] += tokens.len();
-                        let tokens = counts[candidate as usize];
-                        let text = whole_characters(&text).into_owned();
-                        // nobody may be listening any more
-                        let _ = pieces.send(sse::data(&RewritePiece { index, candidate, round, part, text, tokens }));
-                    }
-                    Reply::Accepted | Reply::Refused(_) | Reply::Failed(_) => {}
-                }
+/// What a request's prompts are worked on with.
+#[derive(Clone)]
+struct Job {
+    shared: Arc<Shared>,
+    request_id: Arc<str>,
+    /// Where pieces of text go, if anybody wants them.
+    pieces: Option<mpsc::Sender<Event>>,
+}
+
+impl Job {
+    /// Works until a rewrite is done. If it is the `first` of a request, a full queue refuses it.
+    async fn drive(&self, rewriting: Rewriting, index: usize, first: bool) -> Result<Rewrite, ApiError> {
+        let texts = &self.shared.texts;
+        let cost = rewriting.text_bytes();
+        let mut rewriting = rewriting;
+        let mut round = 0;
+        loop {
+            let mut owned = rewriting;
+            let (work, owned) = texts.run(cost, move || (owned.work(), owned)).await?;
+            rewriting = owned;
+            let work = work.map_err(|e| ApiError::field("prompt", e.to_string()))?;
+            if work.is_empty() {
+                return texts.run(cost, move || rewriting.finish()).await;
             }
-            Err(ApiError::internal("the engine has stopped"))
-        }))
-        .buffered(AT_ONCE)
-        .try_collect::<Vec<_>>()
-        .await?;
-        rewriting.take(&completed);
-        round += 1;
+            let generations = match first && round == 0 {
+                true => self.shared.engine.submit(work, &self.request_id).await?,
+                false => self.shared.engine.submit_in_turn(work, &self.request_id).await?,
+            };
+            let parts = generations.into_iter().enumerate().map(|(part, g)| self.part(g, index, round, part));
+            let completed = stream::iter(parts).buffered(AT_ONCE).try_collect::<Vec<_>>().await?;
+            let mut owned = rewriting;
+            let take = move || {
+                owned.take(&completed);
+                owned
+            };
+            rewriting = texts.run(cost, take).await?;
+            round += 1;
+        }
+    }
+
+    /// One part of a prompt in one round, and its pieces on the way.
+    async fn part(
+        &self,
+        mut generation: Generation,
+        index: usize,
+        round: u32,
+        part: usize,
+    ) -> Result<Completed, ApiError> {
+        let mut counts: Vec<usize> = vec![];
+        while let Some(reply) = generation.next().await {
+            let (candidate, text, tokens) = match reply? {
+                Reply::Done(completed) => return Ok(*completed),
+                Reply::Text { candidate, text, tokens, .. } => (candidate, text, tokens),
+                Reply::Accepted | Reply::Refused(_) | Reply::Failed(_) => continue,
+            };
+            counts.resize(counts.len().max(candidate as usize + 1), 0);
+            counts[candidate as usize] += tokens.len();
+            let tokens = counts[candidate as usize];
+            if let Some(pieces) = self.pieces.as_ref().filter(|_| !text.is_empty()) {
+                let text = whole_characters(&text).into_owned();
+                // nobody may be listening any more
+                let _ = pieces.send(sse::data(&RewritePiece { index, candidate, round, part, text, tokens })).await;
+            }
+        }
+        Err(ApiError::internal("the engine has stopped"))
+    }
+
+    /// Rewrites in the order of their prompts. A full queue refuses the first; the others wait for their turn.
+    fn all(&self, rewritings: Vec<Rewriting>) -> impl stream::Stream<Item = Result<(usize, Rewrite), ApiError>> + '_ {
+        let drive =
+            move |(index, rewriting)| async move { Ok((index, self.drive(rewriting, index, index == 0).await?)) };
+        stream::iter(rewritings.into_iter().enumerate()).map(drive).buffered(AT_ONCE)
     }
 }
 
@@ -162,18 +203,52 @@ async fn drive(
         (status = "5XX", description = "The server cannot serve", body = ErrorBody),
     )
 )]
-pub async fn rewrite(State(shared): StateArc, Json(r): Json<RewriteRequest>) -> Result<Response, ApiError> {
+pub async fn rewrite(
+    State(shared): StateArc,
+    RequestId(request_id): RequestId,
+    Json(r, bytes): Json<RewriteRequest>,
+) -> Result<Response, ApiError> {
     shared.check_model(r.model.as_deref())?;
+    let streams = r.stream.unwrap_or(false);
+    let own = shared.clone();
+    let rewritings = shared.texts.run(bytes, move || rewritings(&own, r)).await??;
+    let job = Job { shared: shared.clone(), request_id, pieces: None };
+    if streams {
+        return Ok(streamed(job, rewritings));
+    }
+    let mut usage = Usage::default();
+    let mut results = Vec::new();
+    let rewrites = job.all(rewritings).try_collect::<Vec<_>>().await?;
+    for (index, rewrite) in rewrites {
+        count(&mut usage, &rewrite);
+        results.push(result(index, rewrite));
+    }
+    let id = format!("rewrite-{}", uuid::Uuid::new_v4().simple());
+    let model = shared.name.clone();
+    Ok(axum::Json(RewriteResponse { id, object: "rewrite", created: now(), model, results, usage }).into_response())
+}
+
+/// A request's prompts, ready to be worked on. What cannot fit is refused before it is read.
+fn rewritings(shared: &Shared, r: RewriteRequest) -> Result<Vec<Rewriting>, ApiError> {
+    let prompts = r.prompt.list();
+    if prompts.is_empty() || prompts.len() > MOST_PROMPTS {
+        let message = format!("there are {} prompts; expected 1 to {MOST_PROMPTS}", prompts.len());
+        return Err(ApiError::field("prompt", message));
+    }
+    prompts.iter().try_for_each(|p| check_prompt(shared, "prompt", p))?;
     let template = match r.template.as_deref() {
         None => shared.prompter.template.clone(),
         Some(name @ ("v1" | "v2")) => Template::named(name).map_err(|e| ApiError::field("template", e.to_string()))?,
-        Some(text) => Template::parse(text).map_err(|e| ApiError::field("template", format!("the template {e}")))?,
+        Some(text) => {
+            shared.check_length("template", text)?;
+            Template::parse(text).map_err(|e| ApiError::field("template", format!("the template {e}")))?
+        }
     };
     let prompter = Prompter { tokenizer: shared.tokenizer.clone(), template };
-    let mut options = r.sampling.options(&shared.defaults, r.max_tokens, &shared)?;
-    options.keep = Arc::new(Literals::new(r.keep.unwrap_or_default()));
+    let mut options = r.sampling.options(&shared.defaults, r.max_tokens, shared)?;
+    options.keep = keeps(r.keep)?;
     if let Some(ban) = r.ban {
-        options.ban = Arc::new(Phrases::new(ban));
+        options.ban = bans(ban)?;
     }
     if let Some(kept) = r.min_kept.filter(|k| !(0.0..=1.0).contains(k)) {
         return Err(ApiError::field("min_kept", format!("min_kept is {kept}, expected 0 to 1")));
@@ -187,60 +262,40 @@ pub async fn rewrite(State(shared): StateArc, Json(r): Json<RewriteRequest>) -> 
     }
     let min_kept = Some(r.min_kept.unwrap_or(DEFAULT_MIN_KEPT)).filter(|least| *least > 0.0);
     let guard = GuardOptions { min_kept, rounds, max_clip_tokens: r.max_clip_tokens, count_clip_tokens: true };
-    let prompts = r.prompt.list();
-    if prompts.is_empty() || prompts.len() > MOST_PROMPTS {
-        let message = format!("there are {} prompts; expected 1 to {MOST_PROMPTS}", prompts.len());
-        return Err(ApiError::field("prompt", message));
-    }
-    let rewritings = prompts
-        .iter()
-        .map(|p| Rewriting::new(prompter.clone(), p, options.clone(), guard.clone()))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|e| ApiError::field("prompt", e.to_string()))?;
-    let id = format!("rewrite-{}", uuid::Uuid::new_v4().simple());
-    if r.stream.unwrap_or(false) {
-        return Ok(streamed(shared, rewritings));
-    }
-    let mut usage = Usage::default();
-    let mut results = Vec::new();
-    let rewrites = all(&shared, rewritings, None).try_collect::<Vec<_>>().await?;
-    for (index, rewrite) in rewrites {
-        count(&mut usage, &rewrite);
-        results.push(result(index, rewrite));
-    }
-    let model = shared.name.clone();
-    Ok(axum::Json(RewriteResponse { id, object: "rewrite", created: now(), model, results, usage }).into_response())
+    let make = |p: &String| Rewriting::new(prompter.clone(), p, options.clone(), guard.clone());
+    let made = prompts.iter().map(make).collect::<Result<Vec<_>, _>>();
+    made.map_err(|e| ApiError::field("prompt", e.to_string()))
 }
 
-/// Rewrites in the order of their prompts. A full queue refuses the first; the others wait for their turn.
-fn all<'a>(
-    shared: &'a Shared,
-    rewritings: Vec<Rewriting>,
-    pieces: Option<&'a mpsc::UnboundedSender<Event>>,
-) -> impl stream::Stream<Item = Result<(usize, Rewrite), ApiError>> + 'a {
-    let drive = move |(index, rewriting)| async move {
-        Ok((index, drive(shared, rewriting, index, pieces, index == 0).await?))
-    };
-    stream::iter(rewritings.into_iter().enumerate()).map(drive).buffered(AT_ONCE)
+/// Fails if a prompt is too long, or is cut into too many parts, each of which the model would be asked for.
+fn check_prompt(shared: &Shared, field: &str, prompt: &str) -> Result<(), ApiError> {
+    shared.check_length(field, prompt)?;
+    match prompt.matches("BREAK").count() {
+        breaks if breaks < MOST_PARTS => Ok(()),
+        breaks => Err(ApiError::field(field, format!("{field} has {breaks} BREAKs; {} at most", MOST_PARTS - 1))),
+    }
 }
 
-fn streamed(shared: Arc<Shared>, rewritings: Vec<Rewriting>) -> Response {
-    let (events, receiver) = mpsc::unbounded_channel();
+fn streamed(job: Job, rewritings: Vec<Rewriting>) -> Response {
+    // a listener who is slow holds up the reading of pieces, not the engine
+    let (events, receiver) = mpsc::channel(256);
     tokio::spawn(async move {
+        let job = Job { pieces: Some(events.clone()), ..job };
         let mut usage = Usage::default();
         let work = async {
-            let rewrites = std::pin::pin!(all(&shared, rewritings, Some(&events)));
-            let sent = rewrites.try_for_each(|(index, rewrite)| {
-                count(&mut usage, &rewrite);
-                let _ = events.send(sse::data(&result(index, rewrite)));
-                std::future::ready(Ok(()))
-            });
-            let last = match sent.await {
-                Ok(()) => sse::data(&serde_json::json!({ "usage": usage })),
-                Err(e) => sse::data(&ErrorBody { error: e.detail }),
+            let mut rewrites = std::pin::pin!(job.all(rewritings));
+            let last = loop {
+                match rewrites.next().await {
+                    Some(Ok((index, rewrite))) => {
+                        count(&mut usage, &rewrite);
+                        let _ = events.send(sse::data(&result(index, rewrite))).await;
+                    }
+                    Some(Err(e)) => break sse::data(&ErrorBody { error: e.detail }),
+                    None => break sse::data(&serde_json::json!({ "usage": usage })),
+                }
             };
-            let _ = events.send(last);
-            let _ = events.send(Event::default().data("[DONE]"));
+            let _ = events.send(last).await;
+            let _ = events.send(Event::default().data("[DONE]")).await;
         };
         // who stops listening stops the work
         tokio::select! {
@@ -249,7 +304,7 @@ fn streamed(shared: Arc<Shared>, rewritings: Vec<Rewriting>) -> Response {
         }
     });
     let events = stream::unfold(receiver, |mut r| async move { Some((Ok::<_, Infallible>(r.recv().await?), r)) });
-    Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+    Sse::new(events).keep_alive(sse::keep_alive()).into_response()
 }
 
 /// A request of the BeautifulPrompt extension for Stable Diffusion's web UI. Its `model_name` is not looked at: there is one model.
@@ -272,6 +327,8 @@ pub struct GeneratePromptRequest {
     pub num_return_sequences: Option<u32>,
 }
 
+impl RequestBody for GeneratePromptRequest {}
+
 #[derive(Debug, Serialize, ToSchema)]
 pub struct GeneratePromptResponse {
     pub prompts: Vec<String>,
@@ -292,7 +349,8 @@ pub struct GeneratePromptResponse {
 )]
 pub async fn generate_prompt(
     State(shared): StateArc,
-    Json(r): Json<GeneratePromptRequest>,
+    RequestId(request_id): RequestId,
+    Json(r, bytes): Json<GeneratePromptRequest>,
 ) -> Result<axum::Json<GeneratePromptResponse>, ApiError> {
     let n = r.num_return_sequences.unwrap_or(5);
     if n > 50 {
@@ -310,9 +368,15 @@ pub async fn generate_prompt(
     if let Some(length) = r.max_length {
         options.length = crate::engine::session::Length::Total(length.max(1));
     }
-    let rewriting = Rewriting::new(shared.prompter.clone(), &r.raw_prompt, options, GuardOptions::default())
-        .map_err(|e| ApiError::field("raw_prompt", e.to_string()))?;
-    let rewrite = drive(&shared, rewriting, 0, None, true).await?;
+    let own = shared.clone();
+    let make = move || {
+        check_prompt(&own, "raw_prompt", &r.raw_prompt)?;
+        Rewriting::new(own.prompter.clone(), &r.raw_prompt, options, GuardOptions::default())
+            .map_err(|e| ApiError::field("raw_prompt", e.to_string()))
+    };
+    let rewriting = shared.texts.run(bytes, make).await??;
+    let job = Job { shared, request_id, pieces: None };
+    let rewrite = job.drive(rewriting, 0, true).await?;
     let prompts = rewrite.candidates.into_iter().map(|c| c.text).collect();
     Ok(axum::Json(GeneratePromptResponse { prompts, success: true }))
 }

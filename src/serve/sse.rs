@@ -1,7 +1,7 @@
 //! Server-sent events from generations.
 
+use super::engine::{Generation, Reply};
 use super::errors::{ApiError, ErrorBody};
-use super::worker::{Generation, Reply};
 use crate::engine::Finish;
 use crate::engine::session::Completed;
 use crate::engine::text::Token;
@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, StreamExt};
 use serde::Serialize;
 use std::convert::Infallible;
+use std::time::Duration;
 
 /// A server-sent event, for the API's description.
 #[derive(utoipa::ToSchema)]
@@ -65,7 +66,18 @@ pub fn respond(
         stream::iter(rendered)
     });
     let done = stream::iter([Event::default().data("[DONE]")]);
-    Sse::new(events.chain(done).map(Ok::<Event, Infallible>)).keep_alive(KeepAlive::default()).into_response()
+    Sse::new(events.chain(done).map(Ok::<Event, Infallible>)).keep_alive(keep_alive()).into_response()
+}
+
+/// Comments while there is nothing to tell, often enough that a client that has gone away is soon noticed.
+pub fn keep_alive() -> KeepAlive {
+    KeepAlive::new().interval(Duration::from_secs(2))
+}
+
+/// About how many bytes an answer comes to, with so many likely tokens beside each.
+pub fn cost(completed: &Completed, top: usize) -> usize {
+    let tokens: usize = completed.candidates.iter().map(|c| c.tokens.len()).sum();
+    (tokens + completed.prompt_scores.len()) * 8 * (top + 1)
 }
 
 /// An event that holds `value` as JSON.

@@ -1,8 +1,9 @@
 //! What all handlers share.
 
+use super::engine::Engine;
 use super::errors::ApiError;
 use super::metrics::Metrics;
-use super::worker::Engine;
+use super::pool::TextPool;
 use crate::models::bloom::BloomConfig;
 use crate::models::generation_config::GenerationDefaults;
 use crate::rewrite::Prompter;
@@ -26,8 +27,13 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     /// Longest time for a request.
     pub request_timeout: Option<Duration>,
+    /// How long the engine may stand still before it counts as stuck.
+    pub stall_timeout: Option<Duration>,
     pub api_keys: Vec<String>,
     pub draining: AtomicBool,
+    pub texts: TextPool,
+    /// Bytes of the vocabulary's longest token.
+    pub longest_token: usize,
 }
 
 impl Shared {
@@ -37,6 +43,21 @@ impl Shared {
             Some(name) if name != self.name && !name.is_empty() => Err(ApiError::model_not_found(name, &self.name)),
             _ => Ok(()),
         }
+    }
+
+    /// Fails, without reading it, if a text is longer than the longest tokens could make the model's whole context.
+    pub fn check_length(&self, field: &str, text: &str) -> Result<(), ApiError> {
+        let (bytes, context) = (text.len(), self.config.context);
+        if bytes <= context.saturating_mul(self.longest_token.max(1)) {
+            return Ok(());
+        }
+        let message = format!("{field} has {bytes} bytes, more than the model's context of {context} tokens can hold");
+        Err(ApiError::field(field, message))
+    }
+
+    /// What keeps the server from serving, if something does.
+    pub fn trouble(&self) -> Option<String> {
+        self.engine.trouble(self.stall_timeout)
     }
 
     /// Token ids of a plain prompt in the model's template; the error says what is wrong with it.

@@ -33,6 +33,7 @@ pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
         // a request may hold hundreds of prompts
         max_queue: 1 << 16,
         request_timeout: None,
+        stall_timeout: None,
         api_keys: vec![],
     };
     begun.settle(settings(args))?;

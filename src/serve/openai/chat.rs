@@ -2,13 +2,18 @@
 
 use super::{SamplingParams, StreamOptions, Usage, finite, now, token_text, top_logprobs, with_top};
 use crate::engine::Finish;
+use crate::engine::session::{Completed, GenerateOptions};
 use crate::engine::text::Token;
-use crate::serve::errors::{ApiError, ErrorBody, Json};
+use crate::serve::engine::Generation;
+use crate::serve::errors::{ApiError, ErrorBody, Json, RequestBody};
+use crate::serve::layers::RequestId;
 use crate::serve::sse::{self, Item};
 use crate::serve::state::{Shared, StateArc};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::sync::Arc;
 use utoipa::ToSchema;
 
 #[derive(Debug, Deserialize, ToSchema)]
@@ -33,6 +38,12 @@ pub struct ChatRequest {
     pub sampling: SamplingParams,
 }
 
+impl RequestBody for ChatRequest {
+    fn check(body: &Value) -> Result<(), ApiError> {
+        super::check(body)
+    }
+}
+
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct Message {
     pub role: String,
@@ -40,7 +51,7 @@ pub struct Message {
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text or a list of parts")]
 pub enum Content {
     Text(String),
     Parts(Vec<Part>),
@@ -166,41 +177,79 @@ fn plain_prompt(messages: &[Message]) -> Result<String, ApiError> {
         (status = "5XX", description = "The server cannot serve", body = ErrorBody),
     )
 )]
-pub async fn chat_completions(State(shared): StateArc, Json(r): Json<ChatRequest>) -> Result<Response, ApiError> {
+pub async fn chat_completions(
+    State(shared): StateArc,
+    RequestId(request_id): RequestId,
+    Json(r, bytes): Json<ChatRequest>,
+) -> Result<Response, ApiError> {
     shared.check_model(r.model.as_deref())?;
-    let prompt = plain_prompt(&r.messages)?;
-    let ids = shared.encode(&prompt).map_err(|e| ApiError::field("messages", e))?;
     let wanted = r.logprobs.unwrap_or(false);
     if r.top_logprobs.is_some_and(|n| n > 0) && !wanted {
         return Err(ApiError::field("top_logprobs", "top_logprobs makes sense with logprobs alone"));
     }
-    let mut options = r.sampling.options(&shared.defaults, r.max_completion_tokens.or(r.max_tokens), &shared)?;
-    options.top_logprobs = top_logprobs(r.top_logprobs, "top_logprobs")?;
-    let mut generations = shared.engine.submit(vec![(ids, options.clone())]).await?;
-    let id = format!("chatcmpl-{}", uuid::Uuid::new_v4().simple());
-    let created = now();
-    if !r.stream.unwrap_or(false) {
-        let completed = generations.remove(0).complete().await?;
-        let choices = completed.candidates.iter().enumerate().map(|(index, c)| ChatChoice {
-            index,
-            message: Answer { role: Some("assistant"), content: Some(c.text.trim_start().to_owned()) },
-            logprobs: wanted.then(|| logprobs(&shared, &c.tokens)),
-            finish_reason: c.finish,
-        });
-        let mut usage = Usage::default();
-        usage.add(&completed);
-        let choices = choices.collect();
-        let answer =
-            ChatCompletion { id, object: "chat.completion", created, model: shared.name.clone(), choices, usage };
-        return Ok(axum::Json(answer).into_response());
+    let top = top_logprobs(r.top_logprobs, "top_logprobs")?;
+    let streams = r.stream.unwrap_or(false);
+    let include_usage = r.stream_options.as_ref().and_then(|o| o.include_usage).unwrap_or(false);
+    let own = shared.clone();
+    let (ids, mut options) = shared.texts.run(bytes, move || prepare(&own, r)).await??;
+    options.top_logprobs = top;
+    let candidates = options.candidates as usize;
+    let mut generations = shared.engine.submit(vec![(ids, options)], &request_id).await?;
+    let form = Form { id: format!("chatcmpl-{}", uuid::Uuid::new_v4().simple()), created: now(), logprobs: wanted };
+    if streams {
+        return Ok(streamed(shared, generations, candidates, form, include_usage));
     }
-    let include_usage = r.stream_options.and_then(|o| o.include_usage).unwrap_or(false);
+    let completed = generations.remove(0).complete().await?;
+    let cost = sse::cost(&completed, top);
+    let own = shared.clone();
+    shared.texts.run(cost, move || axum::Json(whole(&own, &completed, form)).into_response()).await
+}
+
+/// What the answer's form depends on.
+struct Form {
+    id: String,
+    created: u64,
+    /// Whether log-probabilities are wanted.
+    logprobs: bool,
+}
+
+/// Token ids of the plain prompt, and how to continue them.
+fn prepare(shared: &Shared, r: ChatRequest) -> Result<(Vec<u32>, GenerateOptions), ApiError> {
+    let prompt = plain_prompt(&r.messages)?;
+    shared.check_length("messages", &prompt)?;
+    let options = r.sampling.options(&shared.defaults, r.max_completion_tokens.or(r.max_tokens), shared)?;
+    let ids = shared.encode(&prompt).map_err(|e| ApiError::field("messages", e))?;
+    Ok((ids, options))
+}
+
+fn whole(shared: &Shared, completed: &Completed, form: Form) -> ChatCompletion {
+    let choices = completed.candidates.iter().enumerate().map(|(index, c)| ChatChoice {
+        index,
+        message: Answer { role: Some("assistant"), content: Some(c.text.trim_start().to_owned()) },
+        logprobs: form.logprobs.then(|| logprobs(shared, &c.tokens)),
+        finish_reason: c.finish,
+    });
     let mut usage = Usage::default();
-    let mut begun = vec![false; options.candidates as usize];
+    usage.add(completed);
+    let choices = choices.collect();
+    let (id, created, model) = (form.id, form.created, shared.name.clone());
+    ChatCompletion { id, object: "chat.completion", created, model, choices, usage }
+}
+
+fn streamed(
+    shared: Arc<Shared>,
+    generations: Vec<Generation>,
+    candidates: usize,
+    form: Form,
+    include_usage: bool,
+) -> Response {
+    let mut usage = Usage::default();
+    let mut begun = vec![false; candidates];
     let mut role_given = begun.clone();
-    Ok(sse::respond(generations, move |item| {
+    sse::respond(generations, move |item| {
         let chunk = |choices, usage| {
-            sse::data(&Chunk { id: &id, object: "chat.completion.chunk", created, model: &shared.name, choices, usage })
+            let (id, created, model) = (form.id.as_str(), form.created, shared.name.as_str());
+            sse::data(&Chunk { id, object: "chat.completion.chunk", created, model, choices, usage })
         };
         Ok(match item {
             Item::Text { candidate, text, tokens, finish, .. } => {
@@ -208,12 +257,15 @@ pub async fn chat_completions(State(shared): StateArc, Json(r): Json<ChatRequest
                 // the space after the template is none of the answer's
                 let text = if begun[index] { text } else { text.trim_start().to_owned() };
                 begun[index] |= !text.is_empty();
+                if text.is_empty() && finish.is_none() && !form.logprobs && role_given[index] {
+                    return Ok(vec![]);
+                }
                 let role = (!std::mem::replace(&mut role_given[index], true)).then_some("assistant");
                 vec![chunk(
                     vec![ChunkChoice {
                         index,
                         delta: Answer { role, content: Some(text) },
-                        logprobs: wanted.then(|| logprobs(&shared, &tokens)),
+                        logprobs: form.logprobs.then(|| logprobs(&shared, &tokens)),
                         finish_reason: finish,
                     }],
                     None,
@@ -226,5 +278,5 @@ pub async fn chat_completions(State(shared): StateArc, Json(r): Json<ChatRequest
             Item::End if include_usage => vec![chunk(vec![], Some(usage))],
             Item::End => vec![],
         })
-    }))
+    })
 }

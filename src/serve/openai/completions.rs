@@ -1,16 +1,19 @@
 //! `/v1/completions`: continues texts as they are.
 
-use super::{SamplingParams, StreamOptions, Usage, finite, now, token_text, top_logprobs, with_top};
-use crate::engine::session::{Candidate, Completed};
+use super::{SamplingParams, StreamOptions, Usage, finite, now, token_text, top_logprobs};
+use crate::engine::session::{Candidate, Completed, GenerateOptions};
 use crate::engine::{Finish, Sampling};
 use crate::models::generation_config::GenerationDefaults;
-use crate::serve::errors::{ApiError, ErrorBody, Json};
+use crate::serve::engine::Generation;
+use crate::serve::errors::{ApiError, ErrorBody, Json, RequestBody};
+use crate::serve::layers::RequestId;
 use crate::serve::sse::{self, Item};
 use crate::serve::state::{Shared, StateArc};
-use crate::serve::worker::Generation;
+use crate::text::Decoder;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use utoipa::ToSchema;
@@ -34,9 +37,15 @@ pub struct CompletionRequest {
     pub sampling: SamplingParams,
 }
 
+impl RequestBody for CompletionRequest {
+    fn check(body: &Value) -> Result<(), ApiError> {
+        super::check(body)
+    }
+}
+
 /// A text, texts, token ids, or lists of those.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text, a list of texts, a list of token ids, or a list of such lists")]
 pub enum Prompt {
     Text(String),
     Texts(Vec<String>),
@@ -68,23 +77,16 @@ pub struct CompletionLogprobs {
     pub tokens: Vec<String>,
     pub token_logprobs: Vec<Option<f32>>,
     pub top_logprobs: Option<Vec<Option<BTreeMap<String, f32>>>>,
-    /// In characters, from the beginning of the choice's text.
+    /// Where each token's text begins, in characters (Unicode scalar values) of the choice's text.
     pub text_offset: Vec<usize>,
 }
 
 impl CompletionLogprobs {
-    fn push(
-        &mut self,
-        shared: &Shared,
-        id: u32,
-        logprob: Option<f32>,
-        top: &[(u32, f32)],
-        wanted: usize,
-        offset: &mut usize,
-    ) {
+    /// A token that begins at the `offset`-th character, with `wanted` likely ones beside it.
+    fn push(&mut self, shared: &Shared, token: (u32, Option<f32>, &[(u32, f32)]), wanted: usize, offset: usize) {
+        let (id, logprob, top) = token;
         let text = token_text(shared, id);
-        self.text_offset.push(*offset);
-        *offset += text.chars().count();
+        self.text_offset.push(offset);
         if wanted > 0 {
             let top = logprob.map(|own| {
                 let mut map: BTreeMap<String, f32> =
@@ -99,14 +101,55 @@ impl CompletionLogprobs {
     }
 }
 
+/// Turns the bytes at which a choice's tokens end into the characters at which they begin. A token that only begins a character,
+/// and one that is no text, end where they begin.
+#[derive(Default)]
+struct Offsets {
+    text: String,
+    /// The same place in bytes and in characters: where the next token begins.
+    byte: usize,
+    character: usize,
+}
+
+impl Offsets {
+    /// Where the next token begins, which ends at a byte of the text so far.
+    fn next(&mut self, end: usize) -> usize {
+        let begin = self.character;
+        // a stop text that was left out takes tokens' ends with it
+        let end = (self.byte..=end.min(self.text.len())).rev().find(|b| self.text.is_char_boundary(*b));
+        if let Some(end) = end {
+            self.character += self.text[self.byte..end].chars().count();
+            self.byte = end;
+        }
+        begin
+    }
+}
+
 /// What the answer's form depends on.
 #[derive(Clone)]
 struct Form {
+    id: String,
+    created: u64,
     echo: bool,
     /// Likely tokens with each, if log-probabilities are wanted.
     logprobs: Option<usize>,
     /// Nothing but the prompt is wanted.
     only_prompt: bool,
+}
+
+impl Form {
+    fn usage(&self, usage: &mut Usage, completed: &Completed) {
+        usage.add(completed);
+        if self.only_prompt {
+            // the token that was computed with the prompt is no part of the answer
+            usage.completion_tokens = 0;
+            usage.total_tokens = usage.prompt_tokens;
+        }
+    }
+
+    fn finish(&self, finish: Finish) -> Finish {
+        if self.only_prompt { Finish::Length } else { finish }
+    }
 }
 
 /// Continue texts.
@@ -123,91 +166,101 @@ struct Form {
         (status = "5XX", description = "The server cannot serve", body = ErrorBody),
     )
 )]
-pub async fn completions(State(shared): StateArc, Json(r): Json<CompletionRequest>) -> Result<Response, ApiError> {
+pub async fn completions(
+    State(shared): StateArc,
+    RequestId(request_id): RequestId,
+    Json(r, bytes): Json<CompletionRequest>,
+) -> Result<Response, ApiError> {
     shared.check_model(r.model.as_deref())?;
-    let wanted = r.logprobs.map(|n| top_logprobs(Some(n), "logprobs")).transpose()?;
-    let echo = r.echo.unwrap_or(false);
-    let only_prompt = r.max_tokens == Some(0);
-    if only_prompt && !echo {
+    let form = Form {
+        id: format!("cmpl-{}", uuid::Uuid::new_v4().simple()),
+        created: now(),
+        echo: r.echo.unwrap_or(false),
+        logprobs: r.logprobs.map(|n| top_logprobs(Some(n), "logprobs")).transpose()?,
+        only_prompt: r.max_tokens == Some(0),
+    };
+    if form.only_prompt && !form.echo {
         return Err(ApiError::field("max_tokens", "max_tokens is 0, which makes sense with echo alone"));
     }
+    let streams = r.stream.unwrap_or(false);
+    let include_usage = r.stream_options.as_ref().and_then(|o| o.include_usage).unwrap_or(false);
+    let (own, own_form) = (shared.clone(), form.clone());
+    let (prompts, options) = shared.texts.run(bytes, move || prepare(&own, r, &own_form)).await??;
+    let work = prompts.iter().map(|ids| (ids.clone(), options.clone())).collect();
+    let generations = shared.engine.submit(work, &request_id).await?;
+    if streams {
+        return Ok(stream(shared, generations, prompts, options.candidates as usize, form, include_usage));
+    }
+    let mut all = Vec::with_capacity(generations.len());
+    for generation in generations {
+        all.push(generation.complete().await?);
+    }
+    let cost = all.iter().map(|c| sse::cost(c, form.logprobs.unwrap_or(0))).sum();
+    let own = shared.clone();
+    shared.texts.run(cost, move || Ok(axum::Json(whole(&own, &all, form)?).into_response())).await?
+}
+
+/// Token ids of the prompts, and how to continue them.
+fn prepare(shared: &Shared, r: CompletionRequest, form: &Form) -> Result<(Vec<Vec<u32>>, GenerateOptions), ApiError> {
     // a plain interface: the model's distribution as it is
     let defaults = GenerationDefaults {
         sampling: Sampling { temperature: 1.0, ..Sampling::default() },
         length: crate::engine::session::Length::New(16),
     };
-    let max_tokens = if only_prompt { Some(1) } else { r.max_tokens };
-    let mut options = r.sampling.options(&defaults, max_tokens, &shared)?;
-    options.top_logprobs = wanted.unwrap_or(0);
-    options.prompt_logprobs = echo && wanted.is_some();
-    let form = Form { echo, logprobs: wanted, only_prompt };
-    let prompts = prompts(&shared, r.prompt)?;
-    let work = prompts.iter().map(|ids| (ids.clone(), options.clone())).collect();
-    let generations = shared.engine.submit(work).await?;
-    let id = format!("cmpl-{}", uuid::Uuid::new_v4().simple());
-    if !r.stream.unwrap_or(false) {
-        let mut usage = Usage::default();
-        let mut choices = Vec::new();
-        for generation in generations {
-            let completed = generation.complete().await?;
-            usage.add(&completed);
-            for c in &completed.candidates {
-                choices.push(whole_choice(&shared, &completed, c, choices.len(), &form)?);
-            }
-        }
-        let answer = Completion {
-            id,
-            object: "text_completion",
-            created: now(),
-            model: shared.name.clone(),
-            choices,
-            usage: Some(usage),
-        };
-        return Ok(axum::Json(answer).into_response());
-    }
-    let include_usage = r.stream_options.and_then(|o| o.include_usage).unwrap_or(false);
-    Ok(stream(shared, id, generations, prompts, options.candidates as usize, form, include_usage))
+    let max_tokens = if form.only_prompt { Some(1) } else { r.max_tokens };
+    let mut options = r.sampling.options(&defaults, max_tokens, shared)?;
+    options.top_logprobs = form.logprobs.unwrap_or(0);
+    options.prompt_logprobs = form.echo && form.logprobs.is_some();
+    Ok((prompts(shared, r.prompt)?, options))
 }
 
-/// Token ids of the prompts.
+/// Token ids of the prompts. What cannot fit is refused before it is read.
 fn prompts(shared: &Shared, prompt: Prompt) -> Result<Vec<Vec<u32>>, ApiError> {
-    let encode = |text: &String| match shared.tokenizer.encode(text) {
-        Ok(ids) if ids.is_empty() => Err(ApiError::field("prompt", "the prompt is empty")),
-        Ok(ids) => Ok(ids),
-        Err(e) => Err(ApiError::field("prompt", e.to_string())),
+    let encode = |text: &String| {
+        shared.check_length("prompt", text)?;
+        shared.tokenizer.encode(text).map_err(|e| ApiError::field("prompt", e.to_string()))
     };
     let lists = match prompt {
         Prompt::Text(text) => vec![encode(&text)?],
-        Prompt::Texts(texts) => texts.iter().map(encode).collect::<Result<_, _>>()?,
+        Prompt::Texts(texts) => {
+            shared.engine.check_count(texts.len())?;
+            texts.iter().map(encode).collect::<Result<_, _>>()?
+        }
         Prompt::Ids(ids) => vec![ids],
         Prompt::IdLists(lists) => lists,
     };
+    shared.engine.check_count(lists.len())?;
     match lists.iter().all(|l| !l.is_empty()) && !lists.is_empty() {
         true => Ok(lists),
         false => Err(ApiError::field("prompt", "the prompt is empty")),
     }
 }
 
-/// The prompt's text, and its log-probabilities if wanted.
-fn echoed(
-    shared: &Shared,
-    ids: &[u32],
-    scores: Option<&[(f32, crate::engine::Top)]>,
-    form: &Form,
-) -> Result<(String, Option<CompletionLogprobs>, usize), ApiError> {
-    let text = shared.tokenizer.decode(ids).map_err(|e| ApiError::internal(e.to_string()))?;
-    let mut offset = 0;
-    let logprobs = form.logprobs.zip(scores).map(|(wanted, scores)| {
-        let mut l = CompletionLogprobs::default();
-        for (i, &id) in ids.iter().enumerate() {
-            // nothing comes before the first
-            let score = i.checked_sub(1).and_then(|i| scores.get(i));
-            let top = score.map_or(&[][..], |s| s.1.as_slice());
-            l.push(shared, id, score.map(|s| s.0), top, wanted, &mut offset);
+/// A prompt's text, and the byte at which each of its tokens ends in it.
+fn echoed(shared: &Shared, ids: &[u32]) -> Result<(String, Vec<usize>), ApiError> {
+    let mut decoder = Decoder::new(&shared.tokenizer);
+    let (mut text, mut ends) = (String::new(), Vec::with_capacity(ids.len()));
+    let failed = |e: crate::error::Error| ApiError::internal(e.to_string());
+    for &id in ids {
+        text.push_str(&decoder.push(id).map_err(failed)?);
+        ends.push(text.len());
+    }
+    text.push_str(&decoder.finish().map_err(failed)?);
+    Ok((text, ends))
+}
+
+fn whole(shared: &Shared, all: &[Completed], form: Form) -> Result<Completion, ApiError> {
+    let mut usage = Usage::default();
+    let mut choices = Vec::new();
+    for completed in all {
+        form.usage(&mut usage, completed);
+        let prompt = if form.echo { echoed(shared, &completed.prompt_ids)? } else { Default::default() };
+        for c in &completed.candidates {
+            choices.push(whole_choice(shared, completed, c, choices.len(), (&form, &prompt)));
         }
-        l
-    });
-    Ok((text, logprobs, offset))
+    }
+    let (id, created, model) = (form.id, form.created, shared.name.clone());
+    Ok(Completion { id, object: "text_completion", created, model, choices, usage: Some(usage) })
 }
 
 fn whole_choice(
@@ -215,70 +268,107 @@ fn whole_choice(
     completed: &Completed,
     c: &Candidate,
     index: usize,
-    form: &Form,
-) -> Result<CompletionChoice, ApiError> {
-    let (mut text, mut logprobs, mut offset) = match form.echo {
-        true => echoed(shared, &completed.prompt_ids, Some(&completed.prompt_scores), form)?,
-        false => (String::new(), form.logprobs.map(|_| CompletionLogprobs::default()), 0),
-    };
+    (form, prompt): (&Form, &(String, Vec<usize>)),
+) -> CompletionChoice {
+    let mut offsets = Offsets { text: prompt.0.clone(), ..Offsets::default() };
     if !form.only_prompt {
-        text.push_str(&c.text);
-        if let (Some(l), Some(wanted)) = (&mut logprobs, form.logprobs) {
-            with_top(&c.tokens).for_each(|(id, own, top)| l.push(shared, id, Some(own), top, wanted, &mut offset));
-        }
+        offsets.text.push_str(&c.text);
     }
-    Ok(CompletionChoice { text, index, logprobs, finish_reason: Some(c.finish) })
+    let logprobs = form.logprobs.map(|wanted| {
+        let mut l = CompletionLogprobs::default();
+        if form.echo {
+            for (i, (&id, &end)) in completed.prompt_ids.iter().zip(&prompt.1).enumerate() {
+                // nothing comes before the first
+                let score = i.checked_sub(1).and_then(|i| completed.prompt_scores.get(i));
+                let top = score.map_or(&[][..], |s| s.1.as_slice());
+                l.push(shared, (id, score.map(|s| s.0), top), wanted, offsets.next(end));
+            }
+            offsets.next(prompt.0.len());
+        }
+        if !form.only_prompt {
+            for t in &c.tokens {
+                l.push(shared, (t.id, Some(t.logprob), &t.top), wanted, offsets.next(prompt.0.len() + t.end));
+            }
+        }
+        l
+    });
+    CompletionChoice { text: offsets.text, index, logprobs, finish_reason: Some(form.finish(c.finish)) }
 }
 
 /// Pieces of all choices as they come.
 fn stream(
     shared: Arc<Shared>,
-    id: String,
     generations: Vec<Generation>,
     prompts: Vec<Vec<u32>>,
     candidates: usize,
     form: Form,
     include_usage: bool,
 ) -> Response {
-    let created = now();
     let mut usage = Usage::default();
-    // characters of each choice so far; none before its first piece
-    let mut offsets: Vec<Option<usize>> = vec![None; candidates * generations.len()];
-    let chunk = move |shared: &Shared, choices: Vec<CompletionChoice>, usage: Option<Usage>| {
-        let model = shared.name.clone();
-        sse::data(&Completion { id: id.clone(), object: "text_completion", created, model, choices, usage })
-    };
+    // none before a choice's first piece
+    let mut choices: Vec<Option<(Offsets, usize)>> = Vec::new();
+    choices.resize_with(candidates * generations.len(), || None);
     sse::respond(generations, move |item| {
+        let chunk = |choices: Vec<CompletionChoice>, usage: Option<Usage>| {
+            let (id, created, model) = (form.id.clone(), form.created, shared.name.clone());
+            sse::data(&Completion { id, object: "text_completion", created, model, choices, usage })
+        };
         Ok(match item {
             Item::Text { at, candidate, mut text, tokens, finish } => {
                 let index = at * candidates + candidate as usize;
                 let mut events = Vec::new();
-                if form.echo && offsets[index].is_none() {
-                    // log-probabilities of the prompt come with a whole answer alone
-                    let (text, ..) = echoed(&shared, &prompts[at], None, &form)?;
-                    offsets[index] = Some(text.chars().count());
-                    let choice = CompletionChoice { text, index, logprobs: None, finish_reason: None };
-                    events.push(chunk(&shared, vec![choice], None));
+                if choices[index].is_none() {
+                    let mut offsets = Offsets::default();
+                    if form.echo {
+                        // log-probabilities of the prompt come with a whole answer alone
+                        let (text, _) = echoed(&shared, &prompts[at])?;
+                        offsets.text.push_str(&text);
+                        offsets.next(text.len());
+                        let choice = CompletionChoice { text, index, logprobs: None, finish_reason: None };
+                        events.push(chunk(vec![choice], None));
+                    }
+                    let prompt = offsets.text.len();
+                    choices[index] = Some((offsets, prompt));
                 }
-                let offset = offsets[index].get_or_insert(0);
-                let logprobs = form.logprobs.filter(|_| !form.only_prompt).map(|wanted| {
-                    let mut l = CompletionLogprobs::default();
-                    with_top(&tokens).for_each(|(id, own, top)| l.push(&shared, id, Some(own), top, wanted, offset));
-                    l
-                });
                 if form.only_prompt {
                     text.clear();
                 }
-                let choice = CompletionChoice { text, index, logprobs, finish_reason: finish };
-                events.push(chunk(&shared, vec![choice], None));
+                let logprobs = match (&mut choices[index], form.logprobs) {
+                    (Some((offsets, prompt)), Some(wanted)) if !form.only_prompt => {
+                        offsets.text.push_str(&text);
+                        let mut l = CompletionLogprobs::default();
+                        for t in &tokens {
+                            l.push(&shared, (t.id, Some(t.logprob), &t.top), wanted, offsets.next(*prompt + t.end));
+                        }
+                        Some(l)
+                    }
+                    _ => None,
+                };
+                if !text.is_empty() || finish.is_some() || logprobs.as_ref().is_some_and(|l| !l.tokens.is_empty()) {
+                    let finish_reason = finish.map(|f| form.finish(f));
+                    events.push(chunk(vec![CompletionChoice { text, index, logprobs, finish_reason }], None));
+                }
                 events
             }
             Item::Done(completed) => {
-                usage.add(&completed);
+                form.usage(&mut usage, &completed);
                 vec![]
             }
-            Item::End if include_usage => vec![chunk(&shared, vec![], Some(usage))],
+            Item::End if include_usage => vec![chunk(vec![], Some(usage))],
             Item::End => vec![],
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offsets_count_characters_and_may_stand_still() {
+        // two tokens for one character, one without text, an end behind the text and one within a character
+        let mut offsets = Offsets { text: "a東b京".into(), ..Offsets::default() };
+        let starts: Vec<usize> = [1, 1, 4, 4, 5, 6, 8, 99].map(|end| offsets.next(end)).into();
+        assert_eq!(starts, [0, 1, 1, 2, 2, 3, 3, 4]);
+    }
 }

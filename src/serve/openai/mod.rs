@@ -3,15 +3,18 @@
 pub mod chat;
 pub mod completions;
 pub mod models;
+mod unsupported;
 
-use super::errors::ApiError;
+use super::errors::{ApiError, read};
 use super::state::Shared;
 use crate::engine::Sampling;
 use crate::engine::session::{Completed, GenerateOptions, Length};
 use crate::engine::text::Token;
 use crate::models::generation_config::GenerationDefaults;
+use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -21,9 +24,23 @@ use utoipa::ToSchema;
 const MOST_CANDIDATES: u32 = 128;
 const MOST_LOGPROBS: usize = 20;
 
+/// Most texts and tokens that end a candidate, most phrases to ban and to keep, most tokens with a bias. Each costs time with every
+/// token.
+const MOST_STOPS: usize = 16;
+const MOST_STOP_TOKENS: usize = 256;
+const MOST_BANS: usize = 10_000;
+const MOST_KEEPS: usize = 256;
+const MOST_BIASES: usize = 1024;
+
+/// Most bytes of a stop text, and of a phrase.
+const MOST_PHRASE_BYTES: usize = 1024;
+
+/// Below this temperature the likeliest token is as good as certain, and logits divided by it could overflow.
+const GREEDY: f32 = 1e-5;
+
 /// One text or several.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text or a list of texts")]
 pub enum OneOrMany {
     One(String),
     Many(Vec<String>),
@@ -44,7 +61,7 @@ pub struct SamplingParams {
     /// Candidates for each prompt.
     #[schema(minimum = 1, maximum = 128)]
     pub n: Option<u32>,
-    /// 0 always takes the most likely token.
+    /// 0, and what is below 0.00001, always takes the most likely token.
     #[schema(minimum = 0, maximum = 100)]
     pub temperature: Option<f32>,
     #[schema(exclusive_minimum = 0, maximum = 1)]
@@ -62,13 +79,19 @@ pub struct SamplingParams {
     pub presence_penalty: Option<f32>,
     #[schema(minimum = -2, maximum = 2)]
     pub frequency_penalty: Option<f32>,
-    /// Added to the logits of tokens, by id; -100 to 100.
+    /// Added to the logits of tokens, by id; -100 to 100, for at most 1,024 tokens.
     pub logit_bias: Option<BTreeMap<String, f32>>,
     /// The same seed gives the same texts, whatever else the server does.
     pub seed: Option<i64>,
     /// Texts that end a candidate, and are left out; at most 16.
     pub stop: Option<OneOrMany>,
+    /// Tokens that end a candidate, by id, beside the end of sequence.
+    #[schema(max_items = 256)]
+    pub stop_token_ids: Option<Vec<u32>>,
+    /// Whether the stop text or token that ended a candidate is part of its text.
+    pub include_stop_str_in_output: Option<bool>,
     /// Phrases that a candidate must not hold, however they are cut into tokens.
+    #[schema(max_items = 10000)]
     pub bad_words: Option<Vec<String>>,
     #[schema(minimum = 0)]
     pub min_tokens: Option<u32>,
@@ -103,8 +126,9 @@ impl SamplingParams {
         }
         let d = defaults.sampling;
         let top_k = within("top_k", self.top_k.unwrap_or(d.top_k as i64), -1, i64::MAX)?;
+        let temperature = within("temperature", self.temperature.unwrap_or(d.temperature), 0.0, 100.0)?;
         let sampling = Sampling {
-            temperature: within("temperature", self.temperature.unwrap_or(d.temperature), 0.0, 100.0)?,
+            temperature: if temperature < GREEDY { 0.0 } else { temperature },
             top_k: top_k.max(0) as usize,
             top_p: above_zero("top_p", self.top_p, d.top_p, 1.0)?,
             min_p: within("min_p", self.min_p.unwrap_or(d.min_p), 0.0, 1.0)?,
@@ -115,6 +139,7 @@ impl SamplingParams {
             seed: self.seed.map_or_else(crate::random::seed, |s| s as u64),
         };
         let mut bias = Vec::new();
+        most("logit_bias", self.logit_bias.as_ref().map_or(0, BTreeMap::len), MOST_BIASES)?;
         for (token, value) in self.logit_bias.unwrap_or_default() {
             let id = token.parse::<u32>().ok().filter(|&id| (id as usize) < shared.config.vocab_size);
             let id = id.ok_or_else(|| {
@@ -126,8 +151,14 @@ impl SamplingParams {
             bias.push((id, within("logit_bias", value, -100.0, 100.0)?));
         }
         let stops = self.stop.map(OneOrMany::list).unwrap_or_default();
-        if stops.len() > 16 {
-            return Err(ApiError::field("stop", format!("there are {} stop texts; 16 at most", stops.len())));
+        check_phrases("stop", &stops, MOST_STOPS)?;
+        let bad_words = self.bad_words.unwrap_or_default();
+        check_phrases("bad_words", &bad_words, MOST_BANS)?;
+        let stop_token_ids = self.stop_token_ids.unwrap_or_default();
+        most("stop_token_ids", stop_token_ids.len(), MOST_STOP_TOKENS)?;
+        if let Some(id) = stop_token_ids.iter().find(|id| **id as usize >= shared.config.vocab_size) {
+            let message = format!("stop_token_ids names {id}, which is no token id of this model");
+            return Err(ApiError::field("stop_token_ids", message));
         }
         let own = self.timeout.map(|t| above_zero("timeout", Some(t), 0.0, 86_400.0)).transpose()?;
         let limit = shared.request_timeout;
@@ -145,11 +176,52 @@ impl SamplingParams {
             min_new: self.min_tokens.unwrap_or(0) as usize,
             ignore_eos: self.ignore_eos.unwrap_or(false),
             stops,
-            ban: Arc::new(Phrases::new(self.bad_words.unwrap_or_default())),
+            stop_token_ids,
+            include_stop: self.include_stop_str_in_output.unwrap_or(false),
+            ban: Arc::new(Phrases::new(bad_words)),
             deadline: timeout.map(|t| Instant::now() + t),
             ..GenerateOptions::default()
         })
     }
+}
+
+/// Reads the sampling parameters of a body on their own, so that an error names the field, and refuses what is not supported.
+pub fn check(body: &Value) -> Result<(), ApiError> {
+    read::<SamplingParams>(body)?;
+    unsupported::check(body)
+}
+
+/// Fails if a list is too long.
+fn most(field: &str, count: usize, limit: usize) -> Result<(), ApiError> {
+    match count <= limit {
+        true => Ok(()),
+        false => Err(ApiError::field(field, format!("{field} has {count} entries; {limit} at most"))),
+    }
+}
+
+/// Fails if there are too many phrases, or one is too long.
+fn check_phrases(field: &str, phrases: &[String], limit: usize) -> Result<(), ApiError> {
+    most(field, phrases.len(), limit)?;
+    match phrases.iter().find(|p| p.len() > MOST_PHRASE_BYTES) {
+        None => Ok(()),
+        Some(long) => {
+            let message = format!("{field} has an entry of {} bytes; {MOST_PHRASE_BYTES} at most", long.len());
+            Err(ApiError::field(field, message))
+        }
+    }
+}
+
+/// Phrases that a request asks to hold.
+pub fn keeps(list: Option<Vec<String>>) -> Result<Arc<Literals>, ApiError> {
+    let list = list.unwrap_or_default();
+    check_phrases("keep", &list, MOST_KEEPS)?;
+    Ok(Arc::new(Literals::new(list)))
+}
+
+/// Phrases that a request asks to lack.
+pub fn bans(list: Vec<String>) -> Result<Arc<Phrases>, ApiError> {
+    check_phrases("ban", &list, MOST_BANS)?;
+    Ok(Arc::new(Phrases::new(list)))
 }
 
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]

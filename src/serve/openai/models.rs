@@ -56,3 +56,11 @@ pub async fn model_by_name(State(shared): StateArc, Path(name): Path<String>) ->
     shared.check_model(Some(&name))?;
     Ok(Json(model(&shared)))
 }
+
+/// [`model_by_name`] for a name with slashes that are not escaped.
+pub async fn model_by_path(
+    state: StateArc,
+    Path((first, rest)): Path<(String, String)>,
+) -> Result<Json<Model>, ApiError> {
+    model_by_name(state, Path(format!("{first}/{rest}"))).await
+}

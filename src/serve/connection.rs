@@ -1,0 +1,142 @@
+//! A client's connection: how long it may leave an answer lying, and whether it is still there.
+
+use std::io::{self, ErrorKind, IoSlice};
+use std::net::Shutdown;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Sleep, sleep};
+
+/// How long a client may have closed its side for before it is asked whether it is there.
+const GRACE: Duration = Duration::from_millis(250);
+
+/// An interim answer, which every client of HTTP/1.1 has to take at any time; a closed socket refuses it.
+const INTERIM: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+
+/// Whether the client at the other end is there.
+#[derive(Clone)]
+pub struct Client {
+    stream: Arc<TcpStream>,
+    /// Something is to be written and is not yet.
+    unwritten: Arc<AtomicBool>,
+}
+
+/// A stream whose writes fail if the other end takes nothing for too long.
+pub struct Wire {
+    client: Client,
+    limit: Option<Duration>,
+    stalled: Option<Pin<Box<Sleep>>>,
+}
+
+impl Wire {
+    pub fn new(stream: TcpStream, limit: Option<Duration>) -> Wire {
+        let client = Client { stream: Arc::new(stream), unwritten: Arc::default() };
+        Wire { client, limit, stalled: None }
+    }
+
+    pub fn client(&self) -> Client {
+        self.client.clone()
+    }
+
+    fn poll_write_with(
+        &mut self,
+        cx: &mut Context<'_>,
+        write: impl Fn(&TcpStream) -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        let written = loop {
+            match self.client.stream.poll_write_ready(cx) {
+                Poll::Pending => break Poll::Pending,
+                Poll::Ready(Err(e)) => break Poll::Ready(Err(e)),
+                Poll::Ready(Ok(())) => {}
+            }
+            match write(&self.client.stream) {
+                Err(e) if e.kind() == ErrorKind::WouldBlock => continue,
+                written => break Poll::Ready(written),
+            }
+        };
+        self.client.unwritten.store(written.is_pending(), Ordering::Relaxed);
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let Some(limit) = self.limit else { return Poll::Pending };
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(limit)));
+        ready!(stalled.as_mut().poll(cx));
+        Poll::Ready(Err(io::Error::new(ErrorKind::TimedOut, "the client takes nothing of its answer")))
+    }
+}
+
+impl AsyncRead for Wire {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            ready!(self.client.stream.poll_read_ready(cx))?;
+            match self.client.stream.try_read(buf.initialize_unfilled()) {
+                Ok(n) => {
+                    buf.advance(n);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+                Err(e) => return Poll::Ready(Err(e)),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Wire {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_with(cx, |s| s.try_write(buf))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.poll_write_with(cx, |s| s.try_write_vectored(bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let closed = socket2::SockRef::from(&*self.client.stream).shutdown(Shutdown::Write);
+        // it may be closed already
+        Poll::Ready(closed.or_else(|e| if e.kind() == ErrorKind::NotConnected { Ok(()) } else { Err(e) }))
+    }
+}
+
+impl Client {
+    /// Resolves when the client has gone away; not while it has merely finished sending, which looks the same until something is
+    /// sent to it. To be asked before the answer begins, of a client that `takes_interim` answers (HTTP/1.1).
+    pub async fn left(&self, takes_interim: bool) {
+        loop {
+            match self.stream.peek(&mut [0]).await {
+                Ok(0) => break,
+                // more of the body, or the next request
+                Ok(_) => sleep(GRACE).await,
+                Err(_) => return,
+            }
+        }
+        sleep(GRACE).await;
+        if takes_interim && !self.unwritten.load(Ordering::Relaxed) {
+            let _ = self.stream.try_write(INTERIM);
+        }
+        let mut pause = Duration::from_millis(10);
+        loop {
+            sleep(pause).await;
+            if !matches!(self.stream.take_error(), Ok(None)) {
+                return;
+            }
+            pause = (pause * 2).min(Duration::from_secs(1));
+        }
+    }
+}
