@@ -408,6 +408,16 @@ fn what_is_no_prompt_is_named() {
     for args in [&["rewrite", &wide][..], &["generate", "--prompt", &wide]] {
         assert!(failure(args).contains("--max-prompt-bytes allows 65536"));
     }
+    let (pairs, wide) = (f.path().join("pairs.jsonl"), f.path().join("wide.jsonl"));
+    for args in [
+        &["data", "pairs", "--input", path(&wide), "--output", path(&pairs)][..],
+        &["eval", "--input", path(&wide)],
+        &["eval", "--input", path(&wide), "--max-prompt-bytes", "69999"],
+    ] {
+        assert!(
+            failure(args).contains("wide.jsonl, prompt 1: has a prompt of 70000 bytes; --max-prompt-bytes allows 6")
+        );
+    }
     // line ends and a mark of the byte order are no part of a prompt
     let marked = write(f.path(), "marked.txt", "\u{feff}a fox\r\n\r\na hen\r\n");
     let prompts: Vec<Value> = lines(&rewrite(&["--input", &marked])).iter().map(|l| l["prompt"].clone()).collect();

@@ -46,6 +46,7 @@ pub struct ServeBenchArgs {
     /// Let the model end before that.
     #[arg(long)]
     stop_at_eos: bool,
+    /// Temperature of the requests; 0 takes the most likely token.
     #[arg(long, default_value_t = 0.0)]
     temperature: f32,
     /// Requests in all.
@@ -60,6 +61,7 @@ pub struct ServeBenchArgs {
     /// Limits in milliseconds that a good request keeps, such as ttft:200,tpot:20,e2el:1000.
     #[arg(long, value_name = "LIMITS", value_delimiter = ',')]
     goodput: Vec<String>,
+    /// Begins the random prompts and times.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Print one JSON object.

@@ -31,12 +31,13 @@ pub struct EvalArgs {
     /// Take only pairs of this kind.
     #[arg(long)]
     kind: Option<String>,
-    /// Most prompts.
+    /// Most prompts, at least 1.
     #[arg(long, default_value_t = 300)]
     limit: usize,
-    /// Leave out shorter and longer prompts.
+    /// Leave out prompts of fewer words; 1 takes all of them.
     #[arg(long, default_value_t = 1)]
     min_words: usize,
+    /// Leave out prompts of more words, at least 1.
     #[arg(long, default_value_t = 20)]
     max_words: usize,
     /// Most bytes of a prompt, at least 1; longer ones are refused before they take memory.

@@ -60,17 +60,18 @@ impl GuardArgs {
     }
 }
 
-/// The file that an item of a list of phrases means, if it means one: what begins with `@`, what is there, and what looks like a path
-/// or like the name of a text file, so that a wrong name is no phrase.
+/// The file that an item of a list of phrases means, if it means one: what begins with `@`, and what looks like a path or like the
+/// name of a text file, so that a wrong name is no phrase. A lone word is a phrase, even if a file has that name.
 fn file(item: &str) -> Option<&str> {
     if let Some(name) = item.strip_prefix('@') {
         return Some(name);
     }
+    let path = Path::new(item);
     let single = !item.contains([',', ' ']);
-    let ending =
-        Path::new(item).extension().is_some_and(|e| ["txt", "list", "csv", "tsv"].iter().any(|known| e == *known));
-    let path = ["/", "./", "../", "~/"].iter().any(|start| item.starts_with(start));
-    (Path::new(item).is_file() || (single && (ending || path))).then_some(item)
+    let text = path.extension().is_some_and(|e| ["txt", "list", "csv", "tsv"].iter().any(|known| e == *known));
+    let rooted = ["/", "./", "../", "~/"].iter().any(|start| item.starts_with(start));
+    let there = (item.contains('/') || path.extension().is_some()) && path.is_file();
+    (there || (single && (text || rooted))).then_some(item)
 }
 
 /// The phrases of a list's items: separated by commas, or a file's lines.

@@ -8,7 +8,7 @@ use super::model::{Loaded, ModelArgs, SamplingArgs};
 use super::print::{self, note};
 use crate::engine::EngineOptions;
 use crate::engine::session::{Completed, Generate, GenerateOptions, Length, Update};
-use crate::rewrite::{Candidate, GuardOptions, Prompter, Rewrite, Rewriting, whole_characters};
+use crate::rewrite::{Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, whole_characters};
 use crate::text::template::Template;
 use anyhow::{bail, ensure};
 use clap::{Args, ValueEnum};
@@ -275,7 +275,7 @@ impl RewriteArgs {
 fn reservation(c: &Candidate) -> Option<String> {
     match &c.reason {
         Some(reason) => Some(format!("fell back on the prompt: {reason}")),
-        None if c.kept < batch::LOW_KEPT => {
+        None if c.kept < DEFAULT_MIN_KEPT => {
             Some(format!("kept {:.2} of the prompt; missing: {}", c.kept, c.missing.join(", ")))
         }
         None => None,

@@ -42,6 +42,7 @@ pub struct TokenizerArgs {
     /// The tokenizer.json to write.
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
+    /// Tokens of the vocabulary, special ones included; at least 260.
     #[arg(long, default_value_t = 8192)]
     vocab_size: usize,
     /// Replace an existing file.
@@ -95,36 +96,42 @@ pub struct SftArgs {
     /// v1, v2 or a file with {raw} in it; by default the model's own, else v1.
     #[arg(long, value_name = "NAME|FILE")]
     template: Option<String>,
+    /// Highest learning rate, above 0.
     #[arg(long, default_value_t = 2e-5)]
     learning_rate: f64,
     #[arg(long, value_enum, default_value_t = Schedule::Cosine)]
     schedule: Schedule,
-    /// Part of the steps that warms up.
+    /// Part of the steps that warms up; 0 for none.
     #[arg(long, default_value_t = 0.03)]
     warmup: f64,
+    /// Decay of AdamW's first moment, from 0 to below 1; 0 for none.
     #[arg(long, default_value_t = 0.9)]
     beta1: f32,
+    /// Decay of AdamW's second moment, from 0 to below 1; 0 for none.
     #[arg(long, default_value_t = 0.95)]
     beta2: f32,
+    /// AdamW's epsilon, above 0.
     #[arg(long, default_value_t = 1e-8)]
     epsilon: f32,
+    /// Part of the weights that AdamW takes away at a learning rate of 1; 0 for none.
     #[arg(long, default_value_t = 0.0)]
     weight_decay: f32,
-    /// Largest norm of the gradient.
+    /// Largest norm of the gradient, above 0.
     #[arg(long, default_value_t = 1.0)]
     clip: f32,
+    /// How often every pair is seen, above 0; parts are possible.
     #[arg(long, default_value_t = 4.0)]
     epochs: f64,
     /// End after this many steps; 0 for no limit.
     #[arg(long, default_value_t = 0)]
     max_steps: u64,
-    /// Sequences of an optimizer step.
+    /// Sequences of an optimizer step, at least 1.
     #[arg(long, default_value_t = 64)]
     batch: usize,
     /// Most tokens of one forward and backward pass; gradients accumulate over as many as the batch needs.
     #[arg(long, default_value_t = 8192)]
     micro_tokens: usize,
-    /// Longer sequences are cut on the right.
+    /// Longer sequences are cut on the right; at least 2.
     #[arg(long, default_value_t = 384)]
     max_tokens: usize,
     /// How products are computed; bf16 rounds their operands, weights and sums stay f32.
@@ -133,15 +140,16 @@ pub struct SftArgs {
     /// How the trained model is stored.
     #[arg(long, value_enum, default_value_t = SaveDtype::Bf16)]
     save_dtype: SaveDtype,
-    /// Steps between checkpoints.
+    /// Steps between checkpoints; 0 saves none but the last.
     #[arg(long, default_value_t = 500)]
     save_every: u64,
-    /// Checkpoints to keep.
+    /// Checkpoints to keep, at least 1.
     #[arg(long, default_value_t = 2)]
     keep: usize,
-    /// Steps between validations.
+    /// Steps between validations; 0 validates only at the end.
     #[arg(long, default_value_t = 500)]
     validate_every: u64,
+    /// Begins the order of the pairs, and random weights.
     #[arg(long, default_value_t = 42)]
     seed: u64,
     /// Go on from the newest checkpoint in the output folder.

@@ -21,7 +21,7 @@ use super::print::note;
 use super::rewrite::{Format, RewriteArgs, Rewriter, one_line, record};
 use crate::engine::EngineOptions;
 use crate::engine::session::{Generate, Length};
-use crate::rewrite::{Prompter, Rewrite, Rewriting, Source as TextSource};
+use crate::rewrite::{DEFAULT_MIN_KEPT, Prompter, Rewrite, Rewriting, Source as TextSource};
 use anyhow::{Context, anyhow, ensure};
 use flight::{Flight, Job, guarded};
 use input::{LineOptions, Lines, RawLine};
@@ -37,9 +37,6 @@ use target::{Begin, Target};
 
 /// Results that may wait for an earlier one: they take memory.
 const PENDING: usize = 4096;
-
-/// A part of the prompt's meaning that is worth a word if a rewrite keeps less.
-pub const LOW_KEPT: f64 = 0.9;
 
 /// Bytes that a line of JSON may have beside its prompt.
 const BESIDE_PROMPT: usize = 1 << 20;
@@ -422,7 +419,7 @@ impl<'a> Run<'a> {
         });
         match finished {
             Ok((text, rewrite)) => {
-                let least = line.guard.min_kept.unwrap_or(LOW_KEPT);
+                let least = line.guard.min_kept.unwrap_or(DEFAULT_MIN_KEPT);
                 self.candidates += rewrite.candidates.len() as u64;
                 self.kept += rewrite.candidates.iter().map(|c| c.kept).sum::<f64>();
                 self.low += rewrite.candidates.iter().filter(|c| c.kept < least).count() as u64;
