@@ -434,7 +434,7 @@ fn failed_openai_requests_are_counted_under_their_names() {
     };
     let text = [
         request("good", "gpt-5-mini", json!({})),
-        request("hot", "rewriter", json!({ "temperature": 99 })),
+        request("cold", "rewriter", json!({ "temperature": -1 })),
         "{\"custom_id\": \"odd\", \"url\": \"/v1/images\", \"body\": {}}\n".to_owned(),
     ];
     let input = write(f.path(), "in.jsonl", &text.concat());
@@ -446,7 +446,7 @@ fn failed_openai_requests_are_counted_under_their_names() {
     let (code, results, errors) = run(&input);
     assert_eq!(code, Some(0), "{errors}");
     let ids: Vec<&Value> = results.iter().map(|r| &r["custom_id"]).collect();
-    assert_eq!(ids, ["good", "hot", "odd"]);
+    assert_eq!(ids, ["good", "cold", "odd"]);
     assert_eq!(results[0]["response"]["status_code"], 200);
     assert_eq!(results[1]["response"]["status_code"], 400);
     assert!(results[2]["error"]["message"].as_str().unwrap().contains("/v1/images"));
