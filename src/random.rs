@@ -46,6 +46,33 @@ pub fn seed() -> u64 {
     RandomState::new().hash_one(std::time::SystemTime::now()) >> 11
 }
 
+/// What a seed is derived for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Derived {
+    /// A prompt among several: its line in the input, or its place in a list, from 1.
+    Prompt = 1,
+    /// A part of a prompt between BREAKs, from 0; the first has the prompt's own seed.
+    Part = 2,
+    /// The phrase that names a style.
+    Style = 3,
+    /// The phrases that `--variety` leaves out.
+    Variety = 4,
+}
+
+/// The seed of the `n`-th thing of its kind under `seed`: the first two words, w0 and w1, of Philox 4x32-10 with the key `seed` for
+/// the counter (n mod 2^32, n / 2^32, kind, 0), as (w1 * 2^32 + w0) / 2^11. It fits a double, so that every JSON reader keeps it.
+pub fn derived_seed(seed: u64, kind: Derived, n: u64) -> u64 {
+    let w = philox(seed, [n as u32, (n >> 32) as u32, kind as u32, 0]);
+    ((w[1] as u64) << 32 | w[0] as u64) >> 11
+}
+
+/// The seed of the `index`-th of `count` prompts that were given together: a prompt alone has the seed that was asked for, those of
+/// several are derived by their places, from 1.
+pub fn prompt_seed(seed: u64, index: usize, count: usize) -> u64 {
+    if count == 1 { seed } else { derived_seed(seed, Derived::Prompt, index as u64 + 1) }
+}
+
 /// A number in the open interval (0, 1) from 32 random bits; 23 of them count.
 pub fn uniform(bits: u32) -> f32 {
     ((bits >> 9) as f32 + 0.5) * (1.0 / 8_388_608.0)
@@ -129,6 +156,20 @@ mod tests {
             philox(0x299f31d0_a4093822, [0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344]),
             [0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1]
         );
+    }
+
+    #[test]
+    fn derived_seeds_differ_and_follow_the_formula() {
+        let mut seen = std::collections::HashSet::new();
+        for kind in [Derived::Prompt, Derived::Part, Derived::Style, Derived::Variety] {
+            for n in (0..1000).chain([1 << 32, (1 << 32) + 1]) {
+                let seed = derived_seed(7, kind, n);
+                assert!(seed < 1 << 53 && seen.insert(seed));
+            }
+        }
+        // philox(0, [0; 4]) is in the published vectors; the kind is the counter's third word
+        let w = philox(9, [5, 0, 1, 0]);
+        assert_eq!(derived_seed(9, Derived::Prompt, 5), ((w[1] as u64) << 21) | (w[0] as u64 >> 11));
     }
 
     #[test]

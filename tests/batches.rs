@@ -363,19 +363,20 @@ fn records_have_settings_of_their_own() {
     let input = write(f.path(), "in.jsonl", &records.iter().map(|r| format!("{r}\n")).collect::<String>());
     let batch = lines(&rewrite(&["--input", &input]));
     for (i, flags) in [
-        &["-n", "3", "--seed", "9"][..],
-        &["--temp", "0", "--max-new-tokens", "5", "--seed", "3"],
-        &["--keep", "red umbrella", "--ban", "artstation", "--min-kept", "0.5", "--top-k", "5", "--seed", "3"],
-        &["--frequency-penalty", "1.5", "--presence-penalty", "1", "--top-p", "0.5", "--min-p", "0.01", "--seed", "3"],
+        &["-n", "3"][..],
+        &["--temp", "0", "--max-new-tokens", "5"],
+        &["--keep", "red umbrella", "--ban", "artstation", "--min-kept", "0.5", "--top-k", "5"],
+        &["--frequency-penalty", "1.5", "--presence-penalty", "1", "--top-p", "0.5", "--min-p", "0.01"],
     ]
     .iter()
     .enumerate()
     {
         let tokens = if i == 1 { &[][..] } else { &["--max-tokens", "16"] };
-        let alone = lines(&stdout(&[&["rewrite", "--json", "a fox"], *flags, tokens].concat()));
+        let seed = batch[i]["seed"].to_string();
+        let alone = lines(&stdout(&[&["rewrite", "--json", "a fox", "--seed", &seed], *flags, tokens].concat()));
         assert_eq!(batch[i]["candidates"], alone[0]["candidates"], "{}", records[i]);
     }
-    assert_eq!(batch[0]["id"], "x");
+    assert_eq!((&batch[0]["id"], &batch[0]["seed"]), (&json!("x"), &json!(9)));
     let bad = write(f.path(), "bad.jsonl", "{\"prompt\": \"a fox\"}\n{\"prompt\": \"a fox\", \"top_p\": 2}\n");
     assert!(failure(&["rewrite", "--input", &bad]).contains("bad.jsonl, line 2: \"top_p\" 2 is outside (0, 1]"));
     let text = ["rewrite", "--input", &input, "--format", "text"];

@@ -3,9 +3,13 @@
 use beautiful_prompt::data::pairs::{PairOptions, make_pairs};
 use beautiful_prompt::data::phrases::StylePhrases;
 use beautiful_prompt::data::records::{Pair, read_pairs, read_prompts, write_pairs};
+use beautiful_prompt::data::tails::TailLimits;
+use beautiful_prompt::eval::variety::variety;
 use beautiful_prompt::models::embedded;
+use beautiful_prompt::text::artists::names_artist;
 use beautiful_prompt::text::content_words::{ContentWords, words};
-use std::collections::HashSet;
+use beautiful_prompt::text::mediums::Mediums;
+use std::collections::{HashMap, HashSet};
 
 /// Plain and rich prompts over a small vocabulary of our own.
 fn prompts() -> Vec<String> {
@@ -28,8 +32,75 @@ fn prompts() -> Vec<String> {
     all
 }
 
+/// No limits to what so few prompts can lend.
 fn options() -> PairOptions {
-    PairOptions { min_tokens: 5, short_tokens: 5, validation: 0.3, borrow: 2, ..PairOptions::default() }
+    let limits = TailLimits { phrase: 1.0, artists: 1.0, artist: 1.0 };
+    PairOptions { min_tokens: 5, short_tokens: 5, validation: 0.3, borrow: 2, limits, ..PairOptions::default() }
+}
+
+/// Photos, paintings and renders of the same things, some of which contradict themselves, many by one artist.
+fn mixed_prompts() -> Vec<String> {
+    let subjects = ["lighthouse", "sailor", "fox", "harbour", "clockmaker", "market", "orchard", "bridge"];
+    let places = ["on a cliff", "in the fog", "beside a frozen lake", "at dawn", "behind the mill", "in the snow"];
+    let light = ["soft lighting", "dramatic lighting", "rim light", "volumetric lighting", "golden hour", "moody"];
+    let media = [
+        "dslr, shallow depth of field, film grain, digital painting, professional photography",
+        "oil painting, intricate, vibrant colors, art by wlop, highly detailed, smooth",
+        "digital painting, concept art, sharp focus, trending on artstation, art by wlop, masterpiece",
+        "octane render, unreal engine, ray tracing, highly detailed, ambient occlusion, 8k",
+    ];
+    let lead = ["a photo of", "a painting of", "", ""];
+    let mut all = Vec::new();
+    for (i, s) in subjects.iter().enumerate() {
+        for (j, p) in places.iter().enumerate() {
+            for (k, m) in media.iter().enumerate() {
+                all.push(format!("{} a {s} {p} {k}{i}{j}, {m}, {}", lead[k], light[(i + j + k) % 6]).trim().to_owned());
+            }
+            all.push(format!("photo of a {s} {p} with {} doors", 7 * i + j));
+        }
+    }
+    all
+}
+
+#[test]
+fn targets_name_no_media_that_exclude_each_other() {
+    let made = make_pairs(&mixed_prompts(), &StylePhrases::default(), &embedded::tokenizer(), &options());
+    let all: Vec<&Pair> = made.train.iter().chain(&made.validation).collect();
+    let mediums = Mediums::built_in();
+    let (photo, mut photos, mut named) = (mediums.named("photo").unwrap(), 0, 0);
+    for p in &all {
+        assert!(!mediums.contradicts(&p.prompt), "{p:?}");
+        if mediums.of(&p.raw_prompt) == Some(photo) {
+            photos += 1;
+            assert_eq!(mediums.of(&p.prompt), Some(photo), "{p:?}");
+        }
+        named += usize::from(mediums.of(&p.raw_prompt).is_some());
+    }
+    assert!(all.len() > 100 && photos > 20 && named > photos, "{} {photos} {named} {:?}", all.len(), made.counts);
+    let v = variety(all.iter().map(|p| (p.raw_prompt.as_str(), p.prompt.as_str())));
+    assert_eq!((v.contradictions, v.photo_and_painting), (0.0, 0.0));
+}
+
+#[test]
+fn worn_phrases_and_artists_keep_to_their_shares() {
+    let make = |limits| {
+        let options = PairOptions { limits, min_added: 4, ..options() };
+        make_pairs(&mixed_prompts(), &StylePhrases::default(), &embedded::tokenizer(), &options).train
+    };
+    let free = make(TailLimits { phrase: 1.0, artists: 1.0, artist: 1.0 });
+    let held = make(TailLimits { phrase: 0.1, artists: 0.05, artist: 0.05 });
+    let most = |pairs: &[Pair]| {
+        let mut counts: HashMap<&str, usize> = HashMap::new();
+        pairs.iter().flat_map(|p| p.prompt.split(", ").skip(1)).for_each(|t| *counts.entry(t).or_default() += 1);
+        counts.into_values().max().unwrap_or(0)
+    };
+    let artists = |pairs: &[Pair]| pairs.iter().filter(|p| names_artist(&p.prompt)).count();
+    // the shares are counted over all pairs made, and 300 to begin with
+    let made = 300 + 1000;
+    assert!(most(&free) > made / 10 && artists(&free) > made / 20, "{} {}", most(&free), artists(&free));
+    assert!(most(&held) <= made / 10 && artists(&held) <= made / 20, "{} {}", most(&held), artists(&held));
+    assert!(artists(&make(TailLimits { phrase: 1.0, artists: 0.0, artist: 1.0 })) == 0);
+    assert!(!held.is_empty());
 }
 
 #[test]

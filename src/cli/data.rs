@@ -6,6 +6,8 @@ use super::print::print_line;
 use crate::data::pairs::{PairOptions, make_pairs};
 use crate::data::phrases::StylePhrases;
 use crate::data::records::{read_prompts, write_pairs};
+use crate::data::tails::TailLimits;
+use crate::eval::variety::variety;
 use crate::text::Tokenizer;
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
@@ -46,6 +48,18 @@ pub struct PairsArgs {
     /// Drop targets of fewer tokens; 0 drops none.
     #[arg(long, default_value_t = 25)]
     min_tokens: usize,
+    /// Part of the pairs that one style phrase may be in; a quarter of it for movements. 1 for no limit.
+    #[arg(long, value_name = "PART", default_value_t = 0.02)]
+    phrase_share: f32,
+    /// Part of the pairs that may add artists; 0 leaves all out.
+    #[arg(long, value_name = "PART", default_value_t = 0.15)]
+    artists_share: f32,
+    /// Part of the pairs that one artist may be in.
+    #[arg(long, value_name = "PART", default_value_t = 0.004)]
+    artist_share: f32,
+    /// Part of the borrowed pairs whose prompt is given a medium ("a photo of"), if it names none.
+    #[arg(long, value_name = "PART", default_value_t = 0.25)]
+    name_medium: f32,
     /// Part of the prompts that is held out, from 0 to 1; 0 holds out none.
     #[arg(long, default_value_t = 0.02)]
     validation: f32,
@@ -70,6 +84,14 @@ impl DataCommand {
 impl PairsArgs {
     fn run(self) -> anyhow::Result<()> {
         anyhow::ensure!((0.0..1.0).contains(&self.validation), "--validation {} is outside [0, 1)", self.validation);
+        for (flag, part) in [
+            ("--phrase-share", self.phrase_share),
+            ("--artists-share", self.artists_share),
+            ("--artist-share", self.artist_share),
+            ("--name-medium", self.name_medium),
+        ] {
+            anyhow::ensure!((0.0..=1.0).contains(&part), "{flag} {part} is outside [0, 1]");
+        }
         let validation_output = self.validation_output.clone().unwrap_or_else(|| {
             let ending = self.output.extension().unwrap_or("jsonl".as_ref()).to_string_lossy().into_owned();
             self.output.with_extension(format!("validation.{ending}"))
@@ -95,6 +117,8 @@ impl PairsArgs {
             borrow: self.borrow,
             style_only: self.style_only,
             min_tokens: self.min_tokens,
+            limits: TailLimits { phrase: self.phrase_share, artists: self.artists_share, artist: self.artist_share },
+            name_medium: self.name_medium,
             validation: self.validation,
             seed: self.seed,
             ..PairOptions::default()
@@ -111,6 +135,11 @@ impl PairsArgs {
         for (what, count) in &made.counts {
             print_line!("{count:>8}  {what}")?;
         }
+        let v = variety(made.train.iter().map(|p| (p.raw_prompt.as_str(), p.prompt.as_str())));
+        print_line!("{:>8}  distinct tails", v.distinct_tails)?;
+        print_line!("{:>7.1}%  of what is added is one of 60 phrases", 100.0 * v.commonest_phrases)?;
+        print_line!("{:>7.1}%  of the targets add artists", 100.0 * v.with_artists)?;
+        print_line!("{:>7.1}%  of the targets name media that exclude each other", 100.0 * v.contradictions)?;
         print_line!("wrote {} and {}", self.output.display(), validation_output.display())?;
         Ok(())
     }

@@ -150,6 +150,11 @@ impl EvalArgs {
         }
         print_line!("outputs adding 8 or more words  {:.1} %", 100.0 * r.adds_eight_words)?;
         print_line!("outputs repeating 4 words thrice {:.1} %", 100.0 * r.repeats_four_words)?;
+        print_line!("distinct tails                  {}", r.variety.distinct_tails)?;
+        print_line!("added that 60 phrases make up   {:.1} %", 100.0 * r.variety.commonest_phrases)?;
+        print_line!("outputs that add artists        {:.1} %", 100.0 * r.variety.with_artists)?;
+        print_line!("outputs of contradicting media  {:.1} %", 100.0 * r.variety.contradictions)?;
+        print_line!("both photo and painted          {:.1} %", 100.0 * r.variety.photo_and_painting)?;
         print_line!("words in, out                   {:.1}, {:.1}", r.mean_words_in, r.mean_words_out)?;
         print_line!("tokens a rewrite                {:.1}", r.mean_tokens)?;
         print_line!("tokens a step, drafts accepted   {:.2}, {:.1} %", r.tokens_per_step, 100.0 * r.drafts_accepted)?;

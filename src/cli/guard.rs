@@ -1,5 +1,6 @@
 //! The arguments that hold a rewrite to its prompt.
 
+use super::additions::AdditionArgs;
 use crate::engine::session::GenerateOptions;
 use crate::rewrite::{DEFAULT_MIN_KEPT, GuardOptions};
 use crate::text::literals::Literals;
@@ -29,12 +30,15 @@ pub struct GuardArgs {
     /// Most tokens as CLIP counts them, at least 3; 77 fill Stable Diffusion's text encoder. No limit if not given.
     #[arg(long, value_name = "TOKENS")]
     pub max_clip_tokens: Option<usize>,
+    #[command(flatten)]
+    pub additions: AdditionArgs,
 }
 
 impl GuardArgs {
     /// Files that phrases are read from.
     pub fn files(&self) -> Vec<PathBuf> {
-        self.keep.iter().chain(&self.ban).filter_map(|item| file(item)).map(PathBuf::from).collect()
+        let phrases = self.keep.iter().chain(&self.ban).filter_map(|item| file(item)).map(PathBuf::from);
+        phrases.chain(self.additions.file()).collect()
     }
 
     /// The phrases that no rewrite may hold.
@@ -56,6 +60,7 @@ impl GuardArgs {
             rounds: self.rounds,
             max_clip_tokens: self.max_clip_tokens,
             count_clip_tokens: false,
+            additions: self.additions.additions()?,
         })
     }
 }

@@ -1,5 +1,6 @@
 //! The program's subcommands: arguments, files and printing.
 
+mod additions;
 mod batch;
 mod bench;
 mod bench_serve;

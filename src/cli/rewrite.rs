@@ -8,6 +8,7 @@ use super::model::{Loaded, ModelArgs, SamplingArgs};
 use super::print::{self, note};
 use crate::engine::EngineOptions;
 use crate::engine::session::{Completed, Generate, GenerateOptions, Length, Update};
+use crate::random::prompt_seed;
 use crate::rewrite::{Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, whole_characters};
 use crate::text::template::Template;
 use anyhow::{bail, ensure};
@@ -189,6 +190,10 @@ impl RewriteArgs {
             "min-kept": guard.min_kept,
             "rounds": guard.rounds,
             "max-clip-tokens": guard.max_clip_tokens,
+            "style": guard.additions.style.as_ref().map(|s| s.to_string()),
+            "no-artists": guard.additions.no_artists,
+            "any-medium": guard.additions.any_medium,
+            "variety": guard.additions.variety,
         });
         match values {
             Value::Object(values) => Ok(Settings(values)),
@@ -237,7 +242,9 @@ impl RewriteArgs {
     fn one(&self, rewriter: &Rewriter, engine: EngineOptions, id: usize, prompt: &str) -> anyhow::Result<()> {
         let n = rewriter.options.candidates;
         let guard = rewriter.guard.clone();
-        let rewriting = Rewriting::new(rewriter.prompter(), prompt, rewriter.options.clone(), guard)?;
+        let mut options = rewriter.options.clone();
+        options.sampling.seed = prompt_seed(options.sampling.seed, id, self.prompts.len());
+        let rewriting = Rewriting::new(rewriter.prompter(), prompt, options, guard)?;
         let length = rewriter.prompter().encode(prompt)?.len();
         let cache_tokens = self.engine.cache_tokens.unwrap_or(rewriter.options.cache_tokens(length));
         let mut session = rewriter.session(EngineOptions { cache_tokens, ..engine })?;

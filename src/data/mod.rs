@@ -4,3 +4,4 @@ pub mod near_duplicates;
 pub mod pairs;
 pub mod phrases;
 pub mod records;
+pub mod tails;

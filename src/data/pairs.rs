@@ -7,9 +7,12 @@
 use super::near_duplicates::{Groups, similar_pairs};
 use super::phrases::StylePhrases;
 use super::records::Pair;
+use super::tails::{TailLimits, Tails};
 use crate::random::Words;
 use crate::text::Tokenizer;
+use crate::text::artists::{names_artist, names_in};
 use crate::text::content_words::{ContentWords, most_repeated, words};
+use crate::text::mediums::Mediums;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -32,6 +35,10 @@ pub struct PairOptions {
     pub min_added: usize,
     /// Most words of a rich prompt.
     pub max_words: usize,
+    /// Shares of the pairs that one phrase, any artist and one artist may be in.
+    pub limits: TailLimits,
+    /// Part of the borrowed pairs whose prompt is given a medium, if it names none.
+    pub name_medium: f32,
     /// Part of the groups of similar prompts that is held out.
     pub validation: f32,
     pub seed: u64,
@@ -49,6 +56,8 @@ impl Default for PairOptions {
             drop_share: 0.3,
             min_added: 10,
             max_words: 80,
+            limits: TailLimits { phrase: 0.02, artists: 0.15, artist: 0.004 },
+            name_medium: 0.25,
             validation: 0.02,
             seed: 42,
         }
@@ -128,51 +137,143 @@ pub fn make_pairs(
     // a plain prompt may only borrow from the training side, or validation would leak into it
     let lenders: Vec<usize> =
         (0..parsed.len()).filter(|&i| !duplicate[i] && is_rich(&parsed[i]) && !held_out(&mut groups, i)).collect();
-    let lenders = Lenders::new(&parsed, &lenders, styles, options.min_added);
+    let grouped: Vec<(usize, usize)> = lenders.into_iter().map(|i| (i, groups.find(i))).collect();
+    let lenders = Lenders::new(&parsed, &grouped, styles, options.min_added);
+    let tails = Tails::new(options.limits.clone(), lenders.phrases.values().flatten().map(String::as_str));
 
+    let mut maker = Maker { options, lenders: &lenders, tails, counts };
     let mut made = MadePairs { train: vec![], validation: vec![], counts: vec![] };
     for i in (0..parsed.len()).filter(|&i| !duplicate[i]) {
-        let p = &parsed[i];
         let mut rng = Words::new(options.seed ^ 0x5061_6972, i as u64);
-        let mut sides = Vec::new();
-        let rich = is_rich(p);
-        if rich {
-            sides.extend(derived_sides(p, options, &mut rng).into_iter().map(|(raw, t)| ("derived", raw, t)));
-            if sides.is_empty() {
-                counts.add("dropped: no subject left", 1);
-            }
-        }
-        let borrowed = if rich { options.borrow.saturating_sub(1) } else { options.borrow };
-        let own = if rich { p.subject.as_str() } else { p.text.trim_end_matches(['.', ',', ' ']) };
-        if borrowed > 0 && !own.is_empty() {
-            let styles = lenders.styles_for(own, i, borrowed, &mut rng);
-            if styles.is_empty() && !rich {
-                counts.add("dropped: plain, and nothing similar to borrow from", 1);
-            }
-            let sides_of = |style: Vec<String>| ("borrowed", own.to_owned(), format!("{own}, {}", style.join(", ")));
-            sides.extend(styles.into_iter().map(sides_of));
-        } else if !rich {
-            counts.add("dropped: plain", 1);
-        }
+        let sides = maker.sides(&parsed[i], i, is_rich(&parsed[i]), &mut rng);
         let validation = held_out(&mut groups, i);
-        for (kind, raw, target) in sides {
-            if let Some(reason) = refuse(&raw, &target, tokenizer, options, &mut rng) {
-                counts.add(reason, 1);
+        for side in sides {
+            if let Some(reason) = refuse(&side.raw, &side.target, tokenizer, options, &mut rng) {
+                maker.counts.add(reason, 1);
                 continue;
             }
-            let name = match (validation, kind) {
+            let name = match (validation, side.kind) {
                 (true, _) => "validation pairs",
                 (_, "derived") => "training pairs, derived",
                 _ => "training pairs, borrowed",
             };
-            counts.add(name, 1);
-            let other = Map::from_iter([("kind".to_owned(), Value::from(kind))]);
+            maker.counts.add(name, 1);
+            let other = Map::from_iter([("kind".to_owned(), Value::from(side.kind))]);
             let list = if validation { &mut made.validation } else { &mut made.train };
-            list.push(Pair { raw_prompt: raw, prompt: target, other });
+            list.push(Pair { raw_prompt: side.raw, prompt: side.target, other });
         }
     }
-    made.counts = counts.0;
+    made.counts = maker.counts.0;
     made
+}
+
+/// A pair in the making.
+struct Side {
+    kind: &'static str,
+    raw: String,
+    target: String,
+}
+
+struct Maker<'a> {
+    options: &'a PairOptions,
+    lenders: &'a Lenders,
+    tails: Tails<'a>,
+    counts: Counts,
+}
+
+/// Phrases of the prompt's own medium that a named medium may bring along.
+const OF_MEDIUM: usize = 3;
+
+impl Maker<'_> {
+    /// What a prompt gives: pairs of its own style phrases, and pairs with those of others.
+    fn sides(&mut self, p: &Parsed, i: usize, rich: bool, rng: &mut Words) -> Vec<Side> {
+        let mut sides = Vec::new();
+        if rich {
+            let derived = derived_sides(p, self.options, rng);
+            if derived.is_empty() {
+                self.counts.add("dropped: no subject left", 1);
+            }
+            for (raw, used) in derived {
+                match self.derived(p, i, &raw, &used, rng) {
+                    Some(target) => sides.push(Side { kind: "derived", raw, target }),
+                    None => self.counts.add("dropped: head contradicts itself", 1),
+                }
+            }
+        }
+        let borrowed = if rich { self.options.borrow.saturating_sub(1) } else { self.options.borrow };
+        let own = if rich { p.subject.as_str() } else { p.text.trim_end_matches(['.', ',', ' ']) };
+        if borrowed == 0 || own.is_empty() {
+            if !rich {
+                self.counts.add("dropped: plain", 1);
+            }
+            return sides;
+        }
+        let mut any = false;
+        for _ in 0..borrowed {
+            if let Some(side) = self.borrowed(own, i, rng) {
+                any = true;
+                sides.push(side);
+            }
+        }
+        if !any && !rich {
+            self.counts.add("dropped: plain, and nothing similar to borrow from", 1);
+        }
+        sides
+    }
+
+    /// The words that a tail should add.
+    fn length(&self, rng: &mut Words) -> usize {
+        self.options.min_added + rng.below(self.options.min_added + 4)
+    }
+
+    /// The target of a rich prompt's own style phrases and `used` details; `None` if its head contradicts itself.
+    fn derived(&mut self, p: &Parsed, i: usize, raw: &str, used: &[usize], rng: &mut Words) -> Option<String> {
+        let worn = names_artist(&p.head) && !self.tails.has_room_for(&p.head);
+        let head = if worn { &p.subject } else { &p.head };
+        let fixed = |k: usize| if p.parts[k].1 { false } else { !self.options.style_only || used.contains(&k) };
+        let fixed: Vec<usize> = (0..p.parts.len()).filter(|&k| fixed(k)).collect();
+        let text = |k: usize| p.parts[k].0.as_str();
+        let context =
+            std::iter::once(head.as_str()).chain(fixed.iter().map(|&k| text(k))).collect::<Vec<_>>().join(", ");
+        if Mediums::built_in().contradicts(&context) {
+            return None;
+        }
+        let own: Vec<&str> = p.parts.iter().filter(|part| part.1).map(|part| part.0.as_str()).collect();
+        let lenders = self.lenders.similar(raw, i, rng);
+        let more: Vec<&str> = self.lenders.lent(&lenders).collect();
+        let least = self.length(rng);
+        let tail = self.tails.compose(&context, &own, &more, least);
+        let in_order = (0..p.parts.len()).filter(|k| fixed.contains(k) || tail.contains(&text(*k))).map(text);
+        let lent = tail.iter().copied().filter(|t| !own.contains(t));
+        let target = std::iter::once(head.as_str()).chain(in_order).chain(lent).collect::<Vec<_>>().join(", ");
+        let counted: Vec<&str> = tail.iter().copied().chain(names_artist(head).then_some(head.as_str())).collect();
+        self.tails.count(&counted);
+        Some(target)
+    }
+
+    /// A plain prompt with style phrases of similar ones.
+    fn borrowed(&mut self, own: &str, i: usize, rng: &mut Words) -> Option<Side> {
+        let lenders = self.lenders.similar(own, i, rng);
+        if lenders.is_empty() {
+            return None;
+        }
+        let named = match rng.uniform() < self.options.name_medium {
+            true => self.tails.name_medium(own, rng),
+            false => None,
+        };
+        let mut first: Vec<&str> = match named {
+            Some((_, medium)) => self.tails.of_medium(medium, OF_MEDIUM, rng),
+            None => vec![],
+        };
+        first.extend(self.lenders.lent(&lenders[..1]));
+        let raw = named.map_or_else(|| own.to_owned(), |n| n.0);
+        let more: Vec<&str> = self.lenders.lent(&lenders[1..]).collect();
+        let least = self.length(rng);
+        let tail = self.tails.compose(&raw, &first, &more, least);
+        let target = std::iter::once(raw.as_str()).chain(tail.iter().copied()).collect::<Vec<_>>().join(", ");
+        self.tails.count(&tail);
+        Some(Side { kind: "borrowed", raw, target })
+    }
 }
 
 /// Why a pair is no good, if it is not.
@@ -244,9 +345,9 @@ fn parse(text: String, styles: &StylePhrases) -> Parsed {
     Parsed { subject, head, parts, style_count: own + in_head, text }
 }
 
-/// Up to `options.variants` plain sides of a rich prompt with their targets: the bare subject, with its details,
-/// reworded, shortened.
-fn derived_sides(p: &Parsed, options: &PairOptions, rng: &mut Words) -> Vec<(String, String)> {
+/// Up to `options.variants` plain sides of a rich prompt, each with the details that it names: the bare subject, with its
+/// details, reworded, shortened.
+fn derived_sides(p: &Parsed, options: &PairOptions, rng: &mut Words) -> Vec<(String, Vec<usize>)> {
     if words(&p.subject).is_empty() {
         return vec![];
     }
@@ -272,14 +373,7 @@ fn derived_sides(p: &Parsed, options: &PairOptions, rng: &mut Words) -> Vec<(Str
     let mut seen = HashSet::new();
     sides.retain(|s| (1..=40).contains(&words(&s.0).len()) && seen.insert(s.0.clone()));
     sides.truncate(options.variants);
-    let target = |used: &[usize]| {
-        if !options.style_only {
-            return p.text.clone();
-        }
-        let kept = (0..p.parts.len()).filter(|i| p.parts[*i].1 || used.contains(i)).map(text);
-        std::iter::once(p.head.as_str()).chain(kept).collect::<Vec<_>>().join(", ")
-    };
-    sides.into_iter().map(|(raw, used)| (raw, target(&used))).collect()
+    sides
 }
 
 /// Rich prompts by their content words, with the style phrases they can lend.
@@ -290,16 +384,38 @@ struct Lenders {
     index: BTreeMap<String, Vec<usize>>,
 }
 
-/// Most phrases lent at once, and how many similar prompts are looked at for each loan.
+/// Most phrases of one lender, how many similar prompts are looked at, and how many of them lend.
 const LENT: usize = 12;
-const CHOICE: usize = 4;
+const CHOICE: usize = 40;
+const LENDERS: usize = 16;
+
+/// Most words of a phrase that is lent, and groups of similar prompts that it must be in: what one author alone writes is
+/// often misspelt or about its subject.
+const LENT_WORDS: usize = 6;
+const LENT_GROUPS: usize = 3;
 
 impl Lenders {
-    fn new(parsed: &[Parsed], lenders: &[usize], styles: &StylePhrases, least: usize) -> Self {
+    /// `lenders` are indices into `parsed`, with their groups of similar prompts.
+    fn new(parsed: &[Parsed], lenders: &[(usize, usize)], styles: &StylePhrases, least: usize) -> Self {
         let content = ContentWords::default();
         let (mut index, mut phrases): (BTreeMap<String, Vec<usize>>, BTreeMap<usize, Vec<String>>) = Default::default();
-        for &i in lenders {
-            let fit = parsed[i].parts.iter().filter(|(t, style)| *style && styles.is_plain_style(t));
+        let mut groups: HashMap<Vec<String>, HashSet<usize>> = HashMap::new();
+        for &(i, group) in lenders {
+            for (text, _) in &parsed[i].parts {
+                groups.entry(words(text)).or_default().insert(group);
+            }
+        }
+        for &(i, _) in lenders {
+            let fits = |text: &str| {
+                let words = words(text);
+                let known = match names_artist(text) {
+                    true => styles.is_plain_style(text) || !names_in(text).is_empty(),
+                    false => groups[&words].len() >= LENT_GROUPS && styles.is_lendable(text),
+                };
+                let plain = text.starts_with(char::is_alphanumeric) && !text.contains(['+', '(', '[', '"', '/']);
+                known && plain && words.len() <= LENT_WORDS
+            };
+            let fit = parsed[i].parts.iter().filter(|(t, style)| *style && fits(t));
             let fit: Vec<String> = fit.map(|p| p.0.clone()).take(LENT).collect();
             if fit.iter().map(|t| words(t).len()).sum::<usize>() < least {
                 continue;
@@ -312,8 +428,8 @@ impl Lenders {
         Lenders { content, phrases, index }
     }
 
-    /// Style phrases of `count` prompts among those that share the most telling words with `text` (but not of `but`).
-    fn styles_for(&self, text: &str, but: usize, count: usize, rng: &mut Words) -> Vec<Vec<String>> {
+    /// Prompts among those that share the most telling words with `text` (but not `but`), in random order.
+    fn similar(&self, text: &str, but: usize, rng: &mut Words) -> Vec<usize> {
         let mut scores: BTreeMap<usize, f32> = BTreeMap::new();
         for stem in self.content.stems(text) {
             if let Some(list) = self.index.get(&stem) {
@@ -325,12 +441,15 @@ impl Lenders {
         let mut ranked: Vec<(usize, f32)> = scores.into_iter().collect();
         ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         // a few of the closest, so that a popular neighbour does not lend to everybody
-        ranked.truncate(CHOICE * count);
+        ranked.truncate(CHOICE);
         let mut order: Vec<usize> = ranked.iter().map(|r| r.0).collect();
         rng.shuffle(&mut order);
-        let own: HashSet<Vec<String>> = text.split(',').map(words).collect();
-        order.truncate(count);
-        let phrases = order.into_iter().map(|i| self.phrases[&i].iter().filter(|s| !own.contains(&words(s))).cloned());
-        phrases.map(Iterator::collect).collect()
+        order.truncate(LENDERS);
+        order
+    }
+
+    /// The style phrases of some of them.
+    fn lent<'a>(&'a self, lenders: &[usize]) -> impl Iterator<Item = &'a str> {
+        lenders.iter().flat_map(|i| &self.phrases[i]).map(String::as_str)
     }
 }

@@ -37,6 +37,14 @@ const QUALITY: &str = "beautiful gorgeous stunning breathtaking highly hyper ult
 intricately detailed hyperdetailed realistic hyperrealistic photorealistic cinematic masterpiece amazing perfect epic \
 award-winning symmetrical 4k 8k hd";
 
+/// Words between style words.
+const LINKING: &str = "a an the of on in by and with for";
+
+/// Style words that say nothing alone.
+const VAGUE: &str = "color colors colour colours focus depth shadows contrast detail details texture textures art arts artwork style \
+styles complex professional glow trending 2d shot quality light lights lighting res view angle perspective very high award \
+engine grain fashion wallpaper magazine cover artist artists commercial";
+
 /// Words that may come before the kind of picture.
 const ARTICLES: &str = "a an the this my some very full body half length medium wide angle low close up extreme professional \
 black and white old vintage color colour";
@@ -100,6 +108,15 @@ impl StylePhrases {
         }
         // a kind of picture needs company: "portrait, studio lighting", not "a photo of a hat"
         2 * style > total && (total > 1 || !first_is_medium || all.len() == 1)
+    }
+
+    /// Whether a phrase speaks of nothing but style, and says something: it goes with any subject.
+    pub fn is_lendable(&self, part: &str) -> bool {
+        let all = words(part);
+        let known =
+            |w: &String| self.words.contains(w) || LINKING.split(' ').any(|l| l == w) || w.parse::<u32>().is_ok();
+        let vague = |w: &String| VAGUE.split(' ').any(|v| v == w);
+        !all.is_empty() && all.iter().all(known) && !all.iter().all(vague)
     }
 
     /// The subject of a prompt's first part: without `a beautiful painting of`, `by …`, `in the style

@@ -1,10 +1,12 @@
 //! How well a rewriter does: what it keeps, adds and repeats.
 
 pub mod facts;
+pub mod variety;
 
 use crate::text::content_words::{ContentWords, most_repeated, words};
 use facts::KindOfFact;
 use serde::Serialize;
+use variety::{Variety, variety};
 
 /// One prompt and its rewrite.
 pub struct Rewrite {
@@ -45,6 +47,8 @@ pub struct RewriteReport {
     /// What survives of single facts, by kind, if they are known.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub facts: Vec<KindOfFact>,
+    #[serde(flatten)]
+    pub variety: Variety,
 }
 
 pub fn report(rewrites: &[Rewrite]) -> RewriteReport {
@@ -70,5 +74,6 @@ pub fn report(rewrites: &[Rewrite]) -> RewriteReport {
         median_seconds: seconds.get(seconds.len() / 2).copied().unwrap_or(0.0),
         slowest_seconds: seconds.last().copied().unwrap_or(0.0),
         facts: vec![],
+        variety: variety(rewrites.iter().map(|r| (r.input.as_str(), r.output.as_str()))),
     }
 }

@@ -1,13 +1,15 @@
 //! Rewrites that have to keep a prompt's meaning: candidates in rounds, and what to fall back on.
 
 use super::assemble::{Assembled, Assembler, Draft, Plan, longest_part};
-use super::{Kept, Prompter, Verbatim, verbatim};
+use super::{Additions, Kept, Prompter, Verbatim, verbatim};
 use crate::engine::Finish;
 use crate::engine::session::{Completed, GenerateOptions};
 use crate::error::{Error, Result};
+use crate::random::{Derived, derived_seed};
 use crate::text::phrases::Phrases;
 use serde::Serialize;
 use std::borrow::Cow;
+use std::sync::Arc;
 
 /// How often banned phrases are looked for in what is left of a prompt.
 const MOST_PASSES: usize = 8;
@@ -29,11 +31,19 @@ pub struct GuardOptions {
     pub max_clip_tokens: Option<usize>,
     /// Whether to count CLIP tokens without a limit too.
     pub count_clip_tokens: bool,
+    /// What may be added.
+    pub additions: Additions,
 }
 
 impl Default for GuardOptions {
     fn default() -> Self {
-        GuardOptions { min_kept: Some(DEFAULT_MIN_KEPT), rounds: 3, max_clip_tokens: None, count_clip_tokens: false }
+        GuardOptions {
+            min_kept: Some(DEFAULT_MIN_KEPT),
+            rounds: 3,
+            max_clip_tokens: None,
+            count_clip_tokens: false,
+            additions: Additions::default(),
+        }
     }
 }
 
@@ -165,14 +175,22 @@ impl Rewriting {
         let mut keeps = false;
         for plan in self.plans.iter().filter(|p| !p.reading.is_empty()) {
             let mut options = self.options.clone();
+            let seed = match work.len() {
+                0 => options.sampling.seed,
+                part => derived_seed(options.sampling.seed, Derived::Part, part as u64),
+            };
             // seeds of rounds are far from those that people choose
-            options.sampling.seed = options.sampling.seed.wrapping_add((self.rewrite.rounds as u64) << 56);
+            options.sampling.seed = seed.wrapping_add((self.rewrite.rounds as u64) << 56);
             // once is enough, and where the model's text comes back whole
             if keeps || plan.stays.is_some() {
                 options.keep = Default::default();
             }
             keeps |= plan.stays.is_none();
-            work.push((self.prompter.encode(&plan.reading)?, options));
+            let reading = self.guard.additions.named(&plan.reading, seed);
+            // a medium named in one part is that of all
+            let whole = format!("{}, {reading}", self.wanted);
+            options.ban = Arc::new(self.guard.additions.banned(&whole, seed, &options.ban));
+            work.push((self.prompter.encode(&reading)?, options));
         }
         self.rewrite.rounds += u32::from(!work.is_empty());
         Ok(work)

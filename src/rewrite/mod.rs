@@ -3,6 +3,7 @@
 mod assemble;
 mod guard;
 mod kept;
+mod style;
 mod verbatim;
 
 #[cfg(test)]
@@ -10,6 +11,7 @@ mod scaling_tests;
 
 pub use guard::{Candidate, DEFAULT_MIN_KEPT, GuardOptions, Rewrite, Rewriting, Source, Work, whole_characters};
 pub use kept::Kept;
+pub use style::{Additions, Style};
 pub use verbatim::Verbatim;
 
 use crate::error::{Error, Result};

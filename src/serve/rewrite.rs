@@ -7,7 +7,10 @@ use super::openai::{OneOrMany, PromptTokensDetails, SamplingParams, Usage, bans,
 use super::sse;
 use super::state::{Shared, StateArc};
 use crate::engine::session::{Completed, GenerateOptions};
-use crate::rewrite::{Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, whole_characters};
+use crate::random::prompt_seed;
+use crate::rewrite::{
+    Additions, Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, Style, whole_characters,
+};
 use crate::text::template::Template;
 use axum::extract::State;
 use axum::response::sse::{Event, Sse};
@@ -53,6 +56,15 @@ pub struct RewriteRequest {
     /// Most tokens as CLIP counts them; 77 fill Stable Diffusion's text encoder.
     #[schema(minimum = 3)]
     pub max_clip_tokens: Option<usize>,
+    /// A built-in style, such as "photo", "product" or "anime".
+    pub style: Option<String>,
+    /// Adds no names of artists.
+    pub no_artists: Option<bool>,
+    /// Also adds media that exclude the one that a prompt names.
+    pub any_medium: Option<bool>,
+    /// Part of the common style phrases that each prompt does without, drawn by its seed.
+    #[schema(minimum = 0, maximum = 1)]
+    pub variety: Option<f32>,
     /// Server-sent events: pieces of text (`RewritePiece`), then each result (`RewriteResult`).
     pub stream: Option<bool>,
     #[serde(flatten)]
@@ -261,10 +273,39 @@ fn rewritings(shared: &Shared, r: RewriteRequest) -> Result<Vec<Rewriting>, ApiE
         return Err(ApiError::field("max_clip_tokens", format!("max_clip_tokens is {n}, expected at least 3")));
     }
     let min_kept = Some(r.min_kept.unwrap_or(DEFAULT_MIN_KEPT)).filter(|least| *least > 0.0);
-    let guard = GuardOptions { min_kept, rounds, max_clip_tokens: r.max_clip_tokens, count_clip_tokens: true };
-    let make = |p: &String| Rewriting::new(prompter.clone(), p, options.clone(), guard.clone());
-    let made = prompts.iter().map(make).collect::<Result<Vec<_>, _>>();
+    let additions = additions(r.style.as_deref(), r.no_artists, r.any_medium, r.variety)?;
+    let guard =
+        GuardOptions { min_kept, rounds, max_clip_tokens: r.max_clip_tokens, count_clip_tokens: true, additions };
+    let make = |(i, p): (usize, &String)| {
+        let mut options = options.clone();
+        options.sampling.seed = prompt_seed(options.sampling.seed, i, prompts.len());
+        Rewriting::new(prompter.clone(), p, options, guard.clone())
+    };
+    let made = prompts.iter().enumerate().map(make).collect::<Result<Vec<_>, _>>();
     made.map_err(|e| ApiError::field("prompt", e.to_string()))
+}
+
+/// What a request allows to be added.
+fn additions(
+    style: Option<&str>,
+    no_artists: Option<bool>,
+    any_medium: Option<bool>,
+    variety: Option<f32>,
+) -> Result<Additions, ApiError> {
+    // names alone: a client must not have the server read its files
+    let style = match style {
+        None => None,
+        Some(name) => Some(Arc::new(Style::built_in(name).ok_or_else(|| {
+            let known = Style::names().join(", ");
+            ApiError::field("style", format!("there is no style \"{name}\"; styles are {known}"))
+        })?)),
+    };
+    let variety = variety.unwrap_or(0.0);
+    if !(0.0..=1.0).contains(&variety) {
+        return Err(ApiError::field("variety", format!("variety is {variety}, expected 0 to 1")));
+    }
+    let (no_artists, any_medium) = (no_artists.unwrap_or(false), any_medium.unwrap_or(false));
+    Ok(Additions { style, no_artists, any_medium, variety })
 }
 
 /// Fails if a prompt is too long, or is cut into too many parts, each of which the model would be asked for.

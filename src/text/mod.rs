@@ -1,9 +1,11 @@
 //! Text in and out of the model: tokenizer, templates, content words.
 
+pub mod artists;
 pub mod clip;
 pub mod content_words;
 mod coverage;
 pub mod literals;
+pub mod mediums;
 pub mod phrases;
 pub mod template;
 mod tokenizer;

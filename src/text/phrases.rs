@@ -6,11 +6,18 @@
 use super::content_words::{word_spans, words};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
-/// A list of phrases, each one or more words.
+/// A list of phrases, each one or more words; cheap to clone and to join.
 #[derive(Clone, Debug, Default)]
 pub struct Phrases {
-    /// By words from the first on, and from the last back.
+    /// None of them empty.
+    lists: Vec<Arc<List>>,
+}
+
+/// Phrases by words from the first on, and from the last back.
+#[derive(Debug, Default)]
+struct List {
     forward: WordTree,
     backward: WordTree,
 }
@@ -28,7 +35,7 @@ pub struct Scan {
 impl Phrases {
     /// Phrases that hold no word are left out, and so are repetitions.
     pub fn new<S: AsRef<str>>(list: impl IntoIterator<Item = S>) -> Phrases {
-        let mut p = Phrases::default();
+        let mut p = List::default();
         for phrase in list {
             let phrase = words(phrase.as_ref());
             if !phrase.is_empty() {
@@ -36,11 +43,16 @@ impl Phrases {
                 p.backward.insert(phrase.iter().rev());
             }
         }
-        p
+        Phrases { lists: if p.forward.is_empty() { vec![] } else { vec![Arc::new(p)] } }
+    }
+
+    /// The phrases of all of these.
+    pub fn joined<'p>(all: impl IntoIterator<Item = &'p Phrases>) -> Phrases {
+        Phrases { lists: all.into_iter().flat_map(|p| p.lists.iter().cloned()).collect() }
     }
 
     pub fn is_empty(&self) -> bool {
-        self.forward.is_empty()
+        self.lists.is_empty()
     }
 
     /// Bytes of the first phrase in a text that is whole.
@@ -57,10 +69,12 @@ impl Phrases {
         let certain = words.iter().take_while(|w| w.0.end < settled).count();
         let searched = if ended { words.len() } else { words.iter().take_while(|w| w.0.end < text.len()).count() };
         let found = (0..searched).find_map(|i| {
-            let n = self.forward.shortest(words[i..searched].iter().map(|w| w.1.as_str()))?;
+            let shortest = |l: &Arc<List>| l.forward.shortest(words[i..searched].iter().map(|w| w.1.as_str()));
+            let n = self.lists.iter().filter_map(shortest).min()?;
             Some(words[i].0.start..words[i + n - 1].0.end)
         });
-        let goes_on = |i: &usize| self.forward.goes_on(words[*i..certain].iter().map(|w| w.1.as_str()));
+        let goes_on =
+            |i: &usize| self.lists.iter().any(|l| l.forward.goes_on(words[*i..certain].iter().map(|w| w.1.as_str())));
         let open = (0..certain).find(goes_on);
         let begun = words.get(certain).map_or(text.len(), |w| w.0.start).min(settled.max(from));
         // an apostrophe may be the beginning of a word
@@ -79,7 +93,8 @@ impl Phrases {
         let mut gone: Vec<Range<usize>> = Vec::new();
         for word in word_spans(text) {
             kept.push(word);
-            if let Some(n) = self.backward.longest(kept.iter().rev().map(|w| w.1.as_str())) {
+            let longest = |l: &Arc<List>| l.backward.longest(kept.iter().rev().map(|w| w.1.as_str()));
+            if let Some(n) = self.lists.iter().filter_map(longest).max() {
                 gone.extend(kept.drain(kept.len() - n..).map(|w| w.0));
             }
         }
@@ -173,6 +188,19 @@ mod tests {
     /// The phrase that a text without its last word, which may grow, begins first.
     fn grown(p: &Phrases, text: &str) -> Option<Range<usize>> {
         p.scan(text, 0, text.len(), false).found
+    }
+
+    #[test]
+    fn joined_lists_find_what_each_finds() {
+        let p = Phrases::joined([
+            &Phrases::new(["red cat", "dog"]),
+            &Phrases::default(),
+            &Phrases::new(["red", "cat nap"]),
+        ]);
+        assert_eq!(p.find("a red cat nap"), Some(2..5), "the shortest first");
+        assert_eq!(p.strip("a red cat and a dog, cat nap, x"), "a cat and a, x");
+        assert_eq!(p.scan("a cat", 0, 5, false).undecided, 2);
+        assert!(Phrases::joined([&Phrases::default()]).is_empty());
     }
 
     #[test]

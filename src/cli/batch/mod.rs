@@ -187,6 +187,7 @@ fn common<'a>(args: &RewriteArgs, rewriter: &'a Rewriter, format: Format) -> Com
         guard: &rewriter.guard,
         longest: args.max_prompt_bytes,
         same_candidates: format == Format::Text,
+        alone: matches!(args.source(), Source::Prompts([_])),
     }
 }
 

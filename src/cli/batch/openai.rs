@@ -8,6 +8,7 @@ use super::{Begun, PENDING, Settings, record};
 use crate::cli::hosted::{HostOptions, Hosted};
 use crate::cli::print::note;
 use crate::cli::rewrite::RewriteArgs;
+use crate::random::{Derived, derived_seed};
 use crate::serve::{HttpOptions, app};
 use anyhow::{Context, anyhow, bail, ensure};
 use axum::Router;
@@ -56,6 +57,7 @@ pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
         requests: JoinSet::new(),
         handles: vec![],
         other_models: BTreeSet::new(),
+        seed: args.sampling.seed,
         failures: 0,
         first_failure: None,
     };
@@ -92,6 +94,7 @@ fn settings(args: &RewriteArgs) -> Settings {
         ("model", json!(model)),
         ("dtype", json!(format!("{:?}", args.model.dtype).to_lowercase())),
         ("template", json!(args.template)),
+        ("seed", json!(args.sampling.seed)),
     ];
     settings.0.extend(values.map(|(flag, value)| (flag.to_owned(), value)));
     settings
@@ -99,6 +102,8 @@ fn settings(args: &RewriteArgs) -> Settings {
 
 struct Run {
     router: Router,
+    /// What the seeds of requests without one are derived from.
+    seed: Option<u64>,
     /// What the model is called here.
     model: String,
     skip_bad_lines: bool,
@@ -212,7 +217,11 @@ impl Run {
         let value = record::text(&line.bytes).and_then(|t| serde_json::from_str::<Value>(t).context("is not JSON"));
         let value = value.map_err(|e| (Value::Null, e))?;
         let custom_id = value.get("custom_id").cloned().unwrap_or_default();
-        self.request(&value).map_err(|e| (custom_id, e))
+        let mut request = self.request(&value).map_err(|e| (custom_id, e))?;
+        if let (Some(seed), true) = (self.seed, request.body.get("seed").is_none_or(Value::is_null)) {
+            request.body["seed"] = json!(derived_seed(seed, Derived::Prompt, line.number));
+        }
+        Ok(request)
     }
 
     fn request(&mut self, value: &Value) -> anyhow::Result<Parsed> {

@@ -3,6 +3,7 @@
 use super::input::{LineKind, RawLine};
 use crate::cli::model::check_sampling;
 use crate::engine::session::{GenerateOptions, Length};
+use crate::random::{Derived, derived_seed};
 use crate::rewrite::GuardOptions;
 use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
@@ -30,6 +31,8 @@ pub struct Common<'a> {
     pub longest: usize,
     /// Whether every line has as many candidates.
     pub same_candidates: bool,
+    /// Whether there is one prompt and no file: it has the seed that was asked for.
+    pub alone: bool,
 }
 
 impl Common<'_> {
@@ -44,6 +47,11 @@ impl Common<'_> {
             options: self.options.clone(),
             guard: self.guard.clone(),
         };
+        if !self.alone {
+            // the same line comes out the same in any part of the input
+            let s = &mut line.options.sampling;
+            s.seed = derived_seed(s.seed, Derived::Prompt, line.number);
+        }
         match object(text, raw.kind)? {
             None => line.prompt = text.to_owned(),
             Some(object) => self.take(&object, &mut line)?,
@@ -219,7 +227,7 @@ mod tests {
 
     fn parse(text: &[u8], kind: LineKind) -> Result<Line, String> {
         let (options, guard) = Default::default();
-        let common = Common { options: &options, guard: &guard, longest: 40, same_candidates: false };
+        let common = Common { options: &options, guard: &guard, longest: 40, same_candidates: false, alone: false };
         let raw = RawLine { number: 5, place: "in, line 5".into(), kind, bytes: text.to_vec(), too_long: false };
         common.parse(raw).map_err(|e| format!("{e:#}"))
     }
