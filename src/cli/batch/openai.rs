@@ -79,7 +79,7 @@ pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
     ensure!(
         failures == 0 || failures < requests,
         "all of {requests} requests failed; the first: {}",
-        first_failure.unwrap_or_default()
+        first_failure.map_or_else(String::new, |(line, message)| format!("line {line}: {message}"))
     );
     Ok(true)
 }
@@ -116,7 +116,8 @@ struct Run {
     /// Names of models that requests asked for and that are not this one's.
     other_models: BTreeSet<String>,
     failures: u64,
-    first_failure: Option<String>,
+    /// That of the lowest line, whichever failed first.
+    first_failure: Option<(u64, String)>,
 }
 
 /// A line's result, with the message if its request failed.
@@ -204,7 +205,9 @@ impl Run {
     fn finish(&mut self, answer: Answer) {
         if let Some(message) = answer.failure {
             self.failures += 1;
-            self.first_failure.get_or_insert(format!("line {}: {message}", answer.line));
+            if self.first_failure.as_ref().is_none_or(|(line, _)| answer.line < *line) {
+                self.first_failure = Some((answer.line, message));
+            }
         }
         self.out.finish(answer.line, answer.text);
     }
@@ -258,8 +261,8 @@ impl Run {
                 self.model
             );
         }
-        if let (Some(first), true) = (&self.first_failure, self.failures < self.out.finished) {
-            note!("{} of {} requests failed; the first: {first}", self.failures, self.out.finished);
+        if let (Some((line, message)), true) = (&self.first_failure, self.failures < self.out.finished) {
+            note!("{} of {} requests failed; the first: line {line}: {message}", self.failures, self.out.finished);
         }
     }
 }
