@@ -310,10 +310,20 @@ fn what_no_machine_has_memory_for_is_planned_and_refused() {
         ("rewrite --sequences 18446744073709551615 --input @short.txt", "--sequences"),
         ("rewrite --batch-tokens 18446744073709551615 --input @short.txt", "--batch-tokens"),
         ("serve --port 0 --sequences 18446744073709551615", "--sequences"),
+        ("bench serve --num-prompts 18446744073709551615", "--num-prompts"),
+        ("bench serve --random-input-len 18446744073709551615", "--random-input-len"),
+        ("bench serve --max-concurrency 18446744073709551615", "--max-concurrency"),
+        ("bench serve --request-rate 1e-300", "--request-rate"),
+        ("bench serve --request-rate nan", "--request-rate"),
+        ("bench serve --temperature nan", "--temperature"),
+        ("bench serve --goodput ttft:nan", "--goodput"),
     ] {
         let said = inputs.failure(line);
         assert!(said.contains(flag), "{line}: {said}");
     }
+    // what goes beyond the context ends there
+    inputs.stdout("generate --prompt fox --max-tokens 18446744073709551615 --seed 1 --stop a");
+    inputs.stdout("rewrite --seed 1 --max-tokens 18446744073709551615 --min-kept 0 fox");
     // a pass never has more tokens than the cache, so these cost nothing
     inputs.stdout("rewrite --seed 1 --max-tokens 3 --input @short.txt --batch-tokens 1000000000 --cache-tokens 512");
 }

@@ -4,8 +4,10 @@ use super::engine::EngineArgs;
 use super::hosted::{HostOptions, Hosted};
 use super::model::ModelArgs;
 use super::print::{self, print_line};
+use super::within;
 use crate::bench::serve::{Endpoint, Goodput, LoadOptions, Prompts, ServeReport, Server, run};
 use crate::data::records::read_prompts;
+use crate::models::bloom::{MOST_CONTEXT, MOST_VOCABULARY};
 use crate::serve::{HttpOptions, app, serve};
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
@@ -84,17 +86,23 @@ impl ServeBenchArgs {
                 Some(("e2el", _)) => &mut limits.e2el,
                 _ => anyhow::bail!("--goodput {item}: expected ttft:MS, tpot:MS or e2el:MS"),
             };
-            *slot = parsed.map(|p| p.1);
+            let limit = parsed.map_or(f64::NAN, |p| p.1);
+            ensure!(limit >= 0.0, "--goodput {item}: expected milliseconds, 0 or more");
+            *slot = Some(limit);
         }
         Ok(limits)
     }
 
     pub fn run(self) -> anyhow::Result<()> {
         super::ignore_broken_pipes();
-        ensure!(self.num_prompts > 0 && self.output_len > 0, "--num-prompts and --output-len must be at least 1");
-        ensure!(self.request_rate.is_none_or(|r| r > 0.0), "--request-rate must be above 0");
-        ensure!(self.max_concurrency != Some(0), "--max-concurrency must be at least 1");
-        ensure!(self.random_input_len > 0 && self.random_vocabulary > 1, "random prompts need tokens and ids");
+        within("--num-prompts", self.num_prompts, 1..=10_000_000, "[1, 10000000]")?;
+        within("--output-len", self.output_len, 1..=MOST_CONTEXT, "[1, 16777216]")?;
+        within("--random-input-len", self.random_input_len, 1..=MOST_CONTEXT, "[1, 16777216]")?;
+        within("--random-vocabulary", self.random_vocabulary, 2..=MOST_VOCABULARY, "[2, 16777216]")?;
+        within("--temperature", self.temperature, 0.0..=100.0, "[0, 100]")?;
+        // a request in eleven days at the least
+        within("--request-rate", self.request_rate.unwrap_or(1.0), 1e-6..=1e9, "[1e-6, 1e9]")?;
+        within("--max-concurrency", self.max_concurrency.unwrap_or(1), 1..=1 << 20, "[1, 1048576]")?;
         let prompts = match &self.input {
             Some(file) => {
                 let prompts = read_prompts(file)?;

@@ -73,7 +73,8 @@ impl GenerateArgs {
             Some(ids) => ids.clone(),
             None => loaded.tokenizer.encode(&prompt)?,
         };
-        let engine = EngineOptions { cache_tokens: options.cache_tokens(ids.len()), ..EngineOptions::default() };
+        let cache_tokens = options.cache_tokens(ids.len(), loaded.config.context);
+        let engine = EngineOptions { cache_tokens, ..EngineOptions::default() };
         let mut session = loaded.session(engine)?;
         session.submit(0, ids, &options)?;
         let mut out = print::stdout();

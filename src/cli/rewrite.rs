@@ -246,7 +246,8 @@ impl RewriteArgs {
         options.sampling.seed = prompt_seed(options.sampling.seed, id, self.prompts.len());
         let rewriting = Rewriting::new(rewriter.prompter(), prompt, options, guard)?;
         let length = rewriter.prompter().encode(prompt)?.len();
-        let cache_tokens = self.engine.cache_tokens.unwrap_or(rewriter.options.cache_tokens(length));
+        let cache_tokens =
+            self.engine.cache_tokens.unwrap_or(rewriter.options.cache_tokens(length, rewriter.loaded.config.context));
         let mut session = rewriter.session(EngineOptions { cache_tokens, ..engine })?;
         let streams = n == 1 && !self.json && rewriting.streams();
         let waiting = Waiting::begin(!streams);

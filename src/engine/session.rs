@@ -59,12 +59,14 @@ impl Default for GenerateOptions {
 }
 
 impl GenerateOptions {
-    /// Positions of the KV cache that a prompt of so many tokens may take alone, with all its candidates.
-    pub fn cache_tokens(&self, prompt: usize) -> usize {
+    /// Positions of the KV cache that a prompt of so many tokens may take alone, with all its candidates, in a model of this
+    /// `context`.
+    pub fn cache_tokens(&self, prompt: usize, context: usize) -> usize {
         let new = match self.length {
             Length::New(n) => n,
             Length::Total(n) => n.saturating_sub(prompt).max(1),
         };
+        let new = new.min(context.saturating_sub(prompt).max(1));
         // whole blocks: the last of the prompt and the last of the output may be begun ones
         (prompt + new + 2 * BLOCK) * self.candidates.max(1) as usize
     }
