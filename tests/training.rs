@@ -91,7 +91,8 @@ fn lines_without_time(folder: &Path) -> Vec<String> {
 fn metrics_keep_every_digit_when_a_run_resumes() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("metrics.jsonl");
-    let numbers: Vec<f64> = (1..2000).map(|i| (i as f64 * 0.7310585786300049).exp2() * 1.0000000000000002e-9).collect();
+    let number = |i: u32| f64::from(i % 60 + 1).sqrt().exp2() * (1e-3 + f64::from(i) * 7.3e-7);
+    let numbers: Vec<f64> = (1..2000).map(number).collect();
     let step = |(i, &x): (usize, &f64)| StepMetrics {
         step: i as u64 + 1,
         epoch: x / 3.0,
