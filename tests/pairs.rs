@@ -6,6 +6,7 @@ use beautiful_prompt::data::records::{Pair, read_pairs, read_prompts, write_pair
 use beautiful_prompt::data::tails::TailLimits;
 use beautiful_prompt::eval::variety::variety;
 use beautiful_prompt::models::embedded;
+use beautiful_prompt::random::Words;
 use beautiful_prompt::text::artists::names_artist;
 use beautiful_prompt::text::content_words::{ContentWords, words};
 use beautiful_prompt::text::mediums::Mediums;
@@ -42,19 +43,23 @@ fn options() -> PairOptions {
 fn mixed_prompts() -> Vec<String> {
     let subjects = ["lighthouse", "sailor", "fox", "harbour", "clockmaker", "market", "orchard", "bridge"];
     let places = ["on a cliff", "in the fog", "beside a frozen lake", "at dawn", "behind the mill", "in the snow"];
-    let light = ["soft lighting", "dramatic lighting", "rim light", "volumetric lighting", "golden hour", "moody"];
     let media = [
-        "dslr, shallow depth of field, film grain, digital painting, professional photography",
-        "oil painting, intricate, vibrant colors, art by wlop, highly detailed, smooth",
-        "digital painting, concept art, sharp focus, trending on artstation, art by wlop, masterpiece",
-        "octane render, unreal engine, ray tracing, highly detailed, ambient occlusion, 8k",
+        "dslr, shallow depth of field, film grain, digital painting, professional photography, soft lighting, bokeh",
+        "oil painting, intricate, vibrant colors, highly detailed, smooth, dramatic lighting, oil on canvas",
+        "digital painting, concept art, sharp focus, trending on artstation, masterpiece, rim light, matte painting",
+        "octane render, unreal engine, ray tracing, highly detailed, ambient occlusion, 8k, volumetric lighting",
     ];
+    let artists = ["", ", art by wlop", ", art by wlop", ""];
     let lead = ["a photo of", "a painting of", "", ""];
     let mut all = Vec::new();
     for (i, s) in subjects.iter().enumerate() {
         for (j, p) in places.iter().enumerate() {
             for (k, m) in media.iter().enumerate() {
-                all.push(format!("{} a {s} {p} {k}{i}{j}, {m}, {}", lead[k], light[(i + j + k) % 6]).trim().to_owned());
+                // in an order of its own, or all would be one group of similar prompts
+                let mut phrases: Vec<&str> = m.split(", ").collect();
+                Words::new(7, all.len() as u64).shuffle(&mut phrases);
+                let style = phrases[..5].join(", ");
+                all.push(format!("{} a {s} {p} {k}{i}{j}, {style}{}", lead[k], artists[k]).trim().to_owned());
             }
             all.push(format!("photo of a {s} {p} with {} doors", 7 * i + j));
         }
