@@ -409,7 +409,8 @@ mod tests {
         #[test]
         fn a_prompt_keeps_itself(text in hostile()) {
             prop_assert_eq!(Kept::default().measure(&text, &text), (1.0, vec![]));
-            let more = format!("{text}, zxq");
+            // small letters would make a program of a shout
+            let more = format!("{text}, ZXQ");
             prop_assert!(text.ends_with('\\') || Kept::default().measure(&text, &more).0 == 1.0, "{}", more);
         }
 

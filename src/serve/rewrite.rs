@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::convert::Infallible;
 use std::sync::Arc;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use utoipa::ToSchema;
 
 /// Most prompts of one request, and how many of them are worked on at once.
@@ -226,7 +226,7 @@ pub async fn rewrite(
     let rewritings = shared.texts.run(bytes, move || rewritings(&own, r)).await??;
     let job = Job { shared: shared.clone(), request_id, pieces: None };
     if streams {
-        return Ok(streamed(job, rewritings));
+        return streamed(job, rewritings).await;
     }
     let mut usage = Usage::default();
     let mut results = Vec::new();
@@ -317,9 +317,12 @@ fn check_prompt(shared: &Shared, field: &str, prompt: &str) -> Result<(), ApiErr
     }
 }
 
-fn streamed(job: Job, rewritings: Vec<Rewriting>) -> Response {
+/// Answers in pieces from the first one on; what fails before it is the answer itself.
+async fn streamed(job: Job, rewritings: Vec<Rewriting>) -> Result<Response, ApiError> {
     // a listener who is slow holds up the reading of pieces, not the engine
-    let (events, receiver) = mpsc::channel(256);
+    let (events, mut receiver) = mpsc::channel(256);
+    let (refusal, mut refused) = oneshot::channel();
+    let mut refusal = Some(refusal);
     tokio::spawn(async move {
         let job = Job { pieces: Some(events.clone()), ..job };
         let mut usage = Usage::default();
@@ -331,7 +334,16 @@ fn streamed(job: Job, rewritings: Vec<Rewriting>) -> Response {
                         count(&mut usage, &rewrite);
                         let _ = events.send(sse::data(&result(index, rewrite))).await;
                     }
-                    Some(Err(e)) => break sse::data(&ErrorBody { error: e.detail }),
+                    Some(Err(e)) => {
+                        let unsent = match refusal.take() {
+                            Some(refusal) => refusal.send(e),
+                            None => Err(e),
+                        };
+                        match unsent {
+                            Ok(()) => return,
+                            Err(e) => break sse::data(&ErrorBody { error: e.detail }),
+                        }
+                    }
                     None => break sse::data(&serde_json::json!({ "usage": usage })),
                 }
             };
@@ -344,8 +356,16 @@ fn streamed(job: Job, rewritings: Vec<Rewriting>) -> Response {
             () = events.closed() => {}
         }
     });
-    let events = stream::unfold(receiver, |mut r| async move { Some((Ok::<_, Infallible>(r.recv().await?), r)) });
-    Sse::new(events).keep_alive(sse::keep_alive()).into_response()
+    let first = tokio::select! {
+        biased;
+        Ok(e) = &mut refused => return Err(e),
+        first = receiver.recv() => first,
+    };
+    // from here on there is an answer, and a failure is a part of it
+    drop(refused);
+    let rest = stream::unfold(receiver, |mut r| async move { Some((r.recv().await?, r)) });
+    let events = stream::iter(first).chain(rest).map(Ok::<_, Infallible>);
+    Ok(Sse::new(events).keep_alive(sse::keep_alive()).into_response())
 }
 
 /// A request of the BeautifulPrompt extension for Stable Diffusion's web UI. Its `model_name` is not looked at: there is one model.

@@ -428,7 +428,8 @@ mod tests {
                 Completed { id, prompt_ids, prompt_scores: vec![], cached: 0, candidates }
             };
             let done: Vec<Outcome> = done.map(|r| Ok(completed(r))).collect();
-            self.running.retain(|r| !(r.1[0] == FAILS_ALONE && r.2 == 2));
+            let gone: Vec<u64> = failed.iter().filter_map(|f: &Outcome| f.as_ref().err().map(|f| f.id)).collect();
+            self.running.retain(|r| !gone.contains(&r.0));
             Ok(done.into_iter().chain(failed).collect())
         }
 
