@@ -9,7 +9,9 @@ use super::print::{self, note};
 use crate::engine::EngineOptions;
 use crate::engine::session::{Completed, Generate, GenerateOptions, Length, Update};
 use crate::random::prompt_seed;
-use crate::rewrite::{Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, whole_characters};
+use crate::rewrite::{
+    Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, Source as TextSource, whole_characters,
+};
 use crate::text::template::Template;
 use anyhow::{bail, ensure};
 use clap::{Args, ValueEnum};
@@ -282,6 +284,7 @@ impl RewriteArgs {
 /// What has to be said of a rewrite that is not the model's, or that keeps little of its prompt.
 fn reservation(c: &Candidate) -> Option<String> {
     match &c.reason {
+        Some(reason) if c.source == TextSource::Model => Some(reason.clone()),
         Some(reason) => Some(format!("fell back on the prompt: {reason}")),
         None if c.kept < DEFAULT_MIN_KEPT => {
             Some(format!("kept {:.2} of the prompt; missing: {}", c.kept, c.missing.join(", ")))

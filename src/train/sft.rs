@@ -184,7 +184,7 @@ impl Sft<'_> {
 }
 
 /// Settings as a file brings them back: reading may change the last digit of a number.
-fn as_read(settings: &serde_json::Value) -> serde_json::Value {
+pub fn as_read(settings: &serde_json::Value) -> serde_json::Value {
     serde_json::from_str(&settings.to_string()).unwrap_or_else(|_| settings.clone())
 }
 

@@ -80,7 +80,8 @@ fn begin(args: &RewriteArgs, format: Format) -> anyhow::Result<Begun> {
     let mut reads: Vec<&Path> = lines.files().collect();
     let others = args.other_files();
     reads.extend(others.iter().map(|p| p.as_path()));
-    check_distinct(&[&args.files.output], &reads)?;
+    let output = &args.files.output;
+    check_distinct(&[output, &target::partial(output), &settings::path(output)], &reads)?;
     let begin = match (args.files.resume, args.files.force) {
         (true, _) => Begin::Resume,
         (_, true) => Begin::Replace,

@@ -75,12 +75,13 @@ pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
     }
     thread.join().map_err(|_| anyhow!("the engine panicked"))?.context("the engine stopped")?;
     let requests = out.written;
-    out.target.complete()?;
+    // answers that are all failures replace no good ones
     ensure!(
         failures == 0 || failures < requests,
         "all of {requests} requests failed; the first: {}",
         first_failure.map_or_else(String::new, |(line, message)| format!("line {line}: {message}"))
     );
+    out.target.complete()?;
     Ok(true)
 }
 

@@ -2,6 +2,7 @@
 
 use super::target::beside;
 use crate::checkpoint::write_atomic;
+use crate::train::sft::as_read;
 use anyhow::{Context, bail};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
@@ -41,7 +42,7 @@ impl Settings {
     pub fn check(&self, begun: &Settings, output: &str) -> anyhow::Result<()> {
         let flags = self.0.keys().chain(begun.0.keys().filter(|k| !self.0.contains_key(*k)));
         for flag in flags {
-            let (before, now) = (begun.get(flag), self.get(flag));
+            let (before, now) = (begun.get(flag), &as_read(self.get(flag)));
             let more_inputs = || match (before.as_array(), now.as_array()) {
                 (Some(before), Some(now)) => flag == "input" && now.starts_with(before),
                 _ => false,

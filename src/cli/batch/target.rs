@@ -60,6 +60,11 @@ pub fn beside(path: &Path, ending: &str) -> PathBuf {
     path.with_file_name(name)
 }
 
+/// Where results are until they are whole, if a good output is to be replaced.
+pub fn partial(output: &Path) -> PathBuf {
+    beside(output, ".partial")
+}
+
 impl Target {
     /// Opens and locks an output, so that no other process can write to it meanwhile; `-` is standard output.
     pub fn open(path: &Path, begin: Begin) -> anyhow::Result<Target> {
@@ -157,7 +162,7 @@ impl LockedFile {
             (Err(_), Ok(named)) => path.parent().unwrap_or(Path::new(".")).join(named),
             _ => path.to_path_buf(),
         };
-        let partial = beside(&place, ".partial");
+        let partial = partial(&place);
         let holds_something = std::fs::metadata(&place).is_ok_and(|m| m.len() > 0);
         let name = path.display();
         if begin == Begin::New {
