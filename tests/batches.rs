@@ -241,6 +241,24 @@ fn what_was_finished_before_a_bad_line_is_written() {
     assert_eq!(lines(&std::fs::read_to_string(&output).unwrap()).len(), 70);
 }
 
+/// Numbers of settings are read back as they were written, to the last digit.
+#[test]
+fn resuming_with_the_same_fractions_goes_on() {
+    let f = tempfile::tempdir().unwrap();
+    let input = write(f.path(), "in.txt", &numbered(3));
+    let output = f.path().join("out.jsonl");
+    let fractions = ["--top-p", "0.98", "--min-p", "0.03", "--repetition-penalty", "1.21", "--temperature", "0.7"];
+    let run = [
+        &["rewrite", "--seed", "3", "--max-tokens", "9", "--input", &input, "--output", path(&output)],
+        &fractions[..],
+    ];
+    stdout(&run.concat());
+    let whole = std::fs::read_to_string(&output).unwrap();
+    std::fs::write(&output, whole.split_inclusive('\n').take(1).collect::<String>()).unwrap();
+    stdout(&[&run.concat()[..], &["--resume"]].concat());
+    assert_eq!(std::fs::read_to_string(&output).unwrap(), whole);
+}
+
 #[test]
 fn resuming_with_other_settings_or_in_company_is_refused() {
     let f = tempfile::tempdir().unwrap();

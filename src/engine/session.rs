@@ -214,13 +214,13 @@ impl<B: Backend> Generate for Session<'_, B> {
             keep: options.keep.clone(),
         };
         rules.check()?;
-        let rules = Arc::new(rules);
-        let grow = |_| Growing::new(self.tokenizer, rules.clone(), self.eos, request.max_new);
+        // what is to be kept is tokenized once, for all candidates
+        let candidate = Growing::new(self.tokenizer, Arc::new(rules), self.eos, request.max_new)?;
         let pending = Pending {
             prompt_ids: request.prompt.clone(),
             prompt_scores: vec![],
             cached: 0,
-            candidates: (0..request.candidates).map(grow).collect::<Result<_>>()?,
+            candidates: vec![candidate; request.candidates as usize],
         };
         self.engine.submit(request)?;
         self.pending.insert(id, pending);

@@ -58,6 +58,7 @@ pub struct Token {
 /// A banned phrase takes back the tokens from its first one on. Text is given out up to where a banned phrase may yet form, or a stop
 /// text, and tokens as far as their text is. Where others were taken back since, a phrase may form with what was given out: then
 /// as many of its tokens go as are left to go.
+#[derive(Clone)]
 pub struct Growing<'a> {
     tokenizer: &'a Tokenizer,
     decoder: Decoder<'a>,

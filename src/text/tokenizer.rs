@@ -92,6 +92,7 @@ fn encode(tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>> {
 }
 
 /// Turns token ids into text as they come, holding back bytes of unfinished characters.
+#[derive(Clone)]
 pub struct Decoder<'a> {
     tokenizer: &'a Tokenizer,
     ids: Vec<u32>,
