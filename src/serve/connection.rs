@@ -1,11 +1,14 @@
 //! A client's connection: how long it may leave an answer lying, and whether it is still there.
 
+use axum::body::{Body, Bytes};
+use futures_util::stream::{self, StreamExt};
+use std::future::ready;
 use std::io::{self, ErrorKind, IoSlice};
 use std::net::Shutdown;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -16,6 +19,9 @@ const GRACE: Duration = Duration::from_millis(250);
 
 /// An interim answer, which every client of HTTP/1.1 has to take at any time; a closed socket refuses it.
 const INTERIM: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+
+/// A line of server-sent events that says nothing.
+const COMMENT: &[u8] = b":\n\n";
 
 /// Whether the client at the other end is there.
 #[derive(Clone)]
@@ -65,7 +71,7 @@ impl Wire {
         }
         let Some(limit) = self.limit else { return Poll::Pending };
         let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(limit)));
-        ready!(stalled.as_mut().poll(cx));
+        std::task::ready!(stalled.as_mut().poll(cx));
         Poll::Ready(Err(io::Error::new(ErrorKind::TimedOut, "the client takes nothing of its answer")))
     }
 }
@@ -73,7 +79,7 @@ impl Wire {
 impl AsyncRead for Wire {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
-            ready!(self.client.stream.poll_read_ready(cx))?;
+            std::task::ready!(self.client.stream.poll_read_ready(cx))?;
             match self.client.stream.try_read(buf.initialize_unfilled()) {
                 Ok(n) => {
                     buf.advance(n);
@@ -118,18 +124,49 @@ impl Client {
     /// Resolves when the client has gone away; not while it has merely finished sending, which looks the same until something is
     /// sent to it. To be asked before the answer begins, of a client that `takes_interim` answers (HTTP/1.1).
     pub async fn left(&self, takes_interim: bool) {
-        loop {
-            match self.stream.peek(&mut [0]).await {
-                Ok(0) => break,
-                // more of the body, or the next request
-                Ok(_) => sleep(GRACE).await,
-                Err(_) => return,
-            }
+        if self.closed_its_side().await.is_err() {
+            return;
         }
         sleep(GRACE).await;
         if takes_interim && !self.unwritten.load(Ordering::Relaxed) {
             let _ = self.stream.try_write(INTERIM);
         }
+        self.refused().await;
+    }
+
+    /// An answer of server-sent events that breaks off when the client has gone away: one that has closed its side gets a comment,
+    /// which nobody is there to take.
+    pub fn watched(self, answer: Body) -> Body {
+        let events = answer.into_data_stream().map(Some).chain(stream::iter([None]));
+        let gone = || Err(axum::Error::new(io::Error::from(ErrorKind::ConnectionAborted)));
+        let asked = stream::once(async move {
+            let comment = self.closed_its_side().await.map(|()| Bytes::from_static(COMMENT));
+            (self, comment.map_err(axum::Error::new))
+        });
+        let asked = asked.flat_map(move |(client, comment)| {
+            let refused = stream::once(async move {
+                client.refused().await;
+                Some(gone())
+            });
+            stream::iter([Some(comment)]).chain(refused)
+        });
+        let all = stream::select(events, asked);
+        Body::from_stream(all.take_while(|e| ready(e.is_some())).filter_map(ready))
+    }
+
+    /// Resolves when the client has finished sending, with an error if its connection is broken.
+    async fn closed_its_side(&self) -> io::Result<()> {
+        loop {
+            match self.stream.peek(&mut [0]).await? {
+                0 => return Ok(()),
+                // more of the body, or the next request
+                _ => sleep(GRACE).await,
+            }
+        }
+    }
+
+    /// Resolves when the other end has refused what was written.
+    async fn refused(&self) {
         let mut pause = Duration::from_millis(10);
         loop {
             sleep(pause).await;

@@ -200,7 +200,11 @@ fn accept(stream: TcpStream, router: Router, options: &HttpOptions, graceful: &G
         async move {
             let takes_interim = request.version() == Version::HTTP_11;
             tokio::select! {
-                answer = router.oneshot(request.map(Body::new)) => answer.map_err(|e| match e {}),
+                answer = router.oneshot(request.map(Body::new)) => {
+                    let answer = answer.unwrap_or_else(|e| match e {});
+                    let events = answer.headers().get(header::CONTENT_TYPE).is_some_and(|t| t == "text/event-stream");
+                    Ok(if events { answer.map(|body| client.clone().watched(body)) } else { answer })
+                }
                 () = client.left(takes_interim) => Err(std::io::Error::from(ErrorKind::ConnectionAborted)),
             }
         }
