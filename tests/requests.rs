@@ -77,6 +77,7 @@ fn asked(random: &mut Words, tokenizer: &Tokenizer) -> Asked {
         prompt_logprobs: one_in(random, 3),
         top_logprobs: if one_in(random, 4) { 3 } else { 0 },
         deadline: one_in(random, 8).then(|| Instant::now() + Duration::from_millis(random.below(60) as u64)),
+        owner: one_in(random, 3).then(|| 1 << 40 | random.below(3) as u64),
     };
     let cancelled = one_in(random, 8).then(|| random.below(30));
     Asked { prompt: tokenizer.encode_literal(&prompt).unwrap(), options, cancelled }
@@ -248,28 +249,31 @@ fn prompt_scores_survive_preemption() {
     assert_eq!(score(30, true), score(30, false));
 }
 
-/// A request with many candidates gives a later one a place at once, and gets all of its own done.
+/// Many candidates, and many prompts of one owner, give a later request a place at once, and all get done.
 #[test]
-fn many_candidates_do_not_keep_a_short_request_waiting() {
+fn who_asks_for_much_does_not_keep_a_short_request_waiting() {
     let cpu = Cpu::new(1, Isa::detect());
     let model = Bloom::load(&cpu, embedded::checkpoint(), None).unwrap();
     let tokenizer = embedded::tokenizer();
-    for prefix_cache in [true, false] {
+    for (prefix_cache, prompts) in [(true, 1), (false, 1), (true, 128)] {
         let engine = EngineOptions { sequences: 8, prefix_cache, cache_tokens: 2048, ..EngineOptions::default() };
         let mut session = Session::new(&cpu, &model, &tokenizer, engine).unwrap();
         let prompt = tokenizer.encode_literal(PROMPTS[0]).unwrap();
         let sampling = Sampling { temperature: 1.0, ..Sampling::default() };
-        let options = |candidates, new| GenerateOptions {
+        let options = |candidates, new, owner| GenerateOptions {
             candidates,
             sampling,
             ignore_eos: true,
             length: Length::New(new),
+            owner: Some(owner),
             ..GenerateOptions::default()
         };
-        session.submit(0, prompt.clone(), &options(128, 30)).unwrap();
+        for id in 1..=prompts {
+            session.submit(id, prompt.clone(), &options(128 / prompts as u32, 30, 1)).unwrap();
+        }
         (0..5).for_each(|_| assert!(session.step(&mut |_| {}).unwrap().is_empty()));
-        assert_eq!(session.running(), 8, "a request alone has all places");
-        session.submit(1, prompt.clone(), &options(1, 5)).unwrap();
+        assert_eq!(session.running(), 8, "an owner alone has all places");
+        session.submit(0, prompt.clone(), &options(1, 5, 2)).unwrap();
         let mut steps = 0;
         let mut order = vec![];
         while !session.is_idle() {
@@ -277,13 +281,14 @@ fn many_candidates_do_not_keep_a_short_request_waiting() {
             for outcome in session.step(&mut |_| {}).unwrap() {
                 let completed = outcome.unwrap();
                 order.push((completed.id, steps));
-                assert!(completed.candidates.iter().all(|c| c.tokens.len() == [30, 5][completed.id as usize]));
+                let tokens = if completed.id == 0 { 5 } else { 30 };
+                assert!(completed.candidates.iter().all(|c| c.tokens.len() == tokens));
             }
             session.check();
             assert!(session.running() <= 8);
         }
-        assert_eq!(order[0], (1, 5), "a token a step from the first one on");
-        assert_eq!(order[1].0, 0);
+        assert_eq!(order[0], (0, 5), "a token a step from the first one on");
+        assert_eq!(order.len(), 1 + prompts as usize);
         assert_eq!(session.blocks().0, 0);
     }
 }

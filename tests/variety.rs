@@ -159,7 +159,7 @@ fn styles_say_what_they_are_and_users_bring_their_own() {
         |style: &str| records(&["rewrite", "--seed", "2", "--max-tokens", "60", "--style", style, "--input", &input]);
     for name in ["photo", "anime", "watercolor", "pixel"] {
         let media = Mediums::built_in();
-        let of_style = work("x", 1, Additions { style: Style::built_in(name).map(Arc::new), ..Additions::default() });
+        let of_style = work("x", 1, Additions { style: Style::built_in(name), ..Additions::default() });
         let outputs = style(name);
         let named = outputs.iter().filter(|r| media.of(text(r)).is_some_and(|m| m != 0)).count();
         // the model may lose a word of its input now and then

@@ -4,7 +4,6 @@ use crate::rewrite::{Additions, Style};
 use anyhow::ensure;
 use clap::Args;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Style and variety")]
@@ -34,7 +33,7 @@ impl AdditionArgs {
     pub fn additions(&self) -> anyhow::Result<Additions> {
         ensure!((0.0..=1.0).contains(&self.variety), "--variety {} is outside [0, 1]", self.variety);
         let style = self.style.as_deref().map(Style::named).transpose();
-        let style = style.map_err(|e| anyhow::anyhow!("--style: {e}"))?.map(Arc::new);
+        let style = style.map_err(|e| anyhow::anyhow!("--style: {e}"))?;
         let (no_artists, any_medium, variety) = (self.no_artists, self.any_medium, self.variety);
         Ok(Additions { style, no_artists, any_medium, variety })
     }

@@ -173,6 +173,7 @@ impl ServeBenchArgs {
             template: None,
             engine: self.engine.options()?,
             max_queue: 1 << 16,
+            most_bodies: usize::MAX,
             request_timeout: None,
             stall_timeout: None,
             api_keys: vec![],

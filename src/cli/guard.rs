@@ -54,7 +54,9 @@ impl GuardArgs {
             ensure!(n >= 3, "--max-clip-tokens {n} is too few; the first and the last token always count");
         }
         options.keep = Arc::new(Literals::new(&phrases("--keep", &self.keep)?));
-        options.ban = Arc::new(Phrases::new(self.banned()?));
+        let banned = self.banned()?;
+        Phrases::check(&banned).map_err(|e| anyhow::anyhow!("--ban {e}"))?;
+        options.ban = Arc::new(Phrases::new(banned));
         Ok(GuardOptions {
             min_kept: Some(self.min_kept).filter(|least| *least > 0.0),
             rounds: self.rounds,

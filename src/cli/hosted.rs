@@ -7,6 +7,7 @@ use crate::rewrite::Prompter;
 use crate::serve::Shared;
 use crate::serve::engine::{self, Inbox};
 use crate::serve::metrics::Metrics;
+use crate::serve::pool::TextPool;
 use crate::serve::worker;
 use anyhow::{Context, anyhow};
 use std::sync::Arc;
@@ -23,6 +24,8 @@ pub struct HostOptions {
     pub engine: EngineOptions,
     /// Prompts that may wait beyond those that run.
     pub max_queue: usize,
+    /// Requests whose bodies may wait to be read.
+    pub most_bodies: usize,
     pub request_timeout: Option<Duration>,
     /// How long the engine may stand still before it counts as stuck.
     pub stall_timeout: Option<Duration>,
@@ -90,7 +93,7 @@ impl HostOptions {
             stall_timeout: self.stall_timeout,
             api_keys: self.api_keys,
             draining: Default::default(),
-            texts: Default::default(),
+            texts: TextPool::new(self.most_bodies),
             longest_token,
         });
         Ok(Hosted { shared, thread })

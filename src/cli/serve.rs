@@ -3,7 +3,7 @@
 use super::engine::EngineArgs;
 use super::hosted::{HostOptions, Hosted};
 use super::model::ModelArgs;
-use crate::serve::{HttpOptions, app, serve};
+use crate::serve::{HttpOptions, app, pool, serve};
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use std::io::IsTerminal;
@@ -126,6 +126,7 @@ impl ServeArgs {
             template: self.template,
             engine: options,
             max_queue: self.max_queue,
+            most_bodies: pool::MOST_WAITING,
             request_timeout,
             stall_timeout,
             api_keys: self.api_key,

@@ -12,6 +12,8 @@ use std::time::Instant;
 pub struct Request {
     /// The caller's name for it; unique among requests in flight.
     pub id: u64,
+    /// Whose request it is; those of one owner share one share of the places. Its own id if nobody says.
+    pub owner: u64,
     pub prompt: Vec<u32>,
     /// Continuations that share the prompt's computation.
     pub candidates: u32,
@@ -39,6 +41,7 @@ impl Request {
     pub fn new(id: u64, prompt: Vec<u32>, max_new: usize, eos: u32) -> Request {
         Request {
             id,
+            owner: id,
             prompt,
             candidates: 1,
             sampling: Sampling::default(),

@@ -35,6 +35,8 @@ pub struct GenerateOptions {
     pub prompt_logprobs: bool,
     pub top_logprobs: usize,
     pub deadline: Option<Instant>,
+    /// Whose prompt it is: prompts of one owner share one share of the places; each has its own if not given.
+    pub owner: Option<u64>,
 }
 
 impl Default for GenerateOptions {
@@ -54,6 +56,7 @@ impl Default for GenerateOptions {
             prompt_logprobs: false,
             top_logprobs: 0,
             deadline: None,
+            owner: None,
         }
     }
 }
@@ -348,6 +351,7 @@ fn request(id: u64, prompt: Vec<u32>, options: &GenerateOptions, eos: u32, conte
         prompt_logprobs: options.prompt_logprobs,
         top_logprobs: options.top_logprobs,
         deadline: options.deadline,
+        owner: options.owner.unwrap_or(id),
         ..Request::new(id, prompt, max_new.max(1), eos)
     })
 }

@@ -112,6 +112,8 @@ pub struct Rewriting {
     plans: Vec<Plan>,
     options: GenerateOptions,
     guard: GuardOptions,
+    /// What no part may add, once it is known.
+    banned: Option<Arc<Phrases>>,
     kept: Kept,
     good: Vec<Candidate>,
     failed: Vec<Failed>,
@@ -146,13 +148,13 @@ impl Rewriting {
         };
         let chunks = Verbatim::parse(&wanted).chunks;
         let plans = chunks.into_iter().map(|c| Plan::new(c, &prompter.tokenizer)).collect();
-        let (kept, good, failed) = Default::default();
-        Ok(Rewriting { prompter, wanted, plans, options, guard, kept, good, failed, rewrite })
+        let (banned, kept, good, failed) = Default::default();
+        Ok(Rewriting { prompter, wanted, plans, options, guard, banned, kept, good, failed, rewrite })
     }
 
     /// About how many bytes of text a round reads and measures.
     pub fn text_bytes(&self) -> usize {
-        (self.rewrite.prompt.len() + 256).saturating_mul(self.options.candidates.max(1) as usize)
+        (self.rewrite.prompt.len() + 256 * self.plans.len()).saturating_mul(self.options.candidates.max(1) as usize)
     }
 
     /// Whether the model's text is the result as it comes.
@@ -173,6 +175,7 @@ impl Rewriting {
         }
         let mut work = Work::new();
         let mut keeps = false;
+        let banned = self.banned();
         for plan in self.plans.iter().filter(|p| !p.reading.is_empty()) {
             let mut options = self.options.clone();
             let seed = match work.len() {
@@ -186,14 +189,27 @@ impl Rewriting {
                 options.keep = Default::default();
             }
             keeps |= plan.stays.is_none();
+            options.ban = banned.clone();
             let reading = self.guard.additions.named(&plan.reading, seed);
-            // a medium named in one part is that of all
-            let whole = format!("{}, {reading}", self.wanted);
-            options.ban = Arc::new(self.guard.additions.banned(&whole, seed, &options.ban));
             work.push((self.prompter.encode(&reading)?, options));
         }
         self.rewrite.rounds += u32::from(!work.is_empty());
         Ok(work)
+    }
+
+    /// What no part may add. A medium named in one part is that of all, and what one part says may stand in each.
+    fn banned(&mut self) -> Arc<Phrases> {
+        let Rewriting { wanted, plans, options, guard, .. } = self;
+        let find = || {
+            let seed = options.sampling.seed;
+            let mut whole = wanted.clone();
+            for plan in plans.iter().filter(|p| !p.reading.is_empty()) {
+                whole.push_str(", ");
+                whole.push_str(&guard.additions.named(&plan.reading, seed));
+            }
+            Arc::new(guard.additions.banned(&whole, seed, &options.ban))
+        };
+        self.banned.get_or_insert_with(find).clone()
     }
 
     /// Takes what came of a round, in the order of its work.

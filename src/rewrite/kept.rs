@@ -56,7 +56,7 @@ impl Default for Kept {
 impl Kept {
     /// The part of what `input` says that `output` says too, from 0 to 1, and what it leaves out.
     pub fn measure(&self, input: &str, output: &str) -> (f64, Vec<String>) {
-        let (input, output) = (Verbatim::parse(input), Verbatim::parse(output));
+        let (input, output) = (Verbatim::parse(input), Verbatim::parse_answer(input, output));
         let (plain, answer) = (input.plain(), output.plain());
         let (wanted, have) = (Said::of(&plain), Said::of(&answer));
         let units = self.units(&wanted, true);
@@ -370,6 +370,7 @@ mod tests {
         assert_eq!(missing(input, "a (red cat:1.3) night <lora:x:0.8>"), ["(red cat:1.2)", "BREAK"]);
         assert_eq!(Kept::default().measure(input, "a (red cat:1.3) night <lora:x:0.8>").0, 4.0 / 6.0);
         assert_eq!(missing("(cat:1.1), (cat:1.1)", "(cat:1.1)"), ["(cat:1.1)"]);
+        assert_eq!(missing("\"CATS AND DOGS\"", "\"CATS AND DOGS\", highly detailed"), [""; 0]);
     }
 
     #[test]
@@ -409,8 +410,7 @@ mod tests {
         #[test]
         fn a_prompt_keeps_itself(text in hostile()) {
             prop_assert_eq!(Kept::default().measure(&text, &text), (1.0, vec![]));
-            // small letters would make a program of a shout
-            let more = format!("{text}, ZXQ");
+            let more = format!("{text}, zxq");
             prop_assert!(text.ends_with('\\') || Kept::default().measure(&text, &more).0 == 1.0, "{}", more);
         }
 

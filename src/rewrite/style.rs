@@ -15,11 +15,13 @@ use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, LazyLock, Mutex};
 
-static BUILT_IN: LazyLock<Vec<Style>> =
-    LazyLock::new(|| Style::parse(include_str!("../../assets/styles.txt")).expect("the built-in styles are whole"));
+static BUILT_IN: LazyLock<Vec<Arc<Style>>> = LazyLock::new(|| {
+    let styles = Style::parse(include_str!("../../assets/styles.txt")).expect("the built-in styles are whole");
+    styles.into_iter().map(Arc::new).collect()
+});
 
 /// A style: which media fit, what names it, and what does not go with it.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Debug, Default)]
 pub struct Style {
     pub name: String,
     /// 0 if any medium will do.
@@ -27,11 +29,16 @@ pub struct Style {
     names: Vec<String>,
     allow: Vec<String>,
     ban: Vec<String>,
+    /// `names` and `ban` as they are looked for.
+    naming: Phrases,
+    banned: Phrases,
+    /// What excludes media and is not allowed here, by media.
+    against: Mutex<HashMap<MediumSet, Phrases>>,
 }
 
 impl Style {
     /// The built-in style of that name, or the one in that file.
-    pub fn named(name: &str) -> Result<Style> {
+    pub fn named(name: &str) -> Result<Arc<Style>> {
         if let Some(style) = Style::built_in(name) {
             return Ok(style);
         }
@@ -43,7 +50,7 @@ impl Style {
         let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
         let mut styles = Style::parse(&text).map_err(|e| Error::file(path, e))?;
         match styles.len() {
-            1 => Ok(styles.remove(0)),
+            1 => Ok(Arc::new(styles.remove(0))),
             n => Err(Error::file(
                 path,
                 format!("holds {n} styles, expected one: lines such as \"name: photo, photograph\""),
@@ -57,7 +64,7 @@ impl Style {
     }
 
     /// The built-in style of that name.
-    pub fn built_in(name: &str) -> Option<Style> {
+    pub fn built_in(name: &str) -> Option<Arc<Style>> {
         BUILT_IN.iter().find(|s| s.name == name).cloned()
     }
 
@@ -94,14 +101,43 @@ impl Style {
                 _ => return Err(format!("line {}: expected medium:, name:, allow: or ban:, found \"{line}\"", i + 1)),
             }
         }
+        for style in &mut styles {
+            for list in [&style.names, &style.allow, &style.ban] {
+                Phrases::check(list).map_err(|e| format!("style \"{}\" {e}", style.name))?;
+            }
+            style.naming = Phrases::new(&style.names);
+            style.banned = Phrases::new(&style.ban);
+        }
         Ok(styles)
+    }
+
+    /// Phrases that fit none of `media`: neither those that hold an allowed phrase nor those that stand in one.
+    fn against(&self, media: MediumSet) -> Phrases {
+        if self.allow.is_empty() {
+            return against(media);
+        }
+        let mut known = self.against.lock().unwrap_or_else(|e| e.into_inner());
+        let make = || {
+            let allowed = Phrases::new(&self.allow);
+            let banned = |p: &&str| {
+                let inside = Phrases::new([p]);
+                allowed.find(p).is_none() && self.allow.iter().all(|a| inside.find(a).is_none())
+            };
+            Phrases::new(Mediums::built_in().against(media).filter(banned))
+        };
+        known.entry(media).or_insert_with(make).clone()
+    }
+
+    /// What a style file says.
+    fn said(&self) -> (MediumSet, [&[String]; 3]) {
+        (self.media, [&self.names, &self.allow, &self.ban])
     }
 }
 
 /// The name of a built-in style, or all that it says.
 impl fmt::Display for Style {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        if Style::built_in(&self.name).as_ref() == Some(self) {
+        if Style::built_in(&self.name).is_some_and(|known| known.said() == self.said()) {
             return f.write_str(&self.name);
         }
         let names = Mediums::built_in().names().iter().enumerate();
@@ -123,92 +159,54 @@ pub struct Additions {
     pub variety: f32,
 }
 
-/// Phrases that are banned together, by their words and as a list.
-#[derive(Default)]
-struct Banned {
-    list: Vec<String>,
-    phrases: Phrases,
-}
-
-impl Banned {
-    fn new(list: Vec<String>) -> Banned {
-        Banned { phrases: Phrases::new(&list), list }
-    }
-
-    /// Without what the prompt says itself.
-    fn but(&self, prompt: &str) -> Phrases {
-        if self.phrases.find(prompt).is_none() {
-            return self.phrases.clone();
-        }
-        let said = format!(" {} ", words(prompt).join(" "));
-        Phrases::new(self.list.iter().filter(|p| !said.contains(&format!(" {} ", words(p).join(" ")))))
-    }
-}
-
-static ARTISTS: LazyLock<Banned> = LazyLock::new(|| {
+static ARTISTS: LazyLock<Phrases> = LazyLock::new(|| {
     let leads = artists::LEADS.iter().copied().chain(["by"]);
-    Banned::new(artists::names().chain(leads).map(str::to_owned).collect())
+    Phrases::new(artists::names().chain(leads))
 });
 
 /// Phrases that exclude media, by media: as many as `mediums.txt` can tell apart.
-static MEDIA: LazyLock<Mutex<HashMap<MediumSet, Arc<Banned>>>> = LazyLock::new(Mutex::default);
+static MEDIA: LazyLock<Mutex<HashMap<MediumSet, Phrases>>> = LazyLock::new(Mutex::default);
 
 /// Style phrases that many rewrites add.
-static COMMON: LazyLock<Vec<&str>> = LazyLock::new(|| {
-    let lines = include_str!("../../assets/common_phrases.txt").lines();
-    lines.filter(|l| !l.is_empty() && !l.starts_with('#')).collect()
-});
+static COMMON: LazyLock<Phrases> = LazyLock::new(|| Phrases::new(common()));
 
-fn against(media: MediumSet) -> Arc<Banned> {
+fn common() -> impl Iterator<Item = &'static str> {
+    include_str!("../../assets/common_phrases.txt").lines().filter(|l| !l.is_empty() && !l.starts_with('#'))
+}
+
+fn against(media: MediumSet) -> Phrases {
     let mut known = MEDIA.lock().unwrap_or_else(|e| e.into_inner());
-    let banned = || Arc::new(Banned::new(Mediums::built_in().against(media).map(str::to_owned).collect()));
-    known.entry(media).or_insert_with(banned).clone()
+    known.entry(media).or_insert_with(|| Phrases::new(Mediums::built_in().against(media))).clone()
 }
 
 impl Additions {
-    /// `ban` and what else is not to be added to `prompt`.
+    /// `ban` and what else is not to be added to `prompt`. The lists are shared: what a prompt says itself is left out of them without
+    /// a copy.
     pub fn banned(&self, prompt: &str, seed: u64, ban: &Phrases) -> Phrases {
-        let mut lists = vec![ban.clone()];
+        let mut lists = vec![];
         let own = Mediums::built_in().of(prompt).filter(|media| *media != 0);
         let media = match &self.style {
             Some(style) if style.media != 0 => Some(own.unwrap_or(style.media)),
             _ => own.filter(|_| !self.any_medium),
         };
         if let Some(media) = media {
-            let all = against(media);
-            let allow = self.style.as_ref().map_or(&[][..], |s| &s.allow);
-            lists.push(match allow {
-                [] => all.but(prompt),
-                allow => {
-                    let kept = Phrases::new(allow);
-                    // neither what holds an allowed phrase nor what stands in one
-                    let banned = |p: &&String| {
-                        let inside = Phrases::new([p]);
-                        kept.find(p).is_none() && allow.iter().all(|a| inside.find(a).is_none())
-                    };
-                    Banned::new(all.list.iter().filter(banned).cloned().collect()).but(prompt)
-                }
-            });
+            lists.push(self.style.as_ref().map_or_else(|| against(media), |style| style.against(media)));
         }
-        if let Some(style) = &self.style {
-            lists.push(Banned::new(style.ban.clone()).but(prompt));
-        }
+        lists.extend(self.style.as_ref().map(|style| style.banned.clone()));
         if self.no_artists {
-            lists.push(ARTISTS.but(prompt));
+            lists.push(ARTISTS.clone());
         }
         if self.variety > 0.0 {
             let mut words = Words::new(derived_seed(seed, Derived::Variety, 0), 0);
-            let drawn = COMMON.iter().filter(|_| words.uniform() < self.variety).map(|p| (*p).to_owned());
-            lists.push(Banned::new(drawn.collect()).but(prompt));
+            lists.push(COMMON.but_those(|| words.uniform() >= self.variety));
         }
-        Phrases::joined(&lists)
+        Phrases::joined([ban, &Phrases::joined(&lists).but_those_in(prompt)])
     }
 
     /// The prompt as the model is given it: with the style's name, unless it names a medium itself.
     pub fn named<'p>(&self, prompt: &'p str, seed: u64) -> Cow<'p, str> {
         let Some(style) = self.style.as_ref().filter(|s| !s.names.is_empty()) else { return Cow::Borrowed(prompt) };
-        let said = Phrases::new(&style.names).find(prompt).is_some();
-        if said || Mediums::built_in().of(prompt).is_some() {
+        if style.naming.find(prompt).is_some() || Mediums::built_in().of(prompt).is_some() {
             return Cow::Borrowed(prompt);
         }
         let n = Words::new(derived_seed(seed, Derived::Style, 0), 0).below(style.names.len());
@@ -221,7 +219,7 @@ mod tests {
     use super::*;
 
     fn additions(style: &str) -> Additions {
-        Additions { style: Some(Arc::new(Style::named(style).unwrap())), ..Additions::default() }
+        Additions { style: Some(Style::named(style).unwrap()), ..Additions::default() }
     }
 
     #[test]
@@ -273,11 +271,12 @@ mod tests {
         let a = Additions { variety: 0.5, ..Additions::default() };
         let drawn = |seed| {
             let banned = a.banned("a cat", seed, &Phrases::default());
-            COMMON.iter().filter(|p| banned.find(p).is_some()).copied().collect::<Vec<_>>()
+            common().filter(|p| banned.find(p).is_some()).collect::<Vec<_>>()
         };
         assert_eq!(drawn(1), drawn(1));
         assert_ne!(drawn(1), drawn(2));
-        assert!((COMMON.len() / 3..COMMON.len()).contains(&drawn(1).len()), "{} of {}", drawn(1).len(), COMMON.len());
+        let all = common().count();
+        assert!((all / 3..all).contains(&drawn(1).len()), "{} of {all}", drawn(1).len());
         assert!(a.banned("a cat, highly detailed", 1, &Phrases::default()).find("a cat, highly detailed").is_none());
     }
 

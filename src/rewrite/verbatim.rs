@@ -5,7 +5,7 @@
 //! nowhere, come last. What a choice will say nobody knows yet, so that a text with one stays as it was written.
 //! Every scan is linear in the length of the prompt.
 
-use crate::text::content_words::{word_spans, words};
+use crate::text::content_words::{is_combining, word_spans, words};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
@@ -48,10 +48,19 @@ pub enum PartKind {
 
 impl Verbatim {
     pub fn parse(prompt: &str) -> Verbatim {
+        Verbatim::read(prompt, !is_shout(prompt))
+    }
+
+    /// A text that answers `prompt`: AND is a word in both or in neither.
+    pub fn parse_answer(prompt: &str, text: &str) -> Verbatim {
+        Verbatim::read(text, !is_shout(prompt))
+    }
+
+    fn read(prompt: &str, and: bool) -> Verbatim {
         let mut chunks = vec![];
         let mut specials = vec![];
         let mut from = 0;
-        for special in specials_of(prompt) {
+        for special in specials_where(prompt, and) {
             if special.kind == Special::Break {
                 chunks.push(Chunk::new(prompt, from..special.span.start, &specials));
                 specials.clear();
@@ -372,11 +381,18 @@ struct Open {
     choice: bool,
 }
 
-/// All special parts that are not within others, in order, in one pass.
+/// Whether a text is in capitals throughout: then AND is a word like any other.
+fn is_shout(text: &str) -> bool {
+    !text.contains(char::is_lowercase)
+}
+
 fn specials_of(text: &str) -> Vec<Found> {
+    specials_where(text, !is_shout(text))
+}
+
+/// All special parts that are not within others, in order, in one pass; `and` says whether AND is one.
+fn specials_where(text: &str, and: bool) -> Vec<Found> {
     let bytes = text.as_bytes();
-    // a shout is no program
-    let lower = text.contains(char::is_lowercase);
     let mut found: Vec<Found> = vec![];
     let mut open: Vec<Open> = vec![];
     let mut at = 0;
@@ -386,7 +402,7 @@ fn specials_of(text: &str) -> Vec<Found> {
             b'<' => tag_end(text, at).and_then(|end| leaf(end, Special::Tag)),
             b'_' => wildcard_end(text, at).and_then(|end| leaf(end, Special::Wildcard)),
             b'B' if is_alone(text, at, "BREAK") => leaf(at + 5, Special::Break),
-            b'A' if lower && is_alone(text, at, "AND") => leaf(at + 3, Special::And),
+            b'A' if and && is_alone(text, at, "AND") => leaf(at + 3, Special::And),
             _ => None,
         };
         if let Some(special) = special {
@@ -431,9 +447,8 @@ fn closes(open: u8, close: u8) -> bool {
 
 /// Whether `word` stands at `at` and is no part of a longer one.
 fn is_alone(text: &str, at: usize, word: &str) -> bool {
-    text[at..]
-        .strip_prefix(word)
-        .is_some_and(|after| !text[..at].ends_with(char::is_alphanumeric) && !after.starts_with(char::is_alphanumeric))
+    let goes_on = |c: char| c.is_alphanumeric() || is_combining(c);
+    text[at..].strip_prefix(word).is_some_and(|after| !text[..at].ends_with(goes_on) && !after.starts_with(goes_on))
 }
 
 /// The end of the tag that begins at `at`. No tag holds another.
@@ -547,6 +562,7 @@ mod tests {
         assert_eq!(v.parts().map(|p| p.written.as_str()).collect::<Vec<_>>(), all);
         assert!(Verbatim::parse("a cat, 3 < 4 and breakfast").is_plain());
         assert!(Verbatim::parse("CATS AND DOGS").is_plain(), "a shout");
+        assert!(Verbatim::parse("a AND\u{fe0f} b BREAK\u{301} c").is_plain(), "an accent goes on with the word");
         assert!(Verbatim::parse(r"smile \(anime\), a (b c __ d").is_plain(), "escaped or unbalanced");
         assert_eq!(one("((16:9:1.2) view:1.1), (3)").plain, "16:9 view, 3");
     }

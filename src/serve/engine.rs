@@ -49,6 +49,13 @@ pub(super) struct Submission {
     pub _permit: OwnedSemaphorePermit,
 }
 
+/// The HTTP request that prompts belong to: however many there are, they share one share of the engine.
+#[derive(Clone)]
+pub struct Owner {
+    id: u64,
+    request_id: Arc<str>,
+}
+
 /// Where prompts go in.
 #[derive(Clone)]
 pub struct Engine {
@@ -75,18 +82,23 @@ pub fn engine(capacity: usize) -> (Engine, Inbox) {
 }
 
 impl Engine {
+    /// A new owner of prompts, with the id that the log knows it by.
+    pub fn owner(&self, request_id: Arc<str>) -> Owner {
+        Owner { id: self.ids.fetch_add(1, Ordering::Relaxed), request_id }
+    }
+
     /// Hands in prompts, all or none, and waits until the engine has accepted them. Each answers on its own.
-    pub async fn submit(&self, prompts: Work, request_id: &Arc<str>) -> Result<Vec<Generation>, ApiError> {
+    pub async fn submit(&self, prompts: Work, owner: &Owner) -> Result<Vec<Generation>, ApiError> {
         self.check_count(prompts.len())?;
         let permits = self.room.clone().try_acquire_many_owned(prompts.len() as u32).map_err(|_| ApiError::busy())?;
-        self.hand_in(prompts, permits, request_id).await
+        self.hand_in(prompts, permits, owner).await
     }
 
     /// [`Engine::submit`] that waits for room: for the rest of what has begun.
-    pub async fn submit_in_turn(&self, prompts: Work, request_id: &Arc<str>) -> Result<Vec<Generation>, ApiError> {
+    pub async fn submit_in_turn(&self, prompts: Work, owner: &Owner) -> Result<Vec<Generation>, ApiError> {
         self.check_count(prompts.len())?;
         let permits = self.room.clone().acquire_many_owned(prompts.len() as u32).await;
-        self.hand_in(prompts, permits.map_err(|_| stopped())?, request_id).await
+        self.hand_in(prompts, permits.map_err(|_| stopped())?, owner).await
     }
 
     /// Fails if so many prompts never fit into the queue.
@@ -102,14 +114,15 @@ impl Engine {
         &self,
         prompts: Work,
         mut permits: OwnedSemaphorePermit,
-        request_id: &Arc<str>,
+        owner: &Owner,
     ) -> Result<Vec<Generation>, ApiError> {
         let mut generations = Vec::with_capacity(prompts.len());
-        for (prompt, options) in prompts {
+        for (prompt, mut options) in prompts {
+            options.owner = Some(owner.id);
             let id = self.ids.fetch_add(1, Ordering::Relaxed);
             let (replies, receiver) = unbounded_channel();
             let permit = permits.split(1).expect("one permit for each prompt");
-            let request_id = request_id.clone();
+            let request_id = owner.request_id.clone();
             let arrived = Instant::now();
             let submission = Submission { id, request_id, prompt, options, replies, arrived, _permit: permit };
             self.commands.send(Command::Submit(Box::new(submission))).map_err(|_| stopped())?;

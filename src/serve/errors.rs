@@ -146,7 +146,7 @@ impl<T: RequestBody> FromRequest<Arc<Shared>> for Json<T> {
         }
         let body = Bytes::from_request(request, shared).await.map_err(unreadable)?;
         let bytes = body.len();
-        let value = shared.texts.run(bytes, move || parse(&body)).await??;
+        let value = shared.texts.admit(bytes, move || parse(&body)).await??;
         Ok(Json(value, bytes))
     }
 }

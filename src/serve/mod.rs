@@ -7,7 +7,7 @@ mod info;
 mod layers;
 pub mod metrics;
 mod openai;
-mod pool;
+pub mod pool;
 mod rewrite;
 mod sse;
 mod state;

@@ -1,6 +1,6 @@
 //! `/v1/rewrite`: plain prompts into rich ones that keep their meaning; and the routes of the existing web-UI extension.
 
-use super::engine::{Generation, Reply};
+use super::engine::{Generation, Owner, Reply};
 use super::errors::{ApiError, ErrorBody, Json, RequestBody};
 use super::layers::RequestId;
 use super::openai::{OneOrMany, PromptTokensDetails, SamplingParams, Usage, bans, keeps, now};
@@ -130,7 +130,7 @@ fn count(usage: &mut Usage, r: &Rewrite) {
 #[derive(Clone)]
 struct Job {
     shared: Arc<Shared>,
-    request_id: Arc<str>,
+    owner: Owner,
     /// Where pieces of text go, if anybody wants them.
     pieces: Option<mpsc::Sender<Event>>,
 }
@@ -151,8 +151,8 @@ impl Job {
                 return texts.run(cost, move || rewriting.finish()).await;
             }
             let generations = match first && round == 0 {
-                true => self.shared.engine.submit(work, &self.request_id).await?,
-                false => self.shared.engine.submit_in_turn(work, &self.request_id).await?,
+                true => self.shared.engine.submit(work, &self.owner).await?,
+                false => self.shared.engine.submit_in_turn(work, &self.owner).await?,
             };
             let parts = generations.into_iter().enumerate().map(|(part, g)| self.part(g, index, round, part));
             let completed = stream::iter(parts).buffered(AT_ONCE).try_collect::<Vec<_>>().await?;
@@ -224,7 +224,7 @@ pub async fn rewrite(
     let streams = r.stream.unwrap_or(false);
     let own = shared.clone();
     let rewritings = shared.texts.run(bytes, move || rewritings(&own, r)).await??;
-    let job = Job { shared: shared.clone(), request_id, pieces: None };
+    let job = Job { shared: shared.clone(), owner: shared.engine.owner(request_id), pieces: None };
     if streams {
         return streamed(job, rewritings).await;
     }
@@ -295,10 +295,10 @@ fn additions(
     // names alone: a client must not have the server read its files
     let style = match style {
         None => None,
-        Some(name) => Some(Arc::new(Style::built_in(name).ok_or_else(|| {
+        Some(name) => Some(Style::built_in(name).ok_or_else(|| {
             let known = Style::names().join(", ");
             ApiError::field("style", format!("there is no style \"{name}\"; styles are {known}"))
-        })?)),
+        })?),
     };
     let variety = variety.unwrap_or(0.0);
     if !(0.0..=1.0).contains(&variety) {
@@ -436,7 +436,7 @@ pub async fn generate_prompt(
             .map_err(|e| ApiError::field("raw_prompt", e.to_string()))
     };
     let rewriting = shared.texts.run(bytes, make).await??;
-    let job = Job { shared, request_id, pieces: None };
+    let job = Job { owner: shared.engine.owner(request_id), shared, pieces: None };
     let rewrite = job.drive(rewriting, 0, true).await?;
     let prompts = rewrite.candidates.into_iter().map(|c| c.text).collect();
     Ok(axum::Json(GeneratePromptResponse { prompts, success: true }))

@@ -510,13 +510,13 @@ mod tests {
             block_on(async {
                 // more than run at once; the poison among those that do, and one among those that wait
                 let kinds = [1, poison, 2, 3, 4, 5, poison, 6];
-                let generations = engine.submit(work(&kinds), &"r".into()).await.unwrap();
+                let generations = engine.submit(work(&kinds), &engine.owner("r".into())).await.unwrap();
                 for (kind, g) in kinds.iter().zip(generations) {
                     let expected: String = (0..6).map(|k| word(&[*kind], k)).collect();
                     let expected = if *kind == poison { Err(500) } else { Ok((expected.clone(), expected)) };
                     assert_eq!(outcome(g).await, expected, "nothing twice, nothing lost");
                 }
-                let after = engine.submit(work(&[7]), &"r".into()).await.unwrap();
+                let after = engine.submit(work(&[7]), &engine.owner("r".into())).await.unwrap();
                 assert!(outcome(after.into_iter().next().unwrap()).await.is_ok());
                 assert_eq!((engine.in_flight(), engine.trouble(None)), (0, None));
             });
@@ -540,8 +540,8 @@ mod tests {
     fn a_panic_on_the_way_in_ends_one_request() {
         let (engine, _, thread) = start(16);
         block_on(async {
-            let running = engine.submit(work(&[1, 2]), &"r".into()).await.unwrap();
-            let refused = engine.submit(work(&[PANICS_AT_ONCE]), &"r".into()).await;
+            let running = engine.submit(work(&[1, 2]), &engine.owner("r".into())).await.unwrap();
+            let refused = engine.submit(work(&[PANICS_AT_ONCE]), &engine.owner("r".into())).await;
             assert_eq!(refused.err().map(|e| e.status.as_u16()), Some(500));
             for g in running {
                 assert!(outcome(g).await.is_ok());
@@ -555,12 +555,15 @@ mod tests {
     fn an_engine_that_works_no_more_says_so() {
         let (engine, _, thread) = start(16);
         block_on(async {
-            let mut broken = engine.submit(work(&[BREAKS_FOR_GOOD]), &"r".into()).await.unwrap();
+            let mut broken = engine.submit(work(&[BREAKS_FOR_GOOD]), &engine.owner("r".into())).await.unwrap();
             assert_eq!(outcome(broken.remove(0)).await.err(), Some(500));
             let error = thread.join().unwrap().unwrap_err().to_string();
             assert_eq!(error, "the engine failed (broken) and does not work since: broken");
             assert_eq!(engine.trouble(None).as_deref(), Some("the engine has stopped"));
-            assert_eq!(engine.submit(work(&[1]), &"r".into()).await.err().map(|e| e.status.as_u16()), Some(500));
+            assert_eq!(
+                engine.submit(work(&[1]), &engine.owner("r".into())).await.err().map(|e| e.status.as_u16()),
+                Some(500)
+            );
         });
     }
 
@@ -568,9 +571,9 @@ mod tests {
     fn whoever_does_not_read_keeps_no_place() {
         let (engine, _, thread) = start(2);
         block_on(async {
-            let unread = engine.submit(work(&[1, 2]), &"r".into()).await.unwrap();
+            let unread = engine.submit(work(&[1, 2]), &engine.owner("r".into())).await.unwrap();
             // no answer is taken; there is room all the same, once the work is done
-            let later = engine.submit_in_turn(work(&[3, 4]), &"r".into()).await.unwrap();
+            let later = engine.submit_in_turn(work(&[3, 4]), &engine.owner("r".into())).await.unwrap();
             for g in later.into_iter().chain(unread) {
                 assert!(outcome(g).await.is_ok());
             }

@@ -50,7 +50,8 @@ fn is_apostrophe(c: char) -> bool {
     matches!(c, '\'' | '’' | 'ʼ')
 }
 
-fn is_combining(c: char) -> bool {
+/// Whether a character belongs to the one before it.
+pub(crate) fn is_combining(c: char) -> bool {
     !c.is_ascii() && unicode_normalization::char::is_combining_mark(c)
 }
 

@@ -4,7 +4,7 @@
 //! many phrases there are.
 
 use super::content_words::{word_spans, words};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -12,7 +12,14 @@ use std::sync::Arc;
 #[derive(Clone, Debug, Default)]
 pub struct Phrases {
     /// None of them empty.
-    lists: Vec<Arc<List>>,
+    lists: Vec<Listed>,
+}
+
+/// A list, however many share it, and which of its phrases do not count.
+#[derive(Clone, Debug)]
+struct Listed {
+    list: Arc<List>,
+    spared: Arc<HashSet<usize>>,
 }
 
 /// Phrases by words from the first on, and from the last back.
@@ -20,6 +27,7 @@ pub struct Phrases {
 struct List {
     forward: WordTree,
     backward: WordTree,
+    count: usize,
 }
 
 /// What a search of a growing text came to.
@@ -33,17 +41,53 @@ pub struct Scan {
 }
 
 impl Phrases {
+    /// Most words of a phrase that somebody hands in: what a search costs for each token grows with their square.
+    pub const MOST_WORDS: usize = 32;
+
+    /// Says what is wrong if a phrase has too many words.
+    pub fn check<S: AsRef<str>>(list: &[S]) -> Result<(), String> {
+        let long = list.iter().map(|p| word_spans(p.as_ref()).count()).find(|n| *n > Self::MOST_WORDS);
+        long.map_or(Ok(()), |n| Err(format!("has a phrase of {n} words; {} at most", Self::MOST_WORDS)))
+    }
+
     /// Phrases that hold no word are left out, and so are repetitions.
     pub fn new<S: AsRef<str>>(list: impl IntoIterator<Item = S>) -> Phrases {
         let mut p = List::default();
         for phrase in list {
             let phrase = words(phrase.as_ref());
-            if !phrase.is_empty() {
-                p.forward.insert(phrase.iter());
-                p.backward.insert(phrase.iter().rev());
+            if !phrase.is_empty() && p.forward.insert(phrase.iter(), p.count) {
+                p.backward.insert(phrase.iter().rev(), p.count);
+                p.count += 1;
             }
         }
-        Phrases { lists: if p.forward.is_empty() { vec![] } else { vec![Arc::new(p)] } }
+        let lists = if p.count == 0 { vec![] } else { vec![Listed { list: Arc::new(p), spared: Arc::default() }] };
+        Phrases { lists }
+    }
+
+    /// The same phrases but for those that `text` holds, at the cost of one pass over it.
+    pub fn but_those_in(&self, text: &str) -> Phrases {
+        let words = words(text);
+        self.sparing(|list| {
+            let begins = (0..words.len()).map(|i| words[i..].iter().map(String::as_str));
+            begins.flat_map(|rest| list.forward.walk(rest).filter_map(|node| node.phrase)).collect()
+        })
+    }
+
+    /// The same phrases but for those that `spare` tells to leave out; it is asked once for each.
+    pub fn but_those(&self, mut spare: impl FnMut() -> bool) -> Phrases {
+        self.sparing(|list| (0..list.count).filter(|_| spare()).collect())
+    }
+
+    fn sparing(&self, mut which: impl FnMut(&List) -> Vec<usize>) -> Phrases {
+        let lists = self.lists.iter().map(|l| {
+            let more = which(&l.list);
+            let spared = match more.iter().all(|p| l.spared.contains(p)) {
+                true => l.spared.clone(),
+                false => Arc::new(l.spared.iter().copied().chain(more).collect()),
+            };
+            Listed { list: l.list.clone(), spared }
+        });
+        Phrases { lists: lists.filter(|l| l.spared.len() < l.list.count).collect() }
     }
 
     /// The phrases of all of these.
@@ -69,12 +113,16 @@ impl Phrases {
         let certain = words.iter().take_while(|w| w.0.end < settled).count();
         let searched = if ended { words.len() } else { words.iter().take_while(|w| w.0.end < text.len()).count() };
         let found = (0..searched).find_map(|i| {
-            let shortest = |l: &Arc<List>| l.forward.shortest(words[i..searched].iter().map(|w| w.1.as_str()));
+            let shortest = |l: &Listed| {
+                let rest = words[i..searched].iter().map(|w| w.1.as_str());
+                l.list.forward.walk(rest).position(|node| l.counts(node)).map(|n| n + 1)
+            };
             let n = self.lists.iter().filter_map(shortest).min()?;
             Some(words[i].0.start..words[i + n - 1].0.end)
         });
-        let goes_on =
-            |i: &usize| self.lists.iter().any(|l| l.forward.goes_on(words[*i..certain].iter().map(|w| w.1.as_str())));
+        let goes_on = |i: &usize| {
+            self.lists.iter().any(|l| l.list.forward.goes_on(words[*i..certain].iter().map(|w| w.1.as_str())))
+        };
         let open = (0..certain).find(goes_on);
         let begun = words.get(certain).map_or(text.len(), |w| w.0.start).min(settled.max(from));
         // an apostrophe may be the beginning of a word
@@ -93,7 +141,10 @@ impl Phrases {
         let mut gone: Vec<Range<usize>> = Vec::new();
         for word in word_spans(text) {
             kept.push(word);
-            let longest = |l: &Arc<List>| l.backward.longest(kept.iter().rev().map(|w| w.1.as_str()));
+            let longest = |l: &Listed| {
+                let back = l.list.backward.walk(kept.iter().rev().map(|w| w.1.as_str()));
+                back.enumerate().filter(|(_, node)| l.counts(node)).last().map(|(n, _)| n + 1)
+            };
             if let Some(n) = self.lists.iter().filter_map(longest).max() {
                 gone.extend(kept.drain(kept.len() - n..).map(|w| w.0));
             }
@@ -117,6 +168,13 @@ impl Phrases {
     }
 }
 
+impl Listed {
+    /// Whether a phrase that counts ends at this node.
+    fn counts(&self, node: &Node) -> bool {
+        node.phrase.is_some_and(|p| !self.spared.contains(&p))
+    }
+}
+
 /// Phrases by their words: each node holds what may follow.
 #[derive(Clone, Debug, Default)]
 struct WordTree {
@@ -126,16 +184,13 @@ struct WordTree {
 #[derive(Clone, Debug, Default)]
 struct Node {
     next: HashMap<String, usize>,
-    /// Whether a phrase ends here.
-    whole: bool,
+    /// The phrase that ends here.
+    phrase: Option<usize>,
 }
 
 impl WordTree {
-    fn is_empty(&self) -> bool {
-        self.nodes.is_empty()
-    }
-
-    fn insert<'w>(&mut self, words: impl Iterator<Item = &'w String>) {
+    /// Adds a phrase; `false` if it is there already.
+    fn insert<'w>(&mut self, words: impl Iterator<Item = &'w String>, phrase: usize) -> bool {
         if self.nodes.is_empty() {
             self.nodes.push(Node::default());
         }
@@ -151,7 +206,9 @@ impl WordTree {
                 }
             };
         }
-        self.nodes[at].whole = true;
+        let is_new = self.nodes[at].phrase.is_none();
+        self.nodes[at].phrase.get_or_insert(phrase);
+        is_new
     }
 
     /// The nodes that these words lead through.
@@ -161,16 +218,6 @@ impl WordTree {
             at = at?.next.get(word).map(|&next| &self.nodes[next]);
             at
         })
-    }
-
-    /// Words of the shortest phrase that these begin with.
-    fn shortest<'w>(&self, words: impl Iterator<Item = &'w str>) -> Option<usize> {
-        self.walk(words).position(|node| node.whole).map(|n| n + 1)
-    }
-
-    /// Words of the longest phrase that these begin with.
-    fn longest<'w>(&self, words: impl Iterator<Item = &'w str>) -> Option<usize> {
-        self.walk(words).enumerate().filter(|(_, node)| node.whole).last().map(|(n, _)| n + 1)
     }
 
     /// Whether a phrase begins with all of these words and has more.
@@ -201,6 +248,20 @@ mod tests {
         assert_eq!(p.strip("a red cat and a dog, cat nap, x"), "a cat and a, x");
         assert_eq!(p.scan("a cat", 0, 5, false).undecided, 2);
         assert!(Phrases::joined([&Phrases::default()]).is_empty());
+    }
+
+    #[test]
+    fn phrases_that_a_text_holds_are_spared_without_a_copy_of_the_list() {
+        let all = Phrases::joined([&Phrases::new(["red cat", "red", "dog", "red cat nap"]), &Phrases::new(["dog"])]);
+        let p = all.but_those_in("one RED cat");
+        assert!(Arc::ptr_eq(&p.lists[0].list, &all.lists[0].list));
+        assert_eq!(p.find("a red cat"), None);
+        assert_eq!(p.find("a red cat nap"), Some(2..13));
+        assert_eq!(p.strip("red cat, dog, 8k"), "red cat, 8k");
+        let p = p.but_those_in("a dog");
+        assert_eq!((p.find("red, a dog"), p.find("red cat nap"), p.lists.len()), (None, Some(0..11), 1));
+        assert!(all.but_those(|| true).is_empty());
+        assert!(Phrases::check(&["a ".repeat(32)]).is_ok() && Phrases::check(&["a ".repeat(33)]).is_err());
     }
 
     #[test]

@@ -33,6 +33,8 @@ pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
         engine,
         // a request may hold hundreds of prompts
         max_queue: 1 << 16,
+        // it takes no more lines at once than it can answer
+        most_bodies: usize::MAX,
         request_timeout: None,
         stall_timeout: None,
         api_keys: vec![],

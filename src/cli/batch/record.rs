@@ -104,6 +104,7 @@ impl Common<'_> {
             options.keep = Arc::new(Literals::new(&keep));
         }
         if let Some(ban) = fields.phrases("ban")? {
+            Phrases::check(&ban).map_err(|e| anyhow::anyhow!("\"ban\" {e}"))?;
             options.ban = Arc::new(Phrases::new(ban));
         }
         if let Some(kept) = fields.get("min_kept") {

@@ -194,7 +194,7 @@ pub async fn chat_completions(
     let (ids, mut options) = shared.texts.run(bytes, move || prepare(&own, r)).await??;
     options.top_logprobs = top;
     let candidates = options.candidates as usize;
-    let mut generations = shared.engine.submit(vec![(ids, options)], &request_id).await?;
+    let mut generations = shared.engine.submit(vec![(ids, options)], &shared.engine.owner(request_id)).await?;
     let form = Form { id: format!("chatcmpl-{}", uuid::Uuid::new_v4().simple()), created: now(), logprobs: wanted };
     if streams {
         return Ok(streamed(shared, generations, candidates, form, include_usage));

@@ -187,7 +187,7 @@ pub async fn completions(
     let (own, own_form) = (shared.clone(), form.clone());
     let (prompts, options) = shared.texts.run(bytes, move || prepare(&own, r, &own_form)).await??;
     let work = prompts.iter().map(|ids| (ids.clone(), options.clone())).collect();
-    let generations = shared.engine.submit(work, &request_id).await?;
+    let generations = shared.engine.submit(work, &shared.engine.owner(request_id)).await?;
     if streams {
         return Ok(stream(shared, generations, prompts, options.candidates as usize, form, include_usage));
     }

@@ -154,6 +154,7 @@ impl SamplingParams {
         check_phrases("stop", &stops, MOST_STOPS)?;
         let bad_words = self.bad_words.unwrap_or_default();
         check_phrases("bad_words", &bad_words, MOST_BANS)?;
+        check_words("bad_words", &bad_words)?;
         let stop_token_ids = self.stop_token_ids.unwrap_or_default();
         most("stop_token_ids", stop_token_ids.len(), MOST_STOP_TOKENS)?;
         if let Some(id) = stop_token_ids.iter().find(|id| **id as usize >= shared.config.vocab_size) {
@@ -211,6 +212,10 @@ fn check_phrases(field: &str, phrases: &[String], limit: usize) -> Result<(), Ap
     }
 }
 
+fn check_words(field: &str, phrases: &[String]) -> Result<(), ApiError> {
+    Phrases::check(phrases).map_err(|e| ApiError::field(field, format!("{field} {e}")))
+}
+
 /// Phrases that a request asks to hold.
 pub fn keeps(list: Option<Vec<String>>) -> Result<Arc<Literals>, ApiError> {
     let list = list.unwrap_or_default();
@@ -221,6 +226,7 @@ pub fn keeps(list: Option<Vec<String>>) -> Result<Arc<Literals>, ApiError> {
 /// Phrases that a request asks to lack.
 pub fn bans(list: Vec<String>) -> Result<Arc<Phrases>, ApiError> {
     check_phrases("ban", &list, MOST_BANS)?;
+    check_words("ban", &list)?;
     Ok(Arc::new(Phrases::new(list)))
 }
 
