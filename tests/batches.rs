@@ -458,7 +458,7 @@ fn failed_openai_requests_are_counted_under_their_names() {
     ];
     let input = write(f.path(), "in.jsonl", &text.concat());
     let run = |input: &str| {
-        let flags = ["rewrite", "--format", "openai", "--served-model-name", "rewriter", "--skip-bad-lines", "--input"];
+        let flags = ["rewrite", "--format", "openai", "--served-model-name", "rewriter", "--input"];
         let out = bprompt(&[&flags[..], &[input]].concat());
         (out.status.code(), lines(&String::from_utf8(out.stdout).unwrap()), String::from_utf8(out.stderr).unwrap())
     };

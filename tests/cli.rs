@@ -261,6 +261,12 @@ fn bad_lines_are_named_or_skipped_and_counted() {
         .map(|l| serde_json::from_str::<Value>(l).unwrap()["line"].clone())
         .collect();
     assert_eq!(ids, [1, 3]);
+    // nothing but bad lines replaces no good output, no lines at all make an empty one
+    std::fs::write(&input, "{\"x\": 1}\n").unwrap();
+    let out = batch(&input, &output, &["--force", "--skip-bad-lines"]).output().unwrap();
+    assert_eq!(out.status.code(), Some(2));
+    assert!(text(&out.stderr).contains("stays as it was"), "{}", text(&out.stderr));
+    assert_eq!(std::fs::read_to_string(&output).unwrap().lines().count(), 2);
     std::fs::write(&input, "").unwrap();
     let out = batch(&input, &output, &["--force"]).output().unwrap();
     assert!(out.status.success());

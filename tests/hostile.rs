@@ -267,7 +267,7 @@ fn heavy_texts_hold_up_nobody() {
         ("/v1/rewrite", json!({ "prompt": "<lora:x>".repeat(40_000) })),
         ("/v1/rewrite", json!({ "prompt": "a BREAK ".repeat(40_000) })),
         ("/v1/rewrite", json!({ "prompt": "a", "template": "(".repeat(3_000_000) + "{raw}" })),
-        ("/v1/rewrite", json!({ "prompt": vec!["[".repeat(8000); 200] })),
+        ("/v1/rewrite", json!({ "prompt": vec!["[".repeat(8000) + "a"; 200] })),
         ("/v1/rewrite", json!({ "prompt": "a", "keep": names(40_000) })),
         ("/v1/rewrite", json!({ "prompt": "a", "ban": names(40_000) })),
         ("/v1/completions", json!({ "prompt": "a", "bad_words": names(40_000) })),
@@ -285,7 +285,8 @@ fn heavy_texts_hold_up_nobody() {
     for _ in 0..20 {
         assert_eq!(server.get("/health").status, 200);
     }
-    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    // many times that of an idle machine, and a tenth of what those took
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
     for ((path, stream), (_, body)) in hostile.into_iter().zip(&bodies) {
         let status = answer(stream).status;
         let shown: String = body.to_string().chars().take(60).collect();

@@ -175,7 +175,10 @@ impl Assembler<'_> {
 
     /// A part as it was written, with what the model added to it: phrases about other things, which contradict nothing.
     fn as_written(&self, chunk: &Chunk, draft: Option<&Draft>, said: &mut HashSet<String>) -> Line {
-        let head = chunk.written.trim_end_matches(',').trim_end().to_owned();
+        let head = match chunk.written.trim_end_matches(',').trim_end() {
+            "" => chunk.written.clone(),
+            head => head.to_owned(),
+        };
         let mut phrases = vec![];
         if let Some(draft) = draft {
             let mut spans = phrase_spans(&draft.text);

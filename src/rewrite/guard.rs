@@ -147,7 +147,11 @@ impl Rewriting {
             output_tokens: 0,
         };
         let chunks = Verbatim::parse(&wanted).chunks;
-        let plans = chunks.into_iter().map(|c| Plan::new(c, &prompter.tokenizer)).collect();
+        let mut plans: Vec<Plan> = chunks.into_iter().map(|c| Plan::new(c, &prompter.tokenizer)).collect();
+        if !verbatim::says_something(&wanted) {
+            // a model would make something up
+            plans.iter_mut().for_each(|p| p.reading.clear());
+        }
         let (banned, kept, good, failed) = Default::default();
         Ok(Rewriting { prompter, wanted, plans, options, guard, banned, kept, good, failed, rewrite })
     }

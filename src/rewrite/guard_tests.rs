@@ -101,6 +101,14 @@ fn banned_phrases_leave_the_prompt_first() {
 }
 
 #[test]
+fn what_says_nothing_comes_back_as_it_is() {
+    for prompt in ["{", "__", ",,,,", "(((", "!?", "[], ()"] {
+        let c = first(prompt, &["a castle, highly detailed"]);
+        assert_eq!((c.text.as_str(), c.source), (prompt, Source::Input), "{c:?}");
+    }
+}
+
+#[test]
 fn phrases_to_keep_are_checked_in_what_is_returned() {
     let mut options = warm(1);
     options.keep = Arc::new(Literals::new(["f/1.8", "AT&T", "<lora:x:1>", "100 mph"]));

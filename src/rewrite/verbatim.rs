@@ -325,8 +325,12 @@ pub fn without(text: &str, gone: &[Range<usize>]) -> String {
     push(at..text.len(), &mut left);
     let phrases =
         phrase_spans(&left).into_iter().map(|span| left[span].split_whitespace().collect::<Vec<_>>().join(" "));
-    let says = |p: &String| p.contains(|c: char| c.is_alphanumeric() || !c.is_ascii());
-    phrases.filter(says).collect::<Vec<_>>().join(", ")
+    phrases.filter(|p| says_something(p)).collect::<Vec<_>>().join(", ")
+}
+
+/// Whether a text has letters, digits or signs, and not just brackets and punctuation.
+pub fn says_something(text: &str) -> bool {
+    text.contains(|c: char| c.is_alphanumeric() || !c.is_ascii())
 }
 
 /// Whether a text holds anything that an image program reads, whole or in pieces.
@@ -366,7 +370,7 @@ impl Found {
                 match has_words {
                     true => Some(PartKind::Emphasis(inner)),
                     // a lone number, or signs
-                    false => written.chars().any(|c| c.is_alphanumeric() || !c.is_ascii()).then_some(PartKind::Choice),
+                    false => says_something(written).then_some(PartKind::Choice),
                 }
             }
             _ => Some(PartKind::Choice),

@@ -28,13 +28,7 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 
 /// The names that `text` holds, in lower case, in its order.
 pub fn names_in(text: &str) -> Vec<String> {
-    let mut found = Vec::new();
-    let mut rest = text;
-    while let Some(name) = NAMES.find(rest) {
-        found.push(rest[name.clone()].to_lowercase());
-        rest = &rest[name.end..];
-    }
-    found
+    NAMES.find_all(text).into_iter().map(|name| text[name].to_lowercase()).collect()
 }
 
 /// Whether `text` names an artist, or begins as if it did.

@@ -28,12 +28,17 @@ impl Literals {
 
 /// Whether `literal` stands in `text` with nothing grown onto it.
 fn holds(text: &str, literal: &str) -> bool {
-    text.match_indices(literal).any(|(at, found)| {
-        let (before, after) = (&text[..at], &text[at + found.len()..]);
-        let first = found.chars().next();
-        let last = found.chars().next_back();
-        !grows(last, after.chars()) && !grows(first, before.chars().rev())
-    })
+    let (first, last) = (literal.chars().next(), literal.chars().next_back());
+    let mut from = 0;
+    // one that overlaps with the one before counts
+    while let Some(at) = text[from..].find(literal).map(|n| from + n) {
+        let (before, after) = (&text[..at], &text[at + literal.len()..]);
+        if !grows(last, after.chars()) && !grows(first, before.chars().rev()) {
+            return true;
+        }
+        from = at + first.map_or(1, char::len_utf8);
+    }
+    false
 }
 
 /// Whether the characters beyond an edge go on with its word or its number.
@@ -58,6 +63,7 @@ mod tests {
             ("100 mph", "a car, 100 mph", true),
             ("100 mph", "a car, 100 mphan", false),
             ("100 mph", "a car, 1100 mph, fast", false),
+            ("a a", "xa a a", true),
             ("car", "carpet, scar, racecar", false),
             ("car", "a (car:1.2)", true),
             ("car", "a Car", false),

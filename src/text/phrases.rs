@@ -104,6 +104,32 @@ impl Phrases {
         self.scan(text, 0, text.len(), true).found
     }
 
+    /// Bytes of all phrases in a text that is whole, in order: the first, the first behind it, and so on.
+    pub fn find_all(&self, text: &str) -> Vec<Range<usize>> {
+        let words: Vec<(Range<usize>, String)> = word_spans(text).collect();
+        let mut found = Vec::new();
+        let mut at = 0;
+        while at < words.len() {
+            match self.shortest(&words[at..]) {
+                Some(n) => {
+                    found.push(words[at].0.start..words[at + n - 1].0.end);
+                    at += n;
+                }
+                None => at += 1,
+            }
+        }
+        found
+    }
+
+    /// Words of the shortest phrase that these begin with.
+    fn shortest(&self, words: &[(Range<usize>, String)]) -> Option<usize> {
+        let shortest = |l: &Listed| {
+            let mut nodes = l.list.forward.walk(words.iter().map(|w| w.1.as_str()));
+            nodes.position(|node| l.counts(node)).map(|n| n + 1)
+        };
+        self.lists.iter().filter_map(shortest).min()
+    }
+
     /// Searches `text` from byte `from` on, where no word is cut in two. Text from byte `settled` on may still change, and unless the
     /// text has `ended` its last word may grow.
     pub fn scan(&self, text: &str, from: usize, settled: usize, ended: bool) -> Scan {
@@ -113,11 +139,7 @@ impl Phrases {
         let certain = words.iter().take_while(|w| w.0.end < settled).count();
         let searched = if ended { words.len() } else { words.iter().take_while(|w| w.0.end < text.len()).count() };
         let found = (0..searched).find_map(|i| {
-            let shortest = |l: &Listed| {
-                let rest = words[i..searched].iter().map(|w| w.1.as_str());
-                l.list.forward.walk(rest).position(|node| l.counts(node)).map(|n| n + 1)
-            };
-            let n = self.lists.iter().filter_map(shortest).min()?;
+            let n = self.shortest(&words[i..searched])?;
             Some(words[i].0.start..words[i + n - 1].0.end)
         });
         let goes_on = |i: &usize| {

@@ -113,11 +113,14 @@ impl<'s> Flight<'s> {
         Ok(done)
     }
 
-    /// Leaves a session that is not to be trusted any more for a new one, with the jobs that were in it.
-    pub fn give_up(&mut self, session: Box<dyn Generate + 's>) -> BTreeMap<u64, Job> {
-        self.session = session;
+    /// Empties a session that failed, and hands back the jobs that were in it.
+    pub fn empty(&mut self) -> anyhow::Result<BTreeMap<u64, Job>> {
         self.prompts.clear();
-        std::mem::take(&mut self.jobs)
+        guarded(|| {
+            self.session.reset();
+            Ok(())
+        })?;
+        Ok(std::mem::take(&mut self.jobs))
     }
 
     /// Does a job whose round was interrupted to its end, with nothing beside it.

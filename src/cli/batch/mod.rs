@@ -155,17 +155,12 @@ fn rewrite(args: &RewriteArgs) -> anyhow::Result<bool> {
     }
     let stop = super::interrupt_flag()?;
     let mut progress = Progress::new(written.results, total);
-    let make = || rewriter.session(engine_options(args, &rewriter)?);
+    let session = rewriter.session(engine_options(args, &rewriter)?)?;
     let mut run = Run::new(args, &rewriter, format, target);
-    let result = run.all(lines.read_ahead()?, &make, &stop, &mut progress);
+    let result = run.all(lines.read_ahead()?, session, &stop, &mut progress);
     run.out.flush()?;
     progress.clear();
-    if begin == Begin::Replace
-        && run.out.written > 0
-        && let (Ok(false) | Err(_), Some(partial)) = (&result, run.out.target.partial())
-    {
-        note!("the results so far are in {}; --resume instead of --force goes on there", partial.display());
-    }
+    note_partial(&run.out, begin, !matches!(result, Ok(true)));
     let done = result?;
     run.report();
     progress.summary(run.out.written);
@@ -177,8 +172,21 @@ fn rewrite(args: &RewriteArgs) -> anyhow::Result<bool> {
         args.source() != Source::Stdin || run.out.finished > 0 || !run.bad.is_empty() || written.results > 0,
         "standard input holds no prompts; give a PROMPT, --input FILES, or prompts on standard input"
     );
+    ensure!(
+        begin != Begin::Replace || run.out.written > 0 || run.bad.is_empty(),
+        "{}: stays as it was, because all {} lines are bad",
+        run.out.target.name(),
+        run.bad.len()
+    );
     run.out.target.complete()?;
     Ok(true)
+}
+
+/// Says where the results of a run are that did not get to its end.
+fn note_partial(out: &Output, begin: Begin, ended_early: bool) {
+    if let (true, Begin::Replace, 1.., Some(partial)) = (ended_early, begin, out.written, out.target.partial()) {
+        note!("the results so far are in {}; --resume instead of --force goes on there", partial.display());
+    }
 }
 
 /// What holds for all lines.
@@ -238,7 +246,6 @@ struct Run<'a> {
     fallbacks: u64,
 }
 
-type Make<'m, 's> = &'m dyn Fn() -> anyhow::Result<Box<dyn Generate + 's>>;
 type Input = Receiver<anyhow::Result<RawLine>>;
 
 impl<'a> Run<'a> {
@@ -261,11 +268,16 @@ impl<'a> Run<'a> {
 
     /// Rewrites everything; `false` if somebody interrupted. What is finished is written whatever happens, and what must be
     /// finished before it can be written, too.
-    fn all(&mut self, input: Input, make: Make, stop: &AtomicBool, progress: &mut Progress) -> anyhow::Result<bool> {
-        let mut flight = Flight::new(make()?, self.sequences);
+    fn all(
+        &mut self,
+        input: Input,
+        session: Box<dyn Generate + '_>,
+        stop: &AtomicBool,
+        progress: &mut Progress,
+    ) -> anyhow::Result<bool> {
+        let mut flight = Flight::new(session, self.sequences);
         let mut end = false;
         let mut interrupted = false;
-        let mut before = 0;
         loop {
             if stop.load(Ordering::Relaxed) && !interrupted {
                 interrupted = true;
@@ -297,13 +309,10 @@ impl<'a> Run<'a> {
                     None => self.go_on(&mut flight, job),
                     Some(e) => self.bad_line(&job.line.place, job.line.number, e),
                 }),
-                Err(e) => {
-                    before += flight.tokens();
-                    self.one_by_one(&mut flight, make, stop, e)?;
-                }
+                Err(e) => self.one_by_one(&mut flight, stop, e)?,
             }
             self.out.write_ready()?;
-            progress.update(self.out.finished, before + flight.tokens());
+            progress.update(self.out.finished, flight.tokens());
         }
     }
 
@@ -362,18 +371,12 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// After the engine failed: what was in flight, each line alone in a new engine. The line that it fails at again is bad, and
+    /// After the engine failed: what was in flight, each line alone in an empty engine. The line that it fails at again is bad, and
     /// the others get what they would have got.
-    fn one_by_one<'s>(
-        &mut self,
-        flight: &mut Flight<'s>,
-        make: Make<'_, 's>,
-        stop: &AtomicBool,
-        cause: anyhow::Error,
-    ) -> anyhow::Result<()> {
+    fn one_by_one(&mut self, flight: &mut Flight, stop: &AtomicBool, cause: anyhow::Error) -> anyhow::Result<()> {
         /// Lines in a row that cannot all be at fault.
         const HOPELESS: usize = 3;
-        let mut jobs = flight.give_up(make().with_context(|| format!("after {cause:#}"))?);
+        let mut jobs = flight.empty().with_context(|| format!("after {cause:#}"))?;
         let mut failures = 0;
         while let Some((_, mut job)) = jobs.pop_first() {
             if self.failure.as_ref().is_some_and(|(line, _)| *line < job.line.number) || stop.load(Ordering::Relaxed) {
@@ -388,7 +391,7 @@ impl<'a> Run<'a> {
                     failures += 1;
                     ensure!(failures < HOPELESS, "{}: {e:#}, as at the lines before", job.line.place);
                     self.bad_line(&job.line.place, job.line.number, e);
-                    flight.give_up(make()?);
+                    flight.empty()?;
                 }
             }
             self.out.write_ready()?;
@@ -575,12 +578,10 @@ mod tests {
         let lines = Lines::of_prompts(&(1..=LINES).map(prompt).collect::<Vec<_>>(), options);
         let target = Target::open(&path, Begin::New).unwrap();
         let before = |prompts: &Prompts| before(&rewriter, prompts);
-        let make = || -> anyhow::Result<Box<dyn Generate + '_>> {
-            let inner = rewriter.session(engine_options(&args, &rewriter)?)?;
-            Ok(Box::new(Watched { inner, prompts: BTreeMap::new(), before: &before, after }))
-        };
+        let inner = rewriter.session(engine_options(&args, &rewriter).unwrap()).unwrap();
+        let session = Box::new(Watched { inner, prompts: BTreeMap::new(), before: &before, after });
         let mut run = Run::new(&args, &rewriter, Format::Jsonl, target);
-        let result = run.all(lines.read_ahead().unwrap(), &make, stop, &mut Progress::new(0, None));
+        let result = run.all(lines.read_ahead().unwrap(), session, stop, &mut Progress::new(0, None));
         (result, run.bad, std::fs::read_to_string(&path).unwrap())
     }
 

@@ -41,7 +41,7 @@ pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
     };
     begun.settle(settings(args))?;
     let written = begun.written(1)?;
-    let Begun { target, mut lines, .. } = begun;
+    let Begun { target, mut lines, begin, .. } = begun;
     let total = lines.count()?;
     lines.skip(written.results)?;
     let Hosted { shared, thread } = host.start()?;
@@ -68,6 +68,7 @@ pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
     run.out.flush()?;
     progress.summary(run.out.written);
     run.report();
+    super::note_partial(&run.out, begin, !matches!(result, Ok(true)));
     let Run { router, out, failures, first_failure, .. } = run;
     drop((router, runtime));
     let done = result?;
@@ -192,7 +193,8 @@ impl Run {
                     let handle = self.requests.spawn(answer(self.router.clone(), line.number, request));
                     self.handles.push((line.number, handle));
                 }
-                Err((custom_id, e)) if self.skip_bad_lines => {
+                // who gave a line a name finds its error under it
+                Err((custom_id, e)) if self.skip_bad_lines || custom_id.is_string() => {
                     let message = format!("{e:#}");
                     let error = json!({ "code": "invalid_line", "message": message });
                     let text = result(line.number, custom_id, Value::Null, error);

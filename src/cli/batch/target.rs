@@ -43,6 +43,8 @@ struct LockedFile {
     /// The file that is written, and the name that it gets in the end.
     path: PathBuf,
     place: PathBuf,
+    /// Whether the file goes again if nothing is written: this run made it, and did not come to its end.
+    is_new: bool,
     /// The lock on the file that is to be replaced.
     _replaced: Option<File>,
 }
@@ -129,16 +131,18 @@ impl Target {
     }
 
     /// Puts whole results in their place.
-    pub fn complete(self) -> anyhow::Result<()> {
-        let Place::File(locked) = &self.place else { return Ok(()) };
+    pub fn complete(mut self) -> anyhow::Result<()> {
+        let Place::File(locked) = &mut self.place else { return Ok(()) };
         // some file systems cannot; then the operating system writes when it likes
         let _ = locked.file.sync_all();
         if locked.path != locked.place {
             let cannot = || format!("{}: cannot replace it", self.name);
-            std::fs::rename(&locked.path, &locked.place).with_context(cannot)?;
+            // the settings first: where it ends between the two, --resume still goes on with the partial file
             let settings = |path| super::settings::path(path);
             std::fs::rename(settings(&locked.path), settings(&locked.place)).with_context(cannot)?;
+            std::fs::rename(&locked.path, &locked.place).with_context(cannot)?;
         }
+        locked.is_new = false;
         Ok(())
     }
 }
@@ -146,7 +150,7 @@ impl Target {
 impl Drop for LockedFile {
     /// A run that came to nothing leaves nothing.
     fn drop(&mut self) {
-        if self.file.metadata().is_ok_and(|m| m.len() == 0) && is_at(&self.file, &self.path) {
+        if self.is_new && self.file.metadata().is_ok_and(|m| m.len() == 0) && is_at(&self.file, &self.path) {
             let _ = std::fs::remove_file(super::settings::path(&self.path));
             let _ = std::fs::remove_file(&self.path);
         }
@@ -176,6 +180,7 @@ impl LockedFile {
         let aside = partial.exists() || (begin == Begin::Replace && holds_something);
         let replaced = if aside && place.exists() { Some(lock(&place)?) } else { None };
         let path = if aside { partial } else { place.clone() };
+        let is_new = aside || !path.exists();
         let file = lock(&path)?;
         if let (true, Ok(metadata)) = (aside, std::fs::metadata(&place)) {
             // whoever could read the output can read what replaces it
@@ -186,7 +191,7 @@ impl LockedFile {
         }
         let length = file.metadata().map_or(0, |m| m.len());
         ensure!(begin != Begin::New || length == 0, "{name}: was begun by another process in this moment");
-        Ok(LockedFile { file, path, place, _replaced: replaced })
+        Ok(LockedFile { file, path, place, is_new, _replaced: replaced })
     }
 }
 
@@ -223,6 +228,13 @@ mod tests {
         // nothing came of it
         drop(Target::open(&out, Begin::Replace).unwrap());
         assert!(read(&out) == "good\n" && !partial.exists());
+        // an empty result is one, and somebody's empty file is left to him
+        let empty = f.path().join("empty.jsonl");
+        drop(Target::open(&empty, Begin::New).unwrap());
+        assert!(!empty.exists());
+        Target::open(&empty, Begin::New).unwrap().complete().unwrap();
+        drop(Target::open(&empty, Begin::New).unwrap());
+        assert!(empty.exists());
         // interrupted
         let mut target = Target::open(&out, Begin::Replace).unwrap();
         target.write(b"new\n").unwrap();

@@ -169,12 +169,17 @@ impl SamplingParams {
             Some(n) => Length::New(n as usize),
             None => defaults.length,
         };
+        let min_new = self.min_tokens.unwrap_or(0) as usize;
+        if let (Some(most), true) = (max_tokens, matches!(length, Length::New(n) if n < min_new)) {
+            let message = format!("min_tokens is {min_new}, more than the max_tokens of {most}");
+            return Err(ApiError::field("min_tokens", message));
+        }
         Ok(GenerateOptions {
             candidates: within("n", self.n.unwrap_or(1), 1, MOST_CANDIDATES)?,
             sampling,
             bias,
             length,
-            min_new: self.min_tokens.unwrap_or(0) as usize,
+            min_new,
             ignore_eos: self.ignore_eos.unwrap_or(false),
             stops,
             stop_token_ids,
