@@ -43,6 +43,13 @@ fn path(p: &Path) -> &str {
 }
 
 #[test]
+fn limits_that_would_refuse_everything_are_refused() {
+    for flag in ["--header-timeout", "--body-timeout", "--body-limit"] {
+        assert!(failure(&["serve", "--port", "0", flag, "0"]).contains(flag));
+    }
+}
+
+#[test]
 fn a_prompt_is_rewritten_and_a_seed_repeats_it() {
     let once = stdout(&["rewrite", "--seed", "7", "a cat in the rain"]);
     assert_eq!(once.lines().count(), 1);

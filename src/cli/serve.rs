@@ -31,19 +31,19 @@ pub struct ServeArgs {
     /// Web origins that may call, separated by commas; * for all. None if not given.
     #[arg(long, value_name = "ORIGINS", value_delimiter = ',', env = "BPROMPT_CORS_ORIGIN")]
     cors_origin: Vec<String>,
-    /// Prompts that may wait beyond those that run; more are refused with status 429.
+    /// Prompts that may wait beyond those that run, 0 for none; more are refused with status 429.
     #[arg(long, default_value_t = 1024, env = "BPROMPT_MAX_QUEUE")]
     max_queue: usize,
     /// Longest time for a request in seconds; 0 for no limit.
     #[arg(long, default_value_t = 300.0, env = "BPROMPT_REQUEST_TIMEOUT")]
     request_timeout: f64,
-    /// Most bytes of a request's body.
+    /// Most bytes of a request's body, at least 1.
     #[arg(long, default_value_t = 1 << 20, env = "BPROMPT_BODY_LIMIT")]
     body_limit: usize,
-    /// Longest time in seconds for a request's head, and for a connection without a request.
+    /// Longest time in seconds, above 0, for a request's head, and for a connection without a request.
     #[arg(long, default_value_t = 60.0, env = "BPROMPT_HEADER_TIMEOUT")]
     header_timeout: f64,
-    /// Longest time in seconds for a request's body.
+    /// Longest time in seconds, above 0, for a request's body.
     #[arg(long, default_value_t = 30.0, env = "BPROMPT_BODY_TIMEOUT")]
     body_timeout: f64,
     /// Longest time in seconds for which a client may take nothing of its answer; its connection is closed then, and the work for
@@ -53,10 +53,10 @@ pub struct ServeArgs {
     /// Seconds for which the engine may stand still in its work before /health fails; 0 for no limit.
     #[arg(long, default_value_t = 120.0, env = "BPROMPT_STALL_TIMEOUT")]
     stall_timeout: f64,
-    /// Seconds for which /ready fails before connections are refused, so that balancers notice.
+    /// Seconds for which /ready fails before connections are refused, so that balancers notice; 0 refuses at once.
     #[arg(long, default_value_t = 0.0, env = "BPROMPT_SHUTDOWN_DELAY")]
     shutdown_delay: f64,
-    /// Seconds that accepted requests have to end after SIGTERM.
+    /// Seconds that accepted requests have to end after SIGTERM; 0 leaves them unanswered.
     #[arg(long, default_value_t = 30.0, env = "BPROMPT_SHUTDOWN_TIMEOUT")]
     shutdown_timeout: f64,
     /// How the log is written.
@@ -81,6 +81,13 @@ fn seconds(flag: &str, value: f64) -> anyhow::Result<Duration> {
     Duration::try_from_secs_f64(value).map_err(|_| anyhow::anyhow!("{flag} {value}: expected seconds, 0 or more"))
 }
 
+/// A time in seconds without which nothing could be answered.
+fn above_zero(flag: &str, value: f64) -> anyhow::Result<Duration> {
+    let time = seconds(flag, value)?;
+    ensure!(!time.is_zero(), "{flag} {value}: expected seconds, more than 0");
+    Ok(time)
+}
+
 /// A time in seconds, 0 for none.
 fn limit(flag: &str, value: f64) -> anyhow::Result<Option<Duration>> {
     Ok(Some(seconds(flag, value)?).filter(|d| !d.is_zero()))
@@ -101,11 +108,12 @@ impl ServeArgs {
             LogFormat::Json => log.json().flatten_event(true).with_target(false).init(),
         }
         ensure!(self.max_queue <= 1 << 20, "--max-queue {} is too many; {} at most", self.max_queue, 1 << 20);
+        ensure!(self.body_limit > 0, "--body-limit must be at least 1");
         ensure!(self.api_key.iter().all(|k| !k.is_empty()), "--api-key: a key is empty");
         let http = HttpOptions {
             body_limit: self.body_limit,
-            header_timeout: seconds("--header-timeout", self.header_timeout)?,
-            body_timeout: seconds("--body-timeout", self.body_timeout)?,
+            header_timeout: above_zero("--header-timeout", self.header_timeout)?,
+            body_timeout: above_zero("--body-timeout", self.body_timeout)?,
             write_timeout: limit("--write-timeout", self.write_timeout)?,
             cors_origins: self.cors_origin.clone(),
             shutdown_delay: seconds("--shutdown-delay", self.shutdown_delay)?,
