@@ -285,8 +285,7 @@ fn heavy_texts_hold_up_nobody() {
     for _ in 0..20 {
         assert_eq!(server.get("/health").status, 200);
     }
-    // many times that of an idle machine, and a tenth of what those took
-    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
     for ((path, stream), (_, body)) in hostile.into_iter().zip(&bodies) {
         let status = answer(stream).status;
         let shown: String = body.to_string().chars().take(60).collect();

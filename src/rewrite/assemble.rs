@@ -4,11 +4,10 @@ use super::guard::Source;
 use super::kept::Known;
 use super::verbatim::{Chunk, PartKind, Places, Verbatim, has_marks, phrase_spans};
 use crate::text::clip::clip_tokens;
-use crate::text::content_words::words;
+use crate::text::content_words::{is_combining, words};
 use crate::text::literals::Literals;
 use crate::text::{Tokenizer, straighten};
 use std::collections::HashSet;
-use unicode_normalization::char::is_combining_mark;
 
 /// Characters that a reason names.
 const NAMED: usize = 5;
@@ -29,7 +28,7 @@ impl Plan {
         let choice = chunk.parts.iter().find(|p| p.kind == PartKind::Choice);
         let stays = match (split.is_empty(), choice) {
             (false, _) => {
-                let seen = |c: &&char| !is_combining_mark(**c);
+                let seen = |c: &&char| !is_combining(**c);
                 let named: Vec<String> = split.iter().filter(seen).take(NAMED).map(|c| format!("\"{c}\"")).collect();
                 let more = if split.len() > NAMED { ", …" } else { "" };
                 Some(format!("the model's vocabulary lacks {}{more}", named.join(", ")))

@@ -180,12 +180,8 @@ impl Rewriting {
         let mut work = Work::new();
         let mut keeps = false;
         let banned = self.banned();
-        for plan in self.plans.iter().filter(|p| !p.reading.is_empty()) {
+        for (plan, seed, reading) in self.readings() {
             let mut options = self.options.clone();
-            let seed = match work.len() {
-                0 => options.sampling.seed,
-                part => derived_seed(options.sampling.seed, Derived::Part, part as u64),
-            };
             // seeds of rounds are far from those that people choose
             options.sampling.seed = seed.wrapping_add((self.rewrite.rounds as u64) << 56);
             // once is enough, and where the model's text comes back whole
@@ -194,7 +190,6 @@ impl Rewriting {
             }
             keeps |= plan.stays.is_none();
             options.ban = banned.clone();
-            let reading = self.guard.additions.named(&plan.reading, seed);
             work.push((self.prompter.encode(&reading)?, options));
         }
         self.rewrite.rounds += u32::from(!work.is_empty());
@@ -203,17 +198,28 @@ impl Rewriting {
 
     /// What no part may add. A medium named in one part is that of all, and what one part says may stand in each.
     fn banned(&mut self) -> Arc<Phrases> {
-        let Rewriting { wanted, plans, options, guard, .. } = self;
-        let find = || {
-            let seed = options.sampling.seed;
-            let mut whole = wanted.clone();
-            for plan in plans.iter().filter(|p| !p.reading.is_empty()) {
-                whole.push_str(", ");
-                whole.push_str(&guard.additions.named(&plan.reading, seed));
-            }
-            Arc::new(guard.additions.banned(&whole, seed, &options.ban))
-        };
-        self.banned.get_or_insert_with(find).clone()
+        if let Some(banned) = &self.banned {
+            return banned.clone();
+        }
+        let mut whole = self.wanted.clone();
+        for (_, _, reading) in self.readings() {
+            whole.push_str(", ");
+            whole.push_str(&reading);
+        }
+        let banned = self.guard.additions.banned(&whole, self.options.sampling.seed, &self.options.ban);
+        self.banned.insert(Arc::new(banned)).clone()
+    }
+
+    /// The parts that have words, each with its seed and what the model is given to read.
+    fn readings(&self) -> impl Iterator<Item = (&Plan, u64, Cow<'_, str>)> {
+        let parts = self.plans.iter().filter(|p| !p.reading.is_empty());
+        parts.enumerate().map(|(part, plan)| {
+            let seed = match part {
+                0 => self.options.sampling.seed,
+                part => derived_seed(self.options.sampling.seed, Derived::Part, part as u64),
+            };
+            (plan, seed, self.guard.additions.named(&plan.reading, seed))
+        })
     }
 
     /// Takes what came of a round, in the order of its work.

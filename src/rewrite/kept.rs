@@ -1,7 +1,7 @@
 //! How much of a prompt's meaning a rewrite keeps.
 
 use super::verbatim::{Places, Verbatim, phrase_spans};
-use crate::text::content_words::{ContentWords, word_spans, words};
+use crate::text::content_words::{ContentWords, is_combining, word_spans, words};
 use std::collections::HashSet;
 use std::ops::Range;
 
@@ -317,7 +317,7 @@ fn signs(gap: &str) -> impl Iterator<Item = char> {
         0xa2..=0xa6 | 0xa9 | 0xac | 0xae | 0xb0 | 0xb1 | 0xd7 | 0xf7 => true,
         // what is written around and between words, and what only changes others
         0xa0..0x20a0 | 0x2e00..=0x2e7f | 0x3000..=0x303f | 0xfe00..=0xfe6f | 0xfff0..=0xffff | 0xe0000.. => false,
-        _ => !c.is_alphanumeric() && !c.is_whitespace() && !unicode_normalization::char::is_combining_mark(*c),
+        _ => !c.is_alphanumeric() && !c.is_whitespace() && !is_combining(*c),
     })
 }
 
