@@ -7,6 +7,7 @@ constexpr int SPLIT = 512; // positions of one block of threads
 
 #define ATTEND(T, SIZE)                                                                                                \
     KERNEL_SHARED(attend_##T##_##SIZE, WARPS* WARP, SIZE > 96 ? 3 : 4)(Attention a) {                                                            \
+        let_next_kernel_begin(); /* its first weights come meanwhile */                                                \
         wait_for_earlier_kernels();                                                                                    \
         float* shared = reinterpret_cast<float*>(shared_memory());                                                     \
         attend<T, SIZE, WARPS, SPLIT>(a, blockIdx.x, blockIdx.y, blockIdx.z, shared);                                  \

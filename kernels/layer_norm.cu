@@ -14,6 +14,7 @@ constexpr int ROWS_PER_BLOCK = 4;
 template <class T>
 DEVICE void embed_norm(float* out, const Ids& ids, const T* table, const float* scales, const float* weight,
                        const float* bias, uint32_t tokens, uint32_t width, float eps) {
+    let_next_kernel_begin();
     wait_for_earlier_kernels();
     uint32_t token = blockIdx.x * ROWS_PER_BLOCK + warp_index();
     if (token >= tokens) return;
@@ -23,6 +24,7 @@ DEVICE void embed_norm(float* out, const Ids& ids, const T* table, const float* 
 template <class T>
 DEVICE void layer_norm(T* out, const float* x, const uint32_t* rows, const float* weight, const float* bias,
                        uint32_t count, uint32_t width, float eps) {
+    let_next_kernel_begin();
     wait_for_earlier_kernels();
     uint32_t r = blockIdx.x * ROWS_PER_BLOCK + warp_index();
     if (r >= count) return;

@@ -8,8 +8,8 @@
 // 16 tiles of tokens, so that what is worked on at a time reads few rows of either operand from memory. One thread of the first warpgroup
 // asks for slices of 64 inputs, four ahead; the other two warpgroups multiply 64 tokens by 256 outputs each, straight from
 // shared memory, with the next slice's products begun before the last one's are waited for. A pair of barrier objects for
-// each stage says when it is full and when it is free, in both blocks. Results in 16 bits go through shared memory, 64 columns at a
-// time, so that whole lines are written.
+// each stage says when it is full and when it is free, in both blocks. Results go through shared memory, 128 bytes of a token at a
+// time, so that whole lines are written and the residual is read in such.
 #include "epilogue.cuh"
 #include "linear.cuh"
 #include "memory.cuh"
@@ -25,12 +25,16 @@ using Ring = Slices<TILE_M, TILE_N, 4, true>;
 constexpr uint32_t GROUP = 16; // tiles of tokens whose tiles of outputs are taken together
 
 constexpr int STAGED_COLUMNS = 64, STAGED_STRIDE = STAGED_COLUMNS * 2 + 16; // rows meet no bank twice
+constexpr int WIDE_COLUMNS = 32, WIDE_STRIDE = WIDE_COLUMNS * 4 + 32;       // nor do these, in f32
+constexpr int STAGED_BYTES = 16 * WIDE_STRIDE;                              // of a warp
 
 // Writes a warp's 16 tokens by 256 outputs in 16 bits. `d` as `multiply_group` leaves it; `staged`: the warp's own, 16 rows.
-template <class T>
-DEVICE void finish_narrow(const Epilogue& e, char* staged, uint32_t first_token, uint32_t tokens, uint32_t first_row,
+template <class T, uint32_t MODE>
+DEVICE void finish_narrow(const Epilogue& of, char* staged, uint32_t first_token, uint32_t tokens, uint32_t first_row,
                           const float (&d)[TILE_N / 2]) {
     constexpr int PIECES = STAGED_COLUMNS / 8; // of 16 bytes
+    Epilogue e = of;
+    e.mode = MODE; // known as this is compiled
     int lane = lane_index(), t = lane % 4;
     UNROLL
     for (int part = 0; part < TILE_N / STAGED_COLUMNS; part++) {
@@ -60,7 +64,72 @@ DEVICE void finish_narrow(const Epilogue& e, char* staged, uint32_t first_token,
     }
 }
 
-// Shared memory: the ring, then what `finish_narrow` needs for each consuming warp.
+// The same in f32, with the residual of a part on its way while the part before is written.
+template <class T, uint32_t MODE>
+DEVICE void finish_wide(const Epilogue& e, char* staged, uint32_t first_token, uint32_t tokens, uint32_t first_row,
+                        const float (&d)[TILE_N / 2]) {
+    constexpr int PARTS = TILE_N / WIDE_COLUMNS, ROWS = 4; // a lane has the same four columns of every fourth token
+    int lane = lane_index(), g = lane / 4, t = lane % 4, piece = lane % 8;
+    uint32_t first = first_token + lane / 8;
+    auto place = [&](int part, int i) { return static_cast<size_t>(first + i * 4) * e.width + first_row + part * WIDE_COLUMNS + piece * 4; };
+    auto there = [&](int part, int i) { return first + i * 4 < tokens && first_row + part * WIDE_COLUMNS + piece * 4 < e.width; };
+    auto ask = [&](int part, Four (&r)[ROWS]) {
+        UNROLL
+        for (int i = 0; i < ROWS; i++) {
+            r[i] = Four{};
+            if (MODE != RESIDUAL || !there(part, i)) continue;
+            if (e.narrow_residual) {
+                const uint32_t* pairs = reinterpret_cast<const uint32_t*>(static_cast<const T*>(e.residual) + place(part, i));
+                r[i] = Four{{low<T>(pairs[0]), high<T>(pairs[0]), low<T>(pairs[1]), high<T>(pairs[1])}};
+            } else {
+                r[i] = *reinterpret_cast<const Four*>(static_cast<const float*>(e.residual) + place(part, i));
+            }
+        }
+    };
+    Four residual[ROWS], next[ROWS];
+    ask(0, next);
+    UNROLL
+    for (int part = 0; part < PARTS; part++) {
+        UNROLL
+        for (int i = 0; i < ROWS; i++) residual[i] = next[i];
+        UNROLL
+        for (int j = 0; j < WIDE_COLUMNS / 8; j++) {
+            const float* from = d + (part * WIDE_COLUMNS + j * 8) / 2;
+            UNROLL
+            for (int half = 0; half < 2; half++) {
+                float* to = reinterpret_cast<float*>(staged + (g + 8 * half) * WIDE_STRIDE) + j * 8 + 2 * t;
+                to[0] = from[2 * half];
+                to[1] = from[2 * half + 1];
+            }
+        }
+        if (part + 1 < PARTS) ask(part + 1, next);
+        sync_warp();
+        Four bias = {};
+        if (there(part, 0)) bias = *reinterpret_cast<const Four*>(e.bias + first_row + part * WIDE_COLUMNS + piece * 4);
+        UNROLL
+        for (int i = 0; i < ROWS; i++) {
+            Four v = *reinterpret_cast<const Four*>(staged + (i * 4 + lane / 8) * WIDE_STRIDE + piece * 16);
+            UNROLL
+            for (int k = 0; k < 4; k++) v.v[k] = v.v[k] + bias.v[k] + residual[i].v[k];
+            if (there(part, i)) *reinterpret_cast<Four*>(static_cast<float*>(e.out) + place(part, i)) = v;
+        }
+        sync_warp();
+    }
+}
+
+// Writes a warp's sums; the mode is chosen once a tile, so that each has code of its own.
+template <class T>
+DEVICE void finish_tile(const Epilogue& e, char* staged, uint32_t first_token, uint32_t tokens, uint32_t first_row,
+                        const float (&d)[TILE_N / 2]) {
+    switch (e.mode) {
+    case GELU: finish_narrow<T, GELU>(e, staged, first_token, tokens, first_row, d); break;
+    case QKV: finish_narrow<T, QKV>(e, staged, first_token, tokens, first_row, d); break;
+    case RESIDUAL: finish_wide<T, RESIDUAL>(e, staged, first_token, tokens, first_row, d); break;
+    default: finish_wide<T, BIAS>(e, staged, first_token, tokens, first_row, d); break;
+    }
+}
+
+// Shared memory: the ring, then what `finish_tile` needs for each consuming warp.
 template <class T>
 DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t tokens, uint32_t inputs, const Epilogue& e) {
     char* shared = shared_memory();
@@ -100,9 +169,8 @@ DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t token
             ring.multiply<T, TILE_N>(d, turn, slices, half * 64, 0);
             first(tile, token, output);
             uint32_t warp_token = token + half * 64 + warp_index() % 4 * 16;
-            if (narrow_result(e) && e.width % 8 == 0) {
-                char* staged = shared + Ring::BYTES + (warp_index() - 4) * 16 * STAGED_STRIDE;
-                finish_narrow<T>(e, staged, warp_token, tokens, output, d);
+            if (e.width % 8 == 0) {
+                finish_tile<T>(e, shared + Ring::BYTES + (warp_index() - 4) * STAGED_BYTES, warp_token, tokens, output, d);
                 continue;
             }
             UNROLL

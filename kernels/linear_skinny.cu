@@ -4,12 +4,14 @@
 //   W [outputs, inputs] in 16 bits, or in 8 bits with a scale for each row
 //
 // Least bytes: the weights; FLOPs: 2 * tokens * inputs * outputs, hidden behind them up to 64 tokens by the tensor cores.
-// A block takes 16 outputs, its 8 warps divide the inputs. Weights go from memory straight into the registers that
-// the tensor cores read: a lane's 16 bytes are 8 (or 16) inputs of one row, and since a product does not mind a
-// permutation of the inner dimension, they serve as the operands of two (four) instructions. The warps' sums are
-// added in shared memory in a fixed order: a token's result depends on nothing but its own row.
+// A block takes 16 outputs, its 8 warps divide the inputs. Every warp keeps DEPTH rounds of weights on their way into a ring in shared
+// memory (cp.async), which the compiler cannot put off as it does loads into registers, and asks for the first of them before the kernel
+// waits for those it follows: weights do not depend on them. At the model's widths that is all of a block's weights. A lane
+// reads back what it asked for itself, so nobody waits for anybody: 16 bytes are 8 (or 16) inputs of one row, and since a
+// product does not mind a permutation of the inner dimension, they serve as the operands of two (four) instructions. The warps'
+// sums are added in shared memory in a fixed order: a token's result depends on nothing but its own row.
 // With a layer norm each block normalizes all tokens itself, into shared memory: one launch and one trip through
-// memory less, for a few KB read from the second-level cache.
+// memory less, for a few KB read from the second-level cache. Few rows without a norm are brought to shared memory too, in one trip.
 #include "epilogue.cuh"
 #include "linear.cuh"
 #include "tensor_core.cuh"
@@ -17,74 +19,135 @@
 constexpr int WARPS = 8;
 constexpr int OUTPUTS = 16;
 
+constexpr int DEPTH = 6;                     // rounds of weights on their way
+constexpr int ROUND_BYTES = 2 * 16 * WARP;   // of a warp: 16 bytes of two rows for each lane
+constexpr int RING_BYTES = DEPTH * ROUND_BYTES;
+constexpr int RING_FLOATS = RING_BYTES / 4;
+
+// Brings `in`'s rows to shared rows of `stride` elements.
+template <class T>
+DEVICE void stage_rows(const Input& in, T* rows, uint32_t stride) {
+    const T* x = static_cast<const T*>(in.x);
+    uint32_t pieces = in.inputs / 8;
+    constexpr int AT_ONCE = 4;
+    for (uint32_t first = threadIdx.x; first < in.tokens * pieces; first += AT_ONCE * WARPS * WARP) {
+        Eight v[AT_ONCE];
+        UNROLL
+        for (int j = 0; j < AT_ONCE; j++) {
+            uint32_t i = first + j * WARPS * WARP;
+            v[j] = Eight{};
+            if (i < in.tokens * pieces) v[j] = load(reinterpret_cast<const Eight*>(x) + i);
+        }
+        UNROLL
+        for (int j = 0; j < AT_ONCE; j++) {
+            uint32_t i = first + j * WARPS * WARP;
+            if (i < in.tokens * pieces) *reinterpret_cast<Eight*>(rows + i / pieces * stride + i % pieces * 8) = v[j];
+        }
+    }
+    sync_block();
+}
+
 // Sums of all tokens (16 * TILES) with this block's outputs, in shared memory as [token][OUTPUTS].
-// Shared memory: WARPS * 16 * TILES * OUTPUTS floats, then the normalized rows if there is a norm.
-template <class T, class W, int TILES>
+// Shared memory: the warps' rings, each of which a warp's sums take over; then rows, if they are normalized or staged.
+template <class T, class W, int TILES, bool NORMS = false>
 DEVICE float* block_sums(const Input& in, const W* w, const float* scales, uint32_t outputs) {
     using Operand = Weights<T, W>;
     constexpr int STEPS = Operand::STEPS;
-    constexpr int PER_LANE = 4 * STEPS; // inputs of a lane at a time
-    float* sums = reinterpret_cast<float*>(shared_memory());
-    const T* x = static_cast<const T*>(in.x);
-    uint32_t stride = in.inputs;
-    wait_for_earlier_kernels();
-    if (in.weight) {
-        T* rows = reinterpret_cast<T*>(sums + WARPS * 16 * TILES * OUTPUTS);
-        stride = in.inputs + 8; // rows 16 bytes apart in the banks
-        stage_normalized<T, WARPS>(in, rows, stride);
-        x = rows;
-    }
-    int warp = warp_index(), g = lane_index() / 4, t = lane_index() % 4;
+    constexpr int PER_LANE = 4 * STEPS; // inputs of a lane in a round
+    constexpr int ROUND = WARPS * 4 * PER_LANE;
+    static_assert(16 * TILES * OUTPUTS * 4 <= RING_BYTES, "room for a warp's sums");
+    let_next_kernel_begin(); // its blocks may ask for their weights where this kernel's leave room
+    char* shared = shared_memory();
+    int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
+    char* ring = shared + warp * RING_BYTES + lane * 16;
+    uint32_t rounds = (in.inputs + ROUND - 1) / ROUND, first_input = (warp * 4 + t) * PER_LANE;
     const W* row[2];
     UNROLL
     for (int n = 0; n < 2; n++) {
         uint32_t r = blockIdx.x * OUTPUTS + n * 8 + g;
-        row[n] = w + static_cast<size_t>(r < outputs ? r : outputs - 1) * in.inputs;
+        row[n] = w + static_cast<size_t>(r < outputs ? r : outputs - 1) * in.inputs + first_input;
     }
-    float c[TILES][2][4] = {};
-    constexpr int UNROLLED = 2;
-    for (uint32_t k0 = warp * 4 * PER_LANE; k0 < in.inputs; k0 += UNROLLED * WARPS * 4 * PER_LANE) {
-        Eight weights[UNROLLED][2];
-        UNROLL
-        for (int u = 0; u < UNROLLED; u++) {
-            uint32_t k = k0 + u * WARPS * 4 * PER_LANE + t * PER_LANE;
+    auto ask = [&](uint32_t round, uint32_t place) {
+        if (round < rounds) {
+            bool valid = round * ROUND + first_input < in.inputs;
             UNROLL
             for (int n = 0; n < 2; n++) {
-                weights[u][n] = Eight{};
-                if (k < in.inputs) weights[u][n] = load_once(reinterpret_cast<const Eight*>(row[n] + k));
+                copy_async(ring + (place * 2 + n) * 16 * WARP, valid ? row[n] + round * ROUND : w, valid);
             }
         }
+        copy_commit();
+    };
+    UNROLL
+    for (int r = 0; r < DEPTH; r++) ask(r, r);
+    wait_for_earlier_kernels();
+    const T* x = static_cast<const T*>(in.x);
+    uint32_t stride = in.inputs;
+    bool norms = NORMS && in.weight;
+    if (norms || in.staged) {
+        T* rows = reinterpret_cast<T*>(shared + WARPS * RING_BYTES);
+        stride = in.inputs + (sizeof(W) == 1 ? 8 : 32); // lanes that read together meet no bank twice
+        if constexpr (NORMS) {
+            if (norms) stage_normalized<T, WARPS>(in, rows, stride);
+        }
+        if (!norms) stage_rows(in, rows, stride);
+        x = rows;
+    }
+    constexpr int HALVES = STEPS / 2;
+    using Activations = Eight[HALVES][2];
+    auto activations = [&](uint32_t round, int m, Activations& a) {
+        uint32_t k = round * ROUND + first_input;
         UNROLL
-        for (int u = 0; u < UNROLLED; u++) {
-            uint32_t k = k0 + u * WARPS * 4 * PER_LANE + t * PER_LANE;
+        for (int half = 0; half < HALVES; half++) {
             UNROLL
-            for (int m = 0; m < TILES; m++) {
+            for (int i = 0; i < 2; i++) {
+                uint32_t token = m * 16 + i * 8 + g;
+                a[half][i] = Eight{};
+                if (token < in.tokens && k < in.inputs) {
+                    a[half][i] = load(reinterpret_cast<const Eight*>(x + static_cast<size_t>(token) * stride + k + half * 8));
+                }
+            }
+        }
+    };
+    float c[TILES][2][4] = {};
+    constexpr bool AHEAD = TILES == 1; // where there are registers for the next round's activations
+    Activations a, next;
+    if constexpr (AHEAD) activations(0, 0, next);
+    for (uint32_t round = 0, place = 0; round < rounds; round++) {
+        if constexpr (AHEAD) {
+            UNROLL
+            for (int half = 0; half < HALVES; half++) {
+                a[half][0] = next[half][0];
+                a[half][1] = next[half][1];
+            }
+            activations(round + 1, 0, next);
+        }
+        copy_wait<DEPTH - 1>();
+        Eight weights[2];
+        UNROLL
+        for (int n = 0; n < 2; n++) weights[n] = load(reinterpret_cast<const Eight*>(ring + (place * 2 + n) * 16 * WARP));
+        UNROLL
+        for (int m = 0; m < TILES; m++) {
+            if constexpr (!AHEAD) activations(round, m, a);
+            UNROLL
+            for (int half = 0; half < HALVES; half++) {
                 UNROLL
-                for (int half = 0; half < STEPS / 2; half++) {
-                    Eight a[2];
+                for (int s = 0; s < 2; s++) {
+                    const Eight &upper = a[half][0], &lower = a[half][1];
+                    uint32_t av[4] = {upper.pairs[2 * s], lower.pairs[2 * s], upper.pairs[2 * s + 1], lower.pairs[2 * s + 1]};
                     UNROLL
-                    for (int i = 0; i < 2; i++) {
-                        uint32_t token = m * 16 + i * 8 + g;
-                        a[i] = Eight{};
-                        if (token < in.tokens && k < in.inputs) {
-                            a[i] = load(reinterpret_cast<const Eight*>(x + static_cast<size_t>(token) * stride + k + half * 8));
-                        }
-                    }
-                    UNROLL
-                    for (int s = 0; s < 2; s++) {
-                        uint32_t av[4] = {a[0].pairs[2 * s], a[1].pairs[2 * s], a[0].pairs[2 * s + 1], a[1].pairs[2 * s + 1]};
-                        UNROLL
-                        for (int n = 0; n < 2; n++) {
-                            uint32_t b[2];
-                            Operand::operand(b, weights[u][n], half * 2 + s);
-                            multiply<T>(c[m][n], av, b);
-                        }
+                    for (int n = 0; n < 2; n++) {
+                        uint32_t b[2];
+                        Operand::operand(b, weights[n], half * 2 + s);
+                        multiply<T>(c[m][n], av, b);
                     }
                 }
             }
         }
+        ask(round + DEPTH, place); // the products have what was there
+        place = place + 1 == DEPTH ? 0 : place + 1;
     }
-    let_next_kernel_begin();
+    float* sums = reinterpret_cast<float*>(shared);
+    sync_warp(); // all lanes have read the warp's ring
     UNROLL
     for (int m = 0; m < TILES; m++) {
         UNROLL
@@ -92,14 +155,14 @@ DEVICE float* block_sums(const Input& in, const W* w, const float* scales, uint3
             UNROLL
             for (int i = 0; i < 4; i++) {
                 int token = m * 16 + i / 2 * 8 + g;
-                sums[(warp * 16 * TILES + token) * OUTPUTS + n * 8 + 2 * t + i % 2] = c[m][n][i];
+                sums[warp * RING_FLOATS + token * OUTPUTS + n * 8 + 2 * t + i % 2] = c[m][n][i];
             }
         }
     }
     sync_block();
     for (int i = threadIdx.x; i < 16 * TILES * OUTPUTS; i += WARPS * WARP) {
         float sum = 0;
-        for (int other = 0; other < WARPS; other++) sum += sums[other * 16 * TILES * OUTPUTS + i];
+        for (int other = 0; other < WARPS; other++) sum += sums[other * RING_FLOATS + i];
         uint32_t r = blockIdx.x * OUTPUTS + i % OUTPUTS;
         if (scales && r < outputs) sum *= scales[r];
         sums[i] = sum; // nobody else reads or writes this place
@@ -110,7 +173,7 @@ DEVICE float* block_sums(const Input& in, const W* w, const float* scales, uint3
 
 template <class T, class W, int TILES>
 DEVICE void linear_skinny(const Input& in, const W* w, const float* scales, const Epilogue& e) {
-    float* sums = block_sums<T, W, TILES>(in, w, scales, e.width);
+    float* sums = block_sums<T, W, TILES, true>(in, w, scales, e.width);
     for (uint32_t i = threadIdx.x * 2; i < in.tokens * OUTPUTS; i += WARPS * WARP * 2) {
         uint32_t token = i / OUTPUTS, row = blockIdx.x * OUTPUTS + i % OUTPUTS;
         if (row < e.width) finish_pair<T>(e, token, row, sums[i], sums[i + 1], row + 1 < e.width);
@@ -140,7 +203,7 @@ DEVICE void head_logits(const Input& in, const W* w, const float* scales, float*
 }
 
 #define SKINNY(T, W, suffix, TILES)                                                                                    \
-    KERNEL(linear_skinny_##suffix##_##TILES, WARPS* WARP)                                                              \
+    KERNEL_SHARED(linear_skinny_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 3 : 0)                                   \
     (Input in, const W* w, const float* scales, Epilogue e) { linear_skinny<T, W, TILES>(in, w, scales, e); }          \
     EXPORT(linear_skinny_##suffix##_##TILES)                                                                           \
     KERNEL_SHARED(head_logits_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 4 : 0)                                     \

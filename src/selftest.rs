@@ -108,6 +108,9 @@ impl Outcome {
     }
 }
 
+/// The same matrix of both backends.
+type Matrices<L> = (<Cuda<L> as Backend>::Matrix, <Cpu as Backend>::Matrix);
+
 struct Test<'a, L: Launcher> {
     cuda: Cuda<L>,
     cpu: Cpu,
@@ -123,10 +126,9 @@ pub fn run<L: Launcher>(launcher: &Rc<L>, half: DType, shapes: &Shapes, each: &m
     let mut test = Test { cuda, cpu, half, words: Words::new(shapes.seed, 1), each };
     for &(outputs, inputs) in &shapes.matrices {
         for int8 in [false, true] {
-            test.rows(outputs, inputs, int8)?;
-            for &tokens in &shapes.tokens {
-                test.products(outputs, inputs, tokens, int8)?;
-            }
+            let weights = test.matrix(outputs, inputs, int8)?;
+            test.rows(&weights, (outputs, inputs), int8)?;
+            test.products(weights, (outputs, inputs), &shapes.tokens, int8)?;
         }
     }
     for (i, &(count, size)) in shapes.steps.iter().enumerate() {
@@ -142,12 +144,11 @@ pub fn run<L: Launcher>(launcher: &Rc<L>, half: DType, shapes: &Shapes, each: &m
     }
     let width = shapes.matrices.iter().map(|m| m.1).find(|i| *i <= 2048).unwrap_or(64);
     for int8 in [false, true] {
-        for &vocabulary in &shapes.vocabularies {
-            test.sampling(vocabulary, width, 5, int8)?;
-        }
-        if let Some(&vocabulary) = shapes.vocabularies.first() {
-            for rows in [20, 50, 140] {
-                test.sampling(vocabulary, width, rows, int8)?;
+        for (i, &vocabulary) in shapes.vocabularies.iter().enumerate() {
+            let (head, cpu_head) = test.matrix(vocabulary, width, int8)?;
+            let rows: &[usize] = if i == 0 { &[5, 20, 50, 140] } else { &[5] };
+            for &rows in rows {
+                test.sampling((&head, &cpu_head), (vocabulary, width), rows, int8)?;
             }
         }
     }
@@ -161,25 +162,26 @@ fn error(ours: &[f32], theirs: &[f32]) -> f32 {
 }
 
 impl<L: Launcher> Test<'_, L> {
-    /// Numbers in (-1, 1) that the 16-bit type holds.
+    /// Numbers in (-1, 1) that the 16-bit type holds. Large matrices repeat a prime number of them, so that no two rows are equal and
+    /// making them does not take longer than the kernels' work on them.
     fn noise(&mut self, n: usize) -> Vec<f32> {
-        (0..n)
+        const PERIOD: usize = 4_194_301;
+        let mut noise: Vec<f32> = (0..n.min(PERIOD))
             .map(|_| {
                 let x = 2.0 * self.words.uniform() - 1.0;
                 if self.half == DType::F16 { f16::from_f32(x).to_f32() } else { bf16::from_f32(x).to_f32() }
             })
-            .collect()
+            .collect();
+        noise.reserve_exact(n - noise.len());
+        while noise.len() < n {
+            noise.extend_from_within(..PERIOD.min(n - noise.len()));
+        }
+        noise
     }
 
     /// The same numbers as a matrix of both backends. In 8 bits the rows are whole multiples of their scales, so that nothing is
     /// lost.
-    #[allow(clippy::type_complexity)] // a pair of backends' types
-    fn matrix(
-        &mut self,
-        rows: usize,
-        cols: usize,
-        int8: bool,
-    ) -> Result<(<Cuda<L> as Backend>::Matrix, <Cpu as Backend>::Matrix)> {
+    fn matrix(&mut self, rows: usize, cols: usize, int8: bool) -> Result<Matrices<L>> {
         let mut x = self.noise(rows * cols);
         if int8 {
             for row in x.chunks_exact_mut(cols) {
@@ -214,16 +216,15 @@ impl<L: Launcher> Test<'_, L> {
     }
 
     /// Embedding and layer norm.
-    fn rows(&mut self, outputs: usize, inputs: usize, int8: bool) -> Result<()> {
-        let (table, cpu_table) = self.matrix(outputs, inputs, int8)?;
+    fn rows(&mut self, (table, cpu_table): &Matrices<L>, (outputs, inputs): (usize, usize), int8: bool) -> Result<()> {
         let (norm, cpu_norm) = self.norm(inputs)?;
         let mut batch = Batch::default();
         let ids: Vec<u32> = (0..9).map(|_| self.words.below(outputs) as u32).collect();
         batch.push(&ids, 0, &[0]);
         let (mut pass, mut out, mut expected) = Default::default();
         self.cuda.begin(&batch, &mut pass);
-        self.cuda.embed_norm(&batch, &pass, &table, &norm, EPS, &mut out);
-        self.cpu.embed_norm(&batch, &(), &cpu_table, &cpu_norm, EPS, &mut expected);
+        self.cuda.embed_norm(&batch, &pass, table, &norm, EPS, &mut out);
+        self.cpu.embed_norm(&batch, &(), cpu_table, &cpu_norm, EPS, &mut expected);
         let case = format!("{inputs} wide{}", if int8 { ", int8" } else { "" });
         let e = error(&self.cuda.download(&out, inputs)?, &expected);
         self.report("embed_norm", case.clone(), e, 1e-5);
@@ -358,11 +359,27 @@ impl<L: Launcher> Test<'_, L> {
     }
 
     /// Products with every epilogue but that of attention, with and without a norm before.
-    fn products(&mut self, outputs: usize, inputs: usize, tokens: usize, int8: bool) -> Result<()> {
-        let (weight, cpu_weight) = self.matrix(outputs, inputs, int8)?;
+    fn products(
+        &mut self,
+        (weight, cpu_weight): Matrices<L>,
+        (outputs, inputs): (usize, usize),
+        tokens: &[usize],
+        int8: bool,
+    ) -> Result<()> {
         let bias = self.noise(outputs);
         let linear = Linear { weight, bias: self.cuda.vector(&Tensor::of_rows(&bias, outputs))? };
         let cpu_linear = Linear { weight: cpu_weight, bias };
+        tokens.iter().try_for_each(|&tokens| self.products_of(&linear, &cpu_linear, (outputs, inputs), tokens, int8))
+    }
+
+    fn products_of(
+        &mut self,
+        linear: &Linear<<Cuda<L> as Backend>::Matrix, <Cuda<L> as Backend>::Vector>,
+        cpu_linear: &Linear<<Cpu as Backend>::Matrix, Vec<f32>>,
+        (outputs, inputs): (usize, usize),
+        tokens: usize,
+        int8: bool,
+    ) -> Result<()> {
         let x = self.noise(tokens * inputs);
         let residual = self.noise(tokens * outputs);
         let narrow = self.cuda.upload(&x, inputs, true)?;
@@ -373,22 +390,22 @@ impl<L: Launcher> Test<'_, L> {
         let (mut out, mut expected) = Default::default();
         // sums of the same products in another order
         let sums = 3e-6 * (inputs as f32).sqrt();
-        self.cuda.linear(&narrow, &linear, Epilogue::Bias, &mut out);
-        self.cpu.linear(&x, &cpu_linear, Epilogue::Bias, &mut expected);
+        self.cuda.linear(&narrow, linear, Epilogue::Bias, &mut out);
+        self.cpu.linear(&x, cpu_linear, Epilogue::Bias, &mut expected);
         let e = error(&self.cuda.download(&out, outputs)?, &expected);
         self.report("linear", case.clone(), e, sums);
-        self.cpu.linear(&x, &cpu_linear, Epilogue::BiasResidual(&residual), &mut expected);
+        self.cpu.linear(&x, cpu_linear, Epilogue::BiasResidual(&residual), &mut expected);
         for r in &our_residuals {
-            self.cuda.linear(&narrow, &linear, Epilogue::BiasResidual(r), &mut out);
+            self.cuda.linear(&narrow, linear, Epilogue::BiasResidual(r), &mut out);
             let e = error(&self.cuda.download(&out, outputs)?, &expected);
             self.report("linear + residual", case.clone(), e, sums);
         }
         let (mut normed, mut expected_normed) = Default::default();
         let mut gelu = Default::default();
         let of = |normed| Norm { norm: &norm, eps: EPS, keep: true, normed };
-        self.cuda.norm_linear(&wide, of(&mut normed), &linear, Epilogue::BiasGelu, &mut gelu);
+        self.cuda.norm_linear(&wide, of(&mut normed), linear, Epilogue::BiasGelu, &mut gelu);
         let norm = Norm { norm: &cpu_norm, eps: EPS, keep: true, normed: &mut expected_normed };
-        self.cpu.norm_linear(&x, norm, &cpu_linear, Epilogue::BiasGelu, &mut expected);
+        self.cpu.norm_linear(&x, norm, cpu_linear, Epilogue::BiasGelu, &mut expected);
         let e = error(&self.cuda.download(&gelu, outputs)?, &expected);
         // the normalized rows and the result are rounded
         self.report("norm + linear + GELU", case.clone(), e, 3.0 * self.rounding());
@@ -458,8 +475,13 @@ impl<L: Launcher> Test<'_, L> {
     }
 
     /// Tokens chosen from the head, in every way.
-    fn sampling(&mut self, vocabulary: usize, width: usize, rows: usize, int8: bool) -> Result<()> {
-        let (head, cpu_head) = self.matrix(vocabulary, width, int8)?;
+    fn sampling(
+        &mut self,
+        (head, cpu_head): (&<Cuda<L> as Backend>::Matrix, &<Cpu as Backend>::Matrix),
+        (vocabulary, width): (usize, usize),
+        rows: usize,
+        int8: bool,
+    ) -> Result<()> {
         let scale = 4.0 / (width as f32).sqrt();
         let x: Vec<f32> = self.noise(rows * width);
         // a power of two keeps the numbers exact
@@ -508,8 +530,8 @@ impl<L: Launcher> Test<'_, L> {
             .collect();
         let list: Vec<(usize, &SampleRow)> = list.iter().map(|(row, r)| (*row, r)).collect();
         let (mut logits, mut expected_logits) = (Vec::new(), Vec::new());
-        let ours = self.cuda.sample(&narrow, &head, &list, &mut logits)?;
-        let theirs = self.cpu.sample(&x, &cpu_head, &list, &mut expected_logits)?;
+        let ours = self.cuda.sample(&narrow, head, &list, &mut logits)?;
+        let theirs = self.cpu.sample(&x, cpu_head, &list, &mut expected_logits)?;
         let tokens = |c: &crate::engine::Chosen| (c.token, c.top.iter().map(|t| t.0).collect::<Vec<_>>());
         let different = ours.iter().zip(&theirs).filter(|(a, b)| tokens(a) != tokens(b)).count();
         let case = format!("{rows} x {width} to {vocabulary} tokens{}", if int8 { ", int8" } else { "" });
@@ -519,9 +541,9 @@ impl<L: Launcher> Test<'_, L> {
         };
         let e = error(&get(&ours), &get(&theirs));
         self.report("log-probabilities", case.clone(), e, 1e-5);
-        self.fed_tokens(&narrow, &x, (&head, &cpu_head), &list, case.clone())?;
-        self.cuda.logits(&narrow, &head, &mut logits)?;
-        self.cpu.logits(&x, &cpu_head, &mut expected_logits)?;
+        self.fed_tokens(&narrow, &x, (head, cpu_head), &list, case.clone())?;
+        self.cuda.logits(&narrow, head, &mut logits)?;
+        self.cpu.logits(&x, cpu_head, &mut expected_logits)?;
         let e = error(&logits, &expected_logits);
         self.report("logits", case, e, 3e-6 * (width as f32).sqrt());
         Ok(())

@@ -45,14 +45,15 @@ DEVICE X* in_cluster(X* shared, uint32_t rank) {
 #endif
 }
 
-// `barrier_arrive` at the same barrier object of the cluster's block `rank`.
+// `barrier_arrive` at the same barrier object of the cluster's block `rank`. Unqualified: the threads that arrive have only read, through
+// the tensor cores, whose products they have waited for; a release for the cluster would be two fences of the whole device.
 DEVICE void barrier_arrive_in(uint64_t* barrier, uint32_t rank) {
 #ifdef KERNEL_EMULATOR
     emulator_barrier_arrive_in(barrier, rank);
 #else
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
         "r"(rank)
         : "memory");
 #endif

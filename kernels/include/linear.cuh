@@ -9,7 +9,8 @@ struct Input {
     const float* bias;
     void* normed;        // where the first block also writes the normalized rows; may be null
     float eps;
-    uint32_t tokens, inputs, unused;
+    uint32_t tokens, inputs;
+    uint32_t staged;     // whether the skinny kernels bring the rows to shared memory first
 };
 
 // How a lane's 16 bytes of weights become operands: STEPS instructions, each with 4 of the lane's inputs.
@@ -37,15 +38,12 @@ template <class T, int WARPS>
 DEVICE void stage_normalized(const Input& in, T* rows, uint32_t stride) {
     for (uint32_t token = warp_index(); token < in.tokens; token += WARPS) {
         FloatRow row = {static_cast<const float*>(in.x) + static_cast<size_t>(token) * in.inputs};
-        float mean, inverse;
-        warp_moments(row, in.inputs, in.eps, mean, inverse);
-        for (uint32_t i = lane_index() * 4; i < in.inputs; i += WARP * 4) {
-            Four v = normalized(row(i), i, in.weight, in.bias, mean, inverse);
+        normalize(row, in.weight, in.bias, in.inputs, in.eps, [&](uint32_t i, Four v) {
             store_four(rows + static_cast<size_t>(token) * stride + i, v);
             if (in.normed && blockIdx.x == 0) {
                 store_four(static_cast<T*>(in.normed) + static_cast<size_t>(token) * in.inputs + i, v);
             }
-        }
+        });
     }
     sync_block();
 }

@@ -14,6 +14,13 @@ DEVICE char* shared_memory() {
 
 DEVICE Eight load(const Eight* p) { return *p; }
 
+// Keeps the compiler from bringing loads from behind here to before it.
+DEVICE void keep_order() {
+#ifndef KERNEL_EMULATOR
+    asm volatile("" ::: "memory");
+#endif
+}
+
 // Sixteen bytes that this kernel reads once and nobody writes meanwhile: weights.
 DEVICE Eight load_once(const Eight* p) {
 #ifdef KERNEL_EMULATOR
@@ -33,7 +40,7 @@ DEVICE void copy_async(void* shared, const void* global, bool valid) {
     emulator_copy_async(shared, global, valid ? 16 : 0, valid ? 0 : 16);
 #else
     uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
 #endif
 }
 DEVICE void copy_commit() {

@@ -29,6 +29,44 @@ DEVICE Four normalized(Four v, int i, const float* weight, const float* bias, fl
     return v;
 }
 
+// Gives `put(i, four)` the normalized row by fours, by one warp. Rows of up to NORM_CACHED fours a lane stay in registers: one trip to
+// memory, where there would be three to the caches. The sums are those of `warp_moments`.
+constexpr int NORM_CACHED = 12;
+template <class At, class Put>
+DEVICE void normalize(const At& at, const float* weight, const float* bias, uint32_t width, float eps, const Put& put) {
+    uint32_t first = lane_index() * 4;
+    float mean, inverse;
+    if (width > NORM_CACHED * WARP * 4) {
+        warp_moments(at, width, eps, mean, inverse);
+        for (uint32_t i = first; i < width; i += WARP * 4) put(i, normalized(at(i), i, weight, bias, mean, inverse));
+        return;
+    }
+    Four v[NORM_CACHED];
+    UNROLL
+    for (int j = 0; j < NORM_CACHED; j++) {
+        v[j] = Four{};
+        if (first + j * WARP * 4 < width) v[j] = at(first + j * WARP * 4);
+    }
+    float sum = 0;
+    UNROLL
+    for (int j = 0; j < NORM_CACHED; j++) sum += (v[j].v[0] + v[j].v[1]) + (v[j].v[2] + v[j].v[3]);
+    mean = warp_sum(sum) / static_cast<float>(width);
+    float squares = 0;
+    UNROLL
+    for (int j = 0; j < NORM_CACHED; j++) {
+        if (first + j * WARP * 4 >= width) continue;
+        UNROLL
+        for (int k = 0; k < 4; k++) squares += (v[j].v[k] - mean) * (v[j].v[k] - mean);
+    }
+    inverse = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(width) + eps);
+    UNROLL
+    for (int j = 0; j < NORM_CACHED; j++) {
+        uint32_t i = first + j * WARP * 4;
+        if (i < width) put(i, normalized(v[j], i, weight, bias, mean, inverse));
+        if (j % 4 == 3) keep_order(); // not all of the gain and shift at once: there are no registers for it
+    }
+}
+
 // The residual stream's row in f32.
 struct FloatRow {
     const float* x;
@@ -45,9 +83,5 @@ DEVICE void store_four(T* to, Four v) {
 // The normalized row in 16 bits, by one warp.
 template <class T>
 DEVICE void normalize_row(T* out, const FloatRow& row, const float* weight, const float* bias, uint32_t width, float eps) {
-    float mean, inverse;
-    warp_moments(row, width, eps, mean, inverse);
-    for (uint32_t i = lane_index() * 4; i < width; i += WARP * 4) {
-        store_four(out + i, normalized(row(i), i, weight, bias, mean, inverse));
-    }
+    normalize(row, weight, bias, width, eps, [&](uint32_t i, Four v) { store_four(out + i, v); });
 }

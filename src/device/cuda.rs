@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::ffi::{CStr, c_void};
 
 /// The least driver that the kernels' machine code loads with: that of CUDA 13.0.
 const DRIVER: i32 = 13000;
@@ -42,7 +42,7 @@ impl Drop for Graph {
 #[derive(Clone, Copy)]
 struct Function {
     handle: sys::CUfunction,
-    /// Dynamic shared memory that it may have by now.
+    /// Dynamic shared memory that it may have by now; 0 before its first use.
     shared_bytes: u32,
 }
 
@@ -122,15 +122,15 @@ impl Driver {
             result::ctx::set_current(context).map_err(failed("no context"))?;
             let stream =
                 result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("no stream"))?;
-            let modules: Result<Vec<_>> = images
-                .iter()
-                .map(|i| {
-                    let loaded = result::module::load_data(i.bytes.as_ptr().cast());
-                    loaded.map_err(failed(format!("kernels of {} for {}", i.name, i.arch)))
-                })
-                .collect();
+            let (mut modules, mut functions) = (Vec::new(), HashMap::new());
+            for i in images {
+                let what = || failed(format!("kernels of {} for {}", i.name, i.arch));
+                let module = result::module::load_data(i.bytes.as_ptr().cast()).map_err(what())?;
+                modules.push(module);
+                functions.extend(functions_of(module).map_err(what())?);
+            }
             let memory_bytes = result::device::total_mem(device).map_err(failed("the GPU's memory"))?;
-            let (functions, staging) = Default::default();
+            let (functions, staging) = (RefCell::new(functions), Staging::default());
             let (recording, changes) = (Cell::new(false), Cell::new(0));
             Ok(Driver {
                 name,
@@ -138,7 +138,7 @@ impl Driver {
                 memory_bytes,
                 limits,
                 stream,
-                modules: modules?,
+                modules,
                 functions,
                 staging,
                 recording,
@@ -148,20 +148,36 @@ impl Driver {
     }
 
     fn function(&self, kernel: &str) -> Result<Function> {
-        if let Some(f) = self.functions.borrow().get(kernel) {
-            return Ok(*f);
+        let function = self.functions.borrow().get(kernel).copied();
+        let mut function = function.ok_or_else(|| Error::invalid(format!("CUDA: there is no kernel {kernel}")))?;
+        if function.shared_bytes == 0 {
+            // all for shared memory, in percent: blocks of the larger kernels fit twice, and kernels for which multiprocessors are
+            // divided alike can overlap
+            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT as PART;
+            // SAFETY: the module is loaded.
+            unsafe { result::function::set_function_attribute(function.handle, PART, 100) }.map_err(failed(kernel))?;
+            function.shared_bytes = 48 * 1024;
+            self.functions.borrow_mut().insert(kernel.to_owned(), function);
         }
-        let name = CString::new(kernel).map_err(|_| Error::invalid("a kernel's name holds a zero"))?;
-        // SAFETY: the modules are loaded.
-        let found = self.modules.iter().find_map(|m| unsafe { result::module::get_function(*m, name.clone()) }.ok());
-        let handle = found.ok_or_else(|| Error::invalid(format!("CUDA: there is no kernel {kernel}")))?;
-        // all for shared memory, in percent: blocks of the larger kernels fit twice, and kernels for which multiprocessors are
-        // divided alike can overlap
-        use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT as PART;
-        unsafe { result::function::set_function_attribute(handle, PART, 100) }.map_err(failed(kernel))?;
-        let function = Function { handle, shared_bytes: 48 * 1024 };
-        self.functions.borrow_mut().insert(kernel.to_owned(), function);
         Ok(function)
+    }
+}
+
+/// The kernels of a module by their names. They are loaded as they are used.
+unsafe fn functions_of(module: sys::CUmodule) -> std::result::Result<Vec<(String, Function)>, result::DriverError> {
+    let mut count = 0;
+    // SAFETY: plain calls of the driver; the list has room for as many as there are, and names live as long as the module.
+    unsafe {
+        sys::cuModuleGetFunctionCount(&mut count, module).result()?;
+        let mut handles: Vec<sys::CUfunction> = vec![std::ptr::null_mut(); count as usize];
+        sys::cuModuleEnumerateFunctions(handles.as_mut_ptr(), count, module).result()?;
+        let named = |handle| {
+            let mut name = std::ptr::null();
+            sys::cuFuncGetName(&mut name, handle).result()?;
+            let name = CStr::from_ptr(name).to_string_lossy().into_owned();
+            Ok((name, Function { handle, shared_bytes: 0 }))
+        };
+        handles.into_iter().map(named).collect()
     }
 }
 

@@ -47,7 +47,7 @@ impl<L: Launcher> Cuda<L> {
         let rest = |args| rest(args).with(head.rows as u32);
         let grid = |tile: usize| [tokens.div_ceil(tile), head.rows.div_ceil(TILE), 1];
         match way {
-            Way::Skinny => self.skinny(family, head, tokens, false, rest(self.plain_args(input, head))),
+            Way::Skinny => self.skinny(family, head, input, rest),
             Way::Large => {
                 let kernel = self.kernel(&format!("{family}_large"), head);
                 self.launch(&kernel, grid(TILE), THREADS, large_shared(head), rest(self.plain_args(input, head)))

@@ -2,7 +2,7 @@
 
 use super::ways::{
     FEW_TOKENS, HOPPER_M, HOPPER_N, HOPPER_SHARED, HOPPER_THREADS, OUTPUTS, SLICE, THREADS, TILE, TILE_THREADS, TOKENS,
-    Way, large_shared, shared_bytes, tile_shared, tiles,
+    Way, large_shared, skinny_shared, stages_rows, tile_shared, tiles,
 };
 use super::{Buffer, Cuda, Matrix, Pass, Vector, Written};
 use crate::device::{Args, Launcher, Memory, Shape};
@@ -21,7 +21,7 @@ pub(super) struct Input {
     eps: f32,
     tokens: u32,
     inputs: u32,
-    unused: u32,
+    staged: u32,
 }
 
 impl Input {
@@ -191,7 +191,8 @@ impl<L: Launcher> Cuda<L> {
         let mut input = Input::rows(x.at(), tokens, weight.cols);
         let mut narrow = x.narrow;
         if let Some(n) = norm {
-            let fits = shared_bytes(tokens, weight.cols, true) <= self.launcher.limits().shared_bytes as usize;
+            let needed = skinny_shared(tokens, weight.cols, weight.int8(), true);
+            let fits = needed <= self.launcher.limits().shared_bytes as usize;
             if n.normed.normed_of.take() == Some(x.written()) {
                 // done along with the product before
                 (input.x, narrow) = (n.normed.at(), true);
@@ -280,16 +281,25 @@ impl<L: Launcher> Cuda<L> {
                 slots: finish.slots + f * 4,
                 ..finish
             };
-            let args = self.plain_args(part, weight).with(finish);
-            self.skinny("linear_skinny", weight, count, input.weight != 0, args)?;
+            self.skinny("linear_skinny", weight, part, |args| args.with(finish))?;
         }
         Ok(())
     }
 
-    /// Launches a kernel of the skinny family over all outputs of `weight`.
-    pub(super) fn skinny(&self, family: &str, weight: &Matrix<L>, tokens: usize, norm: bool, args: Args) -> Result<()> {
+    /// Launches a kernel of the skinny family over all outputs of `weight`; `rest` follows the weights.
+    pub(super) fn skinny(
+        &self,
+        family: &str,
+        weight: &Matrix<L>,
+        input: Input,
+        rest: impl FnOnce(Args) -> Args,
+    ) -> Result<()> {
+        let (tokens, inputs) = (input.tokens as usize, weight.cols);
+        let staged = input.weight == 0 && stages_rows(tokens, inputs, weight.int8());
+        let input = Input { staged: staged as u32, ..input };
         let grid = [weight.rows.div_ceil(OUTPUTS), 1, 1];
         let kernel = format!("{}_{}", self.kernel(family, weight), tiles(tokens));
-        self.launch(&kernel, grid, THREADS, shared_bytes(tokens, weight.cols, norm), args)
+        let shared = skinny_shared(tokens, inputs, weight.int8(), staged || input.weight != 0);
+        self.launch(&kernel, grid, THREADS, shared, rest(self.plain_args(input, weight)))
     }
 }

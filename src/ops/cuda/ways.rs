@@ -16,7 +16,7 @@ const STAGES: usize = 3;
 pub(super) const HOPPER_M: usize = 128;
 pub(super) const HOPPER_N: usize = 256;
 pub(super) const HOPPER_THREADS: u32 = 384;
-pub(super) const HOPPER_SHARED: usize = 4 * (HOPPER_M + HOPPER_N) * SLICE * 2 + 4 * 2 * 8 + 8 * 16 * (64 * 2 + 16);
+pub(super) const HOPPER_SHARED: usize = 4 * (HOPPER_M + HOPPER_N) * SLICE * 2 + 4 * 2 * 8 + 8 * 16 * (32 * 4 + 32);
 /// As in `kernels/include/tiles_hopper.cuh`.
 pub(super) const TILE_THREADS: u32 = 288;
 /// Most blocks of a cluster that every Hopper GPU has.
@@ -93,8 +93,17 @@ pub(super) fn large_shared<L: Launcher>(weight: &Matrix<L>) -> usize {
     STAGES * TILE * (2 * SLICE + if weight.int8() { SLICE + 16 } else { 2 * SLICE })
 }
 
-/// The warps' sums, and the normalized rows if there is a norm.
-pub(super) fn shared_bytes(tokens: usize, inputs: usize, norm: bool) -> usize {
-    let sums = WARPS * 16 * tiles(tokens) * OUTPUTS * 4;
-    sums + if norm { tokens * (inputs + 8) * 2 } else { 0 }
+/// Shared memory of `kernels/linear_skinny.cu`: the warps' rings of weights, and rows that are normalized or staged.
+pub(super) fn skinny_shared(tokens: usize, inputs: usize, int8: bool, rows: bool) -> usize {
+    const DEPTH: usize = 6;
+    WARPS * DEPTH * 2 * 16 * 32 + if rows { rows_shared(tokens, inputs, int8) } else { 0 }
+}
+
+fn rows_shared(tokens: usize, inputs: usize, int8: bool) -> usize {
+    tokens * (inputs + if int8 { 8 } else { 32 }) * 2
+}
+
+/// Whether the skinny kernels bring rows without a norm to shared memory: as long as two blocks share a multiprocessor.
+pub(super) fn stages_rows(tokens: usize, inputs: usize, int8: bool) -> bool {
+    rows_shared(tokens, inputs, int8) <= 50 << 10
 }
