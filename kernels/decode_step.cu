@@ -150,7 +150,7 @@ DEVICE void sync_grid(uint32_t* counter, uint32_t& arrived) {
     arrived += gridDim.x;
     sync_block();
     if (threadIdx.x == 0) {
-        count_up(counter);
+        count_arrival(counter);
         wait_for_count(counter, arrived);
     }
     sync_block();
@@ -263,6 +263,19 @@ DEVICE void decode_step(const Model& m, const Step& step, const Ids& ids, const 
         uint32_t l = number / PARTS, part = number % PARTS;
         const Layer& layer = m.layers[l];
         Epilogue e = {};
+        if (part == 0) {
+            // what the layer reads beside its weights, and the first norm of the next
+            uint32_t thread = threadIdx.x * gridDim.x + blockIdx.x, threads = THREADS * gridDim.x;
+            for (uint32_t p = 0; p < PARTS; p++) {
+                const Product& product = layer.products[p];
+                prefetch(product.bias, outputs_of(m, p) * 4, thread, threads);
+                if (product.scales) prefetch(product.scales, outputs_of(m, p) * 4, thread, threads);
+            }
+            for (uint32_t i = 0; i < 2; i++) {
+                prefetch(layer.post_norm[i], width * 4, thread, threads);
+                if (l + 1 < m.count) prefetch(m.layers[l + 1].input_norm[i], width * 4, thread, threads);
+            }
+        }
         if (part == 1) {
             Attention a = attention;
             a.keys = static_cast<const char*>(attention.keys) + l * step.layer_bytes;

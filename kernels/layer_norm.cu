@@ -15,6 +15,8 @@ template <class T>
 DEVICE void embed_norm(float* out, const Ids& ids, const T* table, const float* scales, const float* weight,
                        const float* bias, uint32_t tokens, uint32_t width, float eps) {
     let_next_kernel_begin();
+    prefetch(weight, width * 4, threadIdx.x, blockDim.x);
+    prefetch(bias, width * 4, threadIdx.x, blockDim.x);
     wait_for_earlier_kernels();
     uint32_t token = blockIdx.x * ROWS_PER_BLOCK + warp_index();
     if (token >= tokens) return;
@@ -25,6 +27,8 @@ template <class T>
 DEVICE void layer_norm(T* out, const float* x, const uint32_t* rows, const float* weight, const float* bias,
                        uint32_t count, uint32_t width, float eps) {
     let_next_kernel_begin();
+    prefetch(weight, width * 4, threadIdx.x, blockDim.x);
+    prefetch(bias, width * 4, threadIdx.x, blockDim.x);
     wait_for_earlier_kernels();
     uint32_t r = blockIdx.x * ROWS_PER_BLOCK + warp_index();
     if (r >= count) return;

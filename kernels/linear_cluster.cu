@@ -51,6 +51,12 @@ DEVICE void linear_cluster(const TensorMap* x, const TensorMap* w, uint32_t toke
                            const NextNorm& next) {
     uint32_t rank = cluster_rank(), ranks = cluster_size();
     SumsTile tile = tile_of_block(tokens, TOKENS, ranks);
+    uint32_t first_output = tile.number * SUMS_OUTPUTS, left = e.width - first_output;
+    prefetch(e.bias + first_output, (left < SUMS_OUTPUTS ? left : SUMS_OUTPUTS) * 4, threadIdx.x, TILE_THREADS);
+    if (next.weight && blockIdx.y == 0) {
+        prefetch(next.weight, e.width * 4, threadIdx.x, TILE_THREADS);
+        prefetch(next.bias, e.width * 4, threadIdx.x, TILE_THREADS);
+    }
     tile_sums<T, TOKENS>(tile, x, w, slices * rank / ranks, slices * (rank + 1) / ranks);
     sync_cluster();
     constexpr uint32_t PIECES = SUMS_OUTPUTS / 8;
@@ -59,13 +65,24 @@ DEVICE void linear_cluster(const TensorMap* x, const TensorMap* w, uint32_t toke
         if (!tile.holds(token) || row >= e.width) continue;
         const Four* mine = reinterpret_cast<const Four*>(tile.sums + i / PIECES * SUMS_STRIDE + i % PIECES * 8);
         float v[8] = {};
-        for (uint32_t r = 0; r < ranks; r++) {
-            const Four* theirs = in_cluster(mine, r);
-            Four low = theirs[0], high = theirs[1];
+        constexpr uint32_t AT_ONCE = 4; // blocks whose sums are on their way together
+        for (uint32_t first = 0; first < ranks; first += AT_ONCE) {
+            Four low[AT_ONCE], high[AT_ONCE];
             UNROLL
-            for (int j = 0; j < 4; j++) {
-                v[j] += low.v[j];
-                v[4 + j] += high.v[j];
+            for (uint32_t r = 0; r < AT_ONCE; r++) {
+                low[r] = high[r] = Four{};
+                if (first + r >= ranks) continue;
+                const Four* theirs = in_cluster(mine, first + r);
+                low[r] = theirs[0];
+                high[r] = theirs[1];
+            }
+            UNROLL
+            for (uint32_t r = 0; r < AT_ONCE; r++) {
+                UNROLL
+                for (int j = 0; j < 4; j++) {
+                    v[j] += low[r].v[j];
+                    v[4 + j] += high[r].v[j];
+                }
             }
         }
         if (e.width % 8 == 0) {

@@ -4,7 +4,7 @@
 //   W [outputs, inputs] in 16 bits, or in 8 bits with a scale for each row
 //
 // Least bytes: the weights; FLOPs: 2 * tokens * inputs * outputs, hidden behind them up to 64 tokens by the tensor cores.
-// A block takes 16 outputs, its 8 warps divide the inputs. Every warp keeps DEPTH rounds of weights on their way into a ring in shared
+// A block takes 16 outputs, its 8 warps divide the inputs. Every warp keeps several rounds of weights on their way into a ring in shared
 // memory (cp.async), which the compiler cannot put off as it does loads into registers, and asks for the first of them before the kernel
 // waits for those it follows: weights do not depend on them. At the model's widths that is all of a block's weights. A lane
 // reads back what it asked for itself, so nobody waits for anybody: 16 bytes are 8 (or 16) inputs of one row, and since a
@@ -19,10 +19,8 @@
 constexpr int WARPS = 8;
 constexpr int OUTPUTS = 16;
 
-constexpr int DEPTH = 6;                     // rounds of weights on their way
-constexpr int ROUND_BYTES = 2 * 16 * WARP;   // of a warp: 16 bytes of two rows for each lane
-constexpr int RING_BYTES = DEPTH * ROUND_BYTES;
-constexpr int RING_FLOATS = RING_BYTES / 4;
+constexpr int SHALLOW = 6, DEEP = 12;      // rounds of weights on their way: where blocks share a multiprocessor, and where they do not
+constexpr int ROUND_BYTES = 2 * 16 * WARP; // of a warp: 16 bytes of two rows for each lane
 
 // Brings `in`'s rows to shared rows of `stride` elements.
 template <class T>
@@ -48,15 +46,18 @@ DEVICE void stage_rows(const Input& in, T* rows, uint32_t stride) {
 }
 
 // Sums of all tokens (16 * TILES) with this block's outputs, in shared memory as [token][OUTPUTS].
-// Shared memory: the warps' rings, each of which a warp's sums take over; then rows, if they are normalized or staged.
-template <class T, class W, int TILES, bool NORMS = false>
+// Shared memory: the warps' rings, each of which a warp's sums take over; then gain and shift if there is a norm; then rows, if they are
+// normalized or staged.
+template <class T, class W, int TILES, bool NORMS = false, int DEPTH = SHALLOW>
 DEVICE float* block_sums(const Input& in, const W* w, const float* scales, uint32_t outputs) {
     using Operand = Weights<T, W>;
     constexpr int STEPS = Operand::STEPS;
     constexpr int PER_LANE = 4 * STEPS; // inputs of a lane in a round
     constexpr int ROUND = WARPS * 4 * PER_LANE;
+    constexpr int RING_BYTES = DEPTH * ROUND_BYTES, RING_FLOATS = RING_BYTES / 4;
     static_assert(16 * TILES * OUTPUTS * 4 <= RING_BYTES, "room for a warp's sums");
     let_next_kernel_begin(); // its blocks may ask for their weights where this kernel's leave room
+    if (scales && threadIdx.x == 0) prefetch(scales + blockIdx.x * OUTPUTS, 4, 0, 1);
     char* shared = shared_memory();
     int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
     char* ring = shared + warp * RING_BYTES + lane * 16;
@@ -77,17 +78,33 @@ DEVICE float* block_sums(const Input& in, const W* w, const float* scales, uint3
         }
         copy_commit();
     };
+    // the norm's gain and shift come first: memory has them, as the weights, and no cache
+    bool norms = NORMS && in.weight;
+    float* parameters = reinterpret_cast<float*>(shared + WARPS * RING_BYTES);
+    if constexpr (NORMS) {
+        for (uint32_t i = threadIdx.x * 4; norms && i < in.inputs; i += WARPS * WARP * 4) {
+            copy_async(parameters + i, in.weight + i, true);
+            copy_async(parameters + in.inputs + i, in.bias + i, true);
+        }
+        copy_commit();
+    }
     UNROLL
     for (int r = 0; r < DEPTH; r++) ask(r, r);
     wait_for_earlier_kernels();
     const T* x = static_cast<const T*>(in.x);
     uint32_t stride = in.inputs;
-    bool norms = NORMS && in.weight;
     if (norms || in.staged) {
-        T* rows = reinterpret_cast<T*>(shared + WARPS * RING_BYTES);
+        T* rows = reinterpret_cast<T*>(parameters + (norms ? 2 * in.inputs : 0));
         stride = in.inputs + (sizeof(W) == 1 ? 8 : 32); // lanes that read together meet no bank twice
         if constexpr (NORMS) {
-            if (norms) stage_normalized<T, WARPS>(in, rows, stride);
+            if (norms) {
+                copy_wait<DEPTH>();
+                sync_block();
+                Input staged = in;
+                staged.weight = parameters;
+                staged.bias = parameters + in.inputs;
+                stage_normalized<T, WARPS>(staged, rows, stride);
+            }
         }
         if (!norms) stage_rows(in, rows, stride);
         x = rows;
@@ -171,9 +188,10 @@ DEVICE float* block_sums(const Input& in, const W* w, const float* scales, uint3
     return sums;
 }
 
-template <class T, class W, int TILES>
+template <class T, class W, int TILES, int DEPTH = SHALLOW>
 DEVICE void linear_skinny(const Input& in, const W* w, const float* scales, const Epilogue& e) {
-    float* sums = block_sums<T, W, TILES, true>(in, w, scales, e.width);
+    if (threadIdx.x == 0) prefetch(e.bias + blockIdx.x * OUTPUTS, 4, 0, 1);
+    float* sums = block_sums<T, W, TILES, true, DEPTH>(in, w, scales, e.width);
     for (uint32_t i = threadIdx.x * 2; i < in.tokens * OUTPUTS; i += WARPS * WARP * 2) {
         uint32_t token = i / OUTPUTS, row = blockIdx.x * OUTPUTS + i % OUTPUTS;
         if (row < e.width) finish_pair<T>(e, token, row, sums[i], sums[i + 1], row + 1 < e.width);
@@ -203,7 +221,7 @@ DEVICE void head_logits(const Input& in, const W* w, const float* scales, float*
 }
 
 #define SKINNY(T, W, suffix, TILES)                                                                                    \
-    KERNEL_SHARED(linear_skinny_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 3 : 0)                                   \
+    KERNEL_SHARED(linear_skinny_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 3 : 1)                                   \
     (Input in, const W* w, const float* scales, Epilogue e) { linear_skinny<T, W, TILES>(in, w, scales, e); }          \
     EXPORT(linear_skinny_##suffix##_##TILES)                                                                           \
     KERNEL_SHARED(head_logits_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 4 : 0)                                     \
@@ -217,7 +235,12 @@ DEVICE void head_logits(const Input& in, const W* w, const float* scales, float*
         choose_in_block<OUTPUTS>(sums, OUTPUTS, 0, in.tokens, blockIdx.x, choices, outputs);                           \
     }                                                                                                                  \
     EXPORT(head_choice_##suffix##_##TILES)
+#define SKINNY_DEEP(T, W, suffix)                                                                                      \
+    KERNEL_SHARED(linear_skinny_##suffix##_1_deep, WARPS* WARP, 1)                                                     \
+    (Input in, const W* w, const float* scales, Epilogue e) { linear_skinny<T, W, 1, DEEP>(in, w, scales, e); }        \
+    EXPORT(linear_skinny_##suffix##_1_deep)
 #define SKINNY_ALL(T, W, suffix)                                                                                       \
+    SKINNY_DEEP(T, W, suffix)                                                                                          \
     SKINNY(T, W, suffix, 1)                                                                                            \
     SKINNY(T, W, suffix, 2)                                                                                            \
     SKINNY(T, W, suffix, 4)

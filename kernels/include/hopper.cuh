@@ -91,6 +91,15 @@ DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
 #endif
 }
 
+// Has the map itself brought to where the copy engine looks for it.
+DEVICE void prefetch_map(const TensorMap* map) {
+#ifndef KERNEL_EMULATOR
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map));
+#else
+    static_cast<void>(map);
+#endif
+}
+
 // Copies the map's tile whose first element is (row, column) to `shared` (aligned to 1024 bytes; rows of 128 bytes whose 16-byte
 // pieces are swizzled by the row's number), zeros beyond the matrix; its bytes arrive at `barrier`.
 DEVICE void copy_tile(void* shared, const TensorMap* map, uint32_t row, uint32_t column, uint64_t* barrier) {

@@ -28,8 +28,8 @@ struct Weights<T, int8_t> {
     static DEVICE_MEMBER void operand(uint32_t (&b)[2], const Eight& w, int step) {
         uint32_t v = w.pairs[step];
         // numbers up to 127 are exact in either type
-        b[0] = pack<T>(static_cast<float>(static_cast<int8_t>(v)), static_cast<float>(static_cast<int8_t>(v >> 8)));
-        b[1] = pack<T>(static_cast<float>(static_cast<int8_t>(v >> 16)), static_cast<float>(static_cast<int8_t>(v >> 24)));
+        b[0] = pack<T>(float_of_byte<0>(v), float_of_byte<1>(v));
+        b[1] = pack<T>(float_of_byte<2>(v), float_of_byte<3>(v));
     }
 };
 

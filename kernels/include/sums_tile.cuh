@@ -4,7 +4,7 @@
 #include "memory.cuh"
 
 constexpr int SUMS_OUTPUTS = 128;
-constexpr int SUMS_STRIDE = SUMS_OUTPUTS + 4; // floats between tokens: eight of them share no bank with the next eight
+constexpr int SUMS_STRIDE = SUMS_OUTPUTS + 8; // floats between tokens: pairs of four tokens that are written together share no bank
 
 // Two neighbouring sums.
 struct alignas(8) SumsPair {

@@ -17,6 +17,10 @@ DEVICE void tile_sums(const SumsTile& tile, const TensorMap* x, const TensorMap*
     constexpr int STAGES = TOKENS == 64 ? 4 : 3;
     using Ring = Slices<TOKENS, SUMS_OUTPUTS, STAGES>;
     static_assert(TOKENS * SUMS_STRIDE * 4 <= Ring::BARRIERS_AT, "room for the sums");
+    if (threadIdx.x == TILE_CONSUMERS) {
+        prefetch_map(w);
+        prefetch_map(x);
+    }
     Ring ring(shared_memory(), TILE_CONSUMERS / WARP);
     let_next_kernel_begin(); // its blocks may take the places that this kernel's leave
     uint32_t slices = end - begin, first_output = tile.number * SUMS_OUTPUTS;

@@ -1,8 +1,8 @@
 //! Products and their epilogues.
 
 use super::ways::{
-    FEW_TOKENS, HOPPER_M, HOPPER_N, HOPPER_SHARED, HOPPER_THREADS, OUTPUTS, SLICE, THREADS, TILE, TILE_THREADS, TOKENS,
-    Way, large_shared, skinny_shared, stages_rows, tile_shared, tiles,
+    DEEP, FEW_TOKENS, HOPPER_M, HOPPER_N, HOPPER_SHARED, HOPPER_THREADS, OUTPUTS, SHALLOW, SLICE, THREADS, TILE,
+    TILE_THREADS, TOKENS, WARPS, Way, large_shared, skinny_shared, stages_rows, tile_shared, tiles,
 };
 use super::{Buffer, Cuda, Matrix, Pass, Vector, Written};
 use crate::device::{Args, Launcher, Memory, Shape};
@@ -191,7 +191,7 @@ impl<L: Launcher> Cuda<L> {
         let mut input = Input::rows(x.at(), tokens, weight.cols);
         let mut narrow = x.narrow;
         if let Some(n) = norm {
-            let needed = skinny_shared(tokens, weight.cols, weight.int8(), true);
+            let needed = skinny_shared(SHALLOW, tokens, weight.cols, weight.int8(), true, true);
             let fits = needed <= self.launcher.limits().shared_bytes as usize;
             if n.normed.normed_of.take() == Some(x.written()) {
                 // done along with the product before
@@ -297,9 +297,19 @@ impl<L: Launcher> Cuda<L> {
         let (tokens, inputs) = (input.tokens as usize, weight.cols);
         let staged = input.weight == 0 && stages_rows(tokens, inputs, weight.int8());
         let input = Input { staged: staged as u32, ..input };
-        let grid = [weight.rows.div_ceil(OUTPUTS), 1, 1];
-        let kernel = format!("{}_{}", self.kernel(family, weight), tiles(tokens));
-        let shared = skinny_shared(tokens, inputs, weight.int8(), staged || input.weight != 0);
-        self.launch(&kernel, grid, THREADS, shared, rest(self.plain_args(input, weight)))
+        let blocks = weight.rows.div_ceil(OUTPUTS);
+        let norm = input.weight != 0;
+        let limits = self.launcher.limits();
+        let shared = |depth| skinny_shared(depth, tokens, inputs, weight.int8(), norm, staged || norm);
+        // few blocks with long rows have to keep as much on its way as many
+        let round = WARPS * 64 / if weight.int8() { 1 } else { 2 };
+        let deep = family == "linear_skinny"
+            && tiles(tokens) == 1
+            && blocks <= limits.processors as usize
+            && inputs > SHALLOW * round
+            && shared(DEEP) <= limits.shared_bytes as usize;
+        let (depth, suffix) = if deep { (DEEP, "_deep") } else { (SHALLOW, "") };
+        let kernel = format!("{}_{}{suffix}", self.kernel(family, weight), tiles(tokens));
+        self.launch(&kernel, [blocks, 1, 1], THREADS, shared(depth), rest(self.plain_args(input, weight)))
     }
 }

@@ -5,7 +5,7 @@ use crate::device::Launcher;
 
 /// As in `kernels/linear_skinny.cu`.
 pub(super) const THREADS: u32 = 256;
-const WARPS: usize = 8;
+pub(super) const WARPS: usize = 8;
 pub(super) const OUTPUTS: usize = 16;
 /// As in `kernels/linear_large.cu`.
 pub(super) const TILE: usize = 128;
@@ -93,10 +93,15 @@ pub(super) fn large_shared<L: Launcher>(weight: &Matrix<L>) -> usize {
     STAGES * TILE * (2 * SLICE + if weight.int8() { SLICE + 16 } else { 2 * SLICE })
 }
 
-/// Shared memory of `kernels/linear_skinny.cu`: the warps' rings of weights, and rows that are normalized or staged.
-pub(super) fn skinny_shared(tokens: usize, inputs: usize, int8: bool, rows: bool) -> usize {
-    const DEPTH: usize = 6;
-    WARPS * DEPTH * 2 * 16 * 32 + if rows { rows_shared(tokens, inputs, int8) } else { 0 }
+/// Rounds of weights that a warp of `kernels/linear_skinny.cu` keeps on their way, and where a block has a multiprocessor to itself.
+pub(super) const SHALLOW: usize = 6;
+pub(super) const DEEP: usize = 12;
+
+/// Shared memory of `kernels/linear_skinny.cu`: the warps' rings of weights, a norm's gain and shift, and rows that are normalized or
+/// staged.
+pub(super) fn skinny_shared(depth: usize, tokens: usize, inputs: usize, int8: bool, norm: bool, rows: bool) -> usize {
+    let parameters = if norm { 2 * inputs * 4 } else { 0 };
+    WARPS * depth * 2 * 16 * 32 + parameters + if rows { rows_shared(tokens, inputs, int8) } else { 0 }
 }
 
 fn rows_shared(tokens: usize, inputs: usize, int8: bool) -> usize {
