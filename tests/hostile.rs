@@ -343,15 +343,18 @@ fn a_client_that_does_not_read_is_left() {
 #[test]
 fn half_closed_connections_get_their_answers() {
     let server = Server::start(&[]);
-    for (pause, stream) in [(0, false), (0, true), (600, false)] {
+    for (version, pause, stream) in
+        [("1.1", 0, false), ("1.1", 0, true), ("1.1", 600, false), ("1.0", 0, true), ("1.0", 600, false)]
+    {
         let mut body =
             json!({ "prompt": "a", "max_tokens": 300, "ignore_eos": true, "n": if pause > 0 { 16 } else { 1 } });
         body["stream"] = json!(stream);
-        let connection = server.send_json("/v1/completions", &body);
+        let connection = server.send_json_as(version, "/v1/completions", &body);
         std::thread::sleep(Duration::from_millis(pause));
         connection.shutdown(Shutdown::Write).unwrap();
         let a = answer(connection);
         assert_eq!(a.status, 200);
+        assert!(a.head.starts_with(&format!("HTTP/{version} 200")), "{}", a.head);
         if stream {
             assert!(choices(&a.events())[&0].1.is_some());
         } else {

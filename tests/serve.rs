@@ -54,11 +54,10 @@ fn a_full_queue_refuses_and_says_when_to_come_back() {
 #[test]
 fn who_goes_away_frees_what_was_held() {
     let server = Server::start(&[]);
-    let json = "Content-Type: application/json\r\n";
-    for stream in [true, false] {
+    for (version, stream) in [("1.1", true), ("1.1", false), ("1.0", true), ("1.0", false)] {
         let mut body = long();
         body["stream"] = json!(stream);
-        let mut connection = server.send("POST", "/v1/completions", json, body.to_string().as_bytes());
+        let mut connection = server.send_json_as(version, "/v1/completions", &body);
         server.wait_for("it runs", |s| s.metric("vllm:kv_cache_usage_perc") > 0.0);
         if stream {
             connection.read_exact(&mut [0; 200]).unwrap();
@@ -68,7 +67,7 @@ fn who_goes_away_frees_what_was_held() {
             s.metric("vllm:kv_cache_usage_perc") == 0.0 && s.metric("vllm:num_requests_running") == 0.0
         });
     }
-    assert!(server.get("/metrics").body.contains("finished_reason=\"abort\",model_name=\"beautiful-prompt\"} 2"));
+    assert!(server.get("/metrics").body.contains("finished_reason=\"abort\",model_name=\"beautiful-prompt\"} 4"));
 }
 
 #[test]

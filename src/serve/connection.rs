@@ -17,8 +17,9 @@ use tokio::time::{Sleep, sleep};
 /// How long a client may have closed its side for before it is asked whether it is there.
 const GRACE: Duration = Duration::from_millis(250);
 
-/// An interim answer, which every client of HTTP/1.1 has to take at any time; a closed socket refuses it.
-const INTERIM: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+/// The first byte of every answer, of HTTP/1.0 and HTTP/1.1 alike and whatever its status ("HTTP/1.1 200"). It may be sent before
+/// there is more: a client that reads gets its answer byte for byte, and a closed socket refuses it.
+const FIRST: &[u8] = b"H";
 
 /// A line of server-sent events that says nothing.
 const COMMENT: &[u8] = b":\n\n";
@@ -29,6 +30,8 @@ pub struct Client {
     stream: Arc<TcpStream>,
     /// Something is to be written and is not yet.
     unwritten: Arc<AtomicBool>,
+    /// `FIRST` was sent, and the answer that is written next goes on behind it.
+    begun: Arc<AtomicBool>,
 }
 
 /// A stream whose writes fail if the other end takes nothing for too long.
@@ -40,7 +43,7 @@ pub struct Wire {
 
 impl Wire {
     pub fn new(stream: TcpStream, limit: Option<Duration>) -> Wire {
-        let client = Client { stream: Arc::new(stream), unwritten: Arc::default() };
+        let client = Client { stream: Arc::new(stream), unwritten: Arc::default(), begun: Arc::default() };
         Wire { client, limit, stalled: None }
     }
 
@@ -48,11 +51,16 @@ impl Wire {
         self.client.clone()
     }
 
+    /// Writes with `write`, except that an answer whose first byte was sent already has that written first. There is always
+    /// something to write: hyper never writes nothing.
     fn poll_write_with(
         &mut self,
         cx: &mut Context<'_>,
         write: impl Fn(&TcpStream) -> io::Result<usize>,
     ) -> Poll<io::Result<usize>> {
+        if self.client.begun.swap(false, Ordering::Relaxed) {
+            return Poll::Ready(Ok(FIRST.len()));
+        }
         let written = loop {
             match self.client.stream.poll_write_ready(cx) {
                 Poll::Pending => break Poll::Pending,
@@ -122,14 +130,14 @@ impl AsyncWrite for Wire {
 
 impl Client {
     /// Resolves when the client has gone away; not while it has merely finished sending, which looks the same until something is
-    /// sent to it. To be asked before the answer begins, of a client that `takes_interim` answers (HTTP/1.1).
-    pub async fn left(&self, takes_interim: bool) {
+    /// sent to it. To be asked before the answer begins.
+    pub async fn left(&self) {
         if self.closed_its_side().await.is_err() {
             return;
         }
         sleep(GRACE).await;
-        if takes_interim && !self.unwritten.load(Ordering::Relaxed) {
-            let _ = self.stream.try_write(INTERIM);
+        if !self.unwritten.load(Ordering::Relaxed) && self.stream.try_write(FIRST).is_ok_and(|n| n > 0) {
+            self.begun.store(true, Ordering::Relaxed);
         }
         self.refused().await;
     }

@@ -17,7 +17,7 @@ pub use state::Shared;
 
 use axum::body::Body;
 use axum::extract::DefaultBodyLimit;
-use axum::http::{Method, Request, Version, header};
+use axum::http::{Method, Request, header};
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::get;
 use axum::{Json, Router};
@@ -198,14 +198,13 @@ fn accept(stream: TcpStream, router: Router, options: &HttpOptions, graceful: &G
     let service = service_fn(move |request: Request<Incoming>| {
         let (router, client) = (router.clone(), client.clone());
         async move {
-            let takes_interim = request.version() == Version::HTTP_11;
             tokio::select! {
                 answer = router.oneshot(request.map(Body::new)) => {
                     let answer = answer.unwrap_or_else(|e| match e {});
                     let events = answer.headers().get(header::CONTENT_TYPE).is_some_and(|t| t == "text/event-stream");
                     Ok(if events { answer.map(|body| client.clone().watched(body)) } else { answer })
                 }
-                () = client.left(takes_interim) => Err(std::io::Error::from(ErrorKind::ConnectionAborted)),
+                () = client.left() => Err(std::io::Error::from(ErrorKind::ConnectionAborted)),
             }
         }
     });

@@ -72,7 +72,13 @@ impl Server {
 
     /// A request in JSON, whose connection stays open.
     pub fn send_json(&self, path: &str, body: &Value) -> TcpStream {
-        self.send("POST", path, "Content-Type: application/json\r\n", body.to_string().as_bytes())
+        self.send_json_as("1.1", path, body)
+    }
+
+    /// The same in a version of HTTP.
+    pub fn send_json_as(&self, version: &str, path: &str, body: &Value) -> TcpStream {
+        let headers = "Content-Type: application/json\r\n";
+        self.send_as(version, "POST", path, headers, body.to_string().as_bytes())
     }
 
     /// What a request in JSON is refused with: the status, and the field that the error names.
@@ -83,10 +89,14 @@ impl Server {
 
     /// Sends a request and leaves the connection open.
     pub fn send(&self, method: &str, path: &str, headers: &str, body: &[u8]) -> TcpStream {
+        self.send_as("1.1", method, path, headers, body)
+    }
+
+    fn send_as(&self, version: &str, method: &str, path: &str, headers: &str, body: &[u8]) -> TcpStream {
         let mut stream = self.connect();
         let length = body.len();
         let head = format!(
-            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
+            "{method} {path} HTTP/{version}\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
         );
         stream.write_all(head.as_bytes()).unwrap();
         stream.write_all(body).unwrap();
