@@ -231,6 +231,7 @@ fn errors_name_the_field() {
             ("stream", json!("yes")),
             ("tools", json!([{ "type": "function", "function": { "name": "f" } }])),
             ("tool_choice", json!("required")),
+            ("tool_choice", json!("auto")),
             ("response_format", json!({ "type": "json_object" })),
             ("suffix", json!(" end")),
             ("best_of", json!(4)),

@@ -26,12 +26,12 @@ enum Neutral {
 use Neutral::*;
 
 const FIELDS: &[(&str, Neutral)] = &[
-    // tools
+    // tools; to choose among none of them, "auto" included, is an error at OpenAI too
     ("tools", Empty),
-    ("tool_choice", Values(&["none", "auto"])),
+    ("tool_choice", Values(&["none"])),
     ("parallel_tool_calls", Always),
     ("functions", Empty),
-    ("function_call", Values(&["none", "auto"])),
+    ("function_call", Values(&["none"])),
     ("web_search_options", Never),
     // the form of the answer
     ("response_format", Type("text")),
@@ -117,7 +117,7 @@ mod tests {
     fn only_what_asks_for_something_is_refused() {
         for body in [
             json!({ "user": "a", "metadata": { "a": "b" }, "store": true, "seed": 1, "service_tier": "auto" }),
-            json!({ "tools": null, "response_format": null, "suffix": null, "best_of": null }),
+            json!({ "tools": null, "tool_choice": null, "response_format": null, "suffix": null, "best_of": null }),
             json!({ "tools": [], "tool_choice": "none", "response_format": { "type": "text" }, "suffix": "" }),
             json!({ "best_of": 1 }),
             json!({ "best_of": 3, "n": 3 }),
@@ -129,6 +129,9 @@ mod tests {
         for (body, field) in [
             (json!({ "tools": [{ "type": "function" }] }), "tools"),
             (json!({ "tool_choice": "required" }), "tool_choice"),
+            (json!({ "tool_choice": "auto" }), "tool_choice"),
+            (json!({ "tools": [], "tool_choice": "auto" }), "tool_choice"),
+            (json!({ "function_call": "auto" }), "function_call"),
             (json!({ "tool_choice": { "type": "function" } }), "tool_choice"),
             (json!({ "response_format": { "type": "json_object" } }), "response_format"),
             (json!({ "response_format": "text" }), "response_format"),
