@@ -321,6 +321,21 @@ fn what_no_machine_has_memory_for_is_planned_and_refused() {
         let said = inputs.failure(line);
         assert!(said.contains(flag), "{line}: {said}");
     }
+    // and so is 0, where it would measure nothing
+    for (command, flags) in [
+        ("llm", &["prompt-tokens", "new-tokens", "batch", "repeats"][..]),
+        ("kernels", &["batch", "context", "squares", "calls"]),
+        ("train", &["hidden", "layers", "heads", "vocab", "batch", "tokens", "repeats"]),
+        (
+            "serve",
+            &["random-input-len", "random-vocabulary", "output-len", "num-prompts", "request-rate", "max-concurrency"],
+        ),
+    ] {
+        for flag in flags {
+            let said = inputs.failure(&format!("bench {command} --{flag} 0"));
+            assert!(said.contains(&format!("--{flag} ")), "bench {command} --{flag} 0: {said}");
+        }
+    }
     // what goes beyond the context ends there
     inputs.stdout("generate --prompt fox --max-tokens 18446744073709551615 --seed 1 --stop a");
     inputs.stdout("rewrite --seed 1 --max-tokens 18446744073709551615 --min-kept 0 fox");

@@ -35,22 +35,27 @@ pub enum BenchCommand {
 
 #[derive(Args)]
 pub struct TrainArgs {
+    /// Width of the model, at least 1 and a multiple of --heads.
     #[arg(long, default_value_t = 256)]
     hidden: usize,
+    /// Layers of the model, at least 1.
     #[arg(long, default_value_t = 8)]
     layers: usize,
+    /// Heads of a layer's attention, at least 1.
     #[arg(long, default_value_t = 4)]
     heads: usize,
+    /// Tokens of the vocabulary, at least 1.
     #[arg(long, default_value_t = 8192)]
     vocab: usize,
-    /// Sequences of a step.
+    /// Sequences of a step, at least 1.
     #[arg(long, default_value_t = 16)]
     batch: usize,
-    /// Tokens of a sequence.
+    /// Tokens of a sequence, at least 2: the first is not predicted.
     #[arg(long, default_value_t = 128)]
     tokens: usize,
     #[arg(long, value_enum, default_value_t = PrecisionChoice::Bf16)]
     precision: PrecisionChoice,
+    /// Steps that are measured, at least 1.
     #[arg(long, default_value_t = 5)]
     repeats: usize,
     /// Print one JSON object.
@@ -65,13 +70,16 @@ pub struct LlmArgs {
     /// Random weights of this shape (bloom-560m, bloom-1b1, bloom-1b7, bloom-3b, bloom-7b1) instead of a model.
     #[arg(long, conflicts_with = "model")]
     shape: Option<String>,
+    /// Tokens of each prompt, at least 1.
     #[arg(long, default_value_t = 128)]
     prompt_tokens: usize,
+    /// Tokens to generate after each prompt, at least 1.
     #[arg(long, default_value_t = 32)]
     new_tokens: usize,
-    /// Sequences at once.
+    /// Sequences at once, at least 1.
     #[arg(long, default_value_t = 1)]
     batch: usize,
+    /// Times that all is measured, at least 1.
     #[arg(long, default_value_t = 3)]
     repeats: usize,
     /// Print one JSON object.
@@ -86,19 +94,19 @@ pub struct KernelArgs {
     /// bloom-560m, bloom-1b1, bloom-1b7, bloom-3b or bloom-7b1.
     #[arg(long, default_value = "bloom-1b1")]
     shape: String,
-    /// Sequences of decoding steps.
+    /// Sequences of decoding steps, each at least 1.
     #[arg(long, value_delimiter = ',', default_value = "1,16")]
     batch: Vec<usize>,
-    /// Positions of each.
+    /// Positions of each, at least 1.
     #[arg(long, default_value_t = 128)]
     context: usize,
-    /// Prompts, as sequences x tokens.
+    /// Prompts, as sequences x tokens, both at least 1.
     #[arg(long, value_delimiter = ',', default_value = "1x128", value_parser = prefill)]
     prefill: Vec<(usize, usize)>,
-    /// Also products of square matrices, with so many rows.
+    /// Also products of square matrices, with so many rows: multiples of 16, at least 16.
     #[arg(long, value_delimiter = ',')]
     squares: Vec<usize>,
-    /// Calls of each operation.
+    /// Calls of each operation, at least 1.
     #[arg(long, default_value_t = 24)]
     calls: usize,
     /// Print one JSON object.

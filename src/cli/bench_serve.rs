@@ -36,13 +36,13 @@ pub struct ServeBenchArgs {
     /// Prompts to send in turn: JSON lines with "prompt", or text with one a line.
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
-    /// Tokens of prompts made of random ids, if there is no --input.
+    /// Tokens of prompts made of random ids, if there is no --input; at least 1.
     #[arg(long, default_value_t = 128)]
     random_input_len: usize,
-    /// Ids of random prompts are below this.
+    /// Ids of random prompts are below this, at least 2.
     #[arg(long, default_value_t = 6144)]
     random_vocabulary: usize,
-    /// Most new tokens of a request.
+    /// Most new tokens of a request, at least 1.
     #[arg(long, default_value_t = 32)]
     output_len: usize,
     /// Let the model end before that.
@@ -51,13 +51,13 @@ pub struct ServeBenchArgs {
     /// Temperature of the requests; 0 takes the most likely token.
     #[arg(long, default_value_t = 0.0)]
     temperature: f32,
-    /// Requests in all.
+    /// Requests in all, at least 1.
     #[arg(long, default_value_t = 100)]
     num_prompts: usize,
-    /// Requests a second, at random times (a Poisson process); all at once if not given.
+    /// Requests a second, above 0, at random times (a Poisson process); all at once if not given.
     #[arg(long)]
     request_rate: Option<f64>,
-    /// Most requests at once.
+    /// Most requests at once, at least 1; no limit if not given.
     #[arg(long)]
     max_concurrency: Option<usize>,
     /// Limits in milliseconds that a good request keeps, such as ttft:200,tpot:20,e2el:1000.
