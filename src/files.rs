@@ -1,6 +1,7 @@
-//! Files that somebody brings: what they are instead, where they are not what they should be.
+//! Files that somebody brings: what they are instead, where they are not what they should be; and what a file makes of values.
 
 use crate::error::{Error, Result};
+use serde_json::Value;
 use std::fs::{File, Metadata};
 use std::io::{ErrorKind, Read};
 use std::path::Path;
@@ -57,4 +58,9 @@ pub fn instead(bytes: &[u8]) -> Option<String> {
         return Some("begins with zeros, as an unfinished download does; download or copy it again".into());
     }
     None
+}
+
+/// Settings as a file brings them back: reading may change the last digit of a number.
+pub fn as_read(settings: &Value) -> Value {
+    serde_json::from_str(&settings.to_string()).unwrap_or_else(|_| settings.clone())
 }

@@ -7,6 +7,7 @@ use super::schedule::Schedule;
 use super::state::{self, RunState};
 use crate::checkpoint::Companions;
 use crate::error::{Error, Result};
+use crate::files::as_read;
 use crate::models::bloom::train::{TrainModel, Workspace};
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::matmul::Precision;
@@ -181,11 +182,6 @@ impl Sft<'_> {
             "step {step}: loss {loss}, gradient norm {norm}; {kept}; lower --learning-rate or --clip, or raise --warmup"
         ))
     }
-}
-
-/// Settings as a file brings them back: reading may change the last digit of a number.
-pub fn as_read(settings: &serde_json::Value) -> serde_json::Value {
-    serde_json::from_str(&settings.to_string()).unwrap_or_else(|_| settings.clone())
 }
 
 /// The names of settings whose values differ.

@@ -2,7 +2,7 @@
 
 use super::target::beside;
 use crate::checkpoint::write_atomic;
-use crate::train::sft::as_read;
+use crate::files::as_read;
 use anyhow::{Context, bail};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
