@@ -5,7 +5,7 @@ use crate::engine::session::GenerateOptions;
 use crate::rewrite::{DEFAULT_MIN_KEPT, GuardOptions};
 use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use clap::Args;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -54,9 +54,7 @@ impl GuardArgs {
             ensure!(n >= 3, "--max-clip-tokens {n} is too few; the first and the last token always count");
         }
         options.keep = Arc::new(Literals::new(&phrases("--keep", &self.keep)?));
-        let banned = self.banned()?;
-        Phrases::check(&banned).map_err(|e| anyhow::anyhow!("--ban {e}"))?;
-        options.ban = Arc::new(Phrases::new(banned));
+        options.ban = Arc::new(Phrases::checked(self.banned()?).map_err(|e| anyhow!("--ban {e}"))?);
         Ok(GuardOptions {
             min_kept: Some(self.min_kept).filter(|least| *least > 0.0),
             rounds: self.rounds,

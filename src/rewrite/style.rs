@@ -102,11 +102,9 @@ impl Style {
             }
         }
         for style in &mut styles {
-            for list in [&style.names, &style.allow, &style.ban] {
-                Phrases::check(list).map_err(|e| format!("style \"{}\" {e}", style.name))?;
-            }
-            style.naming = Phrases::new(&style.names);
-            style.banned = Phrases::new(&style.ban);
+            let phrases = |list: &[String]| Phrases::checked(list).map_err(|e| format!("style \"{}\" {e}", style.name));
+            phrases(&style.allow)?;
+            (style.naming, style.banned) = (phrases(&style.names)?, phrases(&style.ban)?);
         }
         Ok(styles)
     }

@@ -44,17 +44,24 @@ impl Phrases {
     /// Most words of a phrase that somebody hands in: what a search costs for each token grows with their square.
     pub const MOST_WORDS: usize = 32;
 
-    /// Says what is wrong if a phrase has too many words.
-    pub fn check<S: AsRef<str>>(list: &[S]) -> Result<(), String> {
-        let long = list.iter().map(|p| word_spans(p.as_ref()).count()).find(|n| *n > Self::MOST_WORDS);
-        long.map_or(Ok(()), |n| Err(format!("has a phrase of {n} words; {} at most", Self::MOST_WORDS)))
+    /// Phrases that somebody hands in; says what is wrong if one has too many words.
+    pub fn checked<S: AsRef<str>>(list: impl IntoIterator<Item = S>) -> Result<Phrases, String> {
+        let short = |phrase: S| match words(phrase.as_ref()) {
+            words if words.len() <= Self::MOST_WORDS => Ok(words),
+            words => Err(format!("has a phrase of {} words; {} at most", words.len(), Self::MOST_WORDS)),
+        };
+        Ok(Self::of(list.into_iter().map(short).collect::<Result<Vec<_>, _>>()?))
     }
 
     /// Phrases that hold no word are left out, and so are repetitions.
     pub fn new<S: AsRef<str>>(list: impl IntoIterator<Item = S>) -> Phrases {
+        Self::of(list.into_iter().map(|phrase| words(phrase.as_ref())))
+    }
+
+    /// Phrases by their words.
+    fn of(list: impl IntoIterator<Item = Vec<String>>) -> Phrases {
         let mut p = List::default();
         for phrase in list {
-            let phrase = words(phrase.as_ref());
             if !phrase.is_empty() && p.forward.insert(phrase.iter(), p.count) {
                 p.backward.insert(phrase.iter().rev(), p.count);
                 p.count += 1;
@@ -283,7 +290,7 @@ mod tests {
         let p = p.but_those_in("a dog");
         assert_eq!((p.find("red, a dog"), p.find("red cat nap"), p.lists.len()), (None, Some(0..11), 1));
         assert!(all.but_those(|| true).is_empty());
-        assert!(Phrases::check(&["a ".repeat(32)]).is_ok() && Phrases::check(&["a ".repeat(33)]).is_err());
+        assert!(Phrases::checked(["a ".repeat(32)]).is_ok() && Phrases::checked(["a ".repeat(33)]).is_err());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::random::{Derived, derived_seed};
 use crate::rewrite::GuardOptions;
 use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 use std::sync::Arc;
@@ -104,8 +104,7 @@ impl Common<'_> {
             options.keep = Arc::new(Literals::new(&keep));
         }
         if let Some(ban) = fields.phrases("ban")? {
-            Phrases::check(&ban).map_err(|e| anyhow::anyhow!("\"ban\" {e}"))?;
-            options.ban = Arc::new(Phrases::new(ban));
+            options.ban = Arc::new(Phrases::checked(ban).map_err(|e| anyhow!("\"ban\" {e}"))?);
         }
         if let Some(kept) = fields.get("min_kept") {
             let part = kept.as_f64().filter(|k| (0.0..=1.0).contains(k));
@@ -121,7 +120,7 @@ pub fn text(bytes: &[u8]) -> anyhow::Result<&str> {
     let text = std::str::from_utf8(bytes).map_err(|e| {
         let wide = bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]);
         let remedy = if wide { "; it looks like UTF-16, convert the file to UTF-8" } else { "" };
-        anyhow::anyhow!("is not UTF-8 from its byte {} on{remedy}", e.valid_up_to() + 1)
+        anyhow!("is not UTF-8 from its byte {} on{remedy}", e.valid_up_to() + 1)
     })?;
     ensure!(!text.contains('\0'), "has a NUL character; expected text");
     Ok(text)

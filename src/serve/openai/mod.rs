@@ -152,9 +152,7 @@ impl SamplingParams {
         }
         let stops = self.stop.map(OneOrMany::list).unwrap_or_default();
         check_phrases("stop", &stops, MOST_STOPS)?;
-        let bad_words = self.bad_words.unwrap_or_default();
-        check_phrases("bad_words", &bad_words, MOST_BANS)?;
-        check_words("bad_words", &bad_words)?;
+        let ban = banned("bad_words", self.bad_words.unwrap_or_default())?;
         let stop_token_ids = self.stop_token_ids.unwrap_or_default();
         most("stop_token_ids", stop_token_ids.len(), MOST_STOP_TOKENS)?;
         if let Some(id) = stop_token_ids.iter().find(|id| **id as usize >= shared.config.vocab_size) {
@@ -184,7 +182,7 @@ impl SamplingParams {
             stops,
             stop_token_ids,
             include_stop: self.include_stop_str_in_output.unwrap_or(false),
-            ban: Arc::new(Phrases::new(bad_words)),
+            ban,
             deadline: timeout.map(|t| Instant::now() + t),
             ..GenerateOptions::default()
         })
@@ -217,8 +215,11 @@ fn check_phrases(field: &str, phrases: &[String], limit: usize) -> Result<(), Ap
     }
 }
 
-fn check_words(field: &str, phrases: &[String]) -> Result<(), ApiError> {
-    Phrases::check(phrases).map_err(|e| ApiError::field(field, format!("{field} {e}")))
+/// The phrases of a field that no candidate may hold.
+fn banned(field: &str, list: Vec<String>) -> Result<Arc<Phrases>, ApiError> {
+    check_phrases(field, &list, MOST_BANS)?;
+    let phrases = Phrases::checked(list).map_err(|e| ApiError::field(field, format!("{field} {e}")))?;
+    Ok(Arc::new(phrases))
 }
 
 /// Phrases that a request asks to hold.
@@ -230,9 +231,7 @@ pub fn keeps(list: Option<Vec<String>>) -> Result<Arc<Literals>, ApiError> {
 
 /// Phrases that a request asks to lack.
 pub fn bans(list: Vec<String>) -> Result<Arc<Phrases>, ApiError> {
-    check_phrases("ban", &list, MOST_BANS)?;
-    check_words("ban", &list)?;
-    Ok(Arc::new(Phrases::new(list)))
+    banned("ban", list)
 }
 
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
