@@ -172,6 +172,61 @@ fn path(p: &Path) -> &str {
     p.to_str().unwrap()
 }
 
+/// The weights decide whether results go on, not where they lie; and so does what the model recommends.
+#[test]
+fn openai_results_go_on_with_the_same_weights_alone() {
+    let f = tempfile::tempdir().unwrap();
+    let (here, there) = (f.path().join("here"), f.path().join("there"));
+    std::fs::create_dir(&here).unwrap();
+    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/model")).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), here.join(entry.file_name())).unwrap();
+    }
+    let request = |i: usize| {
+        let body = json!({ "prompt": "a fox, ", "max_tokens": 3, "seed": i });
+        json!({ "custom_id": format!("r{i}"), "url": "/v1/completions", "body": body }).to_string() + "\n"
+    };
+    let input = write(f.path(), "in.jsonl", &(0..3).map(request).collect::<String>());
+    let output = f.path().join("out.jsonl");
+    let run = ["rewrite", "--format", "openai", "--input", &input, "--output", path(&output), "--model"];
+    stdout(&[&run[..], &[path(&here)]].concat());
+    let whole = std::fs::read_to_string(&output).unwrap();
+    let first = whole.split_inclusive('\n').next().unwrap();
+    let resume = [&run[..], &[path(&there), "--resume"]].concat();
+    std::fs::rename(&here, &there).unwrap();
+    std::fs::write(&output, first).unwrap();
+    stdout(&resume);
+    let resumed = std::fs::read_to_string(&output).unwrap();
+    assert!(resumed.starts_with(first));
+    let texts = |text: &str| -> Vec<Value> {
+        lines(text).iter().map(|r| r["response"]["body"]["choices"][0]["text"].clone()).collect()
+    };
+    assert_eq!(texts(&resumed), texts(&whole));
+    // other weights, or other recommendations, under the same name
+    let change = |file: &str, edit: &dyn Fn(&mut Vec<u8>)| {
+        let path = there.join(file);
+        let before = std::fs::read(&path).unwrap();
+        let mut bytes = before.clone();
+        edit(&mut bytes);
+        std::fs::write(&path, bytes).unwrap();
+        std::fs::write(&output, first).unwrap();
+        let message = failure(&resume);
+        assert!(message.contains("was begun with other settings"), "{message}");
+        assert_eq!(std::fs::read_to_string(&output).unwrap(), first);
+        std::fs::write(&path, before).unwrap();
+        message
+    };
+    // the last value of the last tensor becomes another number
+    let message = change("model.safetensors", &|bytes| {
+        let last = bytes.len() - 2;
+        bytes[last] ^= 1;
+    });
+    assert!(message.contains("--model weights "), "{message}");
+    let message = change("generation_config.json", &|bytes| *bytes = b"{\"temperature\": 0.25}".to_vec());
+    assert!(message.contains("--temperature "), "{message}");
+    stdout(&resume);
+}
+
 fn numbered(count: usize) -> String {
     (0..count).map(|i| format!("a fox number {i}\n")).collect()
 }

@@ -34,6 +34,8 @@ pub struct HostOptions {
 
 pub struct Hosted {
     pub shared: Arc<Shared>,
+    /// Tells the model's weights from others, wherever they lie.
+    pub fingerprint: String,
     /// Ends by itself when nobody holds `shared` any more, or if something is wrong.
     pub thread: JoinHandle<anyhow::Result<()>>,
 }
@@ -67,14 +69,16 @@ impl HostOptions {
                 }
             };
             let prompter = Prompter { tokenizer: loaded.tokenizer.clone(), template };
-            let facts = (prompter, loaded.defaults, loaded.config.clone(), session.blocks().1);
+            let facts =
+                (prompter, loaded.defaults, loaded.config.clone(), loaded.fingerprint.clone(), session.blocks().1);
             if facts_in.send(Ok(facts)).is_err() {
                 return Ok(());
             }
             let Ok((inbox, metrics)) = started.recv() else { return Ok(()) };
             Ok(worker::run(&mut *session, inbox, &metrics)?)
         })?;
-        let (prompter, defaults, config, blocks) = facts.recv().context("the engine stopped while loading")??;
+        let (prompter, defaults, config, fingerprint, blocks) =
+            facts.recv().context("the engine stopped while loading")??;
         let metrics = Arc::new(Metrics::new(&name, blocks));
         let (engine, inbox) = engine::engine(options.sequences + self.max_queue);
         start.send((inbox, metrics.clone())).map_err(|_| anyhow!("the engine stopped while loading"))?;
@@ -96,7 +100,7 @@ impl HostOptions {
             texts: TextPool::new(self.most_bodies),
             longest_token,
         });
-        Ok(Hosted { shared, thread })
+        Ok(Hosted { shared, fingerprint, thread })
     }
 
     fn model_name(&self) -> String {

@@ -7,7 +7,7 @@ use super::guard::GuardArgs;
 use super::model::{Loaded, ModelArgs, SamplingArgs};
 use super::print::{self, note};
 use crate::engine::EngineOptions;
-use crate::engine::session::{Completed, Generate, GenerateOptions, Length, Update};
+use crate::engine::session::{Completed, Generate, GenerateOptions, Update};
 use crate::random::prompt_seed;
 use crate::rewrite::{
     Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, Source as TextSource, whole_characters,
@@ -162,11 +162,6 @@ impl RewriteArgs {
     /// What the results depend on, under the names of the flags.
     pub fn settings(&self, rewriter: &Rewriter, format: Format) -> anyhow::Result<Settings> {
         let Rewriter { loaded, template, options, guard } = rewriter;
-        let s = &options.sampling;
-        let length = match options.length {
-            Length::New(n) => json!(n),
-            Length::Total(n) => json!(format!("{n} with the prompt")),
-        };
         let values = json!({
             "model": loaded.fingerprint,
             "dtype": format!("{:?}", self.model.dtype).to_lowercase(),
@@ -174,17 +169,8 @@ impl RewriteArgs {
             "format": format!("{format:?}").to_lowercase(),
             "shard": self.files.shard.unwrap_or_default().to_string(),
             "candidates": options.candidates,
-            "seed": s.seed,
-            "temperature": s.temperature,
-            "top-k": s.top_k,
-            "top-p": s.top_p,
-            "min-p": s.min_p,
-            "repetition-penalty": s.repetition_penalty,
-            "penalty-scope": if s.penalize_prompt { "all" } else { "output" },
-            "presence-penalty": s.presence_penalty,
-            "frequency-penalty": s.frequency_penalty,
+            "seed": options.sampling.seed,
             "logit-bias": options.bias,
-            "max-tokens": length,
             "stop": options.stops,
             "ignore-eos": options.ignore_eos,
             "keep": options.keep.iter().collect::<Vec<_>>(),
@@ -197,10 +183,10 @@ impl RewriteArgs {
             "any-medium": guard.additions.any_medium,
             "variety": guard.additions.variety,
         });
-        match values {
-            Value::Object(values) => Ok(Settings(values)),
-            _ => unreachable!("an object was written above"),
-        }
+        let Value::Object(values) = values else { unreachable!("an object was written above") };
+        let mut settings = Settings(values);
+        settings.add_sampling(&options.sampling, options.length);
+        Ok(settings)
     }
 
     /// Whether this is work for files rather than for a few prompts and a terminal.

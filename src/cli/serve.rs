@@ -139,7 +139,7 @@ impl ServeArgs {
             stall_timeout,
             api_keys: self.api_key,
         };
-        let Hosted { shared, thread: engine_thread } = host.start()?;
+        let Hosted { shared, thread: engine_thread, .. } = host.start()?;
         let router = app(shared.clone(), &http)?;
         let local: SocketAddr = listener.local_addr()?;
         tracing::info!(

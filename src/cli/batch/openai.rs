@@ -9,7 +9,7 @@ use crate::cli::hosted::{HostOptions, Hosted};
 use crate::cli::print::note;
 use crate::cli::rewrite::RewriteArgs;
 use crate::random::{Derived, derived_seed};
-use crate::serve::{HttpOptions, app};
+use crate::serve::{HttpOptions, Shared, app};
 use anyhow::{Context, anyhow, bail, ensure};
 use axum::Router;
 use axum::body::Body;
@@ -39,12 +39,12 @@ pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
         stall_timeout: None,
         api_keys: vec![],
     };
-    begun.settle(settings(args))?;
+    let Hosted { shared, fingerprint, thread } = host.start()?;
+    begun.settle(settings(args, &shared, &fingerprint))?;
     let written = begun.written(1)?;
     let Begun { target, mut lines, begin, .. } = begun;
     let total = lines.count()?;
     lines.skip(written.results)?;
-    let Hosted { shared, thread } = host.start()?;
     let model = shared.name.clone();
     let limit = args.max_prompt_bytes.saturating_mul(16).saturating_add(super::BESIDE_PROMPT);
     let router = app(shared, &HttpOptions { body_limit: limit, ..HttpOptions::default() })?;
@@ -88,19 +88,20 @@ pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// What the answers depend on beside the requests.
-fn settings(args: &RewriteArgs) -> Settings {
+/// What the answers depend on beside the requests. How tokens are drawn is the model's recommendation, which holds where a request
+/// says nothing.
+fn settings(args: &RewriteArgs, shared: &Shared, fingerprint: &str) -> Settings {
     let mut settings = Settings::default();
-    let model = args.model.model.as_ref().map(|m| m.display().to_string());
     let values = [
         ("format", json!("openai")),
         ("shard", json!(args.files.shard.unwrap_or_default().to_string())),
-        ("model", json!(model)),
+        ("model", json!(fingerprint)),
         ("dtype", json!(format!("{:?}", args.model.dtype).to_lowercase())),
-        ("template", json!(args.template)),
+        ("template", json!(shared.prompter.template.text())),
         ("seed", json!(args.sampling.seed)),
     ];
     settings.0.extend(values.map(|(flag, value)| (flag.to_owned(), value)));
+    settings.add_sampling(&shared.defaults.sampling, shared.defaults.length);
     settings
 }
 

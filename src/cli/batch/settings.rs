@@ -2,9 +2,11 @@
 
 use super::target::beside;
 use crate::checkpoint::write_atomic;
+use crate::engine::Sampling;
+use crate::engine::session::Length;
 use crate::files::as_read;
 use anyhow::{Context, bail};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
 /// Values by the flags that set them.
@@ -31,6 +33,26 @@ impl Settings {
     pub fn write(&self, output: &Path) -> anyhow::Result<()> {
         let text = serde_json::to_string_pretty(&self.0).expect("settings are JSON");
         Ok(write_atomic(&path(output), |w| writeln!(w, "{text}"))?)
+    }
+
+    /// Adds how tokens are drawn, and how many.
+    pub fn add_sampling(&mut self, s: &Sampling, length: Length) {
+        let length = match length {
+            Length::New(n) => json!(n),
+            Length::Total(n) => json!(format!("{n} with the prompt")),
+        };
+        let values = [
+            ("temperature", json!(s.temperature)),
+            ("top-k", json!(s.top_k)),
+            ("top-p", json!(s.top_p)),
+            ("min-p", json!(s.min_p)),
+            ("repetition-penalty", json!(s.repetition_penalty)),
+            ("penalty-scope", json!(if s.penalize_prompt { "all" } else { "output" })),
+            ("presence-penalty", json!(s.presence_penalty)),
+            ("frequency-penalty", json!(s.frequency_penalty)),
+            ("max-tokens", length),
+        ];
+        self.0.extend(values.map(|(flag, value)| (flag.to_owned(), value)));
     }
 
     pub fn get(&self, flag: &str) -> &Value {
@@ -76,7 +98,6 @@ fn shown(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn the_setting_that_differs_is_named() {
