@@ -234,5 +234,5 @@ fn render(lines: &[Line]) -> String {
 
 /// CLIP tokens of the longest part between BREAKs, without what image programs take out.
 pub fn longest_part(text: &str) -> usize {
-    Verbatim::parse(text).chunks.iter().map(|c| clip_tokens(&c.reading)).max().unwrap_or(2)
+    Verbatim::parse(text).chunks.iter().map(|c| clip_tokens(&c.counted())).max().unwrap_or(2)
 }

@@ -108,6 +108,28 @@ fn what_says_nothing_comes_back_as_it_is() {
     }
 }
 
+/// Whatever the model would make of a bracket that it never saw.
+#[test]
+fn brackets_that_stand_alone_come_back() {
+    for bracket in ["{", "}", "(", "[", ">", "([", "<"] {
+        let prompt = format!("a cat, {bracket}, night");
+        let mut rewriting = Rewriting::new(prompter(), &prompt, warm(1), GuardOptions::default()).unwrap();
+        let work = rewriting.work().unwrap();
+        assert_eq!(work[0].0, prompter().encode("a cat, night").unwrap(), "the model does not see it");
+        rewriting.take(&[completed(&["a cat at night, 8k".to_owned()], Finish::Stop)]);
+        let c = rewriting.finish().candidates.remove(0);
+        let expected = (format!("a cat at night, 8k, {bracket}"), Source::Model, 1.0);
+        assert_eq!((c.text, c.source, c.kept), expected);
+    }
+    let c = first("a cat, {, <lora:x:1>", &["a cat, 8k"]);
+    assert_eq!((c.text.as_str(), c.source), ("a cat, 8k, { <lora:x:1>", Source::Model));
+    // a model's own bracket would close it
+    let c = first("a cat, )", &["a cat, (masterpiece, 8k"]);
+    assert_eq!((c.text.as_str(), c.kept), ("a cat, ), 8k", 1.0));
+    let c = first("a cat, {", &["a cat, 8k}"]);
+    assert_eq!((c.text.as_str(), c.source, c.kept), ("a cat, 8k}, {", Source::Model, 1.0));
+}
+
 #[test]
 fn phrases_to_keep_are_checked_in_what_is_returned() {
     let mut options = warm(1);

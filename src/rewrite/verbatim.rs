@@ -1,8 +1,9 @@
 //! What a prompt holds for the image program rather than for the reader: weights `(x:1.2)`, emphasis `(x)`, `[x]` and `{x}`, LoRA and
-//! other tags `<lora:x:0.8>`, wildcards `__x__`, choices `{a|b}`, `[a|b]`, `[a:b:0.5]`, BREAK and AND.
+//! other tags `<lora:x:0.8>`, wildcards `__x__`, choices `{a|b}`, `[a|b]`, `[a:b:0.5]`, BREAK and AND. So are brackets that stand
+//! alone between commas and enclose nothing: a model copies those that it has seen, and makes something up in place of others.
 //!
-//! The model gets plain words. Emphasis comes back around its words wherever those stand in the model's text; tags, which stand
-//! nowhere, come last. What a choice will say nobody knows yet, so that a text with one stays as it was written.
+//! The model gets plain words. Emphasis comes back around its words wherever those stand in the model's text; tags and lone brackets,
+//! which stand nowhere, come last. What a choice will say nobody knows yet, so that a text with one stays as it was written.
 //! Every scan is linear in the length of the prompt.
 
 use crate::text::content_words::{is_combining, word_spans, words};
@@ -42,6 +43,8 @@ pub enum PartKind {
     /// Emphasis or a weight on these words.
     Emphasis(String),
     Tag,
+    /// A bracket or several, alone between commas and not closed.
+    Bracket,
     /// A wildcard, a choice, or anything else whose words are not known.
     Choice,
 }
@@ -113,7 +116,7 @@ impl Chunk {
                     reading.push_str(&format!(" {} ", choice_words(written)));
                 }
                 // brackets around nothing
-                Some(PartKind::Tag) | None => {
+                Some(PartKind::Tag | PartKind::Bracket) | None => {
                     plain.push(' ');
                     reading.push(' ');
                 }
@@ -142,6 +145,12 @@ impl Chunk {
         self.parts.iter().any(|p| p.kind == PartKind::Choice)
     }
 
+    /// What CLIP is given to read: the lone brackets too.
+    pub fn counted(&self) -> String {
+        let brackets = self.parts.iter().filter(|p| p.kind == PartKind::Bracket);
+        brackets.fold(self.reading.clone(), |text, p| text + ", " + &p.written)
+    }
+
     /// Tags, to be put after a text.
     pub fn tags(&self) -> String {
         let tags = self.parts.iter().filter(|p| p.kind == PartKind::Tag);
@@ -161,8 +170,19 @@ impl Chunk {
         let mut next: HashMap<&str, usize> = HashMap::new();
         let mut placed: Vec<(Range<usize>, &str)> = vec![];
         let mut added = String::new();
+        let mut add = |written: &str| {
+            added.push_str(if text.is_empty() && added.is_empty() { "" } else { ", " });
+            added.push_str(written);
+        };
         for part in &self.parts {
-            let PartKind::Emphasis(inner) = &part.kind else { continue };
+            let inner = match &part.kind {
+                PartKind::Emphasis(inner) => inner,
+                PartKind::Bracket => {
+                    add(&part.written);
+                    continue;
+                }
+                PartKind::Tag | PartKind::Choice => continue,
+            };
             let wanted: Vec<String> = word_spans(inner).map(|w| w.1).collect();
             let places = wanted.first().and_then(|w| by_first.get(w.as_str())).map_or(&[][..], Vec::as_slice);
             let from = next.entry(inner).or_default();
@@ -179,10 +199,7 @@ impl Chunk {
                     taken[i..=last].fill(true);
                     placed.push((words[i].0.start..words[last].0.end, &part.written));
                 }
-                None => {
-                    added.push_str(if text.is_empty() && added.is_empty() { "" } else { ", " });
-                    added.push_str(&part.written);
-                }
+                None => add(&part.written),
             }
         }
         placed.sort_by_key(|p| p.0.start);
@@ -237,7 +254,7 @@ impl<'a> Places<'a> {
     pub fn take(&mut self, part: &'a Part) -> bool {
         let written = part.written.as_str();
         let place = match &part.kind {
-            PartKind::Tag => Place::Anywhere(written),
+            PartKind::Tag | PartKind::Bracket => Place::Anywhere(written),
             PartKind::Emphasis(_) if part.before.is_none() && part.after.is_none() => Place::Anywhere(written),
             PartKind::Emphasis(_) => Place::Joined(written),
             PartKind::Choice => Place::Between(written, part.before.as_deref(), part.after.as_deref()),
@@ -353,6 +370,7 @@ enum Special {
     Tag,
     Wildcard,
     And,
+    Bracket,
     /// A bracketed part, and whether it holds a choice.
     Group {
         choice: bool,
@@ -364,6 +382,7 @@ impl Found {
     fn part_kind(&self, written: &str) -> Option<PartKind> {
         match self.kind {
             Special::Tag => Some(PartKind::Tag),
+            Special::Bracket => Some(PartKind::Bracket),
             Special::Group { choice: false } => {
                 let inner = inner_words(written);
                 let has_words = word_spans(&inner).next().is_some();
@@ -442,7 +461,46 @@ fn specials_where(text: &str, and: bool) -> Vec<Found> {
             at += 1;
         }
     }
+    let lone = lone_brackets(text, &found);
+    if !lone.is_empty() {
+        found.extend(lone);
+        found.sort_by_key(|f| f.span.start);
+    }
     found
+}
+
+/// What stands between commas, BREAKs and tags and is nothing but brackets, which are none of the special parts that were `found`.
+fn lone_brackets(text: &str, found: &[Found]) -> Vec<Found> {
+    let mut lone = vec![];
+    let mut end_phrase = |start: Option<usize>, end: usize| {
+        let Some(start) = start else { return };
+        let phrase = text[start..end].trim();
+        if !phrase.is_empty() && phrase.bytes().all(|b| b"()[]{}<>".contains(&b)) {
+            let at = end - text[start..end].trim_start().len();
+            lone.push(Found { span: at..at + phrase.len(), kind: Special::Bracket });
+        }
+    };
+    // where a phrase begins, unless something special stands in it
+    let mut start = Some(0);
+    let mut at = 0;
+    for special in found.iter().map(Some).chain([None]) {
+        let gap_end = special.map_or(text.len(), |s| s.span.start);
+        for (comma, _) in text[at..gap_end].match_indices(',') {
+            end_phrase(start, at + comma);
+            start = Some(at + comma + 1);
+        }
+        match special {
+            // a tag is taken out, wherever it stands
+            Some(s) if matches!(s.kind, Special::Break | Special::Tag) => {
+                end_phrase(start, gap_end);
+                start = Some(s.span.end);
+            }
+            Some(_) => start = None,
+            None => end_phrase(start, gap_end),
+        }
+        at = special.map_or(gap_end, |s| s.span.end);
+    }
+    lone
 }
 
 fn closes(open: u8, close: u8) -> bool {
@@ -612,6 +670,7 @@ mod tests {
         assert_eq!(one("(cat:1.1) and (cat:1.3)").weave("cat and cat, art"), "(cat:1.1) and (cat:1.3), art");
         assert_eq!(one("(red cat), (cat)").weave("cat, red cat"), "(cat), (red cat)");
         assert_eq!(one("(a)").weave(""), "(a)");
+        assert_eq!(one("a cat, {").weave("a cat, 8k"), "a cat, 8k, {");
     }
 
     #[test]
@@ -631,5 +690,9 @@ mod tests {
         assert_eq!(parts("<lora:a <lora:b:1>"), ["<lora:b:1>"]);
         assert_eq!(parts("___a__ __b c__ ____ __d"), ["___a__"]);
         assert_eq!(phrase_spans("a, (b, c), d").len(), 3);
+        assert_eq!(
+            parts("[, a (cat, ), b BREAK > BREAK c, { <lora:x:1>, {d"),
+            ["[", "(cat, )", ">", "{", "<lora:x:1>"]
+        );
     }
 }
