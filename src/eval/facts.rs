@@ -99,24 +99,15 @@ mod tests {
             let kinds = count_facts(facts.iter().map(|f| (f, output)));
             kinds.into_iter().map(|k| (k.kind, k.facts, k.stated, k.kept)).collect::<Vec<_>>()
         };
-        let kind = |kind: &str, facts, stated, kept| (kind.to_owned(), facts, stated, kept);
-        // "wood" is not what the prompt says
-        let whole = [
-            kind("entity", 2, 2, 2),
-            kind("attribute", 2, 1, 1),
-            kind("relation", 1, 1, 1),
-            kind("count", 1, 1, 1),
-            kind("all", 6, 5, 5),
-        ];
-        assert_eq!(count("3 black hens beside a wooden gate, 8k"), whole);
-        let less = [
-            kind("entity", 2, 2, 1),
-            kind("attribute", 2, 1, 1),
-            kind("relation", 1, 1, 0),
-            kind("count", 1, 1, 0),
-            kind("all", 6, 5, 2),
-        ];
-        assert_eq!(count("two black hens in the sun"), less);
+        for (output, kept) in
+            [("3 black hens beside a wooden gate, 8k", [2, 1, 1, 1, 5]), ("two black hens in the sun", [1, 1, 0, 0, 2])]
+        {
+            // "wood" is not what the prompt says
+            let stated = [("entity", 2, 2), ("attribute", 2, 1), ("relation", 1, 1), ("count", 1, 1), ("all", 6, 5)];
+            let expected =
+                stated.into_iter().zip(kept).map(|((k, facts, stated), kept)| (k.into(), facts, stated, kept));
+            assert_eq!(count(output), expected.collect::<Vec<(String, usize, usize, usize)>>(), "{output}");
+        }
         std::fs::write(&path, r#"{"prompt": "a hen", "facts": [{"kind": "entity"}]}"#).unwrap();
         let error = read_facts(&path).unwrap_err().to_string();
         assert!(error.contains("line 1: missing field `keywords`"), "{error}");
