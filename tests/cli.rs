@@ -1,46 +1,13 @@
 //! The program as people run it.
 
+mod program;
+
+use program::{bprompt, failure, path, run, stdout, text};
 use serde_json::Value;
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
-
-fn bprompt() -> Command {
-    // more than the cores would be told of on standard error
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(2);
-    let mut c = Command::new(env!("CARGO_BIN_EXE_bprompt"));
-    c.env_remove("BPROMPT_MODEL").env("BPROMPT_THREADS", threads.to_string()).stdin(Stdio::null());
-    c
-}
-
-fn run(args: &[&str]) -> Output {
-    bprompt().args(args).output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
-
-fn stdout(args: &[&str]) -> String {
-    let out = run(args);
-    assert!(out.status.success(), "{args:?}: {}", text(&out.stderr));
-    text(&out.stdout)
-}
-
-/// Runs something that must fail: status 2, one line, and that line.
-fn failure(args: &[&str]) -> String {
-    let out = run(args);
-    let line = text(&out.stderr);
-    assert_eq!(out.status.code(), Some(2), "{args:?}: {line}");
-    assert_eq!(line.lines().count(), 1, "{args:?}: {line}");
-    assert!(out.stdout.is_empty(), "{args:?} printed {}", text(&out.stdout));
-    line
-}
-
-fn path(p: &Path) -> &str {
-    p.to_str().unwrap()
-}
 
 #[test]
 fn limits_that_would_refuse_everything_are_refused() {
@@ -175,9 +142,9 @@ fn prompts(folder: &Path, count: usize) -> std::path::PathBuf {
 }
 
 fn batch(input: &Path, output: &Path, more: &[&str]) -> Command {
-    let mut c = bprompt();
-    c.args(["rewrite", "--seed", "3", "--max-tokens", "40", "--input", path(input), "--output", path(output)])
-        .args(more);
+    let mut c =
+        bprompt(&["rewrite", "--seed", "3", "--max-tokens", "40", "--input", path(input), "--output", path(output)]);
+    c.args(more);
     c
 }
 
@@ -201,8 +168,7 @@ fn batches_keep_order_and_ids_and_equal_single_rewrites() {
     let alone: Value = serde_json::from_str(&alone).unwrap();
     assert_eq!(values[7]["candidates"], alone["candidates"]);
     // text in, text out, over standard input and output
-    let mut child = bprompt()
-        .args(["rewrite", "--seed", "3", "--max-tokens", "40", "--input", "-", "--format", "text"])
+    let mut child = bprompt(&["rewrite", "--seed", "3", "--max-tokens", "40", "--input", "-", "--format", "text"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -349,8 +315,8 @@ fn flags_have_the_names_that_others_give_them() {
 #[test]
 fn the_environment_may_be_empty_and_switches_are_numbers() {
     let run = |name: &str, value: &str| {
-        let mut c = bprompt();
-        let out = c.env(name, value).args(["rewrite", "--seed", "1", "--max-tokens", "5", "a fox"]).output().unwrap();
+        let mut c = bprompt(&["rewrite", "--seed", "1", "--max-tokens", "5", "a fox"]);
+        let out = c.env(name, value).output().unwrap();
         (out.status.code(), text(&out.stdout), text(&out.stderr))
     };
     let plain = run("BPROMPT_UNKNOWN", "");

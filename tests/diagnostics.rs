@@ -1,42 +1,12 @@
 //! What the program says when its input, a model, the machine or its output is not as it should be: one line, status 2, nothing
 //! lost, and never a panic.
 
+mod program;
+
+use program::{bprompt, failure, path, stdout, text};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-
-fn bprompt(args: &[&str]) -> Command {
-    let mut c = Command::new(env!("CARGO_BIN_EXE_bprompt"));
-    c.env_remove("BPROMPT_MODEL").env("BPROMPT_THREADS", "1").stdin(Stdio::null()).args(args);
-    c
-}
-
-fn run(args: &[&str]) -> Output {
-    bprompt(args).output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
-
-fn stdout(args: &[&str]) -> String {
-    let out = run(args);
-    assert!(out.status.success(), "{args:?}: {}", text(&out.stderr));
-    text(&out.stdout)
-}
-
-/// Runs something that must fail: status 2 and one line, which is returned.
-fn failure(args: &[&str]) -> String {
-    let out = run(args);
-    let line = text(&out.stderr);
-    assert_eq!(out.status.code(), Some(2), "{args:?}: {line}");
-    assert_eq!(line.lines().count(), 1, "{args:?}: {line}");
-    line
-}
-
-fn path(p: &Path) -> &str {
-    p.to_str().unwrap()
-}
+use std::process::{Command, Stdio};
 
 /// A folder with inputs for every subcommand.
 struct Inputs(tempfile::TempDir);
