@@ -26,6 +26,8 @@ pub struct Shapes {
     pub steps: Vec<(usize, usize)>,
     /// `(outputs, inputs)` of products.
     pub matrices: Vec<(usize, usize)>,
+    /// The same with rows so long that they are brought in another way where tokens are few.
+    pub long_matrices: Vec<(usize, usize)>,
     /// Tokens of a product.
     pub tokens: Vec<usize>,
     /// `(positions in the cache, new tokens)` of the spans of attention batches.
@@ -42,6 +44,7 @@ impl Shapes {
             heads: vec![(1, 64), (3, 32), (2, 80), (2, 96), (1, 128)],
             steps: vec![(2, 32), (1, 64), (1, 80), (1, 96), (1, 128)],
             matrices: vec![(16, 16), (48, 64), (150, 208), (7, 288)],
+            long_matrices: vec![(20, 3216)],
             tokens: vec![1, 3, 16, 17, 40, 67, 130],
             batches: vec![
                 vec![(0, 1)],
@@ -64,6 +67,7 @@ impl Shapes {
             heads: (0..2).map(|_| (between(1, 4), sizes[between(0, 4)])).collect(),
             steps: vec![],
             matrices: (0..3).map(|_| (between(1, 300), 16 * between(1, 24))).collect(),
+            long_matrices: vec![],
             tokens: (0..4).map(|i| between(1, [16, 32, 64, 150][i])).collect(),
             batches: (0..3)
                 .map(|_| (0..between(1, 4)).map(|_| (between(0, 3) * between(0, 60), between(1, 70))).collect())
@@ -79,6 +83,7 @@ impl Shapes {
             heads: vec![(16, 64), (16, 96), (16, 128), (32, 80)],
             steps: vec![(16, 64), (16, 96), (16, 128), (32, 80)],
             matrices: vec![(4608, 1536), (1536, 1536), (6144, 1536), (1536, 6144), (4096, 16384)],
+            long_matrices: vec![],
             tokens: vec![1, 2, 8, 16, 17, 64, 200, 1000],
             batches: vec![
                 (0..64).map(|i| (2 * i + 1, 1)).collect(),
@@ -129,6 +134,12 @@ pub fn run<L: Launcher>(launcher: &Rc<L>, half: DType, shapes: &Shapes, each: &m
             let weights = test.matrix(outputs, inputs, int8)?;
             test.rows(&weights, (outputs, inputs), int8)?;
             test.products(weights, (outputs, inputs), &shapes.tokens, int8)?;
+        }
+    }
+    for &(outputs, inputs) in &shapes.long_matrices {
+        for int8 in [false, true] {
+            let weights = test.matrix(outputs, inputs, int8)?;
+            test.products(weights, (outputs, inputs), &[1, 6], int8)?;
         }
     }
     for (i, &(count, size)) in shapes.steps.iter().enumerate() {
