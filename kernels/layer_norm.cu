@@ -5,8 +5,8 @@
 //   layer_norm: out[r] = norm(x[rows[r]])          x [tokens, width] in f32, out [rows, width] in 16 bits
 //
 // Least bytes: each row read once and written once; a row of 1536 is 6 KB in f32. One warp takes a row and passes over it
-// three times (sum, squares, output), the second and third time from the first-level cache: no barrier, no shared
-// memory, and a row's result cannot depend on its neighbours. Widths are multiples of 8.
+// three times (sum, squares, output), rows of up to 1536 in registers: no barrier, no shared memory, and a row's result cannot depend on
+// its neighbours. Widths are multiples of 8.
 #include "embedding.cuh"
 
 constexpr int ROWS_PER_BLOCK = 4;

@@ -47,10 +47,6 @@ DEVICE void embed_row(float* out, const Ids& ids, uint32_t token, const T* table
                       const float* bias, uint32_t width, float eps) {
     uint32_t id = ids.of(token);
     TableRow<T> row = {table + static_cast<size_t>(id) * width, scales ? scales[id] : 1.0f};
-    float mean, inverse;
-    warp_moments(row, width, eps, mean, inverse);
-    for (uint32_t i = lane_index() * 4; i < width; i += WARP * 4) {
-        Four v = normalized(row(i), i, weight, bias, mean, inverse);
-        *reinterpret_cast<Four*>(out + static_cast<size_t>(token) * width + i) = v;
-    }
+    float* to = out + static_cast<size_t>(token) * width;
+    normalize(row, weight, bias, width, eps, [&](uint32_t i, Four v) { *reinterpret_cast<Four*>(to + i) = v; });
 }

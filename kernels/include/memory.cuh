@@ -21,7 +21,7 @@ DEVICE void keep_order() {
 #endif
 }
 
-// Sixteen bytes that this kernel reads once and nobody writes meanwhile: weights.
+// Sixteen bytes that this kernel reads once and nobody writes meanwhile.
 DEVICE Eight load_once(const Eight* p) {
 #ifdef KERNEL_EMULATOR
     return *p;
