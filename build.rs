@@ -1,8 +1,10 @@
-//! Compiles `kernels/*.cu` with nvcc, for each architecture, and embeds the results. Without nvcc the build succeeds, and
-//! the program says what is missing when it is asked for CUDA.
+//! Compiles `kernels/*.cu` with nvcc, for each architecture, and embeds the results. Without nvcc
+//! the build succeeds, and the program says what is missing when it is asked for CUDA.
 //!
-//! nvcc is `NVCC`, else that of `CUDA_HOME` or `CUDA_PATH`, else the one in `PATH`. `BPROMPT_CUDA_ARCHS` lists what to compile for
-//! ("80,90a" if not set); PTX for later GPUs comes with it. `BPROMPT_NVCC_FLAGS` adds flags, such as `-lineinfo` for a profiler. What was compiled from the same text is not compiled again.
+//! nvcc is `NVCC`, else that of `CUDA_HOME` or `CUDA_PATH`, else the one in `PATH`.
+//! `BPROMPT_CUDA_ARCHS` lists what to compile for ("80,90a" if not set); PTX for later GPUs comes
+//! with it. `BPROMPT_NVCC_FLAGS` adds flags, such as `-lineinfo` for a profiler. What was compiled
+//! from the same text is not compiled again.
 
 use std::collections::hash_map::DefaultHasher;
 use std::fmt::Write;
@@ -23,7 +25,9 @@ struct Job {
 
 fn main() {
     println!("cargo:rerun-if-changed=kernels");
-    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "BPROMPT_CUDA_ARCHS", "BPROMPT_NVCC_FLAGS"] {
+    for variable in
+        ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "BPROMPT_CUDA_ARCHS", "BPROMPT_NVCC_FLAGS"]
+    {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
@@ -47,9 +51,13 @@ fn nvcc() -> Option<PathBuf> {
         assert!(nvcc.is_file(), "NVCC={}: there is no such file", nvcc.display());
         return Some(nvcc);
     }
-    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable).map(|home| home.join("bin"));
+    let homes =
+        ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable).map(|home| home.join("bin"));
     let path = std::env::var_os("PATH").unwrap_or_default();
-    homes.chain(std::env::split_paths(&path)).map(|folder| folder.join("nvcc")).find(|p| p.is_file())
+    homes
+        .chain(std::env::split_paths(&path))
+        .map(|folder| folder.join("nvcc"))
+        .find(|p| p.is_file())
 }
 
 fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
@@ -70,11 +78,17 @@ fn compile(nvcc: &Path, out: &Path) -> Vec<Job> {
         for arch in &archs {
             let kind = if arch.starts_with("compute") { "ptx" } else { "cubin" };
             let output = out.join(format!("{name}.{arch}.{kind}"));
-            jobs.push(Job { source: source.clone(), name: name.clone(), arch: arch.clone(), output });
+            jobs.push(Job {
+                source: source.clone(),
+                name: name.clone(),
+                arch: arch.clone(),
+                output,
+            });
         }
     }
     let read = |p: &PathBuf| std::fs::read(p).unwrap_or_else(|e| panic!("{}: {e}", p.display()));
-    let headers: Vec<Vec<u8>> = files(Path::new("kernels/include"), "cuh").iter().map(read).collect();
+    let headers: Vec<Vec<u8>> =
+        files(Path::new("kernels/include"), "cuh").iter().map(read).collect();
     let more = std::env::var("BPROMPT_NVCC_FLAGS").unwrap_or_default();
     let failures = Mutex::new(Vec::new());
     let next = AtomicUsize::new(0);
@@ -97,9 +111,17 @@ fn compile(nvcc: &Path, out: &Path) -> Vec<Job> {
     jobs
 }
 
-/// Warnings are errors, and so are registers spilled to memory; `-v` has the compiler speak of what it had to serialize.
-const FLAGS: [&str; 7] =
-    ["-std=c++17", "-O3", "-Ikernels/include", "-Xptxas", "-warn-spills,-v", "-Werror", "all-warnings"];
+/// Warnings are errors, and so are registers spilled to memory; `-v` has the compiler speak of what
+/// it had to serialize.
+const FLAGS: [&str; 7] = [
+    "-std=c++17",
+    "-O3",
+    "-Ikernels/include",
+    "-Xptxas",
+    "-warn-spills,-v",
+    "-Werror",
+    "all-warnings",
+];
 
 fn run(nvcc: &Path, job: &Job, more: &str, hash: &str) -> Result<(), String> {
     let stamp = job.output.with_extension("stamp");
@@ -119,7 +141,8 @@ fn run(nvcc: &Path, job: &Job, more: &str, hash: &str) -> Result<(), String> {
     let done = command.output().map_err(|e| format!("{}: {e}", nvcc.display()))?;
     let text = [done.stdout, done.stderr].concat();
     let text = String::from_utf8_lossy(&text);
-    // no warning by the compiler's own account, but it makes the products of a warpgroup wait for each other
+    // no warning by the compiler's own account, but it makes the products of a warpgroup wait for
+    // each other
     if !done.status.success() || text.contains("Potential Performance Loss") {
         return Err(format!("{} for {}:\n{text}", job.source.display(), job.arch));
     }

@@ -1,4 +1,5 @@
-//! Criterion benches of the CPU operations: products by type and rows, attention, sampling, training products.
+//! Criterion benches of the CPU operations: products by type and rows, attention, sampling,
+//! training products.
 
 use beautiful_prompt::engine::{SampleRow, Sampling, choose};
 use beautiful_prompt::models::bloom::alibi_slopes;
@@ -19,7 +20,11 @@ fn noise(n: usize) -> Vec<f32> {
 fn matrix(cpu: &Cpu, rows: usize, cols: usize, dtype: DType) -> Matrix {
     let bytes: Vec<u8> = noise(rows * cols).into_iter().flat_map(f32::to_le_bytes).collect();
     let len = bytes.len();
-    let tensor = Tensor { dtype: DType::F32, shape: vec![rows, cols], bytes: Bytes::Owned(Arc::new(bytes), 0..len) };
+    let tensor = Tensor {
+        dtype: DType::F32,
+        shape: vec![rows, cols],
+        bytes: Bytes::Owned(Arc::new(bytes), 0..len),
+    };
     Matrix::new(cpu, tensor, Some(dtype)).expect("two dimensions")
 }
 
@@ -48,7 +53,8 @@ fn attention(c: &mut Criterion) {
     let cpu = Cpu::new(0, Isa::detect());
     let heads = Heads { count: 16, size: 96, slopes: alibi_slopes(16) };
     let mut group = c.benchmark_group("attention 16x96");
-    for (name, span, past) in [("decode after 512", 1usize, 512usize), ("prefill 128", 128, 0), ("prefill 512", 512, 0)]
+    for (name, span, past) in
+        [("decode after 512", 1usize, 512usize), ("prefill 128", 128, 0), ("prefill 512", 512, 0)]
     {
         let table: Vec<u32> = (0..(span + past).div_ceil(16) as u32).collect();
         let mut cache = cpu.cache(DType::Bf16, 1, &heads, table.len()).expect("memory");
@@ -57,7 +63,9 @@ fn attention(c: &mut Criterion) {
         let qkv = noise(span * 3 * 16 * 96);
         cache.write(&cpu, &batch, 0, &heads, &qkv);
         let mut out = Vec::new();
-        group.bench_function(name, |b| b.iter(|| cpu.attention(&batch, &(), 0, &heads, &qkv, &cache, &mut out)));
+        group.bench_function(name, |b| {
+            b.iter(|| cpu.attention(&batch, &(), 0, &heads, &qkv, &cache, &mut out))
+        });
     }
 }
 
@@ -84,7 +92,17 @@ fn training_products(c: &mut Criterion) {
     group.throughput(Throughput::Elements((m * n * k) as u64));
     for precision in [Precision::F32, Precision::Bf16] {
         group.bench_function(format!("{precision:?}"), |bench| {
-            bench.iter(|| matmul(&cpu, precision, &mut out, n, View::new(&a, m, k), View::new(&b, n, k).t(), false))
+            bench.iter(|| {
+                matmul(
+                    &cpu,
+                    precision,
+                    &mut out,
+                    n,
+                    View::new(&a, m, k),
+                    View::new(&b, n, k).t(),
+                    false,
+                )
+            })
         });
     }
 }

@@ -1,4 +1,5 @@
-//! Criterion benches of what is done with a prompt's text: bytes a second stay the same however long it is, hostile or not.
+//! Criterion benches of what is done with a prompt's text: bytes a second stay the same however
+//! long it is, hostile or not.
 
 use beautiful_prompt::rewrite::{Kept, Verbatim};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};

@@ -6,16 +6,19 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The operating system refused. (`cause` is in the message, so it is not a `source` that would be shown twice.)
+    /// The operating system refused. (`cause` is in the message, so it is not a `source` that would
+    /// be shown twice.)
     #[error("{}: cannot {action}: {cause}", path.display())]
     Io { path: PathBuf, action: &'static str, cause: std::io::Error },
     /// A file's content is not what it should be.
     #[error("{}: {message}", path.display())]
     File { path: PathBuf, message: String },
-    /// A piece of work would take more memory than there is. Sizes are written out with their units.
+    /// A piece of work would take more memory than there is. Sizes are written out with their
+    /// units.
     #[error("needs {needed} of memory ({parts}), but {available} are left here; {remedy}")]
     OutOfMemory { needed: String, parts: String, available: String, remedy: String },
-    /// Numbers of a tensor that cannot be computed with; who knows its name says it, by [`Error::of_tensor`].
+    /// Numbers of a tensor that cannot be computed with; who knows its name says it, by
+    /// [`Error::of_tensor`].
     #[error("a tensor {0}")]
     Weights(String),
     /// A request or a value that cannot be served.
@@ -44,7 +47,10 @@ impl Error {
     }
 
     /// For `map_err` on input and output.
-    pub fn io(path: impl AsRef<Path>, action: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+    pub fn io(
+        path: impl AsRef<Path>,
+        action: &'static str,
+    ) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().to_path_buf();
         move |cause| Error::Io { path, action, cause }
     }

@@ -1,4 +1,5 @@
-//! Files that somebody brings: what they are instead, where they are not what they should be; and what a file makes of values.
+//! Files that somebody brings: what they are instead, where they are not what they should be; and
+//! what a file makes of values.
 
 use crate::error::{Error, Result};
 use serde_json::Value;
@@ -28,7 +29,10 @@ pub fn open(path: &Path, missing: &str) -> Result<(File, Metadata)> {
 pub fn read(path: &Path, missing: &str) -> Result<Vec<u8>> {
     let (file, metadata) = open(path, missing)?;
     if metadata.len() > MOST {
-        return Err(Error::file(path, format!("has {} bytes, expected at most {MOST}", metadata.len())));
+        return Err(Error::file(
+            path,
+            format!("has {} bytes, expected at most {MOST}", metadata.len()),
+        ));
     }
     let mut bytes = Vec::new();
     file.take(MOST).read_to_end(&mut bytes).map_err(Error::io(path, "read"))?;
@@ -45,7 +49,9 @@ pub fn instead(bytes: &[u8]) -> Option<String> {
         let text = String::from_utf8_lossy(head);
         let size = text.lines().find_map(|l| l.strip_prefix("size "));
         let size = size.map_or(String::new(), |s| format!(" of {} bytes", s.trim()));
-        return Some(format!("is a Git LFS pointer in place of a file{size}; `git lfs pull` in its folder fetches it"));
+        return Some(format!(
+            "is a Git LFS pointer in place of a file{size}; `git lfs pull` in its folder fetches it"
+        ));
     }
     if bytes.is_empty() {
         return Some("is empty; download or copy it again".into());
@@ -55,7 +61,9 @@ pub fn instead(bytes: &[u8]) -> Option<String> {
         return Some("is a web page that was saved in place of the file; download it again".into());
     }
     if head.len() >= 16 && head.iter().all(|&b| b == 0) {
-        return Some("begins with zeros, as an unfinished download does; download or copy it again".into());
+        return Some(
+            "begins with zeros, as an unfinished download does; download or copy it again".into(),
+        );
     }
     None
 }

@@ -28,10 +28,13 @@ fn main() -> ExitCode {
         Err(e) => {
             // clap's message up to the usage, on one line
             let text = e.to_string();
-            let lines = text.lines().take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more"));
+            let lines =
+                text.lines().take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more"));
             let line: Vec<&str> = lines.map(str::trim).filter(|l| !l.is_empty()).collect();
             // what Rust says about a number says little about what is expected
-            let line = line.join(" ").replace("invalid digit found in string", "expected a whole number, 0 or more");
+            let line = line
+                .join(" ")
+                .replace("invalid digit found in string", "expected a whole number, 0 or more");
             let line = line.replace("invalid float literal", "expected a number");
             return failed(format_args!("{line}; see --help"));
         }

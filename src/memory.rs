@@ -1,10 +1,11 @@
-//! What memory a piece of work will take, and whether there is as much: known beforehand, because a system that runs out of
-//! memory ends the program without a word.
+//! What memory a piece of work will take, and whether there is as much: known beforehand, because a
+//! system that runs out of memory ends the program without a word.
 
 use crate::error::{Error, Result};
 use std::path::Path;
 
-/// The memory that a piece of work will take, part by part, in bytes. Sizes are f64, so that no product of sizes overflows.
+/// The memory that a piece of work will take, part by part, in bytes. Sizes are f64, so that no
+/// product of sizes overflows.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryPlan {
     parts: Vec<Part>,
@@ -46,7 +47,8 @@ impl MemoryPlan {
         }
         let mut parts: Vec<&Part> = self.parts.iter().collect();
         parts.sort_by(|a, b| b.bytes.total_cmp(&a.bytes));
-        let list: Vec<String> = parts.iter().map(|p| format!("{} {}", p.what, size(p.bytes))).collect();
+        let list: Vec<String> =
+            parts.iter().map(|p| format!("{} {}", p.what, size(p.bytes))).collect();
         let remedy = parts.first().map_or(String::new(), |p| format!("lower {}", p.flags));
         Err(Error::OutOfMemory {
             needed: size(needed),
@@ -66,11 +68,15 @@ fn size(bytes: f64) -> String {
         value /= 1000.0;
         unit += 1;
     }
-    if value >= 1e6 { format!("{value:.1e} {}", units[unit]) } else { format!("{value:.1} {}", units[unit]) }
+    if value >= 1e6 {
+        format!("{value:.1e} {}", units[unit])
+    } else {
+        format!("{value:.1} {}", units[unit])
+    }
 }
 
-/// Bytes that this process can still take: what the machine has free, what its control groups allow and what its limit of
-/// addresses leaves, where the system tells.
+/// Bytes that this process can still take: what the machine has free, what its control groups allow
+/// and what its limit of addresses leaves, where the system tells.
 pub fn available() -> Option<u64> {
     [machine(), control_groups(), addresses()].into_iter().flatten().min()
 }
@@ -104,12 +110,16 @@ fn control_groups() -> Option<u64> {
         // a container sees its own group as the root, so the folders of the path may not be there
         for folder in Path::new(path.trim_start_matches('/')).ancestors() {
             let folder = Path::new(root).join(folder);
-            let number = |name: &str| std::fs::read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
+            let number = |name: &str| {
+                std::fs::read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok()
+            };
             let (Some(limit), Some(usage)) = (number(limit), number(usage)) else { continue };
             let stat = std::fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
             let reclaimable: u64 = stat
                 .lines()
-                .filter_map(|l| l.strip_prefix("active_file ").or_else(|| l.strip_prefix("inactive_file ")))
+                .filter_map(|l| {
+                    l.strip_prefix("active_file ").or_else(|| l.strip_prefix("inactive_file "))
+                })
                 .filter_map(|n| n.trim().parse::<u64>().ok())
                 .sum();
             let left = limit.saturating_sub(usage.saturating_sub(reclaimable));
@@ -143,15 +153,23 @@ mod tests {
 
     #[test]
     fn a_plan_beyond_the_memory_names_its_parts_the_limit_and_the_flag_of_the_largest() {
-        let plan = MemoryPlan::new().with("weights", 2e9, "--shape").with("KV cache", 1.5e12, "--batch or --context");
+        let plan = MemoryPlan::new().with("weights", 2e9, "--shape").with(
+            "KV cache",
+            1.5e12,
+            "--batch or --context",
+        );
         assert!(plan.check_against(1_600_000_000_000).is_ok());
         let e = plan.check_against(24_000_000_000).unwrap_err();
         assert!(matches!(e, Error::OutOfMemory { .. }));
         assert_eq!(
             e.to_string(),
-            "needs 1.5 TB of memory (KV cache 1.5 TB, weights 2.0 GB), but 24.0 GB are left here; lower --batch or --context"
+            "needs 1.5 TB of memory (KV cache 1.5 TB, weights 2.0 GB), but 24.0 GB are left here; \
+            lower --batch or --context"
         );
-        let absurd = MemoryPlan::new().with("KV cache", 1e30, "--batch").check_against(u64::MAX).unwrap_err();
+        let absurd = MemoryPlan::new()
+            .with("KV cache", 1e30, "--batch")
+            .check_against(u64::MAX)
+            .unwrap_err();
         assert!(absurd.to_string().contains("1.0e15 PB"), "{absurd}");
     }
 

@@ -1,4 +1,5 @@
-//! Random numbers that depend on a key and a counter alone: Philox 4x32-10 (Salmon et al., SC 2011).
+//! Random numbers that depend on a key and a counter alone: Philox 4x32-10 (Salmon et al., SC
+//! 2011).
 //!
 //! The same numbers come out on every machine and device, in any order, on any number of threads.
 
@@ -29,8 +30,8 @@ fn rounds<const N: usize>(key: u64, counter: [[u32; N]; 4]) -> [[u32; N]; 4] {
 }
 
 simd_fn! {
-    /// [`philox`] for sixteen counters whose first words follow each other from `first` on: word by word, `words[w][i]` being
-    /// word `w` of the counter `first + i`.
+    /// [`philox`] for sixteen counters whose first words follow each other from `first` on: word by
+    /// word, `words[w][i]` being word `w` of the counter `first + i`.
     pub fn philox16<S>(key: u64, first: u32, rest: [u32; 3], words: &mut [[u32; 16]; 4]) {
         let mut firsts = [first; 16];
         for (i, c) in firsts.iter_mut().enumerate() {
@@ -60,15 +61,16 @@ pub enum Derived {
     Variety = 4,
 }
 
-/// The seed of the `n`-th thing of its kind under `seed`: the first two words, w0 and w1, of Philox 4x32-10 with the key `seed` for
-/// the counter (n mod 2^32, n / 2^32, kind, 0), as (w1 * 2^32 + w0) / 2^11. It fits a double, so that every JSON reader keeps it.
+/// The seed of the `n`-th thing of its kind under `seed`: the first two words, w0 and w1, of Philox
+/// 4x32-10 with the key `seed` for the counter (n mod 2^32, n / 2^32, kind, 0), as (w1 * 2^32 + w0)
+/// / 2^11. It fits a double, so that every JSON reader keeps it.
 pub fn derived_seed(seed: u64, kind: Derived, n: u64) -> u64 {
     let w = philox(seed, [n as u32, (n >> 32) as u32, kind as u32, 0]);
     ((w[1] as u64) << 32 | w[0] as u64) >> 11
 }
 
-/// The seed of the `index`-th of `count` prompts that were given together: a prompt alone has the seed that was asked for, those of
-/// several are derived by their places, from 1.
+/// The seed of the `index`-th of `count` prompts that were given together: a prompt alone has the
+/// seed that was asked for, those of several are derived by their places, from 1.
 pub fn prompt_seed(seed: u64, index: usize, count: usize) -> u64 {
     if count == 1 { seed } else { derived_seed(seed, Derived::Prompt, index as u64 + 1) }
 }
@@ -94,7 +96,12 @@ impl Words {
 
     pub fn word(&mut self) -> u32 {
         if self.used == 4 {
-            let c = [self.block as u32, (self.block >> 32) as u32, self.stream as u32, (self.stream >> 32) as u32];
+            let c = [
+                self.block as u32,
+                (self.block >> 32) as u32,
+                self.stream as u32,
+                (self.stream >> 32) as u32,
+            ];
             self.words = philox(self.key, c);
             self.block += 1;
             self.used = 0;
@@ -151,7 +158,10 @@ mod tests {
     fn philox_matches_the_published_vectors() {
         // known-answer vectors of Random123 1.14 (kat_vectors, philox4x32 10)
         assert_eq!(philox(0, [0; 4]), [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]);
-        assert_eq!(philox(u64::MAX, [u32::MAX; 4]), [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd]);
+        assert_eq!(
+            philox(u64::MAX, [u32::MAX; 4]),
+            [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd]
+        );
         assert_eq!(
             philox(0x299f31d0_a4093822, [0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344]),
             [0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1]
@@ -169,7 +179,10 @@ mod tests {
         }
         // philox(0, [0; 4]) is in the published vectors; the kind is the counter's third word
         let w = philox(9, [5, 0, 1, 0]);
-        assert_eq!(derived_seed(9, Derived::Prompt, 5), ((w[1] as u64) << 21) | (w[0] as u64 >> 11));
+        assert_eq!(
+            derived_seed(9, Derived::Prompt, 5),
+            ((w[1] as u64) << 21) | (w[0] as u64 >> 11)
+        );
     }
 
     #[test]

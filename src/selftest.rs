@@ -1,7 +1,7 @@
 //! Every CUDA kernel against the CPU backend, on a GPU or in the emulator.
 //!
-//! Both backends get the same numbers, already rounded to the kernels' 16-bit type, so that what is left is the order of
-//! sums, and the rounding of what a kernel stores in 16 bits itself.
+//! Both backends get the same numbers, already rounded to the kernels' 16-bit type, so that what is
+//! left is the order of sums, and the rounding of what a kernel stores in 16 bits itself.
 
 use crate::device::Launcher;
 use crate::engine::{SampleRow, Sampling};
@@ -10,7 +10,9 @@ use crate::models::bloom::alibi_slopes;
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::simd::Isa;
 use crate::ops::cuda::{Cuda, Persistent};
-use crate::ops::{BLOCK, Backend, Batch, Epilogue, Forward, Heads, Layer, LayerNorm, Linear, Norm, Scratch};
+use crate::ops::{
+    BLOCK, Backend, Batch, Epilogue, Forward, Heads, Layer, LayerNorm, Linear, Norm, Scratch,
+};
 use crate::random::Words;
 use crate::tensor::{DType, Tensor};
 use half::{bf16, f16};
@@ -70,7 +72,11 @@ impl Shapes {
             long_matrices: vec![],
             tokens: (0..4).map(|i| between(1, [16, 32, 64, 150][i])).collect(),
             batches: (0..3)
-                .map(|_| (0..between(1, 4)).map(|_| (between(0, 3) * between(0, 60), between(1, 70))).collect())
+                .map(|_| {
+                    (0..between(1, 4))
+                        .map(|_| (between(0, 3) * between(0, 60), between(1, 70)))
+                        .collect()
+                })
                 .collect(),
             vocabularies: vec![between(30, 600)],
             seed,
@@ -125,7 +131,12 @@ struct Test<'a, L: Launcher> {
 }
 
 /// Tries all kernels in one 16-bit type; `each` is told of every case.
-pub fn run<L: Launcher>(launcher: &Rc<L>, half: DType, shapes: &Shapes, each: &mut dyn FnMut(Outcome)) -> Result<()> {
+pub fn run<L: Launcher>(
+    launcher: &Rc<L>,
+    half: DType,
+    shapes: &Shapes,
+    each: &mut dyn FnMut(Outcome),
+) -> Result<()> {
     let cuda = Cuda::new(launcher.clone(), half, false);
     let cpu = Cpu::new(0, Isa::detect());
     let mut test = Test { cuda, cpu, half, words: Words::new(shapes.seed, 1), each };
@@ -168,19 +179,27 @@ pub fn run<L: Launcher>(launcher: &Rc<L>, half: DType, shapes: &Shapes, each: &m
 
 fn error(ours: &[f32], theirs: &[f32]) -> f32 {
     let most = theirs.iter().fold(1e-30f32, |m, v| m.max(v.abs()));
-    let worst = ours.iter().zip(theirs).map(|(a, b)| if a.is_nan() { f32::INFINITY } else { (a - b).abs() });
+    let worst = ours
+        .iter()
+        .zip(theirs)
+        .map(|(a, b)| if a.is_nan() { f32::INFINITY } else { (a - b).abs() });
     if ours.len() == theirs.len() { worst.fold(0.0, f32::max) / most } else { f32::INFINITY }
 }
 
 impl<L: Launcher> Test<'_, L> {
-    /// Numbers in (-1, 1) that the 16-bit type holds. Large matrices repeat a prime number of them, so that no two rows are equal and
-    /// making them does not take longer than the kernels' work on them.
+    /// Numbers in (-1, 1) that the 16-bit type holds. Large matrices repeat a prime number of them,
+    /// so that no two rows are equal and making them does not take longer than the kernels' work on
+    /// them.
     fn noise(&mut self, n: usize) -> Vec<f32> {
         const PERIOD: usize = 4_194_301;
         let mut noise: Vec<f32> = (0..n.min(PERIOD))
             .map(|_| {
                 let x = 2.0 * self.words.uniform() - 1.0;
-                if self.half == DType::F16 { f16::from_f32(x).to_f32() } else { bf16::from_f32(x).to_f32() }
+                if self.half == DType::F16 {
+                    f16::from_f32(x).to_f32()
+                } else {
+                    bf16::from_f32(x).to_f32()
+                }
             })
             .collect();
         noise.reserve_exact(n - noise.len());
@@ -190,8 +209,8 @@ impl<L: Launcher> Test<'_, L> {
         noise
     }
 
-    /// The same numbers as a matrix of both backends. In 8 bits the rows are whole multiples of their scales, so that nothing is
-    /// lost.
+    /// The same numbers as a matrix of both backends. In 8 bits the rows are whole multiples of
+    /// their scales, so that nothing is lost.
     fn matrix(&mut self, rows: usize, cols: usize, int8: bool) -> Result<Matrices<L>> {
         let mut x = self.noise(rows * cols);
         if int8 {
@@ -206,7 +225,10 @@ impl<L: Launcher> Test<'_, L> {
     }
 
     #[allow(clippy::type_complexity)]
-    fn norm(&mut self, width: usize) -> Result<(LayerNorm<<Cuda<L> as Backend>::Vector>, LayerNorm<Vec<f32>>)> {
+    fn norm(
+        &mut self,
+        width: usize,
+    ) -> Result<(LayerNorm<<Cuda<L> as Backend>::Vector>, LayerNorm<Vec<f32>>)> {
         let weight: Vec<f32> = self.noise(width).iter().map(|v| 1.0 + 0.3 * v).collect();
         let bias = self.noise(width);
         let ours = LayerNorm {
@@ -227,7 +249,12 @@ impl<L: Launcher> Test<'_, L> {
     }
 
     /// Embedding and layer norm.
-    fn rows(&mut self, (table, cpu_table): &Matrices<L>, (outputs, inputs): (usize, usize), int8: bool) -> Result<()> {
+    fn rows(
+        &mut self,
+        (table, cpu_table): &Matrices<L>,
+        (outputs, inputs): (usize, usize),
+        int8: bool,
+    ) -> Result<()> {
         let (norm, cpu_norm) = self.norm(inputs)?;
         let mut batch = Batch::default();
         let ids: Vec<u32> = (0..9).map(|_| self.words.below(outputs) as u32).collect();
@@ -248,7 +275,8 @@ impl<L: Launcher> Test<'_, L> {
         Ok(())
     }
 
-    /// Decoding steps of a small model: operation by operation, recorded and repeated, and in one kernel.
+    /// Decoding steps of a small model: operation by operation, recorded and repeated, and in one
+    /// kernel.
     fn steps(
         &mut self,
         count: usize,
@@ -268,7 +296,8 @@ impl<L: Launcher> Test<'_, L> {
             let mut linear = |outputs: usize, inputs: usize| -> Result<_> {
                 let (weight, cpu_weight) = self.matrix(outputs, inputs, int8)?;
                 let bias = self.noise(outputs);
-                let ours = Linear { weight, bias: self.cuda.vector(&Tensor::of_rows(&bias, outputs))? };
+                let ours =
+                    Linear { weight, bias: self.cuda.vector(&Tensor::of_rows(&bias, outputs))? };
                 Ok((ours, Linear { weight: cpu_weight, bias }))
             };
             let (qkv, cpu_qkv) = linear(3 * width, width)?;
@@ -278,7 +307,11 @@ impl<L: Launcher> Test<'_, L> {
             // small numbers after the norms, so that no softmax is all on one position
             let mut norm = || -> Result<_> {
                 let (mut ours, mut theirs) = self.norm(width)?;
-                theirs.weight.iter_mut().chain(&mut theirs.bias).for_each(|v| *v *= 0.5 / (width as f32).sqrt());
+                theirs
+                    .weight
+                    .iter_mut()
+                    .chain(&mut theirs.bias)
+                    .for_each(|v| *v *= 0.5 / (width as f32).sqrt());
                 ours.weight = self.cuda.vector(&Tensor::of_rows(&theirs.weight, width))?;
                 ours.bias = self.cuda.vector(&Tensor::of_rows(&theirs.bias, width))?;
                 Ok((ours, theirs))
@@ -363,7 +396,9 @@ impl<L: Launcher> Test<'_, L> {
         let allowed = 7.0 * LAYERS as f32 * self.rounding();
         self.report("steps", case.clone(), error(&results[0], &expected), allowed);
         self.report("recorded steps", case.clone(), error(&results[1], &results[0]), 0.0);
-        for (name, result) in ["steps in one kernel", "steps the faster way"].into_iter().zip(&results[2..]) {
+        for (name, result) in
+            ["steps in one kernel", "steps the faster way"].into_iter().zip(&results[2..])
+        {
             self.report(name, case.clone(), error(result, &expected), allowed);
         }
         Ok(())
@@ -380,7 +415,9 @@ impl<L: Launcher> Test<'_, L> {
         let bias = self.noise(outputs);
         let linear = Linear { weight, bias: self.cuda.vector(&Tensor::of_rows(&bias, outputs))? };
         let cpu_linear = Linear { weight: cpu_weight, bias };
-        tokens.iter().try_for_each(|&tokens| self.products_of(&linear, &cpu_linear, (outputs, inputs), tokens, int8))
+        tokens.iter().try_for_each(|&tokens| {
+            self.products_of(&linear, &cpu_linear, (outputs, inputs), tokens, int8)
+        })
     }
 
     fn products_of(
@@ -395,7 +432,10 @@ impl<L: Launcher> Test<'_, L> {
         let residual = self.noise(tokens * outputs);
         let narrow = self.cuda.upload(&x, inputs, true)?;
         let wide = self.cuda.upload(&x, inputs, false)?;
-        let our_residuals = [self.cuda.upload(&residual, outputs, false)?, self.cuda.upload(&residual, outputs, true)?];
+        let our_residuals = [
+            self.cuda.upload(&residual, outputs, false)?,
+            self.cuda.upload(&residual, outputs, true)?,
+        ];
         let (norm, cpu_norm) = self.norm(inputs)?;
         let case = format!("{tokens} x {inputs} to {outputs}{}", if int8 { ", int8" } else { "" });
         let (mut out, mut expected) = Default::default();
@@ -425,7 +465,8 @@ impl<L: Launcher> Test<'_, L> {
         Ok(())
     }
 
-    /// Norm, queries, keys and values, and attention over the cache. `spans`: positions that are there, and new ones.
+    /// Norm, queries, keys and values, and attention over the cache. `spans`: positions that are
+    /// there, and new ones.
     fn attention(&mut self, count: usize, size: usize, spans: &[(usize, usize)]) -> Result<()> {
         let width = count * size;
         let heads = Heads { count, size, slopes: alibi_slopes(count) };
@@ -435,15 +476,21 @@ impl<L: Launcher> Test<'_, L> {
         let cpu_linear = Linear { weight: cpu_weight, bias };
         // scores of about one: softmax over many positions, not one
         let (mut norm, mut cpu_norm) = self.norm(width)?;
-        cpu_norm.weight.iter_mut().chain(&mut cpu_norm.bias).for_each(|v| *v *= 0.5 / (width as f32).sqrt());
+        cpu_norm
+            .weight
+            .iter_mut()
+            .chain(&mut cpu_norm.bias)
+            .for_each(|v| *v *= 0.5 / (width as f32).sqrt());
         norm.weight = self.cuda.vector(&Tensor::of_rows(&cpu_norm.weight, width))?;
         norm.bias = self.cuda.vector(&Tensor::of_rows(&cpu_norm.bias, width))?;
         let needed: usize = spans.iter().map(|s| (s.0 + s.1).div_ceil(BLOCK)).sum();
         let mut order: Vec<u32> = (0..needed as u32).collect();
         self.words.shuffle(&mut order);
         let mut free = order.into_iter();
-        let tables: Vec<Vec<u32>> =
-            spans.iter().map(|s| free.by_ref().take((s.0 + s.1).div_ceil(BLOCK)).collect()).collect();
+        let tables: Vec<Vec<u32>> = spans
+            .iter()
+            .map(|s| free.by_ref().take((s.0 + s.1).div_ceil(BLOCK)).collect())
+            .collect();
         let mut cache = self.cuda.cache(self.half, 2, &heads, needed)?;
         let mut cpu_cache = self.cpu.cache(DType::F32, 2, &heads, needed)?;
         // first what is in the cache, then the batch
@@ -467,7 +514,17 @@ impl<L: Launcher> Test<'_, L> {
             self.cuda.norm_qkv(&batch, &pass, 1, &wide, of, &linear, &heads, &mut cache, &mut q);
             let (mut cpu_normed, mut qkv, mut expected) = Default::default();
             let of = Norm { norm: &cpu_norm, eps: EPS, keep: false, normed: &mut cpu_normed };
-            self.cpu.norm_qkv(&batch, &(), 1, &x, of, &cpu_linear, &heads, &mut cpu_cache, &mut qkv);
+            self.cpu.norm_qkv(
+                &batch,
+                &(),
+                1,
+                &x,
+                of,
+                &cpu_linear,
+                &heads,
+                &mut cpu_cache,
+                &mut qkv,
+            );
             if stage == 1 {
                 self.cuda.attention(&batch, &pass, 1, &heads, &q, &cache, &mut out);
                 self.cpu.attention(&batch, &(), 1, &heads, &qkv, &cpu_cache, &mut expected);
@@ -512,7 +569,8 @@ impl<L: Launcher> Test<'_, L> {
         let long = Sampling { top_k: vocabulary - 1, min_p: 0.3, ..warm };
         let flat = Sampling { top_p: 0.95, temperature: 6.0, ..both };
         let wide = Sampling { top_k: vocabulary - 9, top_p: 0.97, min_p: 0.01, ..flat };
-        let settings = [plain, penalty, warm, both, ranked, likely, nucleus, floor, long, flat, wide];
+        let settings =
+            [plain, penalty, warm, both, ranked, likely, nucleus, floor, long, flat, wide];
         let bias: Vec<(u32, f32)> = (0..vocabulary as u32)
             .step_by(3)
             .take(60)
@@ -529,10 +587,15 @@ impl<L: Launcher> Test<'_, L> {
                     5 => &ranked,
                     n => &settings[n % 4],
                 };
-                let plain = SampleRow { seen: &seen, ..SampleRow::new(row, sampling, i as u32, 77 + i as u32) };
+                let plain = SampleRow {
+                    seen: &seen,
+                    ..SampleRow::new(row, sampling, i as u32, 77 + i as u32)
+                };
                 let row_of = match i % 4 {
                     1 => SampleRow { bias: &bias, ..plain },
-                    2 if i % 5 == 0 => SampleRow { forced: Some(i as u32 % vocabulary as u32), ..plain },
+                    2 if i % 5 == 0 => {
+                        SampleRow { forced: Some(i as u32 % vocabulary as u32), ..plain }
+                    }
                     3 if i % 5 == 0 => SampleRow { top: 3, ..plain },
                     _ => plain,
                 };
@@ -543,12 +606,16 @@ impl<L: Launcher> Test<'_, L> {
         let (mut logits, mut expected_logits) = (Vec::new(), Vec::new());
         let ours = self.cuda.sample(&narrow, head, &list, &mut logits)?;
         let theirs = self.cpu.sample(&x, cpu_head, &list, &mut expected_logits)?;
-        let tokens = |c: &crate::engine::Chosen| (c.token, c.top.iter().map(|t| t.0).collect::<Vec<_>>());
+        let tokens =
+            |c: &crate::engine::Chosen| (c.token, c.top.iter().map(|t| t.0).collect::<Vec<_>>());
         let different = ours.iter().zip(&theirs).filter(|(a, b)| tokens(a) != tokens(b)).count();
-        let case = format!("{rows} x {width} to {vocabulary} tokens{}", if int8 { ", int8" } else { "" });
+        let case =
+            format!("{rows} x {width} to {vocabulary} tokens{}", if int8 { ", int8" } else { "" });
         self.report("sampled tokens that differ", case.clone(), different as f32, 0.0);
         let get = |c: &[crate::engine::Chosen]| -> Vec<f32> {
-            c.iter().flat_map(|c| [c.logprob].into_iter().chain(c.top.iter().map(|t| t.1))).collect()
+            c.iter()
+                .flat_map(|c| [c.logprob].into_iter().chain(c.top.iter().map(|t| t.1)))
+                .collect()
         };
         let e = error(&get(&ours), &get(&theirs));
         self.report("log-probabilities", case.clone(), e, 1e-5);
@@ -560,7 +627,8 @@ impl<L: Launcher> Test<'_, L> {
         Ok(())
     }
 
-    /// Choices whose tokens go on to the next embedding, and count as seen in the next choices, before the host has read them.
+    /// Choices whose tokens go on to the next embedding, and count as seen in the next choices,
+    /// before the host has read them.
     fn fed_tokens(
         &mut self,
         x: &<Cuda<L> as Backend>::Buffer,
@@ -581,8 +649,9 @@ impl<L: Launcher> Test<'_, L> {
         let (mut pass, mut out, mut expected, mut scratch) = Default::default();
         self.cuda.begin(&batch, &mut pass);
         self.cuda.embed_norm(&batch, &pass, head, &norm, EPS, &mut out);
-        let next: Vec<SampleRow> =
-            (0..list.len()).map(|i| SampleRow { fed: Some(i), position: 500, ..*list[i].1 }).collect();
+        let next: Vec<SampleRow> = (0..list.len())
+            .map(|i| SampleRow { fed: Some(i), position: 500, ..*list[i].1 })
+            .collect();
         let next: Vec<_> = list.iter().zip(&next).map(|(r, n)| (r.0, n)).collect();
         let second = self.cuda.start_sample(x, head, &next)?;
         let (first, second) = (self.cuda.finish_sample(first)?, self.cuda.finish_sample(second)?);
@@ -593,10 +662,15 @@ impl<L: Launcher> Test<'_, L> {
         let seen: Vec<Vec<u32>> = next
             .iter()
             .zip(&batch.ids)
-            .map(|((_, r), token)| r.seen.iter().copied().filter(|t| t != token).chain([*token]).collect())
+            .map(|((_, r), token)| {
+                r.seen.iter().copied().filter(|t| t != token).chain([*token]).collect()
+            })
             .collect();
-        let known: Vec<SampleRow> =
-            next.iter().zip(&seen).map(|((_, r), seen)| SampleRow { fed: None, seen, ..**r }).collect();
+        let known: Vec<SampleRow> = next
+            .iter()
+            .zip(&seen)
+            .map(|((_, r), seen)| SampleRow { fed: None, seen, ..**r })
+            .collect();
         let known: Vec<_> = next.iter().zip(&known).map(|(r, k)| (r.0, k)).collect();
         let theirs = self.cpu.sample(cpu_x, cpu_head, &known, &mut scratch)?;
         let different = second.iter().zip(&theirs).filter(|(a, b)| a.token != b.token).count();

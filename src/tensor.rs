@@ -67,8 +67,9 @@ impl std::ops::Deref for Bytes {
 }
 
 impl Bytes {
-    /// Memory of `len` bytes in large pages, where the system has them: reading all of it misses the address cache far less than
-    /// reading a mapped file, whose pages are small. `fill` gets it zeroed.
+    /// Memory of `len` bytes in large pages, where the system has them: reading all of it misses
+    /// the address cache far less than reading a mapped file, whose pages are small. `fill` gets it
+    /// zeroed.
     pub fn resident(len: usize, fill: impl FnOnce(&mut [u8])) -> std::io::Result<Bytes> {
         let mut memory = memmap2::MmapMut::map_anon(len.max(1))?;
         #[cfg(target_os = "linux")]
@@ -83,8 +84,11 @@ impl Bytes {
         if let Bytes::Mapped(map, whole) = self {
             assert!(range.start <= range.end && whole.start + range.end <= whole.end);
             let advice = memmap2::UncheckedAdvice::DontNeed;
-            // SAFETY: the mapping is of a file and read-only, so its pages are as they were when they come again.
-            let _ = unsafe { map.unchecked_advise_range(advice, whole.start + range.start, range.len()) };
+            // SAFETY: the mapping is of a file and read-only, so its pages are as they were when
+            // they come again.
+            let _ = unsafe {
+                map.unchecked_advise_range(advice, whole.start + range.start, range.len())
+            };
         }
         #[cfg(not(target_os = "linux"))]
         let _ = range;
@@ -123,7 +127,11 @@ impl Tensor {
     pub fn of_rows(x: &[f32], cols: usize) -> Tensor {
         let bytes: Vec<u8> = bytemuck::cast_slice(x).to_vec();
         let len = bytes.len();
-        Tensor { dtype: DType::F32, shape: vec![x.len() / cols, cols], bytes: Bytes::Owned(Arc::new(bytes), 0..len) }
+        Tensor {
+            dtype: DType::F32,
+            shape: vec![x.len() / cols, cols],
+            bytes: Bytes::Owned(Arc::new(bytes), 0..len),
+        }
     }
 
     pub fn len(&self) -> usize {
@@ -138,7 +146,11 @@ impl Tensor {
     pub fn to_f32(&self) -> Vec<f32> {
         let pairs = || self.bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
         match self.dtype {
-            DType::F32 => self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            DType::F32 => self
+                .bytes
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                .collect(),
             DType::F16 => pairs().map(|b| f16::from_bits(b).to_f32()).collect(),
             DType::Bf16 => pairs().map(|b| bf16::from_bits(b).to_f32()).collect(),
             DType::Int8 => self.bytes.iter().map(|&b| b as i8 as f32).collect(),

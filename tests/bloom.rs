@@ -1,4 +1,5 @@
-//! BLOOM inference against transformers (tests/golden/make_bloom.py) on every instruction set and storage type.
+//! BLOOM inference against transformers (tests/golden/make_bloom.py) on every instruction set and
+//! storage type.
 
 mod golden_models;
 
@@ -26,8 +27,9 @@ fn f32_logits_are_within_2e_5_of_transformers() {
     }
 }
 
-/// Errors that the storage types explain: 8 bits of mantissa in bf16 (weights, activations and cache), 11 in
-/// f16 (weights and cache), 7 bits and a sign in int8 (weights, and activations by their largest element).
+/// Errors that the storage types explain: 8 bits of mantissa in bf16 (weights, activations and
+/// cache), 11 in f16 (weights and cache), 7 bits and a sign in int8 (weights, and activations by
+/// their largest element).
 #[test]
 fn narrow_types_stay_within_their_rounding() {
     for name in MODELS {
@@ -53,7 +55,10 @@ fn chunks_neighbours_and_threads_leave_the_bits_alone() {
                 let model = Bloom::load(&cpu, checkpoint.clone(), Some(dtype)).unwrap();
                 let whole = logits(&cpu, &model, &ids, usize::MAX);
                 for chunk in [1, 5, 16] {
-                    assert!(logits(&cpu, &model, &ids, chunk) == whole, "{name} {dtype:?} {isa:?} chunk {chunk}");
+                    assert!(
+                        logits(&cpu, &model, &ids, chunk) == whole,
+                        "{name} {dtype:?} {isa:?} chunk {chunk}"
+                    );
                 }
                 // the same sequence between two others, on three threads
                 let cpu = Cpu::new(3, isa);

@@ -42,7 +42,8 @@ fn saved_models_read_back_bit_for_bit() {
     save_model(folder.path(), &model.config, &model.values, DType::Bf16).unwrap();
     let back = Checkpoint::open(folder.path()).unwrap();
     assert_eq!(back.config.stored_dtype.as_deref(), Some("bfloat16"));
-    let rounded: Vec<f32> = model.values.iter().map(|&v| half::bf16::from_f32(v).to_f32()).collect();
+    let rounded: Vec<f32> =
+        model.values.iter().map(|&v| half::bf16::from_f32(v).to_f32()).collect();
     assert_eq!(back.to_f32().unwrap(), rounded);
     // nothing but the two files is left in the folder
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
@@ -98,7 +99,8 @@ fn a_pickle_that_calls_anything_is_refused() {
     let f = copy("bf16_pytorch");
     let file = std::fs::File::create(f.path().join("pytorch_model.bin")).unwrap();
     let mut zip = zip::ZipWriter::new(file);
-    let stored = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    let stored =
+        zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
     zip.start_file("archive/data.pkl", stored).unwrap();
     std::io::Write::write_all(&mut zip, pickle).unwrap();
     zip.finish().unwrap();
@@ -169,8 +171,9 @@ fn a_file_that_is_something_else_is_named_with_the_remedy() {
 #[test]
 fn numbers_that_are_none_stop_the_loading_and_name_their_tensor() {
     let isas = Isa::ALL.into_iter().filter(|isa| isa.available());
-    let cpus: Vec<Cpu> =
-        isas.flat_map(|isa| [false, true].map(|resident| Cpu { resident, ..Cpu::new(2, isa) })).collect();
+    let cpus: Vec<Cpu> = isas
+        .flat_map(|isa| [false, true].map(|resident| Cpu { resident, ..Cpu::new(2, isa) }))
+        .collect();
     let dtypes = [None, Some(DType::F32), Some(DType::F16), Some(DType::Bf16), Some(DType::Int8)];
     let load = |cpu: &Cpu, folder: &Path, dtype| {
         let loaded = Bloom::load(cpu, Checkpoint::open(folder).unwrap(), dtype);
@@ -193,7 +196,11 @@ fn numbers_that_are_none_stop_the_loading_and_name_their_tensor() {
                         e.contains(tensor) && e.contains("holds 1 number that is NaN or infinite"),
                         "{dtype:?} {e}"
                     );
-                    assert!(e.ends_with(&format!("first at {place}")) && e.contains("model.safetensors"), "{e}");
+                    assert!(
+                        e.ends_with(&format!("first at {place}"))
+                            && e.contains("model.safetensors"),
+                        "{e}"
+                    );
                 }
             }
             let checkpoint = Checkpoint::open(f.path()).unwrap();
@@ -208,7 +215,10 @@ fn numbers_that_are_none_stop_the_loading_and_name_their_tensor() {
         for dtype in dtypes {
             let e = load(cpu, f.path(), dtype);
             if dtype == Some(DType::F16) {
-                assert!(e.contains(weight) && e.contains("too large for f16; use --dtype bf16"), "{e}");
+                assert!(
+                    e.contains(weight) && e.contains("too large for f16; use --dtype bf16"),
+                    "{e}"
+                );
             } else {
                 assert_eq!(e, "", "{dtype:?}");
             }
@@ -234,22 +244,41 @@ fn absurd_configurations_are_refused_before_anything_is_reserved() {
     let path = f.path().join("config.json");
     let config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     let sizes = ["hidden_size", "n_layer", "n_head", "vocab_size", "seq_length"];
-    let values =
-        ["0", "-1", "1.5", "1e12", "1000000000", "16777217", "18446744073709551615", "1e400", "\"4\"", "true", "[]"];
+    let values = [
+        "0",
+        "-1",
+        "1.5",
+        "1e12",
+        "1000000000",
+        "16777217",
+        "18446744073709551615",
+        "1e400",
+        "\"4\"",
+        "true",
+        "[]",
+    ];
     for key in sizes {
         for value in values {
             let text = serde_json::to_string(&config).unwrap();
-            let mut object: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text).unwrap();
+            let mut object: serde_json::Map<String, serde_json::Value> =
+                serde_json::from_str(&text).unwrap();
             object.insert(key.into(), "HERE".into());
             let text = serde_json::to_string(&object).unwrap().replace("\"HERE\"", value);
             std::fs::write(&path, text).unwrap();
             let e = error(f.path());
-            assert!(e.contains("config.json") && (e.contains(key) || e.contains("not JSON")), "{key} {value}: {e}");
+            assert!(
+                e.contains("config.json") && (e.contains(key) || e.contains("not JSON")),
+                "{key} {value}: {e}"
+            );
         }
     }
-    for (key, value) in
-        [("eos_token_id", 160), ("hidden_size", 262_144), ("n_layer", 4096), ("n_head", 4096), ("vocab_size", 1 << 24)]
-    {
+    for (key, value) in [
+        ("eos_token_id", 160),
+        ("hidden_size", 262_144),
+        ("n_layer", 4096),
+        ("n_head", 4096),
+        ("vocab_size", 1 << 24),
+    ] {
         let mut config = config.clone();
         config[key] = value.into();
         std::fs::write(&path, config.to_string()).unwrap();

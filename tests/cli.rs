@@ -24,7 +24,10 @@ fn a_prompt_is_rewritten_and_a_seed_repeats_it() {
     assert_eq!(stdout(&["rewrite", "--seed", "7", "--threads", "1", "a cat in the rain"]), once);
     let json = stdout(&["rewrite", "-n", "5", "--seed", "7", "--json", "a cat in the rain"]);
     let value: Value = serde_json::from_str(&json).unwrap();
-    assert_eq!((value["prompt"].as_str(), value["seed"].as_u64()), (Some("a cat in the rain"), Some(7)));
+    assert_eq!(
+        (value["prompt"].as_str(), value["seed"].as_u64()),
+        (Some("a cat in the rain"), Some(7))
+    );
     let candidates = value["candidates"].as_array().unwrap();
     assert_eq!(candidates.len(), 5);
     assert_eq!(candidates[0]["text"], once.trim());
@@ -55,7 +58,10 @@ fn generate_reports_ids_and_log_probabilities() {
     assert_eq!((len("output_ids"), len("logprobs")), (9, 9));
     assert_eq!(v["finish_reason"], "length");
     // scoring the whole text gives the same log-probabilities that generating it gave
-    let ids = ["prompt_ids", "output_ids"].iter().flat_map(|k| v[k].as_array().unwrap()).map(Value::to_string);
+    let ids = ["prompt_ids", "output_ids"]
+        .iter()
+        .flat_map(|k| v[k].as_array().unwrap())
+        .map(Value::to_string);
     let ids = ids.collect::<Vec<_>>().join(",");
     let scored: Value = serde_json::from_str(&stdout(&[
         "generate",
@@ -104,13 +110,22 @@ fn mistakes_get_one_line_and_status_2() {
         (vec!["rewrite", "--temperature", "-1", "a fox"], "--temperature -1 is outside [0, 100]"),
         (vec!["rewrite", "--max-tokens", "-5", "a fox"], "expected a whole number"),
         (vec!["rewrite", "--top-k", "-2", "a fox"], "0 or -1 for all"),
-        (vec!["rewrite", "--frequency-penalty", "-3", "a fox"], "--frequency-penalty -3 is outside [-2, 2]"),
+        (
+            vec!["rewrite", "--frequency-penalty", "-3", "a fox"],
+            "--frequency-penalty -3 is outside [-2, 2]",
+        ),
         (vec!["rewrite", "--logit-bias", "5", "a fox"], "a token's id and a number"),
         (vec!["rewrite", "--logit-bias", "99999999=1", "a fox"], "99999999"),
-        (vec!["rewrite", "--ban", "artists.txt", "a fox"], "--ban artists.txt: cannot read the file"),
+        (
+            vec!["rewrite", "--ban", "artists.txt", "a fox"],
+            "--ban artists.txt: cannot read the file",
+        ),
         (vec!["rewrite", "--keep", "@no such", "a fox"], "--keep @no such: cannot read the file"),
         (vec!["rewrite", "--max-prompt-bytes", "0", "a fox"], "--max-prompt-bytes"),
-        (vec!["rewrite", "--output", "no/such/folder/out", "a fox"], "no/such/folder/out: cannot write"),
+        (
+            vec!["rewrite", "--output", "no/such/folder/out", "a fox"],
+            "no/such/folder/out: cannot write",
+        ),
         (vec!["rewrite", "-n", "0", "a fox"], "-n 0"),
         (vec!["rewrite", "--template", "no-such-file", "a fox"], "no-such-file"),
         (vec!["rewrite", "--model", "no/such/dir", "a fox"], "no/such/dir"),
@@ -118,7 +133,10 @@ fn mistakes_get_one_line_and_status_2() {
         (vec!["rewrite", "--input", path(&input), "--output", path(&existing)], "exists already"),
         (vec!["inspect", path(f.path())], "config.json"),
         (vec!["generate", "--prompt-ids", "1,999999"], "999999"),
-        (vec!["train", "sft", "--train", "none.jsonl", "--output", path(&existing)], "exists already"),
+        (
+            vec!["train", "sft", "--train", "none.jsonl", "--output", path(&existing)],
+            "exists already",
+        ),
         (vec!["bench", "llm", "--shape", "bloom-9"], "bloom-9"),
         (vec!["frobnicate"], "frobnicate"),
     ] {
@@ -142,8 +160,17 @@ fn prompts(folder: &Path, count: usize) -> std::path::PathBuf {
 }
 
 fn batch(input: &Path, output: &Path, more: &[&str]) -> Command {
-    let mut c =
-        bprompt(&["rewrite", "--seed", "3", "--max-tokens", "40", "--input", path(input), "--output", path(output)]);
+    let mut c = bprompt(&[
+        "rewrite",
+        "--seed",
+        "3",
+        "--max-tokens",
+        "40",
+        "--input",
+        path(input),
+        "--output",
+        path(output),
+    ]);
     c.args(more);
     c
 }
@@ -155,28 +182,49 @@ fn batches_keep_order_and_ids_and_equal_single_rewrites() {
     let output = f.path().join("out.jsonl");
     let done = batch(&input, &output, &[]).output().unwrap();
     assert!(done.status.success());
-    assert!(!text(&done.stderr).contains("prompts,"), "no progress in a pipe: {}", text(&done.stderr));
+    assert!(
+        !text(&done.stderr).contains("prompts,"),
+        "no progress in a pipe: {}",
+        text(&done.stderr)
+    );
     let lines = std::fs::read_to_string(&output).unwrap();
     let values: Vec<Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert_eq!(values.len(), 40);
     for (i, v) in values.iter().enumerate() {
-        assert_eq!((v["id"].as_str().unwrap(), v["line"].as_u64()), (format!("p{i}").as_str(), Some(i as u64 + 1)));
+        assert_eq!(
+            (v["id"].as_str().unwrap(), v["line"].as_u64()),
+            (format!("p{i}").as_str(), Some(i as u64 + 1))
+        );
     }
     // the seed beside a result gives it again
     let seed = values[7]["seed"].to_string();
-    let alone = stdout(&["rewrite", "--json", "--seed", &seed, "--max-tokens", "40", "a fox number 7"]);
+    let alone =
+        stdout(&["rewrite", "--json", "--seed", &seed, "--max-tokens", "40", "a fox number 7"]);
     let alone: Value = serde_json::from_str(&alone).unwrap();
     assert_eq!(values[7]["candidates"], alone["candidates"]);
     // text in, text out, over standard input and output
-    let mut child = bprompt(&["rewrite", "--seed", "3", "--max-tokens", "40", "--input", "-", "--format", "text"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = bprompt(&[
+        "rewrite",
+        "--seed",
+        "3",
+        "--max-tokens",
+        "40",
+        "--input",
+        "-",
+        "--format",
+        "text",
+    ])
+    .stdin(Stdio::piped())
+    .stdout(Stdio::piped())
+    .spawn()
+    .unwrap();
     // a line's seed comes from its number
     child.stdin.take().unwrap().write_all(b"\na fox number 1\na fox number 2\n").unwrap();
     let out = text(&child.wait_with_output().unwrap().stdout);
-    assert_eq!(out.lines().collect::<Vec<_>>(), [1, 2].map(|i| values[i]["candidates"][0]["text"].as_str().unwrap()));
+    assert_eq!(
+        out.lines().collect::<Vec<_>>(),
+        [1, 2].map(|i| values[i]["candidates"][0]["text"].as_str().unwrap())
+    );
 }
 
 #[test]
@@ -189,12 +237,15 @@ fn killed_and_interrupted_batches_resume_without_loss_or_repetition() {
     let expected = std::fs::read_to_string(&whole).unwrap();
     let output = f.path().join("cut.jsonl");
     let mut kills = 0;
-    for (round, signal) in [libc::SIGKILL, libc::SIGINT, libc::SIGKILL, libc::SIGINT].into_iter().enumerate() {
+    for (round, signal) in
+        [libc::SIGKILL, libc::SIGINT, libc::SIGKILL, libc::SIGINT].into_iter().enumerate()
+    {
         let more: &[&str] = if round == 0 { &[] } else { &["--resume"] };
         let mut child = batch(&input, &output, more).stderr(Stdio::null()).spawn().unwrap();
         let before = std::fs::metadata(&output).map_or(0, |m| m.len());
         // wait until this round has written something, then strike
-        while std::fs::metadata(&output).map_or(0, |m| m.len()) <= before + 2000 && child.try_wait().unwrap().is_none()
+        while std::fs::metadata(&output).map_or(0, |m| m.len()) <= before + 2000
+            && child.try_wait().unwrap().is_none()
         {
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -212,15 +263,21 @@ fn killed_and_interrupted_batches_resume_without_loss_or_repetition() {
     let mut torn = std::fs::OpenOptions::new().append(true).open(&output).unwrap();
     torn.write_all(b"{\"id\":\"p9").unwrap();
     assert!(batch(&input, &output, &["--resume"]).status().unwrap().success());
-    assert!(std::fs::read_to_string(&output).unwrap() == expected, "output differs from an undisturbed run");
+    assert!(
+        std::fs::read_to_string(&output).unwrap() == expected,
+        "output differs from an undisturbed run"
+    );
 }
 
 #[test]
 fn bad_lines_are_named_or_skipped_and_counted() {
     let f = tempfile::tempdir().unwrap();
     let input = f.path().join("in.jsonl");
-    std::fs::write(&input, b"{\"prompt\": \"a fox\"}\n{\"prompt\": \n{\"prompt\": \"a hen\"}\n\xff\xfe\n{\"x\": 1}\n")
-        .unwrap();
+    std::fs::write(
+        &input,
+        b"{\"prompt\": \"a fox\"}\n{\"prompt\": \n{\"prompt\": \"a hen\"}\n\xff\xfe\n{\"x\": 1}\n",
+    )
+    .unwrap();
     let output = f.path().join("out.jsonl");
     let out = batch(&input, &output, &[]).output().unwrap();
     assert_eq!(out.status.code(), Some(2));
@@ -254,8 +311,11 @@ fn a_full_disk_is_an_error_and_a_closed_pipe_ends_quietly() {
     let out = batch(&input, Path::new("/dev/full"), &["--force"]).output().unwrap();
     assert_eq!(out.status.code(), Some(2));
     assert!(text(&out.stderr).contains("/dev/full"), "{}", text(&out.stderr));
-    let shell =
-        format!("{} rewrite --input {} | head -n 1", env!("CARGO_BIN_EXE_bprompt"), path(&prompts(f.path(), 60)));
+    let shell = format!(
+        "{} rewrite --input {} | head -n 1",
+        env!("CARGO_BIN_EXE_bprompt"),
+        path(&prompts(f.path(), 60))
+    );
     let out = Command::new("sh").args(["-c", &shell]).output().unwrap();
     assert_eq!((text(&out.stdout).lines().count(), text(&out.stderr)), (1, String::new()));
 }
@@ -264,16 +324,37 @@ fn a_full_disk_is_an_error_and_a_closed_pipe_ends_quietly() {
 fn pairs_training_and_inspection_work_together() {
     let f = tempfile::tempdir().unwrap();
     let at = |name: &str| f.path().join(name).to_str().unwrap().to_owned();
-    let styles = "highly detailed, digital painting, concept art, sharp focus, cinematic lighting, octane render, 8k";
-    let prompts: String = (0..60).map(|i| format!("a fox number {i} on a hill, {styles}\n")).collect();
+    let styles = "highly detailed, digital painting, concept art, sharp focus, cinematic lighting, \
+        octane render, 8k";
+    let prompts: String =
+        (0..60).map(|i| format!("a fox number {i} on a hill, {styles}\n")).collect();
     std::fs::write(at("prompts.txt"), prompts).unwrap();
-    let table =
-        stdout(&["data", "pairs", "--input", &at("prompts.txt"), "--output", &at("pairs.jsonl"), "--min-tokens", "5"]);
+    let table = stdout(&[
+        "data",
+        "pairs",
+        "--input",
+        &at("prompts.txt"),
+        "--output",
+        &at("pairs.jsonl"),
+        "--min-tokens",
+        "5",
+    ]);
     assert!(table.contains("training pairs, derived"), "{table}");
     let sft = |more: &[&str]| {
         let pairs = at("pairs.jsonl");
         let out = at("run");
-        let mut args = vec!["train", "sft", "--train", &pairs, "--output", &out, "--max-steps", "3", "--batch", "4"];
+        let mut args = vec![
+            "train",
+            "sft",
+            "--train",
+            &pairs,
+            "--output",
+            &out,
+            "--max-steps",
+            "3",
+            "--batch",
+            "4",
+        ];
         args.extend(more);
         run(&args)
     };
@@ -283,29 +364,61 @@ fn pairs_training_and_inspection_work_together() {
     let metrics = std::fs::read_to_string(f.path().join("run/metrics.jsonl")).unwrap();
     assert_eq!(metrics.lines().count(), 3);
     let shown = stdout(&["inspect", &at("run")]);
-    assert!(shown.contains("BLOOM") && shown.contains("bf16") && shown.contains("KV cache"), "{shown}");
+    assert!(
+        shown.contains("BLOOM") && shown.contains("bf16") && shown.contains("KV cache"),
+        "{shown}"
+    );
     let json: Value = serde_json::from_str(&stdout(&["inspect", "--json", &at("run")])).unwrap();
     assert_eq!(json["architecture"], "bloom");
-    assert!(stdout(&["rewrite", "--model", &at("run"), "--temperature", "0", "a fox"]).contains("fox"));
-    let report = stdout(&["eval", "--input", &at("pairs.jsonl"), "--limit", "3", "--json", "--seed", "1"]);
+    assert!(
+        stdout(&["rewrite", "--model", &at("run"), "--temperature", "0", "a fox"]).contains("fox")
+    );
+    let report =
+        stdout(&["eval", "--input", &at("pairs.jsonl"), "--limit", "3", "--json", "--seed", "1"]);
     assert_eq!(serde_json::from_str::<Value>(&report).unwrap()["prompts"], 3);
-    let bench = stdout(&["bench", "llm", "--prompt-tokens", "16", "--new-tokens", "4", "--repeats", "1", "--json"]);
+    let bench = stdout(&[
+        "bench",
+        "llm",
+        "--prompt-tokens",
+        "16",
+        "--new-tokens",
+        "4",
+        "--repeats",
+        "1",
+        "--json",
+    ]);
     let bench: Value = serde_json::from_str(&bench).unwrap();
     assert!(bench["decode"]["tokens_per_second"].as_f64().unwrap() > 0.0);
 }
 
 #[test]
 fn flags_have_the_names_that_others_give_them() {
-    let expected =
-        stdout(&["rewrite", "--candidates", "2", "--max-tokens", "9", "--temperature", "0.5", "--seed", "1", "a fox"]);
+    let expected = stdout(&[
+        "rewrite",
+        "--candidates",
+        "2",
+        "--max-tokens",
+        "9",
+        "--temperature",
+        "0.5",
+        "--seed",
+        "1",
+        "a fox",
+    ]);
     for args in [
         ["--n", "2", "--max-new-tokens", "9", "--temp", "0.5", "--threads", "1", "--dtype", "auto"],
         ["-n", "2", "--max-tokens", "9", "--temp", "0.5", "-t", "2", "-o", "/dev/stdout"],
     ] {
-        assert_eq!(stdout(&[&["rewrite", "--seed", "1", "a fox"], &args[..]].concat()), expected, "{args:?}");
+        assert_eq!(
+            stdout(&[&["rewrite", "--seed", "1", "a fox"], &args[..]].concat()),
+            expected,
+            "{args:?}"
+        );
     }
     for same in [["f32", "float32"], ["f16", "half"], ["f16", "float16"], ["bf16", "bfloat16"]] {
-        let of = |dtype| stdout(&["rewrite", "--seed", "1", "--max-tokens", "9", "--dtype", dtype, "a fox"]);
+        let of = |dtype| {
+            stdout(&["rewrite", "--seed", "1", "--max-tokens", "9", "--dtype", dtype, "a fox"])
+        };
         assert_eq!(of(same[0]), of(same[1]), "{same:?}");
     }
     let of = |k| stdout(&["rewrite", "--seed", "1", "--max-tokens", "9", "--top-k", k, "a fox"]);
@@ -342,13 +455,18 @@ fn the_environment_may_be_empty_and_switches_are_numbers() {
             assert_eq!(run(name, value), plain, "{name}={value}");
         }
         let (code, _, message) = run(name, "perhaps");
-        assert!(code == Some(2) && message.contains("perhaps") && message.lines().count() == 1, "{message}");
+        assert!(
+            code == Some(2) && message.contains("perhaps") && message.lines().count() == 1,
+            "{message}"
+        );
     }
 }
 
 #[test]
 fn shells_and_manuals_get_what_they_want() {
-    for (shell, word) in [("bash", "_bprompt"), ("zsh", "#compdef bprompt"), ("fish", "complete -c bprompt")] {
+    for (shell, word) in
+        [("bash", "_bprompt"), ("zsh", "#compdef bprompt"), ("fish", "complete -c bprompt")]
+    {
         let script = stdout(&["completions", shell]);
         assert!(script.contains(word) && script.contains("max-prompt-bytes"), "{shell}");
     }
@@ -364,7 +482,10 @@ fn shells_and_manuals_get_what_they_want() {
         assert!(help.contains(group), "{group}");
     }
     let has_kernels = !beautiful_prompt::device::images::IMAGES.is_empty();
-    assert_eq!((help.contains("GPU:"), help.contains("--no-cuda-graphs")), (has_kernels, has_kernels));
+    assert_eq!(
+        (help.contains("GPU:"), help.contains("--no-cuda-graphs")),
+        (has_kernels, has_kernels)
+    );
 }
 
 #[test]
@@ -378,15 +499,25 @@ fn text_says_what_json_says_and_little_kept_is_said() {
             &["--min-kept", "0", "--ban", "highly detailed,digital painting,by,art"],
             &["--min-kept", "0", "--keep", "f/1.8", "--ban", "sharp", "--stop", "art"],
         ] {
-            let args = [&["rewrite", "--seed", &seed, "--max-tokens", "48", "a red car on a road"], more].concat();
-            let json: Value = serde_json::from_str(&stdout(&[&args[..], &["--json"]].concat())).unwrap();
-            assert_eq!(stdout(&args).trim_end_matches('\n'), json["candidates"][0]["text"], "{args:?}");
+            let args =
+                [&["rewrite", "--seed", &seed, "--max-tokens", "48", "a red car on a road"], more]
+                    .concat();
+            let json: Value =
+                serde_json::from_str(&stdout(&[&args[..], &["--json"]].concat())).unwrap();
+            assert_eq!(
+                stdout(&args).trim_end_matches('\n'),
+                json["candidates"][0]["text"],
+                "{args:?}"
+            );
         }
     }
     // four tokens cannot say all of this
-    let long = "seven purple xylophones, a brass telescope, two owls and a melting clock under a stone bridge";
+    let long = "seven purple xylophones, a brass telescope, two owls and a melting clock under a \
+        stone bridge";
     let args = ["rewrite", "--seed", "1", "--max-tokens", "4", long];
-    for (more, word) in [(&["--min-kept", "0"][..], "kept 0."), (&["--min-kept", "1"], "fell back on the prompt")] {
+    for (more, word) in
+        [(&["--min-kept", "0"][..], "kept 0."), (&["--min-kept", "1"], "fell back on the prompt")]
+    {
         let out = run(&[&args[..], more].concat());
         assert!(out.status.success() && text(&out.stderr).contains(word), "{}", text(&out.stderr));
     }

@@ -1,4 +1,5 @@
-//! Every CUDA kernel, executed by the emulator, against the CPU; the same cases as `bprompt selftest`.
+//! Every CUDA kernel, executed by the emulator, against the CPU; the same cases as `bprompt
+//! selftest`.
 
 mod emulated;
 
@@ -21,7 +22,14 @@ fn all(half: DType, shapes: &Shapes, check_order: bool, hopper: bool) -> BTreeSe
 
 fn all_on(device: Rc<Emulated>, half: DType, shapes: &Shapes) -> BTreeSet<String> {
     run(&device, half, shapes, &mut |o| {
-        assert!(o.passed(), "{}, {}: error {:e}, allowed {:e}", o.operation, o.case, o.error, o.allowed);
+        assert!(
+            o.passed(),
+            "{}, {}: error {:e}, allowed {:e}",
+            o.operation,
+            o.case,
+            o.error,
+            o.allowed
+        );
     })
     .unwrap();
     let cuda = Cuda::new(device.clone(), half, false);
@@ -31,7 +39,8 @@ fn all_on(device: Rc<Emulated>, half: DType, shapes: &Shapes) -> BTreeSet<String
     device.launched.borrow().keys().cloned().collect()
 }
 
-/// Many tokens: several tiles of products, with rows, columns and inputs left over, and of attention, behind prefixes too.
+/// Many tokens: several tiles of products, with rows, columns and inputs left over, and of
+/// attention, behind prefixes too.
 fn large() -> Shapes {
     Shapes {
         matrices: vec![(300, 336), (24, 48)],
@@ -59,18 +68,20 @@ fn every_kernel_agrees_with_the_cpu() {
         runs.into_iter().for_each(|r| launched.extend(r.join().unwrap()));
     });
     let faulty = |k: &String| k.starts_with("fault_") || k.ends_with("_awaited");
-    let missed: Vec<String> = Emulator::kernels().into_iter().filter(|k| !faulty(k) && !launched.contains(k)).collect();
+    let missed: Vec<String> =
+        Emulator::kernels().into_iter().filter(|k| !faulty(k) && !launched.contains(k)).collect();
     assert!(missed.is_empty(), "never launched: {missed:?}");
 }
 
-/// Pairs of tiles of tokens of which the last one is beyond them all; and pairs with more slices than there are stages, in two orders of
-/// threads.
+/// Pairs of tiles of tokens of which the last one is beyond them all; and pairs with more slices
+/// than there are stages, in two orders of threads.
 #[test]
 fn clusters_share_weights() {
     for (check_order, outputs, inputs, tokens) in [(false, 512, 16, 1100), (true, 512, 400, 130)] {
         let device = emulated::gpu(check_order, true);
         device.processors.set(2);
-        let nothing = Shapes { heads: vec![], steps: vec![], vocabularies: vec![], ..Shapes::small(6) };
+        let nothing =
+            Shapes { heads: vec![], steps: vec![], vocabularies: vec![], ..Shapes::small(6) };
         let shapes = Shapes { matrices: vec![(outputs, inputs)], tokens: vec![tokens], ..nothing };
         all_on(device.clone(), DType::F16, &shapes);
         assert!(device.launched.borrow().contains_key("linear_hopper_f16"));
@@ -78,7 +89,8 @@ fn clusters_share_weights() {
     }
 }
 
-/// Few tokens on a GPU with more multiprocessors than tiles: clusters of blocks divide the inputs, also unevenly.
+/// Few tokens on a GPU with more multiprocessors than tiles: clusters of blocks divide the inputs,
+/// also unevenly.
 #[test]
 fn clusters_divide_the_inputs() {
     let shapes = Shapes {
@@ -141,20 +153,24 @@ fn the_order_of_threads_does_not_matter() {
     );
 }
 
-/// Tokens with the same logit, hundreds of each: they are kept and cut as on the CPU, whether they fit the kernel's list or not.
+/// Tokens with the same logit, hundreds of each: they are kept and cut as on the CPU, whether they
+/// fit the kernel's list or not.
 #[test]
 fn equal_logits_are_cut_as_on_the_cpu() {
     let cuda = Cuda::new(emulated::gpu(true, false), DType::F16, false);
     let cpu = Cpu::new(0, Isa::detect());
     for (vocabulary, levels) in [(1200, 5), (6000, 2)] {
-        let head: Vec<f32> =
-            (0..vocabulary).flat_map(|t| [t * 7 % levels, 1, 0, 2].map(|v| v as f32 / 4.0).repeat(4)).collect();
+        let head: Vec<f32> = (0..vocabulary)
+            .flat_map(|t| [t * 7 % levels, 1, 0, 2].map(|v| v as f32 / 4.0).repeat(4))
+            .collect();
         let head = Tensor::of_rows(&head, 16);
-        let (ours, theirs) = (cuda.matrix(head.clone(), None).unwrap(), cpu.matrix(head, Some(DType::F32)).unwrap());
+        let (ours, theirs) =
+            (cuda.matrix(head.clone(), None).unwrap(), cpu.matrix(head, Some(DType::F32)).unwrap());
         let x = vec![0.25; 16];
         let narrow = cuda.upload(&x, 16, true).unwrap();
         let plain = Sampling { temperature: 1.0, ..Sampling::default() };
-        let filters = [(0, 0.3), (0, 0.5), (0, 0.999), (7, 1.0), (700, 0.9), (1100, 0.2), (0, 1e-9)];
+        let filters =
+            [(0, 0.3), (0, 0.5), (0, 0.999), (7, 1.0), (700, 0.9), (1100, 0.2), (0, 1e-9)];
         let samplings: Vec<Sampling> = (0..4 * filters.len())
             .map(|i| (i, filters[i % filters.len()]))
             .map(|(i, (top_k, top_p))| Sampling { top_k, top_p, seed: i as u64, ..plain })

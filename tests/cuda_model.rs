@@ -1,10 +1,13 @@
-//! The CUDA backend, its kernels executed by the emulator: whole models against transformers and against the CPU.
+//! The CUDA backend, its kernels executed by the emulator: whole models against transformers and
+//! against the CPU.
 
 mod emulated;
 mod golden_models;
 
 use beautiful_prompt::bench::llm::random_checkpoint;
-use beautiful_prompt::engine::{Counters, Engine, EngineOptions, Event, Request, SampleRow, Sampling, Verdict};
+use beautiful_prompt::engine::{
+    Counters, Engine, EngineOptions, Event, Request, SampleRow, Sampling, Verdict,
+};
 use beautiful_prompt::models::bloom::{Bloom, BloomConfig, Scratch};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
@@ -15,15 +18,17 @@ use emulated::{Emulated, gpu};
 use golden_models::{MODELS, error, logits, open};
 use std::collections::BTreeMap;
 
-/// Errors that the storage types explain: activations, weights and cache have 8 bits of mantissa in bf16 and 11 in f16;
-/// 8-bit weights are rounded to their row's largest element.
+/// Errors that the storage types explain: activations, weights and cache have 8 bits of mantissa in
+/// bf16 and 11 in f16; 8-bit weights are rounded to their row's largest element.
 #[test]
 fn logits_are_transformers_own() {
     for name in MODELS {
         let (checkpoint, ids, theirs) = open(name);
-        for (half, dtype, most) in
-            [(DType::F16, None, 4e-3), (DType::Bf16, None, 3e-2), (DType::F16, Some(DType::Int8), 4e-2)]
-        {
+        for (half, dtype, most) in [
+            (DType::F16, None, 4e-3),
+            (DType::Bf16, None, 3e-2),
+            (DType::F16, Some(DType::Int8), 4e-2),
+        ] {
             for batch_invariant in [false, true] {
                 let cuda = Cuda::new(gpu(false, false), half, batch_invariant);
                 let model = Bloom::load(&cuda, checkpoint.clone(), dtype).unwrap();
@@ -36,8 +41,13 @@ fn logits_are_transformers_own() {
             let model = Bloom::load(&cuda, checkpoint.clone(), dtype).unwrap();
             let e = error(&logits(&cuda, &model, &ids, 7), &theirs);
             assert!(e < most, "{name} in {half:?} {dtype:?}, in one kernel: {e:e}");
-            let passes: usize =
-                launcher.launched.borrow().iter().filter(|k| k.0.starts_with("decode_step")).map(|k| k.1).sum();
+            let passes: usize = launcher
+                .launched
+                .borrow()
+                .iter()
+                .filter(|k| k.0.starts_with("decode_step"))
+                .map(|k| k.1)
+                .sum();
             assert_eq!(passes, ids.len().div_ceil(7), "all passes are of few tokens");
         }
     }
@@ -62,19 +72,25 @@ fn requests(prompt: &[u32]) -> Vec<Request> {
         (Sampling { repetition_penalty: 1.3, ..sampled(2) }, &prompt[..prompt.len() / 2], 1),
         (Sampling { top_k: 5, top_p: 0.9, ..sampled(3) }, &prompt[2..], 1),
     ];
-    let request = |(id, (sampling, prompt, candidates)): (usize, (Sampling, &[u32], u32))| Request {
-        candidates,
-        sampling,
-        ignore_eos: true,
-        ..Request::new(id as u64, prompt.to_vec(), 6, 2)
-    };
+    let request =
+        |(id, (sampling, prompt, candidates)): (usize, (Sampling, &[u32], u32))| Request {
+            candidates,
+            sampling,
+            ignore_eos: true,
+            ..Request::new(id as u64, prompt.to_vec(), 6, 2)
+        };
     plan.into_iter().enumerate().map(request).collect()
 }
 
 type Tokens = BTreeMap<(u64, u32), Vec<(u32, u32)>>;
 
 /// Tokens and the bits of their log-probabilities.
-fn generate<B: Backend>(backend: &B, model: &Bloom<B>, requests: &[Request], batch_tokens: usize) -> Tokens {
+fn generate<B: Backend>(
+    backend: &B,
+    model: &Bloom<B>,
+    requests: &[Request],
+    batch_tokens: usize,
+) -> Tokens {
     let options = EngineOptions { batch_tokens, cache_tokens: 1024, ..EngineOptions::default() };
     generate_counting(backend, model, requests, options).0
 }
@@ -103,8 +119,9 @@ fn generate_counting<B: Backend>(
     (out, engine.counters)
 }
 
-/// A sequence's tokens and log-probabilities are the same, bit for bit, alone, together, in another order, cut into other
-/// chunks, with drafts, when it has to give up its blocks, and behind a prefix that was computed before.
+/// A sequence's tokens and log-probabilities are the same, bit for bit, alone, together, in another
+/// order, cut into other chunks, with drafts, when it has to give up its blocks, and behind a
+/// prefix that was computed before.
 #[test]
 fn neighbours_leave_a_sequence_alone() {
     let (checkpoint, ids, _) = open("f16_pytorch_sharded");
@@ -121,20 +138,27 @@ fn neighbours_leave_a_sequence_alone() {
     all.reverse();
     assert_eq!(generate(&cuda, &model, &all, 9), together);
 
-    let options = EngineOptions { batch_tokens: 64, cache_tokens: 1024, ..EngineOptions::default() };
-    let (drafted, counters) = generate_counting(&cuda, &model, &all, EngineOptions { draft_tokens: 3, ..options });
+    let options =
+        EngineOptions { batch_tokens: 64, cache_tokens: 1024, ..EngineOptions::default() };
+    let (drafted, counters) =
+        generate_counting(&cuda, &model, &all, EngineOptions { draft_tokens: 3, ..options });
     assert_eq!(drafted, together);
     assert!(counters.drafted_tokens > 0);
 
     let least = all.iter().map(Request::blocks).max().unwrap();
-    let (tight, counters) =
-        generate_counting(&cuda, &model, &all, EngineOptions { cache_tokens: 16 * least, ..options });
+    let (tight, counters) = generate_counting(
+        &cuda,
+        &model,
+        &all,
+        EngineOptions { cache_tokens: 16 * least, ..options },
+    );
     assert_eq!(tight, together);
     assert!(counters.preemptions > 0);
 
     let again = all.iter().map(|r| Request { id: r.id + 10, ..r.clone() });
     let twice: Vec<Request> = all.iter().cloned().chain(again).collect();
-    let (cached, counters) = generate_counting(&cuda, &model, &twice, EngineOptions { sequences: 1, ..options });
+    let (cached, counters) =
+        generate_counting(&cuda, &model, &twice, EngineOptions { sequences: 1, ..options });
     assert!(counters.prefix_hits > 0);
     for ((id, candidate), tokens) in &together {
         assert_eq!(&cached[&(*id, *candidate)], tokens);
@@ -142,7 +166,8 @@ fn neighbours_leave_a_sequence_alone() {
     }
 }
 
-/// With the same weights in f16, the CPU and the kernels choose the same tokens under the same seeds.
+/// With the same weights in f16, the CPU and the kernels choose the same tokens under the same
+/// seeds.
 #[test]
 fn the_cpu_chooses_the_same_tokens() {
     let (checkpoint, ids, _) = open("f16_pytorch_sharded");
@@ -161,7 +186,8 @@ fn the_cpu_chooses_the_same_tokens() {
     }
 }
 
-/// Five launches a layer and four around the layers; two copies to the device: the batch, and the choice with its position.
+/// Five launches a layer and four around the layers; two copies to the device: the batch, and the
+/// choice with its position.
 #[test]
 fn a_decoding_step_is_five_launches_a_layer() {
     let (checkpoint, ids, _) = open("bf16_sharded");
@@ -169,20 +195,26 @@ fn a_decoding_step_is_five_launches_a_layer() {
     let cuda = Cuda::new(launcher.clone(), DType::Bf16, true);
     let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
     let mut engine =
-        Engine::new(&cuda, &model, EngineOptions { cache_tokens: 64, ..EngineOptions::default() }).unwrap();
-    engine.submit(Request { ignore_eos: true, ..Request::new(1, ids[..2].to_vec(), 9, 2) }).unwrap();
+        Engine::new(&cuda, &model, EngineOptions { cache_tokens: 64, ..EngineOptions::default() })
+            .unwrap();
+    engine
+        .submit(Request { ignore_eos: true, ..Request::new(1, ids[..2].to_vec(), 9, 2) })
+        .unwrap();
     let mut step = || {
         let before: usize = launcher.launched.borrow().values().sum();
         let written = launcher.writes.get();
         engine.step(&mut |_| Verdict::Go).unwrap();
-        (launcher.launched.borrow().values().sum::<usize>() - before, launcher.writes.get() - written)
+        (
+            launcher.launched.borrow().values().sum::<usize>() - before,
+            launcher.writes.get() - written,
+        )
     };
     let steps: Vec<(usize, usize)> = (0..6).map(|_| step()).collect();
     assert_eq!(steps[3..], [(1 + 5 * model.config.layers + 3, 2); 3], "{steps:?}");
 }
 
-/// On Hopper that holds for larger batches too, once the first layer's rows are normalized: the clusters that finish a product's rows
-/// normalize them. What comes out is the CPU's.
+/// On Hopper that holds for larger batches too, once the first layer's rows are normalized: the
+/// clusters that finish a product's rows normalize them. What comes out is the CPU's.
 #[test]
 fn larger_steps_on_hopper_are_five_launches_a_layer_too() {
     let config = BloomConfig::new(300, 256, 2, 4);
@@ -191,10 +223,16 @@ fn larger_steps_on_hopper_are_five_launches_a_layer_too() {
     launcher.processors.set(64);
     let cuda = Cuda::new(launcher.clone(), DType::Bf16, false);
     let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
-    let mut engine =
-        Engine::new(&cuda, &model, EngineOptions { cache_tokens: 1024, ..EngineOptions::default() }).unwrap();
+    let mut engine = Engine::new(
+        &cuda,
+        &model,
+        EngineOptions { cache_tokens: 1024, ..EngineOptions::default() },
+    )
+    .unwrap();
     for id in 0..20 {
-        engine.submit(Request { ignore_eos: true, ..Request::new(id, vec![id as u32 + 1, 7], 9, 2) }).unwrap();
+        engine
+            .submit(Request { ignore_eos: true, ..Request::new(id, vec![id as u32 + 1, 7], 9, 2) })
+            .unwrap();
     }
     let mut step = || {
         let before = launcher.launched.borrow().clone();
@@ -216,23 +254,28 @@ fn larger_steps_on_hopper_are_five_launches_a_layer_too() {
     }
 }
 
-/// Steps of one shape are recorded the second time and repeated from then on; tokens and log-probabilities stay what they were
-/// without recordings, also when sequences come and go, drafts change the shape, and another engine takes the memory.
+/// Steps of one shape are recorded the second time and repeated from then on; tokens and
+/// log-probabilities stay what they were without recordings, also when sequences come and go,
+/// drafts change the shape, and another engine takes the memory.
 #[test]
 fn recorded_steps_change_nothing() {
     let (checkpoint, ids, _) = open("bf16_sharded");
-    let all: Vec<Request> =
-        requests(&ids).into_iter().map(|r| Request { max_new: 12 + r.id as usize % 2 * 20, ..r }).collect();
+    let all: Vec<Request> = requests(&ids)
+        .into_iter()
+        .map(|r| Request { max_new: 12 + r.id as usize % 2 * 20, ..r })
+        .collect();
     let run = |records: bool| {
         let launcher = gpu(false, false);
         let mut cuda = Cuda::new(launcher.clone(), DType::Bf16, true);
         cuda.records = records;
         let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
-        let options = EngineOptions { batch_tokens: 64, cache_tokens: 1024, ..EngineOptions::default() };
+        let options =
+            EngineOptions { batch_tokens: 64, cache_tokens: 1024, ..EngineOptions::default() };
         let plain = generate_counting(&cuda, &model, &all, options).0;
         let launched = launcher.launched.borrow().clone();
         // whether drafts pay is a matter of time
-        let drafted = generate_counting(&cuda, &model, &all, EngineOptions { draft_tokens: 3, ..options }).0;
+        let drafted =
+            generate_counting(&cuda, &model, &all, EngineOptions { draft_tokens: 3, ..options }).0;
         assert_eq!(plain, drafted);
         (plain, launcher.recorded.get(), launcher.replayed.get(), launched)
     };
@@ -280,14 +323,16 @@ fn recordings_end_when_memory_moves() {
     assert!(with == run(false).0);
 }
 
-/// Work that only launches is timed as a recording; work that asks for copies too, such as choosing tokens, as it is.
+/// Work that only launches is timed as a recording; work that asks for copies too, such as choosing
+/// tokens, as it is.
 #[test]
 fn all_work_can_be_timed() {
     let (checkpoint, ids, _) = open("bf16_sharded");
     let launcher = gpu(false, false);
     let cuda = Cuda::new(launcher.clone(), DType::Bf16, false);
     let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
-    let (mut cache, mut scratch, mut logits) = (model.cache(&cuda, 1).unwrap(), Scratch::default(), Vec::new());
+    let (mut cache, mut scratch, mut logits) =
+        (model.cache(&cuda, 1).unwrap(), Scratch::default(), Vec::new());
     let mut batch = Batch::default();
     batch.push(&ids[..2], 0, &[0]);
     model.forward(&cuda, &batch, &mut cache, &mut scratch);
@@ -313,9 +358,9 @@ fn verdict(request: u64, n: usize, token: u32) -> Verdict {
     }
 }
 
-/// While a step is computed the host takes the tokens of the one before; rewinds, forced tokens and ends come a step late, and
-/// change what the CPU, which waits for every token, makes of the same requests in nothing. So do choices that turn out to need the
-/// host.
+/// While a step is computed the host takes the tokens of the one before; rewinds, forced tokens and
+/// ends come a step late, and change what the CPU, which waits for every token, makes of the same
+/// requests in nothing. So do choices that turn out to need the host.
 #[test]
 fn steps_begin_before_the_tokens_are_known() {
     let config = BloomConfig::new(2000, 64, 2, 2);
@@ -336,14 +381,25 @@ fn steps_begin_before_the_tokens_are_known() {
             ..Request::new(i as u64, vec![4, 5, 6 + i as u32], 9 + i, 2)
         })
         .collect();
-    fn run<B: Backend>(backend: &B, model: &Bloom<B>, requests: &[Request], mut told: impl FnMut()) -> Tokens {
-        let mut engine =
-            Engine::new(backend, model, EngineOptions { cache_tokens: 512, ..EngineOptions::default() }).unwrap();
+    fn run<B: Backend>(
+        backend: &B,
+        model: &Bloom<B>,
+        requests: &[Request],
+        mut told: impl FnMut(),
+    ) -> Tokens {
+        let mut engine = Engine::new(
+            backend,
+            model,
+            EngineOptions { cache_tokens: 512, ..EngineOptions::default() },
+        )
+        .unwrap();
         requests.iter().for_each(|r| engine.submit(r.clone()).unwrap());
         let (mut out, mut heard) = (Tokens::default(), BTreeMap::new());
         while !engine.is_idle() {
             let mut sink = |event| {
-                let Event::Token { request, candidate, token, logprob, .. } = event else { return Verdict::Go };
+                let Event::Token { request, candidate, token, logprob, .. } = event else {
+                    return Verdict::Go;
+                };
                 told();
                 let n: &mut usize = heard.entry(request).or_default();
                 *n += 1;
@@ -376,7 +432,8 @@ fn steps_begin_before_the_tokens_are_known() {
     }
 }
 
-/// A step is done in launches and in one kernel the second time that its shape comes; from then on the faster way is taken.
+/// A step is done in launches and in one kernel the second time that its shape comes; from then on
+/// the faster way is taken.
 #[test]
 fn both_ways_of_a_step_are_compared() {
     let (checkpoint, ids, theirs) = open("bf16_sharded");
@@ -390,8 +447,13 @@ fn both_ways_of_a_step_are_compared() {
     assert_eq!(comparisons.len(), 1, "{comparisons:?}");
     assert_eq!(comparisons[0].tokens, 1);
     assert!(comparisons[0].one_kernel_microseconds.is_some(), "both ways have the same results");
-    let kernels: usize =
-        launcher.launched.borrow().iter().filter(|k| k.0.starts_with("decode_step")).map(|k| k.1).sum();
+    let kernels: usize = launcher
+        .launched
+        .borrow()
+        .iter()
+        .filter(|k| k.0.starts_with("decode_step"))
+        .map(|k| k.1)
+        .sum();
     let tried = 3;
     if comparisons[0].one_kernel() {
         assert!(kernels > tried + ids.len() / 2, "{kernels} of {} steps", ids.len());

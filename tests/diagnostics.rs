@@ -1,5 +1,5 @@
-//! What the program says when its input, a model, the machine or its output is not as it should be: one line, status 2, nothing
-//! lost, and never a panic.
+//! What the program says when its input, a model, the machine or its output is not as it should be:
+//! one line, status 2, nothing lost, and never a panic.
 
 mod program;
 
@@ -15,10 +15,15 @@ impl Inputs {
     fn new() -> Inputs {
         let inputs = Inputs(tempfile::tempdir().unwrap());
         let styles = "highly detailed, digital painting, concept art, sharp focus, cinematic lighting, octane render";
-        let prompts: String = (0..30).map(|i| format!("a fox number {i} on a hill, {styles}\n")).collect();
+        let prompts: String =
+            (0..30).map(|i| format!("a fox number {i} on a hill, {styles}\n")).collect();
         std::fs::write(inputs.at("prompts.txt"), prompts).unwrap();
         std::fs::write(inputs.at("short.txt"), "a fox\n").unwrap();
-        let pair = |i| format!("{{\"raw_prompt\": \"a fox {i}\", \"prompt\": \"a fox {i}, oil on canvas, fog\"}}\n");
+        let pair = |i| {
+            format!(
+                "{{\"raw_prompt\": \"a fox {i}\", \"prompt\": \"a fox {i}, oil on canvas, fog\"}}\n"
+            )
+        };
         std::fs::write(inputs.at("pairs.jsonl"), (0..8).map(pair).collect::<String>()).unwrap();
         inputs
     }
@@ -63,7 +68,8 @@ const PRINTING: [&str; 13] = [
     "data pairs --input @prompts.txt --output @made.jsonl --min-tokens 5 --force",
     "train tokenizer --input @prompts.txt --output @tokenizer.json --vocab-size 300 --force",
     "bench train --hidden 16 --layers 1 --heads 1 --vocab 64 --batch 1 --tokens 4 --repeats 1",
-    "bench train --hidden 16 --layers 1 --heads 1 --vocab 64 --batch 1 --tokens 4 --repeats 1 --json",
+    "bench train --hidden 16 --layers 1 --heads 1 --vocab 64 --batch 1 --tokens 4 --repeats 1 \
+    --json",
     "inspect @run",
 ];
 
@@ -72,7 +78,8 @@ const PRINTING: [&str; 13] = [
 fn a_full_disk_under_standard_output_is_an_error_of_every_subcommand() {
     let inputs = Inputs::new();
     let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-    let train = "train sft --train @pairs.jsonl --output @run --max-steps 1 --batch 2 --micro-tokens 64";
+    let train =
+        "train sft --train @pairs.jsonl --output @run --max-steps 1 --batch 2 --micro-tokens 64";
     for line in [train].into_iter().chain(PRINTING) {
         let out = inputs.command(line).stdout(full()).stderr(Stdio::piped()).output().unwrap();
         let said = text(&out.stderr);
@@ -80,9 +87,14 @@ fn a_full_disk_under_standard_output_is_an_error_of_every_subcommand() {
         assert!(said.lines().last().unwrap().contains("standard output"), "{line}: {said}");
         assert!(!said.contains("panicked"), "{line}: {said}");
     }
-    assert!(inputs.at("run/model.safetensors").exists(), "the result was there before the line about it");
+    assert!(
+        inputs.at("run/model.safetensors").exists(),
+        "the result was there before the line about it"
+    );
     // standard error that takes nothing changes nothing
-    for (line, code) in [("--version", 0), ("rewrite", 2), ("inspect @missing", 2), ("rewrite --top-p 7 fox", 2)] {
+    for (line, code) in
+        [("--version", 0), ("rewrite", 2), ("inspect @missing", 2), ("rewrite --top-p 7 fox", 2)]
+    {
         let out = inputs.command(line).stdout(Stdio::null()).stderr(full()).output().unwrap();
         assert_eq!(out.status.code(), Some(code), "{line}");
     }
@@ -98,7 +110,9 @@ fn more_threads_than_cores_are_capped_with_a_word() {
         let out = inputs.command(&format!("{line} {threads}")).output().unwrap();
         let said = text(&out.stderr);
         assert!(out.status.success(), "{said}");
-        let expected = format!("--threads {threads}: this process may use {cores} cores; {cores} threads are taken\n");
+        let expected = format!(
+            "--threads {threads}: this process may use {cores} cores; {cores} threads are taken\n"
+        );
         assert_eq!(said, expected);
         assert_eq!(text(&out.stdout), inputs.stdout(&format!("{line} 1")));
     }
@@ -119,7 +133,8 @@ fn a_trained_model_and_its_checkpoints_bring_all_that_their_model_brought() {
     let inputs = Inputs::new();
     let sft = |model: &str, output: &str, more: &str| {
         inputs.stdout(&format!(
-            "train sft --train @pairs.jsonl --output @{output} --max-steps 2 --save-every 1 --batch 2 --micro-tokens 64 {model} {more}"
+            "train sft --train @pairs.jsonl --output @{output} --max-steps 2 --save-every 1 \
+            --batch 2 --micro-tokens 64 {model} {more}"
         ))
     };
     sft("", "one", "");
@@ -155,7 +170,9 @@ fn a_trained_model_and_its_checkpoints_bring_all_that_their_model_brought() {
     }
     // a checkpoint is a model folder of its own
     assert!(inputs.stdout(&format!("inspect @{step}")).contains("BLOOM"));
-    assert!(!inputs.stdout(&format!("rewrite --model @{step} --max-tokens 3 --seed 1 fox")).is_empty());
+    assert!(
+        !inputs.stdout(&format!("rewrite --model @{step} --max-tokens 3 --seed 1 fox")).is_empty()
+    );
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
@@ -164,7 +181,12 @@ fn a_trained_model_and_its_checkpoints_bring_all_that_their_model_brought() {
         let files = files_below(&inputs.at("two"));
         assert!(files.len() > 20);
         for file in files {
-            assert_eq!(mode(&file), usual, "{} is not readable as other new files are", file.display());
+            assert_eq!(
+                mode(&file),
+                usual,
+                "{} is not readable as other new files are",
+                file.display()
+            );
         }
     }
 }
@@ -204,7 +226,8 @@ fn training_flags_out_of_range_are_named() {
         "--keep 0",
     ] {
         let (name, value) = flag.split_once(' ').unwrap();
-        let line = inputs.failure(&format!("train sft --train @pairs.jsonl --output @run {name}={value}"));
+        let line =
+            inputs.failure(&format!("train sft --train @pairs.jsonl --output @run {name}={value}"));
         assert!(line.contains(name), "{flag}: {line}");
         assert!(!inputs.at("run").exists(), "{flag}");
     }
@@ -221,7 +244,8 @@ fn empty_pairs_are_named_with_their_line_or_left_out_and_counted() {
         ("{\"raw_prompt\": 3, \"prompt\": \"x\"}\n", "string"),
         ("{\"raw\n", "JSON"),
     ];
-    let train = "train sft --train @bad.jsonl --output @run --max-steps 1 --batch 2 --micro-tokens 64";
+    let train =
+        "train sft --train @bad.jsonl --output @run --max-steps 1 --batch 2 --micro-tokens 64";
     for (line, word) in bad {
         std::fs::write(inputs.at("bad.jsonl"), format!("{good}\n{line}{good}")).unwrap();
         let said = inputs.failure(train);
@@ -242,7 +266,8 @@ fn empty_pairs_are_named_with_their_line_or_left_out_and_counted() {
     }
 }
 
-/// Sizes that no machine has the memory for: each is refused with the number and a flag, at once and before anything is done.
+/// Sizes that no machine has the memory for: each is refused with the number and a flag, at once
+/// and before anything is done.
 #[test]
 fn what_no_machine_has_memory_for_is_planned_and_refused() {
     let inputs = Inputs::new();
@@ -255,11 +280,17 @@ fn what_no_machine_has_memory_for_is_planned_and_refused() {
         ("bench train --hidden 262144 --layers 4096 --heads 4096", "--hidden, --layers or --vocab"),
         ("rewrite --seed 1 --input @short.txt --cache-tokens 1000000000000", "--cache-tokens"),
         ("rewrite --seed 1 --cache-tokens 18446744073709551615 fox", "--cache-tokens"),
-        ("rewrite --seed 1 --input @short.txt --sequences 1048576 --cache-tokens 1000000000000", "--cache-tokens"),
+        (
+            "rewrite --seed 1 --input @short.txt --sequences 1048576 --cache-tokens 1000000000000",
+            "--cache-tokens",
+        ),
         ("serve --port 0 --cache-tokens 1000000000000", "--cache-tokens"),
     ] {
         let said = inputs.failure(line);
-        assert!(said.contains("of memory (") && said.contains("are left here; lower"), "{line}: {said}");
+        assert!(
+            said.contains("of memory (") && said.contains("are left here; lower"),
+            "{line}: {said}"
+        );
         assert!(said.split("; lower ").nth(1).unwrap().contains(flag), "{line}: {said}");
     }
     // what makes no sense at all is out of range
@@ -298,7 +329,14 @@ fn what_no_machine_has_memory_for_is_planned_and_refused() {
         ("train", &["hidden", "layers", "heads", "vocab", "batch", "tokens", "repeats"]),
         (
             "serve",
-            &["random-input-len", "random-vocabulary", "output-len", "num-prompts", "request-rate", "max-concurrency"],
+            &[
+                "random-input-len",
+                "random-vocabulary",
+                "output-len",
+                "num-prompts",
+                "request-rate",
+                "max-concurrency",
+            ],
         ),
     ] {
         for flag in flags {
@@ -310,7 +348,10 @@ fn what_no_machine_has_memory_for_is_planned_and_refused() {
     inputs.stdout("generate --prompt fox --max-tokens 18446744073709551615 --seed 1 --stop a");
     inputs.stdout("rewrite --seed 1 --max-tokens 18446744073709551615 --min-kept 0 fox");
     // a pass never has more tokens than the cache, so these cost nothing
-    inputs.stdout("rewrite --seed 1 --max-tokens 3 --input @short.txt --batch-tokens 1000000000 --cache-tokens 512");
+    inputs.stdout(
+        "rewrite --seed 1 --max-tokens 3 --input @short.txt --batch-tokens 1000000000 \
+        --cache-tokens 512",
+    );
 }
 
 #[test]
@@ -334,7 +375,9 @@ fn limits_of_the_process_count_as_memory() {
 /// A model's folder: the embedded one's files.
 fn model_in(folder: &Path) {
     std::fs::create_dir_all(folder).unwrap();
-    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/model")).unwrap() {
+    for entry in
+        std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/model")).unwrap()
+    {
         let entry = entry.unwrap();
         std::fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
     }
@@ -369,7 +412,10 @@ fn inspect_finds_all_that_rewrite_would_refuse_and_says_the_same() {
         ("not a generation config", &write("generation_config.json", "{\"top_k\": \"many\"}")),
         ("top_p is 0", &write("generation_config.json", "{\"top_p\": 0}")),
         ("temperature is -1", &write("generation_config.json", "{\"temperature\": -1}")),
-        ("repetition_penalty is 1000", &write("generation_config.json", "{\"repetition_penalty\": 1000}")),
+        (
+            "repetition_penalty is 1000",
+            &write("generation_config.json", "{\"repetition_penalty\": 1000}"),
+        ),
         ("does not hold {raw}", &write("template.txt", "no place")),
         ("more than once", &write("template.txt", "{raw} {raw}")),
         ("transformer.ln_f.weight holds", &poison),
@@ -427,24 +473,37 @@ fn a_model_is_found_by_its_name_in_the_cache_of_hugging_face() {
     assert_eq!(succeed(&format!("{rewrite} some-org/some-model@0123abcd")), whole);
     assert!(succeed("inspect some-org/some-model").contains("BLOOM"));
     assert!(succeed("generate --prompt fox --max-tokens 2 --model some-org/some-model").len() > 1);
-    assert!(succeed("eval --input @short.txt --max-tokens 3 --model some-org/some-model").contains("prompts"));
+    assert!(
+        succeed("eval --input @short.txt --max-tokens 3 --model some-org/some-model")
+            .contains("prompts")
+    );
     succeed(
-        "train sft --train @pairs.jsonl --output @run --max-steps 1 --batch 2 --micro-tokens 64 --model some-org/some-model",
+        "train sft --train @pairs.jsonl --output @run --max-steps 1 --batch 2 --micro-tokens 64 \
+        --model some-org/some-model",
     );
     succeed("bench llm --prompt-tokens 4 --new-tokens 1 --repeats 1 --model some-org/some-model");
     // a folder of that name wins
     std::fs::create_dir_all(inputs.at("some-org/some-model")).unwrap();
     let out = command(&format!("{rewrite} some-org/some-model")).output().unwrap();
-    assert!(text(&out.stderr).contains("some-org/some-model/config.json: does not exist"), "{}", text(&out.stderr));
+    assert!(
+        text(&out.stderr).contains("some-org/some-model/config.json: does not exist"),
+        "{}",
+        text(&out.stderr)
+    );
 }
 
-/// Every figure has what the machine reached beside it, and a label where a fraction would say nothing.
+/// Every figure has what the machine reached beside it, and a label where a fraction would say
+/// nothing.
 #[test]
 fn bench_figures_stand_beside_what_was_measured_with_them() {
     let inputs = Inputs::new();
     let check = |figure: &Value| {
-        let number = |key: &str| figure[key].as_f64().unwrap_or_else(|| panic!("{key} of {figure}"));
-        assert!(number("read_gigabytes_per_second") > 0.0 && number("peak_gigaflops") > 0.0, "{figure}");
+        let number =
+            |key: &str| figure[key].as_f64().unwrap_or_else(|| panic!("{key} of {figure}"));
+        assert!(
+            number("read_gigabytes_per_second") > 0.0 && number("peak_gigaflops") > 0.0,
+            "{figure}"
+        );
         match figure["bound"].as_str().unwrap() {
             "cache" => assert!(figure["fraction"].is_null(), "{figure}"),
             "beyond" => assert!(number("fraction") > 1.0, "{figure}"),
@@ -459,7 +518,10 @@ fn bench_figures_stand_beside_what_was_measured_with_them() {
     assert!(llm["last_cache_bytes"].is_u64() || llm["last_cache_bytes"].is_null());
     let peak = llm["peak_memory_bytes"].as_u64().unwrap_or(0);
     assert!(peak < 400 << 20, "the buffer of the measurement is not the model's memory: {peak}");
-    check(&json("bench train --hidden 16 --layers 1 --heads 1 --vocab 64 --batch 1 --tokens 4 --repeats 1 --json"));
+    check(&json(
+        "bench train --hidden 16 --layers 1 --heads 1 --vocab 64 --batch 1 --tokens 4 --repeats 1 \
+        --json",
+    ));
     let shown = inputs.stdout("bench llm --prompt-tokens 4 --new-tokens 2 --repeats 1");
     let cached = [&llm["prefill"], &llm["decode"]].iter().any(|p| p["bound"] == "cache");
     assert!(!cached || shown.contains("from cache"), "{shown}");

@@ -1,7 +1,9 @@
 //! The engine: transformers' tokens, and the same tokens whatever the company.
 
 use beautiful_prompt::checkpoint::Checkpoint;
-use beautiful_prompt::engine::{Counters, Engine, EngineOptions, Event, Finish, Request, Sampling, Verdict};
+use beautiful_prompt::engine::{
+    Counters, Engine, EngineOptions, Event, Finish, Request, Sampling, Verdict,
+};
 use beautiful_prompt::models::bloom::Bloom;
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
@@ -22,7 +24,8 @@ struct Expected {
 
 fn open(name: &str) -> (Checkpoint, Expected) {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bloom").join(name);
-    let expected = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+    let expected =
+        serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
     (Checkpoint::open(&folder).unwrap(), expected)
 }
 
@@ -37,7 +40,12 @@ fn run(cpu: &Cpu, model: &Bloom<Cpu>, requests: &[Request], options: EngineOptio
     run_counting(cpu, model, requests, options).0
 }
 
-fn run_counting(cpu: &Cpu, model: &Bloom<Cpu>, requests: &[Request], options: EngineOptions) -> (Outputs, Counters) {
+fn run_counting(
+    cpu: &Cpu,
+    model: &Bloom<Cpu>,
+    requests: &[Request],
+    options: EngineOptions,
+) -> (Outputs, Counters) {
     let mut engine = Engine::new(cpu, model, options).unwrap();
     for r in requests {
         engine.submit(r.clone()).unwrap();
@@ -84,7 +92,10 @@ fn greedy_continuations_are_transformers_own() {
             assert_eq!(tokens[&(1, 0)], expected.greedy_penalty, "{name} on {isa:?} with penalty");
             assert_eq!(logprobs[&0].len(), expected.prompt_ids.len() - 1);
             for (ours, theirs) in logprobs[&0].iter().zip(&expected.prompt_logprobs) {
-                assert!((ours - theirs).abs() < 1e-3 + 1e-4 * theirs.abs(), "{name}: {ours} for {theirs}");
+                assert!(
+                    (ours - theirs).abs() < 1e-3 + 1e-4 * theirs.abs(),
+                    "{name}: {ours} for {theirs}"
+                );
             }
         }
     }
@@ -97,7 +108,8 @@ fn penalties_can_leave_the_prompt_out() {
     let model = Bloom::load(&cpu, checkpoint.clone(), None).unwrap();
     let all = Sampling { repetition_penalty: 5.0, ..Sampling::default() };
     let output = Sampling { penalize_prompt: false, ..all };
-    let requests = [request(0, &expected.prompt_ids, all, 40), request(1, &expected.prompt_ids, output, 40)];
+    let requests =
+        [request(0, &expected.prompt_ids, all, 40), request(1, &expected.prompt_ids, output, 40)];
     let (tokens, _) = run(&cpu, &model, &requests, EngineOptions::default());
     let from_prompt = |t: &Vec<u32>| t.iter().filter(|t| expected.prompt_ids.contains(t)).count();
     assert!(from_prompt(&tokens[&(0, 0)]) < from_prompt(&tokens[&(1, 0)]));
@@ -135,7 +147,10 @@ fn impossible_requests_are_refused_with_a_reason() {
     let options = EngineOptions { cache_tokens: 64, ..EngineOptions::default() };
     let mut engine = Engine::new(&cpu, &model, options).unwrap();
     let mut refuse = |prompt: &[u32], max_new: usize, word: &str| {
-        let e = engine.submit(request(0, prompt, Sampling::default(), max_new)).unwrap_err().to_string();
+        let e = engine
+            .submit(request(0, prompt, Sampling::default(), max_new))
+            .unwrap_err()
+            .to_string();
         assert!(e.contains(word), "{e}");
     };
     refuse(&[], 1, "no tokens");
@@ -150,7 +165,12 @@ fn crowd(candidates: u32) -> (Checkpoint, Vec<Request>) {
     let warm = Sampling { temperature: 1.0, seed: 5, ..Sampling::default() };
     let requests = (0..4).map(|i| Request {
         candidates,
-        ..request(i, &(0..20).map(|t| 4 + (t * 7 + i as u32 * 3) % 140).collect::<Vec<_>>(), warm, 40)
+        ..request(
+            i,
+            &(0..20).map(|t| 4 + (t * 7 + i as u32 * 3) % 140).collect::<Vec<_>>(),
+            warm,
+            40,
+        )
     });
     (checkpoint, requests.collect())
 }
@@ -163,8 +183,12 @@ fn the_newest_sequence_gives_up_its_blocks_and_loses_nothing() {
         let model = Bloom::load(&cpu, checkpoint.clone(), None).unwrap();
         let (expected, calm) = run_counting(&cpu, &model, &requests, EngineOptions::default());
         assert_eq!(calm.preemptions, 0);
-        let (tokens, tight) =
-            run_counting(&cpu, &model, &requests, EngineOptions { cache_tokens: 96, ..Default::default() });
+        let (tokens, tight) = run_counting(
+            &cpu,
+            &model,
+            &requests,
+            EngineOptions { cache_tokens: 96, ..Default::default() },
+        );
         assert!(tight.preemptions > 0);
         assert_eq!(tokens, expected);
     }
@@ -176,18 +200,21 @@ fn prompts_start_behind_what_was_computed_before() {
     let cpu = Cpu::new(1, Isa::detect());
     let model = Bloom::load(&cpu, checkpoint.clone(), None).unwrap();
     let shared: Vec<u32> = (0..50).map(|t| 4 + t * 3 % 140).collect();
-    let requests: Vec<Request> =
-        (0..3).map(|i| request(i, &[&shared[..], &[9 + i as u32]].concat(), Sampling::default(), 4)).collect();
+    let requests: Vec<Request> = (0..3)
+        .map(|i| request(i, &[&shared[..], &[9 + i as u32]].concat(), Sampling::default(), 4))
+        .collect();
     let one_by_one = EngineOptions { sequences: 1, ..EngineOptions::default() };
     let (with, counters) = run_counting(&cpu, &model, &requests, one_by_one);
     // three full blocks of the fifty shared tokens, for the second and the third
     assert_eq!((counters.prefix_queries, counters.prefix_hits), (3 * 51, 2 * 48));
-    let (without, cold) = run_counting(&cpu, &model, &requests, EngineOptions { prefix_cache: false, ..one_by_one });
+    let (without, cold) =
+        run_counting(&cpu, &model, &requests, EngineOptions { prefix_cache: false, ..one_by_one });
     assert_eq!(with, without);
     assert_eq!(cold.computed_tokens - counters.computed_tokens, 2 * 48);
     // a whole prompt that is there still computes its last token
     let aligned = request(7, &shared[..48], Sampling::default(), 4);
-    let (_, counters) = run_counting(&cpu, &model, &[aligned.clone(), Request { id: 8, ..aligned }], one_by_one);
+    let (_, counters) =
+        run_counting(&cpu, &model, &[aligned.clone(), Request { id: 8, ..aligned }], one_by_one);
     assert_eq!(counters.prefix_hits, 32);
 }
 
@@ -199,13 +226,20 @@ fn drafts_save_steps_and_change_no_token() {
     // greedy decoding of a random model runs in circles
     let requests = [request(0, &expected.prompt_ids, Sampling::default(), 200)];
     let (plain, slow) = run_counting(&cpu, &model, &requests, EngineOptions::default());
-    let (drafted, fast) =
-        run_counting(&cpu, &model, &requests, EngineOptions { draft_tokens: 6, ..EngineOptions::default() });
+    let (drafted, fast) = run_counting(
+        &cpu,
+        &model,
+        &requests,
+        EngineOptions { draft_tokens: 6, ..EngineOptions::default() },
+    );
     assert_eq!(plain, drafted);
     assert_eq!(slow.drafted_tokens, 0);
     // most of them on a quiet machine; where time is short drafts are made less often
     assert!(fast.steps < slow.steps, "{fast:?}");
-    assert!(fast.accepted_tokens <= fast.drafted_tokens && fast.steps + fast.accepted_tokens == slow.steps);
+    assert!(
+        fast.accepted_tokens <= fast.drafted_tokens
+            && fast.steps + fast.accepted_tokens == slow.steps
+    );
 }
 
 #[test]
@@ -252,7 +286,9 @@ fn requests_end_at_their_deadline() {
         engine
             .step(&mut |event| {
                 match event {
-                    Event::Ended { request, candidate, finish } => ended.push((request, candidate, finish)),
+                    Event::Ended { request, candidate, finish } => {
+                        ended.push((request, candidate, finish))
+                    }
                     Event::Token { request, finish, .. } => {
                         assert_eq!(request, 1);
                         finished += u32::from(finish.is_some());
@@ -279,7 +315,8 @@ fn biases_and_penalties_of_openai() {
     let once = Request { sampling: once, id: 3, ..plain.clone() };
     let all = [plain, never, always, once];
     for draft_tokens in [0, 4] {
-        let out = run(&cpu, &model, &all, EngineOptions { draft_tokens, ..EngineOptions::default() }).0;
+        let out =
+            run(&cpu, &model, &all, EngineOptions { draft_tokens, ..EngineOptions::default() }).0;
         assert!(out[&(0, 0)].starts_with(&expected.greedy));
         assert!(!out[&(1, 0)].contains(&expected.greedy[0]));
         assert!(out[&(2, 0)].iter().all(|t| *t == 77));
@@ -293,8 +330,8 @@ fn biases_and_penalties_of_openai() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// A request's tokens depend on nothing but itself: not on its neighbours, their order, the budget, the number
-    /// of sequences, or threads.
+    /// A request's tokens depend on nothing but itself: not on its neighbours, their order, the
+    /// budget, the number of sequences, or threads.
     #[test]
     fn tokens_do_not_depend_on_the_company(
         lengths in prop::collection::vec(1usize..40, 2..6),

@@ -25,7 +25,8 @@ struct Expected {
 fn golden() -> (Checkpoint, Expected, Batch) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bloom/train");
     let checkpoint = Checkpoint::open(&folder).unwrap();
-    let expected: Expected = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+    let expected: Expected =
+        serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
     let mut batch = Batch::new();
     for s in &expected.sequences {
         batch.push(&s.ids, s.loss_from);
@@ -39,10 +40,16 @@ fn relative_error(ours: &[f32], theirs: &[f32]) -> f64 {
     (difference / norm.max(1e-30)).sqrt()
 }
 
-fn gradients(cpu: &Cpu, precision: Precision, model: &TrainModel, batch: &Batch) -> (f64, Vec<f32>) {
+fn gradients(
+    cpu: &Cpu,
+    precision: Precision,
+    model: &TrainModel,
+    batch: &Batch,
+) -> (f64, Vec<f32>) {
     let mut grads = vec![0f32; model.values.len()];
     let scale = 1.0 / batch.labels.len() as f32;
-    let loss = model.loss(cpu, precision, batch, &mut Workspace::default(), Some((scale, &mut grads)));
+    let loss =
+        model.loss(cpu, precision, batch, &mut Workspace::default(), Some((scale, &mut grads)));
     (loss / batch.labels.len() as f64, grads)
 }
 
@@ -63,7 +70,8 @@ fn every_gradient_is_within_1e_4_of_pytorch_on_every_instruction_set() {
         for p in model.config.parameters() {
             let ours = &grads[start..start + p.len()];
             start += p.len();
-            let theirs: Vec<f32> = bytemuck::pod_collect_to_vec(theirs.tensor(&p.name).unwrap().data());
+            let theirs: Vec<f32> =
+                bytemuck::pod_collect_to_vec(theirs.tensor(&p.name).unwrap().data());
             let error = relative_error(ours, &theirs);
             assert!(error < 1e-4, "{isa:?}: {} off by {error:e}", p.name);
         }

@@ -16,7 +16,9 @@ fn choices(events: &[Value]) -> BTreeMap<u64, (String, Option<String>)> {
     let mut choices: BTreeMap<u64, (String, Option<String>)> = BTreeMap::new();
     for choice in events.iter().filter_map(|e| e["choices"].as_array()).flatten() {
         let (text, finish) = choices.entry(choice["index"].as_u64().unwrap()).or_default();
-        text.push_str(choice["text"].as_str().or(choice["delta"]["content"].as_str()).unwrap_or_default());
+        text.push_str(
+            choice["text"].as_str().or(choice["delta"]["content"].as_str()).unwrap_or_default(),
+        );
         assert!(finish.is_none(), "nothing comes after the end");
         *finish = choice["finish_reason"].as_str().map(str::to_owned);
     }
@@ -30,7 +32,8 @@ fn no_request_ends_the_server() {
     for seed in 0..2 {
         let mut body = json!({
             "messages": [{ "role": "user", "content": "a wizard portrait" }], "n": 32, "seed": seed, "temperature": 1,
-            "bad_words": ["by", "art", "highly", "detailed", "digital painting", "intricate", "elegant", "sharp focus",
+            "bad_words": ["by", "art", "highly", "detailed", "digital \
+            painting", "intricate", "elegant", "sharp focus",
                 "illustration", "concept art", "fantasy"],
             "ignore_eos": true, "max_tokens": 200, "stream": true,
         });
@@ -40,7 +43,11 @@ fn no_request_ends_the_server() {
         let whole = server.post("/v1/chat/completions", body).json();
         for c in whole["choices"].as_array().unwrap() {
             let (text, finish) = &pieces[&c["index"].as_u64().unwrap()];
-            assert_eq!(c["message"]["content"], text.as_str(), "what was given out is what there is");
+            assert_eq!(
+                c["message"]["content"],
+                text.as_str(),
+                "what was given out is what there is"
+            );
             assert_eq!(c["finish_reason"].as_str(), finish.as_deref());
             assert!(finish.is_some(), "every candidate has a reason");
         }
@@ -50,7 +57,8 @@ fn no_request_ends_the_server() {
         json!({ "prompt": "a red cat", "seed": 13, "ban": ["highly detailed"], "stop": [", by"] }),
         json!({ "prompt": "x", "keep": ["by"], "stop": [", "] }),
         json!({ "prompt": "a cat", "keep": ["red umbrella"], "stop": "umbrella" }),
-        json!({ "prompt": "a cat", "keep": ["red umbrella"], "stop": "umbrella", "include_stop_str_in_output": true }),
+        json!({ "prompt": "a cat", "keep": ["red \
+            umbrella"], "stop": "umbrella", "include_stop_str_in_output": true }),
         json!({ "prompt": "a fast car", "keep": ["100 mph"], "ban": ["fast", "speed"], "n": 8, "seed": 1 }),
     ] {
         let mut refused = false;
@@ -62,7 +70,11 @@ fn no_request_ends_the_server() {
             if stream {
                 // what is refused whole is refused before the first piece
                 assert_eq!(a.status == 400, refused, "{body}: {}", a.body);
-                assert!(refused || a.events().iter().all(|e| e.get("error").is_none()), "{body}: {}", a.body);
+                assert!(
+                    refused || a.events().iter().all(|e| e.get("error").is_none()),
+                    "{body}: {}",
+                    a.body
+                );
                 continue;
             }
             refused = a.status == 400;
@@ -83,12 +95,20 @@ fn no_request_ends_the_server() {
         }
     }
     assert_eq!(server.get("/health").status, 200);
-    assert_eq!(server.post("/v1/completions", json!({ "prompt": "a cat", "max_tokens": 4 })).status, 200);
+    assert_eq!(
+        server.post("/v1/completions", json!({ "prompt": "a cat", "max_tokens": 4 })).status,
+        200
+    );
     server.wait_for("all blocks are free", Server::is_idle);
-    assert_eq!(server.metric("bprompt:engine_restarts_total"), 0.0, "none of them was caught by the second line only");
+    assert_eq!(
+        server.metric("bprompt:engine_restarts_total"),
+        0.0,
+        "none of them was caught by the second line only"
+    );
 }
 
-/// Bans, stops and ends of all kinds: what came in pieces is what comes whole, and every token is among the pieces.
+/// Bans, stops and ends of all kinds: what came in pieces is what comes whole, and every token is
+/// among the pieces.
 #[test]
 fn pieces_make_the_whole() {
     let server = Server::start(&["--sequences", "8"]);
@@ -99,18 +119,25 @@ fn pieces_make_the_whole() {
         .map(|t| t.as_u64().unwrap())
         .collect();
     // tokens that are parts of characters, likely enough to come often
-    let bias: serde_json::Map<String, Value> = ids.iter().map(|id| (id.to_string(), json!(15))).collect();
+    let bias: serde_json::Map<String, Value> =
+        ids.iter().map(|id| (id.to_string(), json!(15))).collect();
     let bodies = [
         json!({ "prompt": "a cat, ", "stop": [" a", ", "], "bad_words": ["the"] }),
-        json!({ "prompt": "a cat, ", "bad_words": ["by", "art", "digital painting"], "min_tokens": 5 }),
+        json!({ "prompt": "a cat, ", "bad_words": ["by", "art", "digital \
+            painting"], "min_tokens": 5 }),
         json!({ "prompt": "a cat, ", "logit_bias": bias, "ignore_eos": true }),
-        json!({ "prompt": "東京 tower, ", "logit_bias": bias, "stop": ["é"], "include_stop_str_in_output": true }),
+        json!({ "prompt": "東京 tower, \
+            ", "logit_bias": bias, "stop": ["é"], "include_stop_str_in_output": true }),
         json!({ "prompt": "東京 tower</s> é", "echo": true, "logit_bias": bias }),
     ];
     for (seed, body) in bodies.into_iter().enumerate() {
         let mut body = body;
-        for (name, value) in [("n", json!(4)), ("seed", json!(seed)), ("logprobs", json!(1)), ("max_tokens", json!(40))]
-        {
+        for (name, value) in [
+            ("n", json!(4)),
+            ("seed", json!(seed)),
+            ("logprobs", json!(1)),
+            ("max_tokens", json!(40)),
+        ] {
             body[name] = value;
         }
         let whole = server.post("/v1/completions", body.clone()).json();
@@ -120,7 +147,10 @@ fn pieces_make_the_whole() {
         for c in whole["choices"].as_array().unwrap() {
             let index = c["index"].as_u64().unwrap();
             let text = c["text"].as_str().unwrap();
-            assert_eq!((text, c["finish_reason"].as_str()), (pieces[&index].0.as_str(), pieces[&index].1.as_deref()));
+            assert_eq!(
+                (text, c["finish_reason"].as_str()),
+                (pieces[&index].0.as_str(), pieces[&index].1.as_deref())
+            );
             let own = |name: &str| -> Vec<Value> {
                 let of = |e: &Value| e["choices"].as_array().cloned().unwrap_or_default();
                 let all = events.iter().flat_map(of).filter(|c| c["index"] == index);
@@ -135,8 +165,12 @@ fn pieces_make_the_whole() {
             }
             check_offsets(text, &list("tokens"), &list("text_offset"));
         }
-        let tokens: usize =
-            whole["choices"].as_array().unwrap().iter().map(|c| tokens(c, body["echo"] == true, &whole)).sum();
+        let tokens: usize = whole["choices"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|c| tokens(c, body["echo"] == true, &whole))
+            .sum();
         assert_eq!(whole["usage"]["completion_tokens"], tokens);
     }
 }
@@ -147,11 +181,15 @@ fn tokens(choice: &Value, echo: bool, whole: &Value) -> usize {
     if echo { all - whole["usage"]["prompt_tokens"].as_u64().unwrap() as usize } else { all }
 }
 
-/// Offsets count characters, never fall, and where one is that of a token that is whole text, the text goes on with it.
+/// Offsets count characters, never fall, and where one is that of a token that is whole text, the
+/// text goes on with it.
 fn check_offsets(text: &str, tokens: &[Value], offsets: &[Value]) {
     let characters: Vec<char> = text.chars().collect();
     let offsets: Vec<usize> = offsets.iter().map(|o| o.as_u64().unwrap() as usize).collect();
-    assert!(offsets.is_sorted() && offsets.iter().all(|&o| o <= characters.len()), "{offsets:?} of {text:?}");
+    assert!(
+        offsets.is_sorted() && offsets.iter().all(|&o| o <= characters.len()),
+        "{offsets:?} of {text:?}"
+    );
     for (i, (token, &at)) in tokens.iter().zip(&offsets).enumerate() {
         let token: Vec<char> = token.as_str().unwrap().chars().collect();
         let next = offsets.get(i + 1).copied().unwrap_or(characters.len());
@@ -165,11 +203,15 @@ fn check_offsets(text: &str, tokens: &[Value], offsets: &[Value]) {
 #[test]
 fn a_prompt_alone_is_scored_without_an_output() {
     let server = Server::start(&[]);
-    let mut body = json!({ "prompt": ["a cat", "東京"], "max_tokens": 0, "echo": true, "logprobs": 0 });
+    let mut body =
+        json!({ "prompt": ["a cat", "東京"], "max_tokens": 0, "echo": true, "logprobs": 0 });
     let a = server.post("/v1/completions", body.clone()).json();
     assert_eq!(a["usage"]["completion_tokens"], 0);
     assert_eq!(a["usage"]["total_tokens"], a["usage"]["prompt_tokens"]);
-    assert_eq!((&a["choices"][1]["text"], &a["choices"][1]["finish_reason"]), (&json!("東京"), &json!("length")));
+    assert_eq!(
+        (&a["choices"][1]["text"], &a["choices"][1]["finish_reason"]),
+        (&json!("東京"), &json!("length"))
+    );
     body["stream"] = json!(true);
     body["stream_options"] = json!({ "include_usage": true });
     let events = server.post("/v1/completions", body).events();
@@ -189,18 +231,26 @@ fn tokens_that_end_a_candidate() {
         let a = server.post("/v1/completions", body).json();
         let c = &a["choices"][0];
         let text = c["text"].as_str().unwrap().to_owned();
-        (text, c["finish_reason"].as_str().unwrap().to_owned(), a["usage"]["completion_tokens"].as_u64().unwrap())
+        (
+            text,
+            c["finish_reason"].as_str().unwrap().to_owned(),
+            a["usage"]["completion_tokens"].as_u64().unwrap(),
+        )
     };
     assert_eq!(ask(json!({})), (" cat".repeat(8), "length".into(), 8));
     assert_eq!(ask(json!({ "stop_token_ids": [id] })), (String::new(), "stop".into(), 1));
     let shown = json!({ "stop_token_ids": [id], "include_stop_str_in_output": true });
     assert_eq!(ask(shown), (" cat".into(), "stop".into(), 1));
-    assert_eq!(ask(json!({ "stop": " cat cat", "include_stop_str_in_output": true })).0, " cat cat");
+    assert_eq!(
+        ask(json!({ "stop": " cat cat", "include_stop_str_in_output": true })).0,
+        " cat cat"
+    );
     assert_eq!(ask(json!({ "stop": " cat cat" })), (String::new(), "stop".into(), 2));
     let (_, reason, tokens) = ask(json!({ "stop_token_ids": [id], "min_tokens": 4 }));
     assert_eq!(reason, if tokens == 8 { "length" } else { "stop" });
     assert!(tokens >= 4, "stops are held back");
-    let chat = json!({ "messages": [{ "role": "user", "content": "a" }], "stop_token_ids": [1_000_000] });
+    let chat =
+        json!({ "messages": [{ "role": "user", "content": "a" }], "stop_token_ids": [1_000_000] });
     assert_eq!(server.refusal("/v1/chat/completions", chat), (400, "stop_token_ids".into()));
     let many = json!({ "prompt": "a", "stop_token_ids": vec![5; 1000] });
     assert_eq!(server.refusal("/v1/rewrite", many), (400, "stop_token_ids".into()));
@@ -252,12 +302,21 @@ fn errors_name_the_field() {
         let a = server.post(path, body);
         assert_eq!(a.status, 200, "{path}: {}", a.body);
     }
-    let message = server.post("/v1/completions", json!({ "prompt": "x", "n": -1 })).json()["error"]["message"].clone();
-    assert!(message.as_str().unwrap().starts_with("n: invalid value: integer `-1`, expected"), "{message}");
-    assert_eq!(server.refusal("/v1/completions", json!({ "prompt": { "a": 1 } })), (400, "prompt".into()));
+    let message = server.post("/v1/completions", json!({ "prompt": "x", "n": -1 })).json()["error"]
+        ["message"]
+        .clone();
+    assert!(
+        message.as_str().unwrap().starts_with("n: invalid value: integer `-1`, expected"),
+        "{message}"
+    );
+    assert_eq!(
+        server.refusal("/v1/completions", json!({ "prompt": { "a": 1 } })),
+        (400, "prompt".into())
+    );
 }
 
-/// Texts that are long, deep or many are refused by their length, or read beside the threads that answer everybody.
+/// Texts that are long, deep or many are refused by their length, or read beside the threads that
+/// answer everybody.
 #[test]
 fn heavy_texts_hold_up_nobody() {
     let server = Server::start(&["--body-limit", "8000000"]);
@@ -307,7 +366,10 @@ fn deaf(server: &Server, body: &Value) -> TcpStream {
     socket.connect(&address.into()).unwrap();
     let mut stream = TcpStream::from(socket);
     let body = body.to_string();
-    let head = format!("POST /v1/completions HTTP/1.1\r\nHost: x\r\n{JSON}Content-Length: {}\r\n\r\n", body.len());
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\n{JSON}Content-Length: {}\r\n\r\n",
+        body.len()
+    );
     stream.write_all(head.as_bytes()).unwrap();
     stream.write_all(body.as_bytes()).unwrap();
     stream
@@ -316,11 +378,12 @@ fn deaf(server: &Server, body: &Value) -> TcpStream {
 #[test]
 fn a_client_that_does_not_read_keeps_no_place() {
     let server = Server::start(&["--sequences", "1", "--max-queue", "1", "--write-timeout", "0"]);
-    let mut body =
-        json!({ "prompt": "a", "max_tokens": 200, "ignore_eos": true, "logprobs": 20, "stream": true, "n": 4 });
+    let mut body = json!({ "prompt": "a", "max_tokens": 200, "ignore_eos": true, "logprobs": 20, "stream": true, "n": 4 });
     let streams: Vec<TcpStream> = (0..2).map(|_| deaf(&server, &body)).collect();
     body["stream"] = json!(false);
-    server.wait_for("the engine is done with them", |s| s.metric("vllm:e2e_request_latency_seconds_count") == 2.0);
+    server.wait_for("the engine is done with them", |s| {
+        s.metric("vllm:e2e_request_latency_seconds_count") == 2.0
+    });
     let both = json!({ "prompt": ["x", "y"], "max_tokens": 1 });
     assert_eq!(server.post("/v1/completions", both).status, 200, "both places are free");
     drop(streams);
@@ -332,7 +395,9 @@ fn a_client_that_does_not_read_is_left() {
     let body = json!({ "prompt": "a", "max_tokens": 480, "ignore_eos": true, "logprobs": 20, "stream": true, "n": 64 });
     let mut stream = deaf(&server, &body);
     server.wait_for("its work is cancelled", |s| {
-        s.get("/metrics").body.contains("finished_reason=\"abort\",model_name=\"beautiful-prompt\"} 1")
+        s.get("/metrics")
+            .body
+            .contains("finished_reason=\"abort\",model_name=\"beautiful-prompt\"} 1")
     });
     server.wait_for("nothing is left of it", Server::is_idle);
     let mut rest = Vec::new();
@@ -344,11 +409,14 @@ fn a_client_that_does_not_read_is_left() {
 #[test]
 fn half_closed_connections_get_their_answers() {
     let server = Server::start(&[]);
-    for (version, pause, stream) in
-        [("1.1", 0, false), ("1.1", 0, true), ("1.1", 600, false), ("1.0", 0, true), ("1.0", 600, false)]
-    {
-        let mut body =
-            json!({ "prompt": "a", "max_tokens": 300, "ignore_eos": true, "n": if pause > 0 { 16 } else { 1 } });
+    for (version, pause, stream) in [
+        ("1.1", 0, false),
+        ("1.1", 0, true),
+        ("1.1", 600, false),
+        ("1.0", 0, true),
+        ("1.0", 600, false),
+    ] {
+        let mut body = json!({ "prompt": "a", "max_tokens": 300, "ignore_eos": true, "n": if pause > 0 { 16 } else { 1 } });
         body["stream"] = json!(stream);
         let connection = server.send_json_as(version, "/v1/completions", &body);
         std::thread::sleep(Duration::from_millis(pause));
@@ -415,7 +483,8 @@ fn bodies_are_refused_before_they_are_sent() {
     };
     let head = |n: usize| {
         format!(
-            "POST /tokenize HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: 100-continue\r\n{JSON}Content-Length: {n}\r\n\r\n"
+            "POST /tokenize HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: \
+            100-continue\r\n{JSON}Content-Length: {n}\r\n\r\n"
         )
     };
     assert_eq!(first_line(&head(5000)).0, "HTTP/1.1 413", "no word of going on");
@@ -427,22 +496,38 @@ fn bodies_are_refused_before_they_are_sent() {
     assert!(rest.contains("HTTP/1.1 200"), "{rest}");
     // a large body that is sent all the same is read to its end, so that the answer arrives
     let large = server.request("POST", "/tokenize", JSON, &vec![b'x'; 3_000_000]);
-    assert_eq!((large.status, large.json()["error"]["type"].as_str()), (413, Some("invalid_request_error")));
+    assert_eq!(
+        (large.status, large.json()["error"]["type"].as_str()),
+        (413, Some("invalid_request_error"))
+    );
     let chunked = format!("Transfer-Encoding: chunked\r\n{JSON}");
     let mut stream = server.connect();
-    let head = format!("POST /tokenize HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{chunked}\r\n5\r\n{{\"pro\r\n");
+    let head = format!(
+        "POST /tokenize HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{chunked}\r\n5\r\n{{\"pro\r\n"
+    );
     stream.write_all(head.as_bytes()).unwrap();
     assert_eq!(answer(stream).status, 408, "the rest never comes");
 }
 
 #[test]
 fn keys_origins_and_names_are_read_as_the_standards_say() {
-    let server = Server::start(&["--api-key", "one", "--cors-origin", "*", "--served-model-name", "org/team/name"]);
+    let server = Server::start(&[
+        "--api-key",
+        "one",
+        "--cors-origin",
+        "*",
+        "--served-model-name",
+        "org/team/name",
+    ]);
     for scheme in ["Bearer", "bearer", "BEARER"] {
-        let a = server.request("GET", "/v1/models", &format!("Authorization: {scheme} one\r\n"), b"");
+        let a =
+            server.request("GET", "/v1/models", &format!("Authorization: {scheme} one\r\n"), b"");
         assert_eq!(a.status, 200, "{scheme}");
     }
-    assert_eq!(server.request("GET", "/v1/models", "Authorization: Basic one\r\n", b"").status, 401);
+    assert_eq!(
+        server.request("GET", "/v1/models", "Authorization: Basic one\r\n", b"").status,
+        401
+    );
     let key = "Authorization: Bearer one\r\n";
     let get = |path: &str| server.request("GET", path, key, b"");
     for path in ["/v1/models/org/team/name", "/v1/models/org%2Fteam%2Fname"] {
@@ -453,8 +538,13 @@ fn keys_origins_and_names_are_read_as_the_standards_say() {
     let asked = "Origin: https://a.example\r\nAccess-Control-Request-Method: POST\r\n\
                  Access-Control-Request-Headers: authorization, content-type\r\n";
     let preflight = server.request("OPTIONS", "/v1/rewrite", asked, b"");
-    let allowed = preflight.header("access-control-allow-headers").unwrap_or_default().to_lowercase();
-    assert!(allowed.contains("authorization") && allowed.contains("content-type"), "{}", preflight.head);
+    let allowed =
+        preflight.header("access-control-allow-headers").unwrap_or_default().to_lowercase();
+    assert!(
+        allowed.contains("authorization") && allowed.contains("content-type"),
+        "{}",
+        preflight.head
+    );
     let a = server.request("GET", "/health", "Origin: https://a.example\r\n", b"");
     let exposed = a.header("access-control-expose-headers").unwrap_or_default().to_lowercase();
     assert!(exposed.contains("x-request-id"), "{}", a.head);
@@ -464,11 +554,13 @@ fn keys_origins_and_names_are_read_as_the_standards_say() {
 #[test]
 fn long_requests_do_not_starve_short_ones() {
     let server = Server::start(&["--sequences", "16"]);
-    let body = json!({ "prompt": "a", "max_tokens": 400, "ignore_eos": true, "n": 128, "stream": true });
+    let body =
+        json!({ "prompt": "a", "max_tokens": 400, "ignore_eos": true, "n": 128, "stream": true });
     let mut running = server.send_json("/v1/completions", &body);
     running.read_exact(&mut [0; 400]).unwrap();
     for _ in 0..3 {
-        let short = server.post("/v1/completions", json!({ "prompt": "b", "max_tokens": 5, "ignore_eos": true }));
+        let short = server
+            .post("/v1/completions", json!({ "prompt": "b", "max_tokens": 5, "ignore_eos": true }));
         assert_eq!(short.json()["usage"]["completion_tokens"], 5);
     }
     // the order says it, not the time: of the long one's 51,200 tokens most are still to come
@@ -481,11 +573,14 @@ fn long_requests_do_not_starve_short_ones() {
 /// Whatever bytes come, and however the connection is treated, the server goes on.
 #[test]
 fn broken_connections_leave_nothing_behind() {
-    let server = Server::start(&["--header-timeout", "2", "--body-timeout", "2", "--request-timeout", "2"]);
+    let server =
+        Server::start(&["--header-timeout", "2", "--body-timeout", "2", "--request-timeout", "2"]);
     let mut words = beautiful_prompt::random::Words::new(11, 0);
     let body = long().to_string();
-    let request =
-        format!("POST /v1/completions HTTP/1.1\r\nHost: x\r\n{JSON}Content-Length: {}\r\n\r\n{body}", body.len());
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\n{JSON}Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
     let mut held = Vec::new();
     for _ in 0..60 {
         let mut stream = server.connect();

@@ -13,11 +13,14 @@ fn json(args: &[&str]) -> Value {
     serde_json::from_slice(&out.stdout).unwrap()
 }
 
-/// Without a word about it, prompts come back with their meaning, byte for byte where the model cannot know or write them.
+/// Without a word about it, prompts come back with their meaning, byte for byte where the model
+/// cannot know or write them.
 #[test]
 fn the_default_keeps_the_meaning() {
-    let long = "an old wizard with a silver beard and a crooked hat reads a heavy leather book beside a tall candle in a round stone \
-                tower above a frozen harbour while two black ravens and a sleepy fox watch from under the wooden stairs";
+    let long = "an old wizard with a silver beard and a crooked hat reads a heavy leather book \
+        beside a tall candle in a round stone \
+                tower above a frozen harbour while two black ravens and a sleepy fox watch from \
+                under the wooden stairs";
     for (prompt, source) in [
         ("a photo of a __animal__ wearing a {red|blue} hat in __city__", Some("phrases")),
         ("a cat 🐱🌧️ in the rain", Some("phrases")),
@@ -33,7 +36,10 @@ fn the_default_keeps_the_meaning() {
             let text = c["text"].as_str().unwrap();
             assert!(!text.contains('\u{fffd}'), "{text}");
             if c["source"] != "model" {
-                assert!(text.starts_with(prompt) && c["kept"] == 1.0 && c["reason"].is_string(), "{c}");
+                assert!(
+                    text.starts_with(prompt) && c["kept"] == 1.0 && c["reason"].is_string(),
+                    "{c}"
+                );
             }
             assert!(source.is_none_or(|s| c["source"] == s || c["source"] == "input"), "{c}");
         }
@@ -51,8 +57,12 @@ fn facts_are_measured() {
     let file = path.to_str().unwrap();
     let r = json(&["eval", "--facts", file, "--min-kept", "1", "--seed", "1", "--json"]);
     let counts = |k: &Value| ["facts", "stated", "kept"].map(|n| k[n].as_u64().unwrap());
-    let facts: Vec<_> =
-        r["facts"].as_array().unwrap().iter().map(|k| (k["kind"].as_str().unwrap(), counts(k))).collect();
+    let facts: Vec<_> = r["facts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|k| (k["kind"].as_str().unwrap(), counts(k)))
+        .collect();
     assert_eq!(
         facts,
         [("entity", [1, 1, 1]), ("count", [1, 1, 1]), ("attribute", [1, 0, 0]), ("all", [3, 2, 2])],
@@ -62,5 +72,8 @@ fn facts_are_measured() {
     assert!(String::from_utf8_lossy(&out.stdout).contains("facts kept, count"));
     let out = bprompt(&["eval", "--facts", file, "--min-words", "9"]);
     let message = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(out.status.code() == Some(2) && message.contains("holds no prompts of 9 to 20 words"), "{message}");
+    assert!(
+        out.status.code() == Some(2) && message.contains("holds no prompts of 9 to 20 words"),
+        "{message}"
+    );
 }

@@ -14,8 +14,23 @@ use std::collections::{HashMap, HashSet};
 
 /// Plain and rich prompts over a small vocabulary of our own.
 fn prompts() -> Vec<String> {
-    let subjects = ["lighthouse", "sailor", "fox", "harbour", "clockmaker", "glass tower", "market", "orchard"];
-    let places = ["on a cliff", "in the fog", "under the northern lights", "beside a frozen lake", "at dawn"];
+    let subjects = [
+        "lighthouse",
+        "sailor",
+        "fox",
+        "harbour",
+        "clockmaker",
+        "glass tower",
+        "market",
+        "orchard",
+    ];
+    let places = [
+        "on a cliff",
+        "in the fog",
+        "under the northern lights",
+        "beside a frozen lake",
+        "at dawn",
+    ];
     let styles = [
         "highly detailed, digital painting, concept art, sharp focus, cinematic lighting, octane render",
         "oil painting, intricate, soft light, vibrant colors, trending on artstation, masterpiece",
@@ -24,7 +39,10 @@ fn prompts() -> Vec<String> {
     let mut all = Vec::new();
     for (i, s) in subjects.iter().enumerate() {
         for (j, p) in places.iter().enumerate() {
-            all.push(format!("a beautiful painting of a {s} {p}, small boats nearby, {}", styles[(i + j) % 3]));
+            all.push(format!(
+                "a beautiful painting of a {s} {p}, small boats nearby, {}",
+                styles[(i + j) % 3]
+            ));
             all.push(format!("A {s} {p} with {} windows", i * 5 + j));
         }
     }
@@ -36,18 +54,38 @@ fn prompts() -> Vec<String> {
 /// No limits to what so few prompts can lend.
 fn options() -> PairOptions {
     let limits = TailLimits { phrase: 1.0, artists: 1.0, artist: 1.0 };
-    PairOptions { min_tokens: 5, short_tokens: 5, validation: 0.3, borrow: 2, limits, ..PairOptions::default() }
+    PairOptions {
+        min_tokens: 5,
+        short_tokens: 5,
+        validation: 0.3,
+        borrow: 2,
+        limits,
+        ..PairOptions::default()
+    }
 }
 
-/// Photos, paintings and renders of the same things, some of which contradict themselves, many by one artist.
+/// Photos, paintings and renders of the same things, some of which contradict themselves, many by
+/// one artist.
 fn mixed_prompts() -> Vec<String> {
-    let subjects = ["lighthouse", "sailor", "fox", "harbour", "clockmaker", "market", "orchard", "bridge"];
-    let places = ["on a cliff", "in the fog", "beside a frozen lake", "at dawn", "behind the mill", "in the snow"];
+    let subjects =
+        ["lighthouse", "sailor", "fox", "harbour", "clockmaker", "market", "orchard", "bridge"];
+    let places = [
+        "on a cliff",
+        "in the fog",
+        "beside a frozen lake",
+        "at dawn",
+        "behind the mill",
+        "in the snow",
+    ];
     let media = [
-        "dslr, shallow depth of field, film grain, digital painting, professional photography, soft lighting, bokeh",
-        "oil painting, intricate, vibrant colors, highly detailed, smooth, dramatic lighting, oil on canvas",
-        "digital painting, concept art, sharp focus, trending on artstation, masterpiece, rim light, matte painting",
-        "octane render, unreal engine, ray tracing, highly detailed, ambient occlusion, 8k, volumetric lighting",
+        "dslr, shallow depth of field, film grain, digital painting, professional photography, \
+        soft lighting, bokeh",
+        "oil painting, intricate, vibrant colors, highly detailed, smooth, dramatic lighting, oil \
+        on canvas",
+        "digital painting, concept art, sharp focus, trending on artstation, masterpiece, rim \
+        light, matte painting",
+        "octane render, unreal engine, ray tracing, highly detailed, ambient occlusion, 8k, \
+        volumetric lighting",
     ];
     let artists = ["", ", art by wlop", ", art by wlop", ""];
     let lead = ["a photo of", "a painting of", "", ""];
@@ -59,7 +97,11 @@ fn mixed_prompts() -> Vec<String> {
                 let mut phrases: Vec<&str> = m.split(", ").collect();
                 Words::new(7, all.len() as u64).shuffle(&mut phrases);
                 let style = phrases[..5].join(", ");
-                all.push(format!("{} a {s} {p} {k}{i}{j}, {style}{}", lead[k], artists[k]).trim().to_owned());
+                all.push(
+                    format!("{} a {s} {p} {k}{i}{j}, {style}{}", lead[k], artists[k])
+                        .trim()
+                        .to_owned(),
+                );
             }
             all.push(format!("photo of a {s} {p} with {} doors", 7 * i + j));
         }
@@ -69,7 +111,8 @@ fn mixed_prompts() -> Vec<String> {
 
 #[test]
 fn targets_name_no_media_that_exclude_each_other() {
-    let made = make_pairs(&mixed_prompts(), &StylePhrases::default(), &embedded::tokenizer(), &options());
+    let made =
+        make_pairs(&mixed_prompts(), &StylePhrases::default(), &embedded::tokenizer(), &options());
     let all: Vec<&Pair> = made.train.iter().chain(&made.validation).collect();
     let mediums = Mediums::built_in();
     let (photo, mut photos, mut named) = (mediums.named("photo").unwrap(), 0, 0);
@@ -81,7 +124,12 @@ fn targets_name_no_media_that_exclude_each_other() {
         }
         named += usize::from(mediums.of(&p.raw_prompt).is_some());
     }
-    assert!(all.len() > 100 && photos > 20 && named > photos, "{} {photos} {named} {:?}", all.len(), made.counts);
+    assert!(
+        all.len() > 100 && photos > 20 && named > photos,
+        "{} {photos} {named} {:?}",
+        all.len(),
+        made.counts
+    );
     let v = variety(all.iter().map(|p| (p.raw_prompt.as_str(), p.prompt.as_str())));
     assert_eq!((v.contradictions, v.photo_and_painting), (0.0, 0.0));
 }
@@ -90,20 +138,34 @@ fn targets_name_no_media_that_exclude_each_other() {
 fn worn_phrases_and_artists_keep_to_their_shares() {
     let make = |limits| {
         let options = PairOptions { limits, min_added: 4, ..options() };
-        make_pairs(&mixed_prompts(), &StylePhrases::default(), &embedded::tokenizer(), &options).train
+        make_pairs(&mixed_prompts(), &StylePhrases::default(), &embedded::tokenizer(), &options)
+            .train
     };
     let free = make(TailLimits { phrase: 1.0, artists: 1.0, artist: 1.0 });
     let held = make(TailLimits { phrase: 0.1, artists: 0.05, artist: 0.05 });
     let most = |pairs: &[Pair]| {
         let mut counts: HashMap<&str, usize> = HashMap::new();
-        pairs.iter().flat_map(|p| p.prompt.split(", ").skip(1)).for_each(|t| *counts.entry(t).or_default() += 1);
+        pairs
+            .iter()
+            .flat_map(|p| p.prompt.split(", ").skip(1))
+            .for_each(|t| *counts.entry(t).or_default() += 1);
         counts.into_values().max().unwrap_or(0)
     };
     let artists = |pairs: &[Pair]| pairs.iter().filter(|p| names_artist(&p.prompt)).count();
     // the shares are counted over all pairs made, and 300 to begin with
     let made = 300 + 1000;
-    assert!(most(&free) > made / 10 && artists(&free) > made / 20, "{} {}", most(&free), artists(&free));
-    assert!(most(&held) <= made / 10 && artists(&held) <= made / 20, "{} {}", most(&held), artists(&held));
+    assert!(
+        most(&free) > made / 10 && artists(&free) > made / 20,
+        "{} {}",
+        most(&free),
+        artists(&free)
+    );
+    assert!(
+        most(&held) <= made / 10 && artists(&held) <= made / 20,
+        "{} {}",
+        most(&held),
+        artists(&held)
+    );
     assert!(artists(&make(TailLimits { phrase: 1.0, artists: 0.0, artist: 1.0 })) == 0);
     assert!(!held.is_empty());
 }
@@ -130,7 +192,8 @@ fn rich_sides_hold_every_word_of_plain_sides_and_more() {
 
 #[test]
 fn the_same_input_gives_the_same_pairs_and_validation_does_not_leak() {
-    let make = || make_pairs(&prompts(), &StylePhrases::default(), &embedded::tokenizer(), &options());
+    let make =
+        || make_pairs(&prompts(), &StylePhrases::default(), &embedded::tokenizer(), &options());
     let (a, b) = (make(), make());
     assert_eq!((&a.train, &a.validation), (&b.train, &b.validation));
     assert!(!a.validation.is_empty());
@@ -167,7 +230,8 @@ fn records_keep_their_other_fields_in_both_formats() {
     }
     assert_eq!(read_prompts(&array).unwrap(), ["a fox, 8k"]);
     let bad = folder.path().join("bad.jsonl");
-    std::fs::write(&bad, "{\"raw_prompt\": \"a\", \"prompt\": \"b\"}\n{\"raw_prompt\": 3}\n").unwrap();
+    std::fs::write(&bad, "{\"raw_prompt\": \"a\", \"prompt\": \"b\"}\n{\"raw_prompt\": 3}\n")
+        .unwrap();
     assert!(read_pairs(&bad).unwrap_err().to_string().contains("line 2"));
     std::fs::write(&bad, b"ok\n\xff\n").unwrap();
     assert!(read_pairs(&bad).unwrap_err().to_string().contains("line 2 is not UTF-8"));

@@ -1,7 +1,9 @@
-//! Whole requests with every option at once: bans, texts to keep, stops, candidates, drafts, prefix cache, deadlines, preemption,
-//! cancellation and log-probabilities, on the embedded model.
+//! Whole requests with every option at once: bans, texts to keep, stops, candidates, drafts, prefix
+//! cache, deadlines, preemption, cancellation and log-probabilities, on the embedded model.
 
-use beautiful_prompt::engine::session::{Completed, Generate, GenerateOptions, Length, Session, Update};
+use beautiful_prompt::engine::session::{
+    Completed, Generate, GenerateOptions, Length, Session, Update,
+};
 use beautiful_prompt::engine::{EngineOptions, Finish, Sampling};
 use beautiful_prompt::models::bloom::Bloom;
 use beautiful_prompt::models::embedded;
@@ -23,8 +25,16 @@ const PROMPTS: [&str; 6] = [
     "x",
     "a photo of a street 🌧️",
 ];
-const BANS: [&str; 8] =
-    ["by", "art", "highly detailed", "digital painting", "intricate, elegant", "sharp focus", "8k", "illustration"];
+const BANS: [&str; 8] = [
+    "by",
+    "art",
+    "highly detailed",
+    "digital painting",
+    "intricate, elegant",
+    "sharp focus",
+    "8k",
+    "illustration",
+];
 const KEEPS: [&str; 5] = ["red umbrella", "100 mph", "f/1.8", "<lora:x:1>", "🐱"];
 const STOPS: [&str; 5] = [", by", "focus", "ist", ", ", "th"];
 
@@ -70,21 +80,31 @@ fn asked(random: &mut Words, tokenizer: &Tokenizer) -> Asked {
         min_new: if one_in(random, 3) { random.below(12) } else { 0 },
         ignore_eos: one_in(random, 3),
         stops: pick(random, &STOPS, 2),
-        stop_token_ids: if one_in(random, 6) { tokenizer.encode_literal(",").unwrap() } else { vec![] },
+        stop_token_ids: if one_in(random, 6) {
+            tokenizer.encode_literal(",").unwrap()
+        } else {
+            vec![]
+        },
         include_stop: one_in(random, 3),
         ban: Arc::new(Phrases::new(pick(random, &BANS, 4))),
         keep: Arc::new(Literals::new(pick(random, &KEEPS, 2))),
         prompt_logprobs: one_in(random, 3),
         top_logprobs: if one_in(random, 4) { 3 } else { 0 },
-        deadline: one_in(random, 8).then(|| Instant::now() + Duration::from_millis(random.below(60) as u64)),
+        deadline: one_in(random, 8)
+            .then(|| Instant::now() + Duration::from_millis(random.below(60) as u64)),
         owner: one_in(random, 3).then(|| 1 << 40 | random.below(3) as u64),
     };
     let cancelled = one_in(random, 8).then(|| random.below(30));
     Asked { prompt: tokenizer.encode_literal(&prompt).unwrap(), options, cancelled }
 }
 
-/// Works on all requests at once, each handed in some steps after the one before, and checks the engine after each step.
-fn serve(session: &mut Session<Cpu>, asked: &[Asked], apart: usize) -> HashMap<u64, (Completed, Vec<Streamed>)> {
+/// Works on all requests at once, each handed in some steps after the one before, and checks the
+/// engine after each step.
+fn serve(
+    session: &mut Session<Cpu>,
+    asked: &[Asked],
+    apart: usize,
+) -> HashMap<u64, (Completed, Vec<Streamed>)> {
     let mut streamed: HashMap<u64, Vec<Streamed>> = HashMap::new();
     let mut done = HashMap::new();
     let mut started: BTreeMap<u64, usize> = BTreeMap::new();
@@ -95,7 +115,10 @@ fn serve(session: &mut Session<Cpu>, asked: &[Asked], apart: usize) -> HashMap<u
             match session.submit(next as u64, a.prompt.clone(), &a.options) {
                 Ok(()) => {
                     let candidates = a.options.candidates as usize;
-                    streamed.insert(next as u64, (0..candidates).map(|_| Streamed::default()).collect());
+                    streamed.insert(
+                        next as u64,
+                        (0..candidates).map(|_| Streamed::default()).collect(),
+                    );
                     started.insert(next as u64, step);
                 }
                 // what cannot be satisfied is refused with a reason
@@ -125,7 +148,10 @@ fn serve(session: &mut Session<Cpu>, asked: &[Asked], apart: usize) -> HashMap<u
         });
         for outcome in outcomes.expect("the engine goes on") {
             let completed = outcome.expect("no request fails");
-            done.insert(completed.id, (completed.clone(), streamed.remove(&completed.id).expect("handed in")));
+            done.insert(
+                completed.id,
+                (completed.clone(), streamed.remove(&completed.id).expect("handed in")),
+            );
         }
         session.check();
     }
@@ -158,7 +184,12 @@ fn check(a: &Asked, completed: &Completed, streamed: &[Streamed], eos: u32) {
         if o.keep.is_empty() {
             assert_eq!(early.count(), 0, "ended before {} tokens", o.min_new);
             if o.min_new == 0 && !o.include_stop {
-                assert!(o.stops.iter().all(|s| !c.text.contains(s)), "{:?} holds a stop of {:?}", c.text, o.stops);
+                assert!(
+                    o.stops.iter().all(|s| !c.text.contains(s)),
+                    "{:?} holds a stop of {:?}",
+                    c.text,
+                    o.stops
+                );
             }
         }
     }
@@ -189,18 +220,28 @@ fn every_option_at_once() {
         }
         requests += asked.len();
         // the same alone, with nothing that could disturb it
-        let plain = EngineOptions { prefix_cache: false, draft_tokens: 0, ..EngineOptions::default() };
+        let plain =
+            EngineOptions { prefix_cache: false, draft_tokens: 0, ..EngineOptions::default() };
         for (id, (completed, _)) in together.iter().filter(|(id, _)| *id % 8 == 3) {
             let a = &asked[*id as usize];
             if a.options.deadline.is_some() {
                 continue;
             }
-            let again = [Asked { prompt: a.prompt.clone(), options: a.options.clone(), cancelled: None }];
-            let alone = &serve(&mut Session::new(&cpu, &model, &tokenizer, plain).unwrap(), &again, 0)[&0].0;
+            let again =
+                [Asked { prompt: a.prompt.clone(), options: a.options.clone(), cancelled: None }];
+            let alone =
+                &serve(&mut Session::new(&cpu, &model, &tokenizer, plain).unwrap(), &again, 0)[&0]
+                    .0;
             for (c, d) in completed.candidates.iter().zip(&alone.candidates) {
-                assert_eq!((&c.text, c.token_ids(), c.finish), (&d.text, d.token_ids(), d.finish), "{:?}", a.options);
+                assert_eq!(
+                    (&c.text, c.token_ids(), c.finish),
+                    (&d.text, d.token_ids(), d.finish),
+                    "{:?}",
+                    a.options
+                );
             }
-            let scores = |c: &Completed| c.prompt_scores.iter().map(|s| s.0.to_bits()).collect::<Vec<_>>();
+            let scores =
+                |c: &Completed| c.prompt_scores.iter().map(|s| s.0.to_bits()).collect::<Vec<_>>();
             assert_eq!(scores(completed), scores(alone), "log-probabilities of the prompt");
         }
     }
@@ -213,11 +254,22 @@ fn prompt_scores_survive_preemption() {
     let cpu = Cpu::new(1, Isa::detect());
     let model = Bloom::load(&cpu, embedded::checkpoint(), None).unwrap();
     let tokenizer = embedded::tokenizer();
-    let options = EngineOptions { cache_tokens: 960, batch_tokens: 32, sequences: 8, ..EngineOptions::default() };
+    let options = EngineOptions {
+        cache_tokens: 960,
+        batch_tokens: 32,
+        sequences: 8,
+        ..EngineOptions::default()
+    };
     let score = |n: usize, together: bool| -> Vec<Vec<u32>> {
         let scored = |i: usize| Asked {
-            prompt: tokenizer.encode_literal(&format!("{i} {}", "a cat in the rain, ".repeat(n))).unwrap(),
-            options: GenerateOptions { prompt_logprobs: true, length: Length::New(4), ..GenerateOptions::default() },
+            prompt: tokenizer
+                .encode_literal(&format!("{i} {}", "a cat in the rain, ".repeat(n)))
+                .unwrap(),
+            options: GenerateOptions {
+                prompt_logprobs: true,
+                length: Length::New(4),
+                ..GenerateOptions::default()
+            },
             cancelled: None,
         };
         let decoder = |i: u64| Asked {
@@ -230,10 +282,12 @@ fn prompt_scores_survive_preemption() {
             },
             cancelled: None,
         };
-        let bits = |c: &Completed| c.prompt_scores.iter().map(|s| s.0.to_bits()).collect::<Vec<_>>();
+        let bits =
+            |c: &Completed| c.prompt_scores.iter().map(|s| s.0.to_bits()).collect::<Vec<_>>();
         let mut all = vec![];
         if together {
-            let asked: Vec<Asked> = (0..24).map(|i| if i % 3 == 2 { scored(i) } else { decoder(i as u64) }).collect();
+            let asked: Vec<Asked> =
+                (0..24).map(|i| if i % 3 == 2 { scored(i) } else { decoder(i as u64) }).collect();
             let mut session = Session::new(&cpu, &model, &tokenizer, options).unwrap();
             let done = serve(&mut session, &asked, 3);
             assert!(session.counters().preemptions > 0, "the test is of preemption");
@@ -249,14 +303,20 @@ fn prompt_scores_survive_preemption() {
     assert_eq!(score(30, true), score(30, false));
 }
 
-/// Many candidates, and many prompts of one owner, give a later request a place at once, and all get done.
+/// Many candidates, and many prompts of one owner, give a later request a place at once, and all
+/// get done.
 #[test]
 fn who_asks_for_much_does_not_keep_a_short_request_waiting() {
     let cpu = Cpu::new(1, Isa::detect());
     let model = Bloom::load(&cpu, embedded::checkpoint(), None).unwrap();
     let tokenizer = embedded::tokenizer();
     for (prefix_cache, prompts) in [(true, 1), (false, 1), (true, 128)] {
-        let engine = EngineOptions { sequences: 8, prefix_cache, cache_tokens: 2048, ..EngineOptions::default() };
+        let engine = EngineOptions {
+            sequences: 8,
+            prefix_cache,
+            cache_tokens: 2048,
+            ..EngineOptions::default()
+        };
         let mut session = Session::new(&cpu, &model, &tokenizer, engine).unwrap();
         let prompt = tokenizer.encode_literal(PROMPTS[0]).unwrap();
         let sampling = Sampling { temperature: 1.0, ..Sampling::default() };

@@ -5,8 +5,9 @@ use beautiful_prompt::text::{Decoder, PRE_TOKENIZER_PATTERN, Tokenizer, train_to
 use proptest::prelude::*;
 use std::path::PathBuf;
 
-/// What BLOOM's pattern means to Oniguruma, written by hand: an optional space, then a run of characters that are
-/// none of `(`, `)`, `|`, white space, and the sentence punctuation of the inner class.
+/// What BLOOM's pattern means to Oniguruma, written by hand: an optional space, then a run of
+/// characters that are none of `(`, `)`, `|`, white space, and the sentence punctuation of the
+/// inner class.
 fn split_by_hand(text: &str) -> Vec<String> {
     let stops = |c: char| c.is_whitespace() || "(|).,!?…。，、।۔،".contains(c);
     let mut pieces: Vec<String> = Vec::new();
@@ -14,7 +15,8 @@ fn split_by_hand(text: &str) -> Vec<String> {
     let mut i = 0;
     let mut open = false; // whether unmatched characters may join the last piece
     while i < chars.len() {
-        let start = if chars[i] == ' ' && chars.get(i + 1).is_some_and(|c| !stops(*c)) { i + 1 } else { i };
+        let start =
+            if chars[i] == ' ' && chars.get(i + 1).is_some_and(|c| !stops(*c)) { i + 1 } else { i };
         let end = start + chars[start..].iter().take_while(|c| !stops(**c)).count();
         if end > start {
             pieces.push(chars[i..end].iter().collect());
@@ -33,9 +35,15 @@ fn split_by_hand(text: &str) -> Vec<String> {
 
 fn split_by_regex(text: &str) -> Vec<String> {
     use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior};
-    let split =
-        Split::new(SplitPattern::Regex(PRE_TOKENIZER_PATTERN.into()), SplitDelimiterBehavior::Isolated, false).unwrap();
+    use tokenizers::{
+        OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior,
+    };
+    let split = Split::new(
+        SplitPattern::Regex(PRE_TOKENIZER_PATTERN.into()),
+        SplitDelimiterBehavior::Isolated,
+        false,
+    )
+    .unwrap();
     let mut pre = PreTokenizedString::from(text);
     split.pre_tokenize(&mut pre).unwrap();
     let splits = pre.get_splits(OffsetReferential::Original, OffsetType::Byte);
@@ -96,8 +104,9 @@ fn special_tokens_are_bloom_s_and_users_cannot_write_them() {
 #[test]
 fn training_is_repeatable_and_learns_words() {
     let folder = tempfile::tempdir().unwrap();
-    let texts: Vec<String> =
-        (0..200).map(|i| format!("a lighthouse number {i}, digital painting, octane render")).collect();
+    let texts: Vec<String> = (0..200)
+        .map(|i| format!("a lighthouse number {i}, digital painting, octane render"))
+        .collect();
     let write = |name: &str| -> PathBuf {
         let path = folder.path().join(name);
         train_tokenizer(&texts, 330, &path).unwrap();
@@ -113,15 +122,23 @@ fn training_is_repeatable_and_learns_words() {
 
 #[test]
 fn damaged_tokenizers_are_errors() {
-    for bytes in
-        [&b""[..], b"{", b"{}", b"[1,2]", br#"{"model":{"type":"BPE","vocab":{},"merges":["a b"]}}"#, b"\xff\xfe"]
-    {
+    for bytes in [
+        &b""[..],
+        b"{",
+        b"{}",
+        b"[1,2]",
+        br#"{"model":{"type":"BPE","vocab":{},"merges":["a b"]}}"#,
+        b"\xff\xfe",
+    ] {
         assert!(Tokenizer::from_bytes(bytes).is_err());
     }
     let good = embedded::TOKENIZER;
     for cut in [10, good.len() / 3, good.len() - 2] {
         assert!(Tokenizer::from_bytes(&good[..cut]).is_err());
     }
-    let e = embedded::tokenizer().check(100, std::path::Path::new("tokenizer.json")).unwrap_err().to_string();
+    let e = embedded::tokenizer()
+        .check(100, std::path::Path::new("tokenizer.json"))
+        .unwrap_err()
+        .to_string();
     assert!(e.contains("vocab_size 100"), "{e}");
 }

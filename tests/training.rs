@@ -50,7 +50,14 @@ fn options(output: &Path) -> SftOptions {
 
 fn sft<'a>(cpu: &'a Cpu, options: SftOptions) -> Sft<'a> {
     let model = TrainModel::random(BloomConfig::new(24, 32, 2, 2), 1);
-    Sft { cpu, model, companions: Companions::default(), train: examples(96, 1), validation: examples(16, 2), options }
+    Sft {
+        cpu,
+        model,
+        companions: Companions::default(),
+        train: examples(96, 1),
+        validation: examples(16, 2),
+        options,
+    }
 }
 
 /// Raises the flag after so many steps.
@@ -111,7 +118,10 @@ fn metrics_keep_every_digit_when_a_run_resumes() {
     let after = std::fs::read_to_string(&path).unwrap();
     assert!(before.starts_with(&after) && after.lines().count() == 1500);
     let parsed = |s: &str| serde_json::from_str::<StepMetrics>(s).unwrap().loss;
-    assert!(before.lines().zip(&numbers).any(|(l, x)| parsed(l) != *x), "the numbers show nothing: all parse exactly");
+    assert!(
+        before.lines().zip(&numbers).any(|(l, x)| parsed(l) != *x),
+        "the numbers show nothing: all parse exactly"
+    );
     // a last line that a crash has cut is left out, a broken one in the middle is named
     std::fs::write(&path, format!("{}{{\"step\": 1501", after)).unwrap();
     assert_eq!(Metrics::open(&path, 1501).unwrap().steps.len(), 1500);
@@ -127,7 +137,9 @@ fn a_run_learns_and_an_interrupted_one_ends_with_the_same_bits() {
     std::fs::create_dir_all(&two).unwrap();
     let cpu = Cpu::new(2, Isa::detect());
     let mut whole = sft(&cpu, options(&one));
-    let Outcome::Finished { validation_loss } = run(&mut whole, false, 0) else { panic!("stopped") };
+    let Outcome::Finished { validation_loss } = run(&mut whole, false, 0) else {
+        panic!("stopped")
+    };
     let history = losses(&one);
     assert_eq!(history.len() as u64, whole.total_steps());
     assert!(history.last().unwrap().1 < 0.9 * history[0].1, "{history:?}");
@@ -145,7 +157,11 @@ fn a_run_learns_and_an_interrupted_one_ends_with_the_same_bits() {
     assert!(cut.model.values == whole.model.values, "weights differ");
     assert_eq!(losses(&two), history);
     assert_eq!(lines_without_time(&two), lines_without_time(&one), "metrics.jsonl differs");
-    assert_eq!(state::list(&two.join("checkpoints")).unwrap().len(), 2, "old checkpoints are removed");
+    assert_eq!(
+        state::list(&two.join("checkpoints")).unwrap().len(),
+        2,
+        "old checkpoints are removed"
+    );
 }
 
 #[test]

@@ -1,6 +1,6 @@
-//! Compiles the kernels as C++. The compiler calls the emulator before every access to memory (its kernel-address
-//! instrumentation, with all checks out of line), which is how accesses out of bounds and reads of unwritten memory
-//! are seen.
+//! Compiles the kernels as C++. The compiler calls the emulator before every access to memory (its
+//! kernel-address instrumentation, with all checks out of line), which is how accesses out of
+//! bounds and reads of unwritten memory are seen.
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,5 @@
-//! The least time that a piece of work can take, from what the machine reaches right before and after it.
+//! The least time that a piece of work can take, from what the machine reaches right before and
+//! after it.
 
 use super::machine::Machine;
 use crate::error::Result;
@@ -18,7 +19,9 @@ impl Peaks {
     /// The better of two measurements: what neighbours take away must not flatter a fraction.
     pub fn best(self, other: Peaks) -> Peaks {
         Peaks {
-            read_gigabytes_per_second: self.read_gigabytes_per_second.max(other.read_gigabytes_per_second),
+            read_gigabytes_per_second: self
+                .read_gigabytes_per_second
+                .max(other.read_gigabytes_per_second),
             peak_gigaflops: self.peak_gigaflops.max(other.peak_gigaflops),
         }
     }
@@ -55,7 +58,8 @@ impl<'a, M: Machine> Gauge<'a, M> {
         self.machine.probe_bytes(&self.probe)
     }
 
-    /// Does some work; returns its result, and the best of what the machine reached right before and after it.
+    /// Does some work; returns its result, and the best of what the machine reached right before
+    /// and after it.
     pub fn beside<T>(&mut self, work: impl FnOnce() -> Result<T>) -> Result<(T, Peaks)> {
         let before = self.measure()?;
         let done = work()?;
@@ -70,7 +74,8 @@ pub struct Least {
     pub bytes: f64,
     /// Multiply-adds counted twice.
     pub flops: f64,
-    /// All that it goes through again and again: less than the last cache holds may never come from memory.
+    /// All that it goes through again and again: less than the last cache holds may never come from
+    /// memory.
     pub working_set: f64,
 }
 
@@ -82,7 +87,8 @@ pub enum Bound {
     Memory,
     /// FLOPs over the peak.
     Compute,
-    /// Memory would, but all of it fits into the last cache: the floor says nothing, and there is no fraction.
+    /// Memory would, but all of it fits into the last cache: the floor says nothing, and there is
+    /// no fraction.
     Cache,
     /// Faster than a floor: the machine reached more during the work than right before and after.
     Beyond,
@@ -102,18 +108,26 @@ pub struct Compared {
 }
 
 impl Compared {
-    /// `seconds` for work with these floors, on a machine whose last cache holds `cache` bytes, if that is known.
+    /// `seconds` for work with these floors, on a machine whose last cache holds `cache` bytes, if
+    /// that is known.
     pub fn new(seconds: f64, least: Least, peaks: Peaks, cache: Option<usize>) -> Compared {
         let memory = least.bytes / (1e9 * peaks.read_gigabytes_per_second);
         let compute = least.flops / (1e9 * peaks.peak_gigaflops);
         let floor = memory.max(compute);
         let bound = match () {
-            () if memory > compute && cache.is_some_and(|c| least.working_set <= c as f64) => Bound::Cache,
+            () if memory > compute && cache.is_some_and(|c| least.working_set <= c as f64) => {
+                Bound::Cache
+            }
             () if floor > seconds => Bound::Beyond,
             () if memory > compute => Bound::Memory,
             () => Bound::Compute,
         };
-        Compared { bound, floor, fraction: (bound != Bound::Cache).then_some(floor / seconds), peaks }
+        Compared {
+            bound,
+            floor,
+            fraction: (bound != Bound::Cache).then_some(floor / seconds),
+            peaks,
+        }
     }
 
     /// The fraction as tables show it.
@@ -139,23 +153,33 @@ mod tests {
     #[test]
     fn no_fraction_above_one_goes_without_a_label() {
         let memory = compared(2.0, 10e9, 1e9, 20e9);
-        assert_eq!((memory.bound, memory.fraction, memory.shown().as_str()), (Bound::Memory, Some(0.5), "50%"));
+        assert_eq!(
+            (memory.bound, memory.fraction, memory.shown().as_str()),
+            (Bound::Memory, Some(0.5), "50%")
+        );
         let compute = compared(2.0, 1e9, 100e9, 20e9);
         assert_eq!((compute.bound, compute.fraction), (Bound::Compute, Some(0.5)));
         // the cache beats memory: 174 % of nothing
         let cached = compared(0.5, 8.7e9, 1e9, 0.9e9);
-        assert_eq!((cached.bound, cached.fraction, cached.shown().as_str()), (Bound::Cache, None, "from cache"));
+        assert_eq!(
+            (cached.bound, cached.fraction, cached.shown().as_str()),
+            (Bound::Cache, None, "from cache")
+        );
         // what computes long enough is bound by that, wherever its bytes are
         assert_eq!(compared(2.0, 0.1e9, 100e9, 0.1e9).bound, Bound::Compute);
         let beyond = compared(0.8, 10e9, 1e9, 20e9);
         assert_eq!((beyond.bound, beyond.shown().as_str()), (Bound::Beyond, "125% (beyond)"));
-        let unknown = Compared::new(0.8, Least { bytes: 10e9, flops: 0.0, working_set: 1.0 }, PEAKS, None);
+        let unknown =
+            Compared::new(0.8, Least { bytes: 10e9, flops: 0.0, working_set: 1.0 }, PEAKS, None);
         assert_eq!(unknown.bound, Bound::Beyond);
     }
 
     #[test]
     fn the_best_of_two_measurements_is_taken_in_each_part() {
         let other = Peaks { read_gigabytes_per_second: 12.0, peak_gigaflops: 90.0 };
-        assert_eq!(PEAKS.best(other), Peaks { read_gigabytes_per_second: 12.0, peak_gigaflops: 100.0 });
+        assert_eq!(
+            PEAKS.best(other),
+            Peaks { read_gigabytes_per_second: 12.0, peak_gigaflops: 100.0 }
+        );
     }
 }

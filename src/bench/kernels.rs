@@ -1,6 +1,7 @@
 //! The operations of a layer and of the head, one by one, each beside its floor.
 //!
-//! Random weights of a published shape; its layers take turns, so that weights come from memory and not from a cache.
+//! Random weights of a published shape; its layers take turns, so that weights come from memory and
+//! not from a cache.
 
 use super::floor::{Compared, Gauge, Least, Peaks};
 use super::llm::random_checkpoint;
@@ -51,7 +52,8 @@ pub struct KernelReport {
     pub weights: &'static str,
     pub processor: String,
     pub isa: String,
-    /// The best that was measured in the whole run; each row has what was reached right before and after it.
+    /// The best that was measured in the whole run; each row has what was reached right before and
+    /// after it.
     #[serde(flatten)]
     pub best: Peaks,
     pub last_cache_bytes: Option<usize>,
@@ -115,11 +117,19 @@ pub fn plan(config: &BloomConfig, dtype: DType, o: &KernelOptions) -> MemoryPlan
     let prefills = o.prefills.iter().map(|&(b, t)| batch(b, t, t, "--prefill"));
     let squares = o.squares.iter().map(|&n| {
         // noise twice, two matrices, and f32 rows, inputs and results
-        MemoryPlan::new().with("squares", n as f64 * n as f64 * (8.0 + 2.0 * element + 16.0), "--squares")
+        MemoryPlan::new().with(
+            "squares",
+            n as f64 * n as f64 * (8.0 + 2.0 * element + 16.0),
+            "--squares",
+        )
     });
     let all = decodes.chain(prefills).chain(squares);
     let largest = all.max_by(|a, b| a.bytes().total_cmp(&b.bytes())).unwrap_or_default();
-    largest.with("a buffer to measure the bandwidth", probe_bytes() as f64, "nothing: more memory is needed")
+    largest.with(
+        "a buffer to measure the bandwidth",
+        probe_bytes() as f64,
+        "nothing: more memory is needed",
+    )
 }
 
 /// Measures all operations in `dtype`.
@@ -132,16 +142,22 @@ pub fn run<B: Backend + Machine>(
     backend.fits(&plan(&config, dtype, options))?;
     let mut checkpoint = random_checkpoint(config.clone(), dtype)?;
     let h = config.hidden_size;
-    let mut take = |name: String, shape: &[usize]| checkpoint.take(&Parameter { name, shape: shape.to_vec() });
+    let mut take =
+        |name: String, shape: &[usize]| checkpoint.take(&Parameter { name, shape: shape.to_vec() });
     let mut layers = Vec::new();
     for i in 0..config.layers {
         let mut linear = |part: &str, rows: usize, cols: usize| -> Result<_> {
             let at = format!("transformer.h.{i}.{part}");
-            let weight = backend.matrix(take(format!("{at}.weight"), &[rows, cols])?, Some(dtype))?;
+            let weight =
+                backend.matrix(take(format!("{at}.weight"), &[rows, cols])?, Some(dtype))?;
             Ok(Linear { weight, bias: backend.vector(&take(format!("{at}.bias"), &[rows])?)? })
         };
-        let (qkv, dense) = (linear("self_attention.query_key_value", 3 * h, h)?, linear("self_attention.dense", h, h)?);
-        let (up, down) = (linear("mlp.dense_h_to_4h", 4 * h, h)?, linear("mlp.dense_4h_to_h", h, 4 * h)?);
+        let (qkv, dense) = (
+            linear("self_attention.query_key_value", 3 * h, h)?,
+            linear("self_attention.dense", h, h)?,
+        );
+        let (up, down) =
+            (linear("mlp.dense_h_to_4h", 4 * h, h)?, linear("mlp.dense_4h_to_h", h, 4 * h)?);
         let at = format!("transformer.h.{i}.input_layernorm");
         let mut vector = |part: &str| backend.vector(&take(format!("{at}.{part}"), &[h])?);
         let norm = LayerNorm { weight: vector("weight")?, bias: vector("bias")? };
@@ -190,8 +206,10 @@ impl<B: Backend + Machine> Bench<'_, B> {
         let mut words = Words::new(3, case.all() as u64);
         let mut batch = Batch::default();
         for s in 0..case.sequences {
-            let ids: Vec<u32> = (0..case.tokens).map(|_| words.below(self.config.vocab_size) as u32).collect();
-            let table: Vec<u32> = (0..per_sequence).map(|b| (s * per_sequence + b) as u32).collect();
+            let ids: Vec<u32> =
+                (0..case.tokens).map(|_| words.below(self.config.vocab_size) as u32).collect();
+            let table: Vec<u32> =
+                (0..per_sequence).map(|b| (s * per_sequence + b) as u32).collect();
             batch.push(&ids, case.positions - case.tokens, &table);
         }
         let (b, eps) = (self.backend, 1e-5);
@@ -205,7 +223,11 @@ impl<B: Backend + Machine> Bench<'_, B> {
         let layers = self.layers.len() as f64;
         let product = |weight: f64, outputs: f64, inputs: f64| {
             let bytes = outputs * inputs * weight + 2.0 * n * (outputs + inputs);
-            Least { bytes, flops: 2.0 * n * outputs * inputs, working_set: layers * outputs * inputs * weight }
+            Least {
+                bytes,
+                flops: 2.0 * n * outputs * inputs,
+                working_set: layers * outputs * inputs * weight,
+            }
         };
         let w = self.weight;
         let layer = |i: usize| &self.layers[i % self.layers.len()];
@@ -229,9 +251,18 @@ impl<B: Backend + Machine> Bench<'_, B> {
             );
             Ok(())
         })?;
-        let read = Least { bytes: kv + 4.0 * n * h, flops: 4.0 * n * seen * h, working_set: layers * kv };
+        let read =
+            Least { bytes: kv + 4.0 * n * h, flops: 4.0 * n * seen * h, working_set: layers * kv };
         self.time("attention", case, read, &mut |i| {
-            b.attention(&batch, &pass, i % self.layers.len(), &self.heads, &qkv, &cache, &mut attended);
+            b.attention(
+                &batch,
+                &pass,
+                i % self.layers.len(),
+                &self.heads,
+                &qkv,
+                &cache,
+                &mut attended,
+            );
             Ok(())
         })?;
         self.time("dense + residual", case, product(w, h, h), &mut |i| {
@@ -263,12 +294,15 @@ impl<B: Backend + Machine> Bench<'_, B> {
             let choices: Vec<SampleRow> =
                 (0..rows.len()).map(|row| SampleRow::new(row, &sampling, row as u32, 1)).collect();
             let choices: Vec<(usize, &SampleRow)> = choices.iter().enumerate().collect();
-            self.time(name, case, counted, &mut |_| b.sample(&normed, &self.table, &choices, &mut scratch).map(drop))?;
+            self.time(name, case, counted, &mut |_| {
+                b.sample(&normed, &self.table, &choices, &mut scratch).map(drop)
+            })?;
         }
         Ok(())
     }
 
-    /// A product of square matrices, of which two take turns; its inputs are the normalized rows of one.
+    /// A product of square matrices, of which two take turns; its inputs are the normalized rows of
+    /// one.
     fn square(&self, n: usize, dtype: DType) -> Result<()> {
         let b = self.backend;
         let mut words = Words::new(4, n as u64);
@@ -277,8 +311,10 @@ impl<B: Backend + Machine> Bench<'_, B> {
             b.matrix(Tensor::of_rows(&noise, n), Some(dtype))
         };
         let vector = |value: f32| b.vector(&Tensor::of_rows(&vec![value; n], n));
-        let linears =
-            [Linear { weight: matrix()?, bias: vector(0.0)? }, Linear { weight: matrix()?, bias: vector(0.0)? }];
+        let linears = [
+            Linear { weight: matrix()?, bias: vector(0.0)? },
+            Linear { weight: matrix()?, bias: vector(0.0)? },
+        ];
         let norm = LayerNorm { weight: vector(1.0)?, bias: vector(0.0)? };
         let mut batch = Batch::default();
         let blocks: Vec<u32> = (0..n.div_ceil(BLOCK) as u32).collect();
@@ -290,10 +326,15 @@ impl<B: Backend + Machine> Bench<'_, B> {
         let size = n as f64;
         // f32 out
         let counted = whole(size * size * (self.weight + 2.0 + 4.0), 2.0 * size * size * size);
-        self.time("product of squares", Case { sequences: 1, tokens: n, positions: n }, counted, &mut |i| {
-            b.linear(&x, &linears[i % 2], Epilogue::Bias, &mut out);
-            Ok(())
-        })
+        self.time(
+            "product of squares",
+            Case { sequences: 1, tokens: n, positions: n },
+            counted,
+            &mut |i| {
+                b.linear(&x, &linears[i % 2], Epilogue::Bias, &mut out);
+                Ok(())
+            },
+        )
     }
 
     fn time(

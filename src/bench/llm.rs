@@ -49,7 +49,8 @@ pub struct LlmReport {
     pub prompt_tokens: usize,
     pub new_tokens: usize,
     pub batch: usize,
-    /// The best that was measured in the whole run; each phase has what was reached right before and after it.
+    /// The best that was measured in the whole run; each phase has what was reached right before
+    /// and after it.
     #[serde(flatten)]
     pub best: Peaks,
     pub last_cache_bytes: Option<usize>,
@@ -58,7 +59,8 @@ pub struct LlmReport {
     /// One new token for every sequence; median of all steps.
     pub decode: Phase,
     pub peak_memory_bytes: Option<u64>,
-    /// On a GPU, decoding steps of each shape as launches and as one kernel; the faster way was taken.
+    /// On a GPU, decoding steps of each shape as launches and as one kernel; the faster way was
+    /// taken.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub steps: Vec<Comparison>,
 }
@@ -67,7 +69,9 @@ pub struct LlmReport {
 pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Result<Checkpoint> {
     let stored = if dtype == DType::Int8 { DType::Bf16 } else { dtype };
     let bytes = (config.parameter_count() * stored.size()) as f64;
-    MemoryPlan::new().with("weights", bytes, "--dtype to bf16, or take a smaller --shape").check()?;
+    MemoryPlan::new()
+        .with("weights", bytes, "--dtype to bf16, or take a smaller --shape")
+        .check()?;
     // one block of noise serves all tensors: each takes a stretch of it
     let mut words = Words::new(1, 0);
     let noise: Vec<f32> = (0..1 << 18).map(|_| (words.uniform() - 0.5) * 0.07).collect();
@@ -100,11 +104,14 @@ pub fn plan<B: Backend>(model: &Bloom<B>, o: &LlmOptions) -> MemoryPlan {
     let engine = crate::engine::plan(model, &o.engine());
     // ids of prompts, in requests and in sequences
     let ids = 32.0 * o.batch as f64 * (o.prompt_tokens + o.new_tokens) as f64;
-    MemoryPlan::new().with("KV cache and activations", engine.bytes(), flags).with("prompts", ids, flags).with(
-        "a buffer to measure the bandwidth",
-        machine::probe_bytes() as f64,
-        "nothing: more memory is needed",
-    )
+    MemoryPlan::new()
+        .with("KV cache and activations", engine.bytes(), flags)
+        .with("prompts", ids, flags)
+        .with(
+            "a buffer to measure the bandwidth",
+            machine::probe_bytes() as f64,
+            "nothing: more memory is needed",
+        )
 }
 
 impl LlmOptions {
@@ -132,7 +139,9 @@ impl<B: Backend> Runner<'_, B> {
     fn submit(&mut self, max_new: usize) -> Result<()> {
         let config = &self.model.config;
         for _ in 0..self.o.batch {
-            let prompt = (0..self.o.prompt_tokens).map(|_| self.words.below(config.vocab_size) as u32).collect();
+            let prompt = (0..self.o.prompt_tokens)
+                .map(|_| self.words.below(config.vocab_size) as u32)
+                .collect();
             let request = Request::new(self.next_id, prompt, max_new, config.eos_token_id);
             self.next_id += 1;
             self.engine.submit(Request { ignore_eos: true, ..request })?;
@@ -140,7 +149,8 @@ impl<B: Backend> Runner<'_, B> {
         Ok(())
     }
 
-    /// Seconds for a token of every sequence; a step may begin the next one before it tells the last one's.
+    /// Seconds for a token of every sequence; a step may begin the next one before it tells the
+    /// last one's.
     fn tokens(&mut self) -> Result<f64> {
         let started = Instant::now();
         let mut heard = 0;
@@ -155,7 +165,11 @@ impl<B: Backend> Runner<'_, B> {
 }
 
 /// Measures `model`.
-pub fn run<B: Backend + Machine>(backend: &B, model: &Bloom<B>, options: LlmOptions) -> Result<LlmReport> {
+pub fn run<B: Backend + Machine>(
+    backend: &B,
+    model: &Bloom<B>,
+    options: LlmOptions,
+) -> Result<LlmReport> {
     let o = options;
     let config = &model.config;
     if o.prompt_tokens + o.new_tokens + 1 > config.context {
@@ -172,7 +186,8 @@ pub fn run<B: Backend + Machine>(backend: &B, model: &Bloom<B>, options: LlmOpti
     let (mut decode_times, mut decode_peaks) = (Vec::new(), Peaks::default());
     for repeat in 0..o.repeats.max(1) {
         let engine = Engine::new(backend, model, o.engine())?;
-        let mut runner = Runner { engine, model, o, words: Words::new(7, repeat as u64), next_id: 0 };
+        let mut runner =
+            Runner { engine, model, o, words: Words::new(7, repeat as u64), next_id: 0 };
         runner.submit(1)?;
         let (seconds, peaks) = gauge.beside(|| runner.tokens())?;
         prefill_times.push(seconds);
@@ -186,7 +201,8 @@ pub fn run<B: Backend + Machine>(backend: &B, model: &Bloom<B>, options: LlmOpti
     }
     // the probe was there all the time that came after it
     let without = |all: u64| all.saturating_sub(gauge.probe_bytes());
-    let peak_memory_bytes = machine::peak_memory().map(|all| without(all).max(before_probe.unwrap_or(0)));
+    let peak_memory_bytes =
+        machine::peak_memory().map(|all| without(all).max(before_probe.unwrap_or(0)));
     let (processor, isa) = backend.describe();
     let counted = Counted::new(model, dtype);
     let cache = backend.last_cache();
@@ -194,7 +210,8 @@ pub fn run<B: Backend + Machine>(backend: &B, model: &Bloom<B>, options: LlmOpti
         times.sort_by(f64::total_cmp);
         let seconds = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
         // every pass goes through all weights and all of the cache
-        let compared = Compared::new(seconds, Least { bytes, flops, working_set: bytes }, peaks, cache);
+        let compared =
+            Compared::new(seconds, Least { bytes, flops, working_set: bytes }, peaks, cache);
         Phase {
             tokens_per_second: tokens as f64 / seconds,
             milliseconds: seconds * 1e3,
@@ -205,9 +222,15 @@ pub fn run<B: Backend + Machine>(backend: &B, model: &Bloom<B>, options: LlmOpti
         }
     };
     let tokens = o.batch * o.prompt_tokens;
-    let prefill = phase(&mut prefill_times, tokens, counted.pass(tokens, 0, o.prompt_tokens, o.batch), prefill_peaks);
+    let prefill = phase(
+        &mut prefill_times,
+        tokens,
+        counted.pass(tokens, 0, o.prompt_tokens, o.batch),
+        prefill_peaks,
+    );
     let past = o.prompt_tokens + o.new_tokens / 2;
-    let decode = phase(&mut decode_times, o.batch, counted.pass(o.batch, past, 1, o.batch), decode_peaks);
+    let decode =
+        phase(&mut decode_times, o.batch, counted.pass(o.batch, past, 1, o.batch), decode_peaks);
     Ok(LlmReport {
         parameters: config.parameter_count(),
         weights: dtype.name(),
@@ -253,7 +276,8 @@ impl Counted {
     /// `tokens` in spans of `span` tokens after `past` positions, of which `rows` get logits.
     fn pass(&self, tokens: usize, past: usize, span: usize, rows: usize) -> (f64, f64) {
         let (tokens, past, span, rows) = (tokens as f64, past as f64, span as f64, rows as f64);
-        let bytes = (self.layer_weights + self.head_weights) * self.element + tokens / span * (past + span) * self.kv;
+        let bytes = (self.layer_weights + self.head_weights) * self.element
+            + tokens / span * (past + span) * self.kv;
         // each query meets its past and, on average, half of its span
         let attention = 4.0 * tokens * (past + (span + 1.0) / 2.0) * self.hidden * self.layers;
         (bytes, 2.0 * self.layer_weights * tokens + 2.0 * self.head_weights * rows + attention)

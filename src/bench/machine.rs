@@ -47,7 +47,8 @@ impl Machine for Cpu {
     type Probe = Buffer<f32>;
     /// In as large pages as weights are.
     fn probe(&self) -> Result<Buffer<f32>> {
-        let data = Bytes::resident(probe_bytes(), |data| data.fill(1)).map_err(Error::io("memory", "reserve"))?;
+        let data = Bytes::resident(probe_bytes(), |data| data.fill(1))
+            .map_err(Error::io("memory", "reserve"))?;
         Ok(Buffer::from_bytes(data))
     }
     fn probe_bytes(&self, probe: &Buffer<f32>) -> u64 {
@@ -126,7 +127,8 @@ pub fn last_cache() -> Option<usize> {
     let size = |folder: std::path::PathBuf| {
         let text = std::fs::read_to_string(folder.join("size")).ok()?;
         let text = text.trim();
-        let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+        let (digits, unit) =
+            text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
         let unit = match unit {
             "" => 1,
             "K" => 1 << 10,
@@ -139,7 +141,8 @@ pub fn last_cache() -> Option<usize> {
     caches.flatten().filter_map(|entry| size(entry.path())).max()
 }
 
-/// Bytes a second that all threads together read from memory: the best of several passes over `data`.
+/// Bytes a second that all threads together read from memory: the best of several passes over
+/// `data`.
 fn read_bandwidth(cpu: &Cpu, data: &[f32], passes: usize) -> f64 {
     let mut best = 0f64;
     for _ in 0..passes {

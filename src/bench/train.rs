@@ -56,7 +56,11 @@ fn plan(config: &BloomConfig, o: &TrainBenchOptions) -> MemoryPlan {
             "--hidden, --layers or --vocab",
         )
         .with("activations", tokens * per_token, "--batch or --tokens")
-        .with("a buffer to measure the bandwidth", machine::probe_bytes() as f64, "nothing: more memory is needed")
+        .with(
+            "a buffer to measure the bandwidth",
+            machine::probe_bytes() as f64,
+            "nothing: more memory is needed",
+        )
 }
 
 pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
@@ -97,7 +101,8 @@ pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
     let h = o.hidden as f64;
     let tokens = (o.sequences * o.tokens) as f64;
     let attention = 4.0 * tokens * (o.tokens as f64 + 1.0) / 2.0 * h * o.layers as f64;
-    let products = 2.0 * tokens * o.layers as f64 * 12.0 * h * h + 2.0 * batch.labels.len() as f64 * o.vocab as f64 * h;
+    let products = 2.0 * tokens * o.layers as f64 * 12.0 * h * h
+        + 2.0 * batch.labels.len() as f64 * o.vocab as f64 * h;
     let flops = 3.0 * (products + attention);
     let compared = Compared::new(best, Least { bytes: 0.0, flops, working_set: 0.0 }, peaks, None);
     Ok(TrainReport {

@@ -5,8 +5,12 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-/// Writes a file beside its place, flushes it to disk and renames it there. A pipe or a device cannot be replaced: it is written to.
-pub fn write_atomic(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
+/// Writes a file beside its place, flushes it to disk and renames it there. A pipe or a device
+/// cannot be replaced: it is written to.
+pub fn write_atomic(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> Result<()> {
     if std::fs::metadata(path).is_ok_and(|m| !m.is_file() && !m.is_dir()) {
         let file = File::options().write(true).open(path).map_err(Error::io(path, "write"))?;
         let mut out = BufWriter::new(file);
@@ -20,8 +24,12 @@ pub fn write_atomic(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::
     })
 }
 
-/// [`write_atomic`] for writers that want a path: `write` fills the file at the path it is given, or puts another one there.
-pub fn write_atomic_at(path: &Path, write: impl FnOnce(&Path) -> std::io::Result<()>) -> Result<()> {
+/// [`write_atomic`] for writers that want a path: `write` fills the file at the path it is given,
+/// or puts another one there.
+pub fn write_atomic_at(
+    path: &Path,
+    write: impl FnOnce(&Path) -> std::io::Result<()>,
+) -> Result<()> {
     // a link stays a link: the file that it names is replaced
     let target = if path.is_symlink() { path.canonicalize().ok() } else { None };
     let path = target.as_deref().unwrap_or(path);
@@ -32,14 +40,16 @@ pub fn write_atomic_at(path: &Path, write: impl FnOnce(&Path) -> std::io::Result
     let mut builder = tempfile::Builder::new();
     #[cfg(unix)]
     {
-        // temporary files are private by default; this one gets what the umask leaves, as any new file
+        // temporary files are private by default; this one gets what the umask leaves, as any new
+        // file
         use std::os::unix::fs::PermissionsExt;
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
     let file = builder.tempfile_in(folder).map_err(Error::io(path, "create"))?;
     let permissions = file.as_file().metadata().map_err(Error::io(path, "create"))?.permissions();
     let temporary = file.into_temp_path();
-    // a writer may have renamed a file of its own to this place, so what is flushed is what lies there now
+    // a writer may have renamed a file of its own to this place, so what is flushed is what lies
+    // there now
     let finish = || {
         let file = File::options().read(true).write(true).open(&temporary)?;
         file.set_permissions(permissions)?;

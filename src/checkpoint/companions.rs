@@ -7,8 +7,15 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 /// How the model is to be used, and by whom it may be.
-pub const MODEL_FILES: [&str; 7] =
-    ["generation_config.json", "template.txt", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"];
+pub const MODEL_FILES: [&str; 7] = [
+    "generation_config.json",
+    "template.txt",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+    "NOTICE.txt",
+];
 
 /// How text becomes tokens, as the tokenizers of transformers write it.
 pub const TOKENIZER_FILES: [&str; 10] = [
@@ -51,6 +58,8 @@ impl Companions {
 
     /// Writes all of them into an existing folder.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        self.files.iter().try_for_each(|(name, bytes)| write_atomic(&folder.join(name), |w| w.write_all(bytes)))
+        self.files
+            .iter()
+            .try_for_each(|(name, bytes)| write_atomic(&folder.join(name), |w| w.write_all(bytes)))
     }
 }

@@ -1,8 +1,8 @@
 //! `pytorch_model.bin`: a zip file with a pickle of the state dict and one stored file per storage.
 //!
 //! The pickle is read by a small machine that knows the operations `torch.save` writes for a dict
-//! of tensors. It calls nothing: a global is only a name, and a call is only recorded if it is one of the few
-//! that rebuild tensors. Everything else ends with an error.
+//! of tensors. It calls nothing: a global is only a name, and a call is only recorded if it is one
+//! of the few that rebuild tensors. Everything else ends with an error.
 
 use crate::tensor::{Bytes, DType, Tensor};
 use std::collections::{BTreeMap, HashMap};
@@ -17,7 +17,9 @@ type Result<T> = std::result::Result<T, String>;
 /// All tensors of a file; the error says what is wrong with it.
 pub fn read(bytes: Bytes) -> Result<BTreeMap<String, Tensor>> {
     if bytes.starts_with(&[0x80, 0x02, 0x8a, 0x0a]) {
-        return Err("is in PyTorch's format from before 1.6; load and save it with a newer PyTorch".into());
+        return Err(
+            "is in PyTorch's format from before 1.6; load and save it with a newer PyTorch".into(),
+        );
     }
     let mut zip = zip::ZipArchive::new(Cursor::new(&bytes[..]))
         .map_err(|e| format!("not a whole PyTorch zip file: {e} (download or copy it again)"))?;
@@ -39,15 +41,17 @@ pub fn read(bytes: Bytes) -> Result<BTreeMap<String, Tensor>> {
     if part("byteorder").is_some_and(|order| order.starts_with(b"big")) {
         return Err("is stored big-endian, expected little-endian".into());
     }
-    let pickle = part("data.pkl").ok_or("no data.pkl inside; expected a file written by torch.save")?;
+    let pickle =
+        part("data.pkl").ok_or("no data.pkl inside; expected a file written by torch.save")?;
     let Value::Dict(entries) = Machine::run(&pickle)? else {
         return Err("holds no dict of tensors".into());
     };
     let mut tensors = BTreeMap::new();
     for (key, value) in &entries.borrow().items {
         let (Value::Text(name), Value::Tensor(t)) = (key, value) else { continue };
-        let storage = part(&format!("data/{}", t.storage.key))
-            .ok_or_else(|| format!("tensor {name}: its storage data/{} is missing", t.storage.key))?;
+        let storage = part(&format!("data/{}", t.storage.key)).ok_or_else(|| {
+            format!("tensor {name}: its storage data/{} is missing", t.storage.key)
+        })?;
         tensors.insert(name.to_string(), t.resolve(name, &storage)?);
     }
     if tensors.is_empty() {
@@ -75,12 +79,18 @@ impl TensorRef {
             if size > 1 && stride != dense {
                 return Err(format!("tensor {name} is not contiguous (strides {:?})", self.stride));
             }
-            dense = dense.checked_mul(size).ok_or_else(|| format!("tensor {name} is impossibly large"))?;
+            dense = dense
+                .checked_mul(size)
+                .ok_or_else(|| format!("tensor {name} is impossibly large"))?;
         }
         let element = self.storage.dtype.size();
         let end = self.offset.checked_add(dense).and_then(|n| n.checked_mul(element));
         let end = end.filter(|&end| end <= storage.len()).ok_or_else(|| {
-            format!("tensor {name} of shape {:?} reaches beyond its storage of {} bytes", self.shape, storage.len())
+            format!(
+                "tensor {name} of shape {:?} reaches beyond its storage of {} bytes",
+                self.shape,
+                storage.len()
+            )
         })?;
         let bytes = storage.slice(self.offset * element..end);
         Ok(Tensor { dtype: self.storage.dtype, shape: self.shape.clone(), bytes })
@@ -149,7 +159,8 @@ impl<'a> Machine<'a> {
                     if len > 8 {
                         return Err(m.damaged("an integer is too large"));
                     }
-                    let mut wide = [if digits.last().is_some_and(|b| b & 0x80 != 0) { 0xff } else { 0 }; 8];
+                    let mut wide =
+                        [if digits.last().is_some_and(|b| b & 0x80 != 0) { 0xff } else { 0 }; 8];
                     wide[..len].copy_from_slice(digits);
                     m.stack.push(Value::Int(i64::from_le_bytes(wide)));
                 }
@@ -177,7 +188,11 @@ impl<'a> Machine<'a> {
                 b')' => m.tuple(vec![])?,
                 0x85..=0x87 => {
                     let count = (op - 0x84) as usize;
-                    let at = m.stack.len().checked_sub(count).ok_or_else(|| m.damaged("the stack is empty"))?;
+                    let at = m
+                        .stack
+                        .len()
+                        .checked_sub(count)
+                        .ok_or_else(|| m.damaged("the stack is empty"))?;
                     let items = m.stack.split_off(at);
                     m.tuple(items)?;
                 }
@@ -221,7 +236,11 @@ impl<'a> Machine<'a> {
                 b'b' => {
                     m.pop()?; // BUILD: attributes of the dict, such as _metadata
                 }
-                _ => return Err(m.damaged(&format!("operation 0x{op:02x} does not occur in a state dict"))),
+                _ => {
+                    return Err(
+                        m.damaged(&format!("operation 0x{op:02x} does not occur in a state dict"))
+                    );
+                }
             }
         }
     }
@@ -259,7 +278,8 @@ impl<'a> Machine<'a> {
 
     fn line(&mut self) -> Result<&'a str> {
         let rest = &self.input[self.at..];
-        let len = rest.iter().position(|&b| b == b'\n').ok_or_else(|| self.damaged("ends too early"))?;
+        let len =
+            rest.iter().position(|&b| b == b'\n').ok_or_else(|| self.damaged("ends too early"))?;
         self.at += len + 1;
         std::str::from_utf8(&rest[..len]).map_err(|_| self.damaged("a name is not UTF-8"))
     }
@@ -326,7 +346,11 @@ impl<'a> Machine<'a> {
             ("storage", "torch.FloatStorage") => DType::F32,
             ("storage", "torch.HalfStorage") => DType::F16,
             ("storage", "torch.BFloat16Storage") => DType::Bf16,
-            _ => return Err(self.damaged(&format!("{class} is not supported, expected f32, f16 or bf16 storage"))),
+            _ => {
+                return Err(self.damaged(&format!(
+                    "{class} is not supported, expected f32, f16 or bf16 storage"
+                )));
+            }
         };
         self.stack.push(Value::Storage(Rc::new(StorageRef { dtype, key: key.to_string() })));
         Ok(())
@@ -342,13 +366,22 @@ impl<'a> Machine<'a> {
             ("torch._utils._rebuild_parameter", [Value::Tensor(t), ..]) => Value::Tensor(t.clone()),
             (
                 "torch._utils._rebuild_tensor_v2",
-                [Value::Storage(s), Value::Int(offset), Value::Tuple(shape), Value::Tuple(stride), ..],
+                [
+                    Value::Storage(s),
+                    Value::Int(offset),
+                    Value::Tuple(shape),
+                    Value::Tuple(stride),
+                    ..,
+                ],
             ) => {
                 let sizes = |t: &Rc<(Vec<Value>, usize)>| -> Option<Vec<usize>> {
-                    let size = |v: &Value| if let Value::Int(n) = v { usize::try_from(*n).ok() } else { None };
+                    let size = |v: &Value| {
+                        if let Value::Int(n) = v { usize::try_from(*n).ok() } else { None }
+                    };
                     t.0.iter().map(size).collect()
                 };
-                let (Some(shape), Some(stride), Ok(offset)) = (sizes(shape), sizes(stride), usize::try_from(*offset))
+                let (Some(shape), Some(stride), Ok(offset)) =
+                    (sizes(shape), sizes(stride), usize::try_from(*offset))
                 else {
                     return Err(self.damaged("a tensor has a negative size"));
                 };
@@ -358,7 +391,8 @@ impl<'a> Machine<'a> {
                 Value::Tensor(Rc::new(TensorRef { storage: s.clone(), offset, shape, stride }))
             }
             _ => {
-                return Err(self.damaged(&format!("calls {function}, which does not occur in a state dict")));
+                return Err(self
+                    .damaged(&format!("calls {function}, which does not occur in a state dict")));
             }
         };
         self.stack.push(result);

@@ -16,7 +16,9 @@ pub fn read(bytes: Bytes) -> Result<BTreeMap<String, Tensor>, String> {
                 Dtype::F16 => DType::F16,
                 Dtype::BF16 => DType::Bf16,
                 other => {
-                    return Err(format!("tensor {name} has dtype {other:?}, expected F32, F16 or BF16"));
+                    return Err(format!(
+                        "tensor {name} has dtype {other:?}, expected F32, F16 or BF16"
+                    ));
                 }
             };
             let start = view.data().as_ptr() as usize - base;

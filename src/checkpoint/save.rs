@@ -33,7 +33,9 @@ impl View for Stored<'_> {
     fn data(&self) -> Cow<'_, [u8]> {
         match self.dtype {
             DType::F32 => Cow::Borrowed(bytemuck::cast_slice(self.values)),
-            DType::F16 => self.values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
+            DType::F16 => {
+                self.values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect()
+            }
             _ => self.values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
         }
     }
@@ -62,6 +64,7 @@ pub fn save_model(folder: &Path, config: &BloomConfig, values: &[f32], dtype: DT
     write_atomic_at(&path, |file| {
         safetensors::serialize_to_file(tensors, Some(metadata), file).map_err(std::io::Error::other)
     })?;
-    let text = serde_json::to_string_pretty(&config.to_json(dtype.torch_name())).expect("JSON of numbers and strings");
+    let text = serde_json::to_string_pretty(&config.to_json(dtype.torch_name()))
+        .expect("JSON of numbers and strings");
     write_atomic(&folder.join("config.json"), |w| writeln!(w, "{text}"))
 }

@@ -11,13 +11,16 @@ use crate::bench::kernels::{self, KernelOptions};
 use crate::bench::llm::{LlmOptions, LlmReport, Phase, random_checkpoint, run};
 use crate::bench::train::{self, TrainBenchOptions};
 use crate::checkpoint::Checkpoint;
-use crate::models::bloom::{BloomConfig, MOST_CONTEXT, MOST_HEADS, MOST_HIDDEN, MOST_LAYERS, MOST_VOCABULARY};
+use crate::models::bloom::{
+    BloomConfig, MOST_CONTEXT, MOST_HEADS, MOST_HIDDEN, MOST_LAYERS, MOST_VOCABULARY,
+};
 use crate::models::embedded;
 use crate::tensor::DType;
 use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
 
-/// Largest numbers of sequences and repeats that are taken: whether there is memory for them is another question.
+/// Largest numbers of sequences and repeats that are taken: whether there is memory for them is
+/// another question.
 const MOST_SEQUENCES: usize = 1 << 20;
 const MOST_REPEATS: usize = 10_000;
 
@@ -67,7 +70,8 @@ pub struct TrainArgs {
 
 #[derive(Args)]
 pub struct LlmArgs {
-    /// Random weights of this shape (bloom-560m, bloom-1b1, bloom-1b7, bloom-3b, bloom-7b1) instead of a model.
+    /// Random weights of this shape (bloom-560m, bloom-1b1, bloom-1b7, bloom-3b, bloom-7b1) instead
+    /// of a model.
     #[arg(long, conflicts_with = "model")]
     shape: Option<String>,
     /// Tokens of each prompt, at least 1.
@@ -126,7 +130,10 @@ fn prefill(text: &str) -> Result<(usize, usize), String> {
 
 impl KernelArgs {
     fn run(self) -> anyhow::Result<()> {
-        ensure!(self.model.model.is_none(), "bench kernels measures random weights: --shape instead of --model");
+        ensure!(
+            self.model.model.is_none(),
+            "bench kernels measures random weights: --shape instead of --model"
+        );
         for &batch in &self.batch {
             within("--batch", batch, 1..=MOST_SEQUENCES, "[1, 1048576]")?;
         }
@@ -162,7 +169,8 @@ impl KernelArgs {
         }
         print_line!("{} weights, {} ({})", report.weights, report.processor, report.isa)?;
         print_line!(
-            "best measured: read {:.1} GB/s, peak {:.0} GFLOP/s; beside each figure what was reached before and after it",
+            "best measured: read {:.1} GB/s, peak {:.0} GFLOP/s; beside each figure what was \
+            reached before and after it",
             report.best.read_gigabytes_per_second,
             report.best.peak_gigaflops
         )?;
@@ -201,7 +209,10 @@ impl KernelArgs {
 
 fn published(shape: &str) -> anyhow::Result<BloomConfig> {
     BloomConfig::published(shape).with_context(|| {
-        format!("--shape {shape} is unknown; try bloom-560m, bloom-1b1, bloom-1b7, bloom-3b or bloom-7b1")
+        format!(
+            "--shape {shape} is unknown; try bloom-560m, bloom-1b1, bloom-1b7, bloom-3b or \
+            bloom-7b1"
+        )
     })
 }
 
@@ -223,7 +234,12 @@ impl TrainArgs {
         within("--heads", self.heads, 1..=MOST_HEADS, "[1, 4096]")?;
         within("--vocab", self.vocab, 1..=MOST_VOCABULARY, "[1, 16777216]")?;
         within("--batch", self.batch, 1..=MOST_SEQUENCES, "[1, 1048576]")?;
-        within("--tokens", self.tokens, 2..=MOST_CONTEXT, "[2, 16777216]: the first token is not predicted")?;
+        within(
+            "--tokens",
+            self.tokens,
+            2..=MOST_CONTEXT,
+            "[2, 16777216]: the first token is not predicted",
+        )?;
         within("--repeats", self.repeats, 1..=MOST_REPEATS, "[1, 10000]")?;
         ensure!(
             self.hidden.is_multiple_of(self.heads),
@@ -249,7 +265,8 @@ impl TrainArgs {
             print::json(&report)?;
         } else {
             print_line!(
-                "{} parameters, {} tokens a step in {}: {:.0} tokens/s, {:.1} ms, {:.1} GFLOP, floor {:.1} ms ({})",
+                "{} parameters, {} tokens a step in {}: {:.0} tokens/s, {:.1} ms, {:.1} GFLOP, \
+                floor {:.1} ms ({})",
                 report.parameters,
                 report.tokens_per_step,
                 report.precision,
@@ -259,7 +276,10 @@ impl TrainArgs {
                 report.floor_milliseconds,
                 report.compared.shown()
             )?;
-            print_line!("measured beside it: peak {:.0} GFLOP/s", report.compared.peaks.peak_gigaflops)?;
+            print_line!(
+                "measured beside it: peak {:.0} GFLOP/s",
+                report.compared.peaks.peak_gigaflops
+            )?;
             explain([report.compared.bound].into_iter())?;
         }
         Ok(())
@@ -301,18 +321,30 @@ impl LlmArgs {
 /// Says what the labels in a table mean, of those that are in it.
 fn explain(bounds: impl Iterator<Item = Bound> + Clone) -> std::io::Result<()> {
     if bounds.clone().any(|b| b == Bound::Cache) {
-        print_line!("from cache: all that is read fits into the last cache, so memory's bandwidth is no floor")?;
+        print_line!(
+            "from cache: all that is read fits into the last cache, so memory's bandwidth is no floor"
+        )?;
     }
     if bounds.clone().any(|b| b == Bound::Beyond) {
-        print_line!("beyond: the machine reached more during the work than right before and after it")?;
+        print_line!(
+            "beyond: the machine reached more during the work than right before and after it"
+        )?;
     }
     Ok(())
 }
 
 fn print(r: &LlmReport) -> std::io::Result<()> {
-    print_line!("{} parameters in {}, {} threads of {} ({})", r.parameters, r.weights, r.threads, r.processor, r.isa)?;
     print_line!(
-        "best measured: read {:.1} GB/s, {} peak {:.0} GFLOP/s; beside each figure what was reached before and after it",
+        "{} parameters in {}, {} threads of {} ({})",
+        r.parameters,
+        r.weights,
+        r.threads,
+        r.processor,
+        r.isa
+    )?;
+    print_line!(
+        "best measured: read {:.1} GB/s, {} peak {:.0} GFLOP/s; beside each figure what was \
+        reached before and after it",
         r.best.read_gigabytes_per_second,
         r.weights,
         r.best.peak_gigaflops
@@ -349,7 +381,9 @@ fn print(r: &LlmReport) -> std::io::Result<()> {
         print_line!("peak memory {:.0} MB", bytes as f64 / 1e6)?;
     }
     for step in &r.steps {
-        let one = step.one_kernel_microseconds.map_or("not possible".to_owned(), |t| format!("{t:.0} us"));
+        let one = step
+            .one_kernel_microseconds
+            .map_or("not possible".to_owned(), |t| format!("{t:.0} us"));
         print_line!(
             "a step of {} tokens: {:.0} us in launches, in one kernel {one}",
             step.tokens,

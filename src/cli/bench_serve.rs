@@ -79,7 +79,8 @@ impl ServeBenchArgs {
     fn goodput(&self) -> anyhow::Result<Goodput> {
         let mut limits = Goodput::default();
         for item in &self.goodput {
-            let parsed = item.split_once(':').and_then(|(name, ms)| Some((name, ms.parse::<f64>().ok()?)));
+            let parsed =
+                item.split_once(':').and_then(|(name, ms)| Some((name, ms.parse::<f64>().ok()?)));
             let slot = match parsed {
                 Some(("ttft", _)) => &mut limits.ttft,
                 Some(("tpot", _)) => &mut limits.tpot,
@@ -98,18 +99,31 @@ impl ServeBenchArgs {
         within("--num-prompts", self.num_prompts, 1..=10_000_000, "[1, 10000000]")?;
         within("--output-len", self.output_len, 1..=MOST_CONTEXT, "[1, 16777216]")?;
         within("--random-input-len", self.random_input_len, 1..=MOST_CONTEXT, "[1, 16777216]")?;
-        within("--random-vocabulary", self.random_vocabulary, 2..=MOST_VOCABULARY, "[2, 16777216]")?;
+        within(
+            "--random-vocabulary",
+            self.random_vocabulary,
+            2..=MOST_VOCABULARY,
+            "[2, 16777216]",
+        )?;
         within("--temperature", self.temperature, 0.0..=100.0, "[0, 100]")?;
         // a request in eleven days at the least
         within("--request-rate", self.request_rate.unwrap_or(1.0), 1e-6..=1e9, "[1e-6, 1e9]")?;
-        within("--max-concurrency", self.max_concurrency.unwrap_or(1), 1..=1 << 20, "[1, 1048576]")?;
+        within(
+            "--max-concurrency",
+            self.max_concurrency.unwrap_or(1),
+            1..=1 << 20,
+            "[1, 1048576]",
+        )?;
         let prompts = match &self.input {
             Some(file) => {
                 let prompts = read_prompts(file)?;
                 ensure!(!prompts.is_empty(), "{}: holds no prompts", file.display());
                 Prompts::Texts(prompts)
             }
-            None => Prompts::Random { tokens: self.random_input_len, vocabulary: self.random_vocabulary },
+            None => Prompts::Random {
+                tokens: self.random_input_len,
+                vocabulary: self.random_vocabulary,
+            },
         };
         let endpoint = match self.endpoint {
             EndpointChoice::Completions => Endpoint::Completions,
@@ -120,7 +134,8 @@ impl ServeBenchArgs {
             "--endpoint chat sends texts; name a file of them with --input"
         );
         let goodput = self.goodput()?;
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let server = match &self.base_url {
             Some(url) => Server::parse(url, self.api_key.clone())?,
             None => self.own_server(&runtime)?,
@@ -136,7 +151,9 @@ impl ServeBenchArgs {
                 None => {
                     let models = server.json("/v1/models", None).await?;
                     let first = models["data"][0]["id"].as_str();
-                    first.context("the server lists no model; name one with --served-model-name")?.to_owned()
+                    first
+                        .context("the server lists no model; name one with --served-model-name")?
+                        .to_owned()
                 }
             };
             let options = LoadOptions {
@@ -195,7 +212,11 @@ fn print(r: &ServeReport) -> std::io::Result<()> {
         print_line!("first failure                    {e}")?;
     }
     print_line!("duration (s)                     {:.2}", r.duration_seconds)?;
-    print_line!("input, output tokens             {}, {}", r.total_input_tokens, r.total_output_tokens)?;
+    print_line!(
+        "input, output tokens             {}, {}",
+        r.total_input_tokens,
+        r.total_output_tokens
+    )?;
     print_line!("request throughput (req/s)       {:.2}", r.request_throughput)?;
     if let Some(good) = r.request_goodput {
         print_line!("request goodput (req/s)          {good:.2}")?;
@@ -204,8 +225,15 @@ fn print(r: &ServeReport) -> std::io::Result<()> {
     print_line!("peak output throughput (tok/s)   {:.2}", r.peak_output_throughput)?;
     print_line!("peak concurrent requests         {}", r.peak_concurrent_requests)?;
     print_line!("total token throughput (tok/s)   {:.2}", r.total_token_throughput)?;
-    for (name, l) in [("TTFT", r.ttft_ms), ("TPOT", r.tpot_ms), ("ITL", r.itl_ms), ("E2EL", r.e2el_ms)] {
-        print_line!("{name:<5}mean, median, p99 (ms)      {:.2}, {:.2}, {:.2}", l.mean, l.median, l.p99)?;
+    for (name, l) in
+        [("TTFT", r.ttft_ms), ("TPOT", r.tpot_ms), ("ITL", r.itl_ms), ("E2EL", r.e2el_ms)]
+    {
+        print_line!(
+            "{name:<5}mean, median, p99 (ms)      {:.2}, {:.2}, {:.2}",
+            l.mean,
+            l.median,
+            l.p99
+        )?;
     }
     Ok(())
 }

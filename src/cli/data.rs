@@ -29,7 +29,8 @@ pub struct PairsArgs {
     /// Held-out pairs; by default the output's name with `.validation` before its ending.
     #[arg(long, value_name = "FILE")]
     validation_output: Option<PathBuf>,
-    /// Lists of style phrases, artists, movements or mediums, one a line, or the first column of a .tsv.
+    /// Lists of style phrases, artists, movements or mediums, one a line, or the first column of a
+    /// .tsv.
     #[arg(long, value_name = "FILE", num_args = 1..)]
     styles: Vec<PathBuf>,
     /// Tokenizer that counts the targets' tokens.
@@ -38,17 +39,19 @@ pub struct PairsArgs {
     /// Most plain sides made of one rich prompt; 0 for none.
     #[arg(long, default_value_t = 3)]
     variants: usize,
-    /// How many targets a prompt gets with style phrases borrowed from similar rich prompts: a plain prompt
-    /// this many, a rich one those beyond the first; 0 leaves plain prompts out.
+    /// How many targets a prompt gets with style phrases borrowed from similar rich prompts: a
+    /// plain prompt this many, a rich one those beyond the first; 0 leaves plain prompts out.
     #[arg(long, default_value_t = 1)]
     borrow: usize,
-    /// Leave details out of targets that the plain side does not name: small models cannot invent sensible ones.
+    /// Leave details out of targets that the plain side does not name: small models cannot invent
+    /// sensible ones.
     #[arg(long)]
     style_only: bool,
     /// Drop targets of fewer tokens; 0 drops none.
     #[arg(long, default_value_t = 25)]
     min_tokens: usize,
-    /// Part of the pairs that one style phrase may be in; a quarter of it for movements. 1 for no limit.
+    /// Part of the pairs that one style phrase may be in; a quarter of it for movements. 1 for no
+    /// limit.
     #[arg(long, value_name = "PART", default_value_t = 0.02)]
     phrase_share: f32,
     /// Part of the pairs that may add artists; 0 leaves all out.
@@ -83,7 +86,11 @@ impl DataCommand {
 
 impl PairsArgs {
     fn run(self) -> anyhow::Result<()> {
-        anyhow::ensure!((0.0..1.0).contains(&self.validation), "--validation {} is outside [0, 1)", self.validation);
+        anyhow::ensure!(
+            (0.0..1.0).contains(&self.validation),
+            "--validation {} is outside [0, 1)",
+            self.validation
+        );
         for (flag, part) in [
             ("--phrase-share", self.phrase_share),
             ("--artists-share", self.artists_share),
@@ -93,14 +100,19 @@ impl PairsArgs {
             anyhow::ensure!((0.0..=1.0).contains(&part), "{flag} {part} is outside [0, 1]");
         }
         let validation_output = self.validation_output.clone().unwrap_or_else(|| {
-            let ending = self.output.extension().unwrap_or("jsonl".as_ref()).to_string_lossy().into_owned();
+            let ending =
+                self.output.extension().unwrap_or("jsonl".as_ref()).to_string_lossy().into_owned();
             self.output.with_extension(format!("validation.{ending}"))
         });
         let mut reads = vec![self.input.as_path()];
         reads.extend(self.styles.iter().chain(&self.tokenizer).map(PathBuf::as_path));
         check_distinct(&[&self.output, &validation_output], &reads)?;
         for path in [&self.output, &validation_output] {
-            anyhow::ensure!(self.force || !path.exists(), "{}: exists already; --force replaces it", path.display());
+            anyhow::ensure!(
+                self.force || !path.exists(),
+                "{}: exists already; --force replaces it",
+                path.display()
+            );
         }
         let prompts = read_prompts(&self.input)?;
         check_lengths(&self.input, &prompts, self.max_prompt_bytes)?;
@@ -117,7 +129,11 @@ impl PairsArgs {
             borrow: self.borrow,
             style_only: self.style_only,
             min_tokens: self.min_tokens,
-            limits: TailLimits { phrase: self.phrase_share, artists: self.artists_share, artist: self.artist_share },
+            limits: TailLimits {
+                phrase: self.phrase_share,
+                artists: self.artists_share,
+                artist: self.artist_share,
+            },
             name_medium: self.name_medium,
             validation: self.validation,
             seed: self.seed,
@@ -126,7 +142,8 @@ impl PairsArgs {
         let made = make_pairs(&prompts, &styles, &tokenizer, &options);
         anyhow::ensure!(
             !made.train.is_empty(),
-            "{}: no pairs could be made of its {} prompts; rich prompts have a subject, a comma and style phrases",
+            "{}: no pairs could be made of its {} prompts; rich prompts have a subject, a comma \
+            and style phrases",
             self.input.display(),
             prompts.len()
         );
@@ -137,9 +154,15 @@ impl PairsArgs {
         }
         let v = variety(made.train.iter().map(|p| (p.raw_prompt.as_str(), p.prompt.as_str())));
         print_line!("{:>8}  distinct tails", v.distinct_tails)?;
-        print_line!("{:>7.1}%  of what is added is one of 60 phrases", 100.0 * v.commonest_phrases)?;
+        print_line!(
+            "{:>7.1}%  of what is added is one of 60 phrases",
+            100.0 * v.commonest_phrases
+        )?;
         print_line!("{:>7.1}%  of the targets add artists", 100.0 * v.with_artists)?;
-        print_line!("{:>7.1}%  of the targets name media that exclude each other", 100.0 * v.contradictions)?;
+        print_line!(
+            "{:>7.1}%  of the targets name media that exclude each other",
+            100.0 * v.contradictions
+        )?;
         print_line!("wrote {} and {}", self.output.display(), validation_output.display())?;
         Ok(())
     }

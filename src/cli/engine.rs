@@ -31,7 +31,11 @@ impl EngineArgs {
         within("--batch-tokens", self.batch_tokens, 1..=1 << 30, "[1, 1073741824]")?;
         within("--sequences", self.sequences, 1..=1 << 20, "[1, 1048576]")?;
         ensure!(self.cache_tokens != Some(0), "--cache-tokens must be at least 1");
-        ensure!(self.draft_tokens <= 64, "--draft-tokens {} is too many; 64 at most", self.draft_tokens);
+        ensure!(
+            self.draft_tokens <= 64,
+            "--draft-tokens {} is too many; 64 at most",
+            self.draft_tokens
+        );
         Ok(EngineOptions {
             cache_tokens: self.cache_tokens.unwrap_or(self.sequences.saturating_mul(512)),
             batch_tokens: self.batch_tokens,

@@ -20,12 +20,12 @@ use std::time::Instant;
 
 #[derive(Args)]
 pub struct EvalArgs {
-    /// Held-out prompts: pairs with "raw_prompt", records with "prompt", text with one a line, or the first
-    /// column of a .tsv with a heading.
+    /// Held-out prompts: pairs with "raw_prompt", records with "prompt", text with one a line, or
+    /// the first column of a .tsv with a heading.
     #[arg(long, value_name = "FILE", required_unless_present = "facts")]
     input: Option<PathBuf>,
-    /// Prompts with the facts that they state, to measure how many survive: JSON lines with "prompt" and "facts", each fact with "kind"
-    /// and "keywords".
+    /// Prompts with the facts that they state, to measure how many survive: JSON lines with
+    /// "prompt" and "facts", each fact with "kind" and "keywords".
     #[arg(long, value_name = "FILE", conflicts_with_all = ["input", "kind"])]
     facts: Option<PathBuf>,
     /// Take only pairs of this kind.
@@ -72,10 +72,23 @@ impl EvalArgs {
         }
         let mut seen = HashSet::new();
         let fits = |p: &String| (self.min_words.max(1)..=self.max_words).contains(&words(p).len());
-        let prompts: Vec<String> =
-            all.into_iter().filter(|p| fits(p) && seen.insert(p.clone())).take(self.limit).collect();
-        let name = self.input.as_ref().or(self.facts.as_ref()).map(|f| f.display().to_string()).unwrap_or_default();
-        ensure!(!prompts.is_empty(), "{name}: holds no prompts of {} to {} words", self.min_words, self.max_words);
+        let prompts: Vec<String> = all
+            .into_iter()
+            .filter(|p| fits(p) && seen.insert(p.clone()))
+            .take(self.limit)
+            .collect();
+        let name = self
+            .input
+            .as_ref()
+            .or(self.facts.as_ref())
+            .map(|f| f.display().to_string())
+            .unwrap_or_default();
+        ensure!(
+            !prompts.is_empty(),
+            "{name}: holds no prompts of {} to {} words",
+            self.min_words,
+            self.max_words
+        );
         Ok((prompts, facts))
     }
 
@@ -86,7 +99,9 @@ impl EvalArgs {
             read_prompts(input)?.iter().skip(1).map(column).collect()
         } else if let Some(kind) = &self.kind {
             let pairs = read_pairs(input)?;
-            let of_kind = pairs.into_iter().filter(|p| p.other.get("kind").and_then(|k| k.as_str()) == Some(kind));
+            let of_kind = pairs
+                .into_iter()
+                .filter(|p| p.other.get("kind").and_then(|k| k.as_str()) == Some(kind));
             of_kind.map(|p| p.raw_prompt).collect()
         } else if let Ok(pairs) = read_pairs(input) {
             pairs.into_iter().map(|p| p.raw_prompt).collect()
@@ -129,11 +144,13 @@ impl EvalArgs {
             rewrites.push(rewrite);
         }
         let mut r = report(&rewrites);
-        let outputs: HashMap<&str, &str> = rewrites.iter().map(|r| (r.input.as_str(), r.output.as_str())).collect();
+        let outputs: HashMap<&str, &str> =
+            rewrites.iter().map(|r| (r.input.as_str(), r.output.as_str())).collect();
         let known = facts.iter().filter_map(|f| Some((f, *outputs.get(f.prompt.as_str())?)));
         r.facts = if facts.is_empty() { vec![] } else { count_facts(known) };
         let counters = session.counters();
-        r.tokens_per_step = rewrites.iter().map(|r| r.tokens).sum::<usize>() as f64 / counters.steps.max(1) as f64;
+        r.tokens_per_step =
+            rewrites.iter().map(|r| r.tokens).sum::<usize>() as f64 / counters.steps.max(1) as f64;
         r.drafts_accepted = counters.accepted_tokens as f64 / counters.drafted_tokens.max(1) as f64;
         if self.json {
             print::json(&r)?;
@@ -146,18 +163,38 @@ impl EvalArgs {
         print_line!("outputs that keep all           {:.1} %", 100.0 * r.kept_all)?;
         for k in &r.facts {
             let name = format!("facts kept, {}", k.kind);
-            print_line!("{name:32}{:.1} % ({} of {} stated, of {})", 100.0 * k.share, k.kept, k.stated, k.facts)?;
+            print_line!(
+                "{name:32}{:.1} % ({} of {} stated, of {})",
+                100.0 * k.share,
+                k.kept,
+                k.stated,
+                k.facts
+            )?;
         }
         print_line!("outputs adding 8 or more words  {:.1} %", 100.0 * r.adds_eight_words)?;
         print_line!("outputs repeating 4 words thrice {:.1} %", 100.0 * r.repeats_four_words)?;
         print_line!("distinct tails                  {}", r.variety.distinct_tails)?;
-        print_line!("added that 60 phrases make up   {:.1} %", 100.0 * r.variety.commonest_phrases)?;
+        print_line!(
+            "added that 60 phrases make up   {:.1} %",
+            100.0 * r.variety.commonest_phrases
+        )?;
         print_line!("outputs that add artists        {:.1} %", 100.0 * r.variety.with_artists)?;
         print_line!("outputs of contradicting media  {:.1} %", 100.0 * r.variety.contradictions)?;
-        print_line!("both photo and painted          {:.1} %", 100.0 * r.variety.photo_and_painting)?;
-        print_line!("words in, out                   {:.1}, {:.1}", r.mean_words_in, r.mean_words_out)?;
+        print_line!(
+            "both photo and painted          {:.1} %",
+            100.0 * r.variety.photo_and_painting
+        )?;
+        print_line!(
+            "words in, out                   {:.1}, {:.1}",
+            r.mean_words_in,
+            r.mean_words_out
+        )?;
         print_line!("tokens a rewrite                {:.1}", r.mean_tokens)?;
-        print_line!("tokens a step, drafts accepted   {:.2}, {:.1} %", r.tokens_per_step, 100.0 * r.drafts_accepted)?;
+        print_line!(
+            "tokens a step, drafts accepted   {:.2}, {:.1} %",
+            r.tokens_per_step,
+            100.0 * r.drafts_accepted
+        )?;
         print_line!(
             "seconds a rewrite               {:.3} median, {:.3} slowest",
             r.median_seconds,

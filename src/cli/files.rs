@@ -52,25 +52,37 @@ pub fn is_at(_file: &std::fs::File, path: &Path) -> bool {
 
 /// Whether a path is another name of standard output.
 pub fn is_stdout(path: &Path) -> bool {
-    ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path.as_os_str() == *name)
+    ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"]
+        .iter()
+        .any(|name| path.as_os_str() == *name)
 }
 
-/// Refuses outputs that are among the inputs, under another name, as a link, or by redirection; `-` stands for standard
-/// input or output, and a folder for the files in it.
+/// Refuses outputs that are among the inputs, under another name, as a link, or by redirection; `-`
+/// stands for standard input or output, and a folder for the files in it.
 pub fn check_distinct(outputs: &[&Path], inputs: &[&Path]) -> anyhow::Result<()> {
     let mut read: Vec<(PathBuf, Option<Identity>)> = vec![];
     for input in inputs {
         let inside = if input.is_dir() { std::fs::read_dir(input).ok() } else { None };
         match inside {
-            Some(entries) => read.extend(entries.flatten().map(|e| (e.path(), identity(&e.path(), true)))),
+            Some(entries) => {
+                read.extend(entries.flatten().map(|e| (e.path(), identity(&e.path(), true))))
+            }
             None => read.push((input.to_path_buf(), identity(input, true))),
         }
     }
     for (i, output) in outputs.iter().enumerate() {
         let Some(written) = identity(output, false) else { continue };
         if let Some((input, _)) = read.iter().find(|(_, id)| id.as_ref() == Some(&written)) {
-            let output = if is_stdout(output) { "standard output".into() } else { output.display().to_string() };
-            let input = if input.as_os_str() == "-" { "standard input".into() } else { input.display().to_string() };
+            let output = if is_stdout(output) {
+                "standard output".into()
+            } else {
+                output.display().to_string()
+            };
+            let input = if input.as_os_str() == "-" {
+                "standard input".into()
+            } else {
+                input.display().to_string()
+            };
             bail!("{output}: is the same file as the input {input}; choose another output");
         }
         if outputs[..i].iter().any(|other| identity(other, false).as_ref() == Some(&written)) {
@@ -100,10 +112,14 @@ mod tests {
         std::os::unix::fs::symlink(at("in"), at("soft")).unwrap();
         let dotted = f.path().join(".").join("in");
         for same in [at("in"), at("hard"), at("soft"), dotted] {
-            let message = check_distinct(&[&same], &[&at("other"), &at("in")]).unwrap_err().to_string();
+            let message =
+                check_distinct(&[&same], &[&at("other"), &at("in")]).unwrap_err().to_string();
             assert!(message.contains("is the same file as the input"), "{message}");
         }
-        assert!(check_distinct(&[&at("soft")], &[f.path()]).is_err(), "a folder stands for its files");
+        assert!(
+            check_distinct(&[&at("soft")], &[f.path()]).is_err(),
+            "a folder stands for its files"
+        );
         assert!(check_distinct(&[&at("new"), &at("new")], &[]).is_err());
         assert!(check_distinct(&[&at("hard"), &at("soft")], &[]).is_err());
         check_distinct(&[&at("new"), &at("other")], &[&at("in")]).unwrap();

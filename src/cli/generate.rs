@@ -19,7 +19,8 @@ pub struct GenerateArgs {
     /// Token ids to continue, separated by commas, instead of a text.
     #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with = "prompt")]
     prompt_ids: Option<Vec<u32>>,
-    /// Print one JSON object: prompt_ids, prompt_logprobs, output_ids, text, logprobs, finish_reason.
+    /// Print one JSON object: prompt_ids, prompt_logprobs, output_ids, text, logprobs,
+    /// finish_reason.
     #[arg(long)]
     json: bool,
     /// Most bytes of the text, at least 1; a longer one is refused before it takes memory.
@@ -49,8 +50,12 @@ impl GenerateArgs {
             self.max_prompt_bytes
         );
         let text = String::from_utf8(bytes).context("standard input: is not UTF-8")?;
-        let text = text.strip_suffix('\n').map(|t| t.strip_suffix('\r').unwrap_or(t)).unwrap_or(&text);
-        ensure!(!text.is_empty(), "standard input holds no text; give --prompt TEXT, --prompt-ids, or a text there");
+        let text =
+            text.strip_suffix('\n').map(|t| t.strip_suffix('\r').unwrap_or(t)).unwrap_or(&text);
+        ensure!(
+            !text.is_empty(),
+            "standard input holds no text; give --prompt TEXT, --prompt-ids, or a text there"
+        );
         Ok(text.to_owned())
     }
 

@@ -20,14 +20,15 @@ pub struct GuardArgs {
     /// Words or phrases that no rewrite may hold, in the same form.
     #[arg(long, value_name = "PHRASES|@FILE")]
     pub ban: Vec<String>,
-    /// Least part of the prompt's meaning that a rewrite keeps, from 0 to 1; else it falls back on the prompt. 0 takes what the model
-    /// says.
+    /// Least part of the prompt's meaning that a rewrite keeps, from 0 to 1; else it falls back on
+    /// the prompt. 0 takes what the model says.
     #[arg(long, value_name = "PART", default_value_t = DEFAULT_MIN_KEPT)]
     pub min_kept: f64,
     /// How often to generate before falling back, at least once.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub rounds: u32,
-    /// Most tokens as CLIP counts them, at least 3; 77 fill Stable Diffusion's text encoder. No limit if not given.
+    /// Most tokens as CLIP counts them, at least 3; 77 fill Stable Diffusion's text encoder. No
+    /// limit if not given.
     #[arg(long, value_name = "TOKENS")]
     pub max_clip_tokens: Option<usize>,
     #[command(flatten)]
@@ -37,7 +38,8 @@ pub struct GuardArgs {
 impl GuardArgs {
     /// Files that phrases are read from.
     pub fn files(&self) -> Vec<PathBuf> {
-        let phrases = self.keep.iter().chain(&self.ban).filter_map(|item| file(item)).map(PathBuf::from);
+        let phrases =
+            self.keep.iter().chain(&self.ban).filter_map(|item| file(item)).map(PathBuf::from);
         phrases.chain(self.additions.file()).collect()
     }
 
@@ -48,10 +50,17 @@ impl GuardArgs {
 
     /// The guard, with the phrases to keep and to ban put into `options`.
     pub fn options(&self, options: &mut GenerateOptions) -> anyhow::Result<GuardOptions> {
-        ensure!((0.0..=1.0).contains(&self.min_kept), "--min-kept {} is outside [0, 1]", self.min_kept);
+        ensure!(
+            (0.0..=1.0).contains(&self.min_kept),
+            "--min-kept {} is outside [0, 1]",
+            self.min_kept
+        );
         ensure!((1..=100).contains(&self.rounds), "--rounds {} is outside [1, 100]", self.rounds);
         if let Some(n) = self.max_clip_tokens {
-            ensure!(n >= 3, "--max-clip-tokens {n} is too few; the first and the last token always count");
+            ensure!(
+                n >= 3,
+                "--max-clip-tokens {n} is too few; the first and the last token always count"
+            );
         }
         options.keep = Arc::new(Literals::new(&phrases("--keep", &self.keep)?));
         options.ban = Arc::new(Phrases::checked(self.banned()?).map_err(|e| anyhow!("--ban {e}"))?);
@@ -65,15 +74,18 @@ impl GuardArgs {
     }
 }
 
-/// The file that an item of a list of phrases means, if it means one: what begins with `@`, and what looks like a path or like the
-/// name of a text file, so that a wrong name is no phrase. A lone word is a phrase, even if a file has that name.
+/// The file that an item of a list of phrases means, if it means one: what begins with `@`, and
+/// what looks like a path or like the name of a text file, so that a wrong name is no phrase. A
+/// lone word is a phrase, even if a file has that name.
 fn file(item: &str) -> Option<&str> {
     if let Some(name) = item.strip_prefix('@') {
         return Some(name);
     }
     let path = Path::new(item);
     let single = !item.contains([',', ' ']);
-    let text = path.extension().is_some_and(|e| ["txt", "list", "csv", "tsv"].iter().any(|known| e == *known));
+    let text = path
+        .extension()
+        .is_some_and(|e| ["txt", "list", "csv", "tsv"].iter().any(|known| e == *known));
     let rooted = ["/", "./", "../", "~/"].iter().any(|start| item.starts_with(start));
     let there = (item.contains('/') || path.extension().is_some()) && path.is_file();
     (there || (single && (text || rooted))).then_some(item)
@@ -86,7 +98,8 @@ fn phrases(flag: &str, items: &[String]) -> anyhow::Result<Vec<String>> {
         match file(item) {
             Some(name) => {
                 let text = std::fs::read_to_string(name);
-                let text = text.with_context(|| format!("{flag} {item}: cannot read the file {name}"))?;
+                let text =
+                    text.with_context(|| format!("{flag} {item}: cannot read the file {name}"))?;
                 phrases.extend(text.trim_start_matches('\u{feff}').lines().map(str::to_owned));
             }
             None => phrases.extend(item.split(',').map(str::to_owned)),
@@ -103,7 +116,10 @@ mod tests {
     fn names_of_files_are_no_phrases() {
         for name in ["artists.txt", "no/such.txt", "./x", "/x", "../a-b", "@x", "@a b, c"] {
             assert!(
-                phrases("--ban", &[name.into()]).unwrap_err().to_string().contains("cannot read the file"),
+                phrases("--ban", &[name.into()])
+                    .unwrap_err()
+                    .to_string()
+                    .contains("cannot read the file"),
                 "{name}"
             );
         }
@@ -114,7 +130,11 @@ mod tests {
         for name in [list.to_owned(), format!("@{list}")] {
             assert_eq!(phrases("--ban", &[name]).unwrap(), ["oil paint", "", "fog, mist"]);
         }
-        let items = ["f/1.8".to_owned(), "a cat, mr.txt jones".into(), "w/o hat".into(), "3.5".into()];
-        assert_eq!(phrases("--keep", &items).unwrap(), ["f/1.8", "a cat", " mr.txt jones", "w/o hat", "3.5"]);
+        let items =
+            ["f/1.8".to_owned(), "a cat, mr.txt jones".into(), "w/o hat".into(), "3.5".into()];
+        assert_eq!(
+            phrases("--keep", &items).unwrap(),
+            ["f/1.8", "a cat", " mr.txt jones", "w/o hat", "3.5"]
+        );
     }
 }

@@ -48,42 +48,54 @@ impl HostOptions {
         // not every device's handles can move to another thread, so the model is loaded on its own
         let (facts_in, facts) = channel();
         let (start, started) = channel::<(Inbox, Arc<Metrics>)>();
-        let thread = std::thread::Builder::new().name("engine".into()).spawn(move || -> anyhow::Result<()> {
-            // whoever waits for the facts is told why there are none
-            let fail = |e: anyhow::Error| {
-                let _ = facts_in.send(Err(e));
-            };
-            let loaded = match model.load() {
-                Ok(loaded) => loaded,
-                Err(e) => {
-                    fail(e);
+        let thread = std::thread::Builder::new().name("engine".into()).spawn(
+            move || -> anyhow::Result<()> {
+                // whoever waits for the facts is told why there are none
+                let fail = |e: anyhow::Error| {
+                    let _ = facts_in.send(Err(e));
+                };
+                let loaded = match model.load() {
+                    Ok(loaded) => loaded,
+                    Err(e) => {
+                        fail(e);
+                        return Ok(());
+                    }
+                };
+                let prepared = loaded
+                    .template(template.as_deref())
+                    .and_then(|t| Ok((t, loaded.session(options)?)));
+                let (template, mut session) = match prepared {
+                    Ok(prepared) => prepared,
+                    Err(e) => {
+                        fail(e);
+                        return Ok(());
+                    }
+                };
+                let prompter = Prompter { tokenizer: loaded.tokenizer.clone(), template };
+                let facts = (
+                    prompter,
+                    loaded.defaults,
+                    loaded.config.clone(),
+                    loaded.fingerprint.clone(),
+                    session.blocks().1,
+                );
+                if facts_in.send(Ok(facts)).is_err() {
                     return Ok(());
                 }
-            };
-            let prepared = loaded.template(template.as_deref()).and_then(|t| Ok((t, loaded.session(options)?)));
-            let (template, mut session) = match prepared {
-                Ok(prepared) => prepared,
-                Err(e) => {
-                    fail(e);
-                    return Ok(());
-                }
-            };
-            let prompter = Prompter { tokenizer: loaded.tokenizer.clone(), template };
-            let facts =
-                (prompter, loaded.defaults, loaded.config.clone(), loaded.fingerprint.clone(), session.blocks().1);
-            if facts_in.send(Ok(facts)).is_err() {
-                return Ok(());
-            }
-            let Ok((inbox, metrics)) = started.recv() else { return Ok(()) };
-            Ok(worker::run(&mut *session, inbox, &metrics)?)
-        })?;
+                let Ok((inbox, metrics)) = started.recv() else { return Ok(()) };
+                Ok(worker::run(&mut *session, inbox, &metrics)?)
+            },
+        )?;
         let (prompter, defaults, config, fingerprint, blocks) =
             facts.recv().context("the engine stopped while loading")??;
         let metrics = Arc::new(Metrics::new(&name, blocks));
         let (engine, inbox) = engine::engine(options.sequences + self.max_queue);
-        start.send((inbox, metrics.clone())).map_err(|_| anyhow!("the engine stopped while loading"))?;
+        start
+            .send((inbox, metrics.clone()))
+            .map_err(|_| anyhow!("the engine stopped while loading"))?;
         let ids = 0..config.vocab_size as u32;
-        let longest_token = ids.map(|id| prompter.tokenizer.token_bytes(id).len()).max().unwrap_or(0);
+        let longest_token =
+            ids.map(|id| prompter.tokenizer.token_bytes(id).len()).max().unwrap_or(0);
         let shared = Arc::new(Shared {
             engine,
             tokenizer: prompter.tokenizer.clone(),
@@ -91,7 +103,9 @@ impl HostOptions {
             defaults,
             config,
             name,
-            created: std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            created: std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .map_or(0, |d| d.as_secs()),
             metrics,
             request_timeout: self.request_timeout,
             stall_timeout: self.stall_timeout,

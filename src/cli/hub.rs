@@ -1,10 +1,12 @@
-//! Models by their names: a folder, or what the cache of Hugging Face's tools holds. Nothing is downloaded.
+//! Models by their names: a folder, or what the cache of Hugging Face's tools holds. Nothing is
+//! downloaded.
 
 use anyhow::bail;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-/// The folder of a model that is given as a folder, or as `org/name` or `org/name@revision` in the cache.
+/// The folder of a model that is given as a folder, or as `org/name` or `org/name@revision` in the
+/// cache.
 pub fn model_folder(model: &Path) -> anyhow::Result<PathBuf> {
     if model.exists() {
         return Ok(model.to_path_buf());
@@ -34,7 +36,9 @@ impl<'a> Name<'a> {
         };
         let (org, name) = id.split_once('/')?;
         let word = |w: &str| {
-            !w.is_empty() && !w.starts_with('.') && w.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+            !w.is_empty()
+                && !w.starts_with('.')
+                && w.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
         };
         // a revision may be a branch with slashes, but no way out of the folder
         let reference = |r: &str| r.split('/').all(word);
@@ -49,11 +53,17 @@ impl<'a> Name<'a> {
             None => format!("hf download {id}"),
         };
         let Some(cache) = cache else {
-            bail!("{id}: there is no such folder; `{download}` gets the model, HF_HOME says where it is then");
+            bail!(
+                "{id}: there is no such folder; `{download}` gets the model, HF_HOME says where it \
+                is then"
+            );
         };
         let model = cache.join(format!("models--{}", id.replace('/', "--")));
         if !model.is_dir() {
-            bail!("{id}: there is no such folder, nor is the model in {}; `{download}` gets it", cache.display());
+            bail!(
+                "{id}: there is no such folder, nor is the model in {}; `{download}` gets it",
+                cache.display()
+            );
         }
         let reference = std::fs::read_to_string(model.join("refs").join(wanted)).ok();
         let commit = reference.as_deref().map_or(wanted, str::trim);
@@ -103,9 +113,17 @@ mod tests {
             let name = Name::parse(text).unwrap();
             assert_eq!((name.id, name.revision), (id, revision));
         }
-        for text in
-            ["name", "./name", "/name", "a/b/c", "../name", "org/", "org/na me", "org/name@", "org/name@../../x"]
-        {
+        for text in [
+            "name",
+            "./name",
+            "/name",
+            "a/b/c",
+            "../name",
+            "org/",
+            "org/na me",
+            "org/name@",
+            "org/name@../../x",
+        ] {
             assert!(Name::parse(text).is_none(), "{text}");
         }
     }
@@ -113,12 +131,19 @@ mod tests {
     #[test]
     fn the_cache_is_where_the_variables_say() {
         let with = |set: &[(&str, &str)]| {
-            cache_by(|name| set.iter().find(|s| s.0 == name).map(|s| s.1.into())).map(|p| p.display().to_string())
+            cache_by(|name| set.iter().find(|s| s.0 == name).map(|s| s.1.into()))
+                .map(|p| p.display().to_string())
         };
         assert_eq!(with(&[("HF_HUB_CACHE", "/a"), ("HF_HOME", "/b")]).as_deref(), Some("/a"));
-        assert_eq!(with(&[("HF_HUB_CACHE", ""), ("HF_HOME", "/b"), ("HOME", "/h")]).as_deref(), Some("/b/hub"));
+        assert_eq!(
+            with(&[("HF_HUB_CACHE", ""), ("HF_HOME", "/b"), ("HOME", "/h")]).as_deref(),
+            Some("/b/hub")
+        );
         assert_eq!(with(&[("HOME", "/h")]).as_deref(), Some("/h/.cache/huggingface/hub"));
-        assert_eq!(with(&[("XDG_CACHE_HOME", "/x"), ("HOME", "/h")]).as_deref(), Some("/x/huggingface/hub"));
+        assert_eq!(
+            with(&[("XDG_CACHE_HOME", "/x"), ("HOME", "/h")]).as_deref(),
+            Some("/x/huggingface/hub")
+        );
         assert_eq!(with(&[]), None);
     }
 
@@ -126,7 +151,9 @@ mod tests {
     fn a_snapshot_is_found_by_its_branch_and_by_its_commit() {
         let cache = tempfile::tempdir().unwrap();
         let model = cache.path().join("models--org--name");
-        let find = |text: &str| Name::parse(text).unwrap().find(Some(cache.path())).map_err(|e| e.to_string());
+        let find = |text: &str| {
+            Name::parse(text).unwrap().find(Some(cache.path())).map_err(|e| e.to_string())
+        };
         assert!(find("org/name").unwrap_err().contains("`hf download org/name`"));
         for commit in ["0a1b", "2c3d"] {
             std::fs::create_dir_all(model.join("snapshots").join(commit)).unwrap();
@@ -143,6 +170,13 @@ mod tests {
         assert!(e.contains("`hf download org/name --revision v9`"), "{e}");
         std::fs::write(model.join("refs/main"), "ffff").unwrap();
         assert!(find("org/name").is_err());
-        assert!(Name::parse("org/name").unwrap().find(None).unwrap_err().to_string().contains("HF_HOME"));
+        assert!(
+            Name::parse("org/name")
+                .unwrap()
+                .find(None)
+                .unwrap_err()
+                .to_string()
+                .contains("HF_HOME")
+        );
     }
 }

@@ -46,8 +46,11 @@ impl InspectArgs {
         }
         let bytes: usize = dtypes.values().map(|d| d.1).sum();
         let special = special_tokens(&folder)?;
-        let files: Vec<String> =
-            checkpoint.files.iter().filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned())).collect();
+        let files: Vec<String> = checkpoint
+            .files
+            .iter()
+            .filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned()))
+            .collect();
         let unused = checkpoint.unused();
         let kv = c.kv_bytes_per_token(element.size());
         if self.json {
@@ -94,7 +97,10 @@ impl InspectArgs {
         for (name, (count, bytes)) in &dtypes {
             print_line!("  {name:<10}  {count} ({:.1} MB)", *bytes as f64 / 1e6)?;
         }
-        print_line!("memory        {:.1} MB of weights, {kv} bytes of KV cache a token", bytes as f64 / 1e6)?;
+        print_line!(
+            "memory        {:.1} MB of weights, {kv} bytes of KV cache a token",
+            bytes as f64 / 1e6
+        )?;
         print_line!("files         {}", files.join(", "))?;
         if !unused.is_empty() {
             print_line!(
@@ -106,7 +112,10 @@ impl InspectArgs {
         print_line!("tokenizer     {} tokens", tokenizer.vocab_size())?;
         for (name, token) in special {
             let id = tokenizer.token_id(&token);
-            print_line!("  {name:<10}  {token} = {}", id.map_or("not in the vocabulary".into(), |i| i.to_string()))?;
+            print_line!(
+                "  {name:<10}  {token} = {}",
+                id.map_or("not in the vocabulary".into(), |i| i.to_string())
+            )?;
         }
         Ok(())
     }

@@ -73,7 +73,8 @@ enum Command {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Model and device")]
 pub struct DeviceArgs {
-    /// Threads to compute with; 0 takes every core that this process may use, and more than those are not taken.
+    /// Threads to compute with; 0 takes every core that this process may use, and more than those
+    /// are not taken.
     #[arg(short, long, default_value_t = 0, env = "BPROMPT_THREADS")]
     pub threads: usize,
     /// Instruction set: the best of this machine, or a lesser one for comparison.
@@ -113,7 +114,10 @@ impl DeviceArgs {
         // what affinity and the control group leave of the machine
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         if self.threads > cores {
-            note!("--threads {}: this process may use {cores} cores; {cores} threads are taken", self.threads);
+            note!(
+                "--threads {}: this process may use {cores} cores; {cores} threads are taken",
+                self.threads
+            );
         }
         self.threads.min(cores)
     }
@@ -151,8 +155,9 @@ fn interrupt_flag() -> anyhow::Result<Arc<AtomicBool>> {
     Ok(raised)
 }
 
-/// The command line as it is read, with what holds for every argument: a variable of the environment that is empty is not set, those
-/// of switches say 0 or 1, yes or no, and a negative number is a value that may be out of range, not a flag that nobody knows.
+/// The command line as it is read, with what holds for every argument: a variable of the
+/// environment that is empty is not set, those of switches say 0 or 1, yes or no, and a negative
+/// number is a value that may be out of range, not a flag that nobody knows.
 pub fn command() -> clap::Command {
     fn adapted(command: clap::Command) -> clap::Command {
         let arg = |arg: clap::Arg| {
@@ -160,7 +165,11 @@ pub fn command() -> clap::Command {
             let empty = matches!(&variable, Some(Some(value)) if value.is_empty());
             let switch = matches!(arg.get_action(), ArgAction::SetTrue);
             let negative = arg.get_action().takes_values() && !arg.is_positional();
-            let arg = if switch && variable.is_some() { arg.value_parser(BoolishValueParser::new()) } else { arg };
+            let arg = if switch && variable.is_some() {
+                arg.value_parser(BoolishValueParser::new())
+            } else {
+                arg
+            };
             let arg = if empty { arg.env(Resettable::<OsStr>::Reset) } else { arg };
             if negative { arg.allow_negative_numbers(true) } else { arg }
         };

@@ -24,7 +24,8 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// The group of options that only matter on a GPU, which a program without kernels for one does not show.
+/// The group of options that only matter on a GPU, which a program without kernels for one does not
+/// show.
 const GPU: &str = "GPU";
 
 fn no_gpu() -> bool {
@@ -76,8 +77,8 @@ pub enum PersistentChoice {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Model and device")]
 pub struct ModelArgs {
-    /// Model folder as Hugging Face writes it, or org/name[@revision] of one in its cache (HF_HOME); the embedded demonstration model if
-    /// not given.
+    /// Model folder as Hugging Face writes it, or org/name[@revision] of one in its cache
+    /// (HF_HOME); the embedded demonstration model if not given.
     #[arg(short, long, value_name = "DIR|NAME", env = "BPROMPT_MODEL")]
     pub model: Option<PathBuf>,
     /// How weights are held for computing.
@@ -86,13 +87,15 @@ pub struct ModelArgs {
     /// Where to compute; auto takes a GPU if there is one that can.
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto, env = "BPROMPT_DEVICE")]
     pub device: DeviceChoice,
-    /// Give a prompt the same bits in any batch, at the price of slower prompts and batches; the CPU always does.
+    /// Give a prompt the same bits in any batch, at the price of slower prompts and batches; the
+    /// CPU always does.
     #[arg(long, env = "BPROMPT_BATCH_INVARIANT", help_heading = GPU, hide = no_gpu())]
     pub batch_invariant: bool,
     /// Launch every kernel by itself instead of repeating recorded steps (CUDA graphs).
     #[arg(long, env = "BPROMPT_NO_CUDA_GRAPHS", help_heading = GPU, hide = no_gpu())]
     pub no_cuda_graphs: bool,
-    /// Do decoding steps of up to 8 sequences in one kernel that stays on the processors through all layers.
+    /// Do decoding steps of up to 8 sequences in one kernel that stays on the processors through
+    /// all layers.
     #[arg(long, value_enum, default_value_t = PersistentChoice::Auto, env = "BPROMPT_PERSISTENT", help_heading = GPU,
         hide = no_gpu())]
     pub persistent: PersistentChoice,
@@ -130,8 +133,12 @@ pub struct Loaded {
 impl Loaded {
     pub fn session(&self, options: EngineOptions) -> anyhow::Result<Box<dyn Generate + '_>> {
         Ok(match &self.placed {
-            Placed::Cpu(cpu, model) => Box::new(Session::new(cpu, model, &self.tokenizer, options)?),
-            Placed::Cuda(cuda, model) => Box::new(Session::new(&**cuda, model, &self.tokenizer, options)?),
+            Placed::Cpu(cpu, model) => {
+                Box::new(Session::new(cpu, model, &self.tokenizer, options)?)
+            }
+            Placed::Cuda(cuda, model) => {
+                Box::new(Session::new(&**cuda, model, &self.tokenizer, options)?)
+            }
         })
     }
 
@@ -155,7 +162,8 @@ pub struct ModelParts {
 }
 
 impl ModelParts {
-    /// Those of a folder or of a model in Hugging Face's cache; of the embedded model if `model` is none.
+    /// Those of a folder or of a model in Hugging Face's cache; of the embedded model if `model` is
+    /// none.
     pub fn open(model: Option<&Path>) -> anyhow::Result<ModelParts> {
         let Some(model) = model else {
             return Ok(ModelParts {
@@ -180,14 +188,23 @@ impl ModelParts {
 
 impl ModelArgs {
     pub fn load(&self) -> anyhow::Result<Loaded> {
-        let ModelParts { checkpoint, tokenizer, template, defaults } = ModelParts::open(self.model.as_deref())?;
+        let ModelParts { checkpoint, tokenizer, template, defaults } =
+            ModelParts::open(self.model.as_deref())?;
         let config = checkpoint.config.clone();
         let fingerprint = fingerprint(&checkpoint);
         let placed = self.place(checkpoint, self.dtype.dtype())?;
-        Ok(Loaded { placed, config, tokenizer: Arc::new(tokenizer), fingerprint, own_template: template, defaults })
+        Ok(Loaded {
+            placed,
+            config,
+            tokenizer: Arc::new(tokenizer),
+            fingerprint,
+            own_template: template,
+            defaults,
+        })
     }
 
-    /// Prepares the weights of a checkpoint where they are to be used; `dtype` as for [`Bloom::load`].
+    /// Prepares the weights of a checkpoint where they are to be used; `dtype` as for
+    /// [`Bloom::load`].
     pub fn place(&self, checkpoint: Checkpoint, dtype: Option<DType>) -> anyhow::Result<Placed> {
         let stored = checkpoint.tensors.values().next().map(|t| t.dtype);
         Ok(match self.device(&checkpoint.config)? {
@@ -199,7 +216,8 @@ impl ModelArgs {
                 Placed::Cpu(cpu, model)
             }
             Device::Cuda(driver) => {
-                let dtype_of = dtype.filter(|d| *d != DType::Int8).or(stored).unwrap_or(DType::Bf16);
+                let dtype_of =
+                    dtype.filter(|d| *d != DType::Int8).or(stored).unwrap_or(DType::Bf16);
                 let cuda = self.cuda(driver, dtype_of, &checkpoint.config)?;
                 let model = Bloom::load(&cuda, checkpoint, dtype)?;
                 Placed::Cuda(Box::new(cuda), model)
@@ -211,7 +229,9 @@ impl ModelArgs {
     pub fn device(&self, config: &BloomConfig) -> anyhow::Result<Device> {
         let possible = || {
             if self.dtype == DTypeChoice::F32 {
-                return Err(Error::invalid("the CUDA kernels hold weights in 16 or 8 bits; use --dtype bf16"));
+                return Err(Error::invalid(
+                    "the CUDA kernels hold weights in 16 or 8 bits; use --dtype bf16",
+                ));
             }
             Cuda::<Driver>::supports(config)?;
             Driver::open()
@@ -234,7 +254,12 @@ impl ModelArgs {
     }
 
     /// The backend of a GPU, for weights in f16, or else in bf16.
-    pub fn cuda(&self, driver: Driver, dtype: DType, config: &BloomConfig) -> anyhow::Result<Cuda<Driver>> {
+    pub fn cuda(
+        &self,
+        driver: Driver,
+        dtype: DType,
+        config: &BloomConfig,
+    ) -> anyhow::Result<Cuda<Driver>> {
         let half = if dtype == DType::F16 { DType::F16 } else { DType::Bf16 };
         let mut cuda = Cuda::new(Rc::new(driver), half, self.batch_invariant);
         cuda.records = !self.no_cuda_graphs;
@@ -245,7 +270,8 @@ impl ModelArgs {
         };
         if let Some(what) = cuda.try_hopper(&config.attention_heads())? {
             note!(
-                "{}: the kernels with Hopper's own instructions are not used: {what} came out wrong; please report it",
+                "{}: the kernels with Hopper's own instructions are not used: {what} came out \
+                wrong; please report it",
                 cuda.launcher().name
             );
         }
@@ -253,7 +279,8 @@ impl ModelArgs {
     }
 }
 
-/// A checksum of every tensor's name, shape and type, and of parts of its values: all of them would take long to read.
+/// A checksum of every tensor's name, shape and type, and of parts of its values: all of them would
+/// take long to read.
 fn fingerprint(checkpoint: &Checkpoint) -> String {
     /// Bytes of a tensor at either end.
     const PART: usize = 1024;
@@ -278,11 +305,22 @@ pub fn check_sampling(s: &Sampling, named: impl Fn(&str) -> String) -> anyhow::R
     within("min_p", s.min_p, (0.0..=1.0).contains(&s.min_p), "[0, 1]")?;
     let penalty = s.repetition_penalty;
     within("repetition_penalty", penalty, penalty > 0.0 && penalty <= 100.0, "(0, 100]")?;
-    within("presence_penalty", s.presence_penalty, (-2.0..=2.0).contains(&s.presence_penalty), "[-2, 2]")?;
-    within("frequency_penalty", s.frequency_penalty, (-2.0..=2.0).contains(&s.frequency_penalty), "[-2, 2]")
+    within(
+        "presence_penalty",
+        s.presence_penalty,
+        (-2.0..=2.0).contains(&s.presence_penalty),
+        "[-2, 2]",
+    )?;
+    within(
+        "frequency_penalty",
+        s.frequency_penalty,
+        (-2.0..=2.0).contains(&s.frequency_penalty),
+        "[-2, 2]",
+    )
 }
 
-/// What the CPU takes for weights beside the pages of mapped files, which the system takes back when it needs them.
+/// What the CPU takes for weights beside the pages of mapped files, which the system takes back
+/// when it needs them.
 fn weights_plan(cpu: &Cpu, checkpoint: &Checkpoint, dtype: Option<DType>) -> MemoryPlan {
     let bytes: f64 = checkpoint
         .config
@@ -294,7 +332,9 @@ fn weights_plan(cpu: &Cpu, checkpoint: &Checkpoint, dtype: Option<DType>) -> Mem
             let packed = held == DType::Bf16 && cpu.isa == Isa::Avx512Bf16;
             // what is in such memory already is laid out where it lies
             let there = held == tensor.dtype && matches!(tensor.bytes, Bytes::Resident(..));
-            let copied = held != tensor.dtype || packed || (cpu.resident && matches!(tensor.bytes, Bytes::Mapped(..)));
+            let copied = held != tensor.dtype
+                || packed
+                || (cpu.resident && matches!(tensor.bytes, Bytes::Mapped(..)));
             (copied && !there).then_some((p.len() * held.size()) as f64)
         })
         .sum();
@@ -362,14 +402,22 @@ fn top_k(text: &str) -> Result<usize, String> {
 
 /// Reads `ID=VALUE`.
 fn bias(text: &str) -> Result<(u32, f32), String> {
-    let both = text.split_once('=').and_then(|(id, value)| Some((id.trim().parse().ok()?, value.trim().parse().ok()?)));
-    both.filter(|(_, value): &(u32, f32)| (-100.0..=100.0).contains(value))
-        .ok_or_else(|| "expected a token's id and a number from -100 to 100, such as 50256=-100".into())
+    let both = text
+        .split_once('=')
+        .and_then(|(id, value)| Some((id.trim().parse().ok()?, value.trim().parse().ok()?)));
+    both.filter(|(_, value): &(u32, f32)| (-100.0..=100.0).contains(value)).ok_or_else(|| {
+        "expected a token's id and a number from -100 to 100, such as 50256=-100".into()
+    })
 }
 
 impl SamplingArgs {
-    /// The settings, with `defaults` where flags are silent, and a seed of the moment if none is given.
-    pub fn options(&self, defaults: &GenerationDefaults, candidates: u32) -> anyhow::Result<GenerateOptions> {
+    /// The settings, with `defaults` where flags are silent, and a seed of the moment if none is
+    /// given.
+    pub fn options(
+        &self,
+        defaults: &GenerationDefaults,
+        candidates: u32,
+    ) -> anyhow::Result<GenerateOptions> {
         let d = defaults.sampling;
         let s = Sampling {
             temperature: self.temperature.unwrap_or(d.temperature),

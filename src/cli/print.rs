@@ -1,5 +1,6 @@
-//! Printing that cannot end in a panic: a full disk or a closed pipe is an error of standard output, and what standard error
-//! does not take is lost, because there is nowhere left to tell of it.
+//! Printing that cannot end in a panic: a full disk or a closed pipe is an error of standard
+//! output, and what standard error does not take is lost, because there is nowhere left to tell of
+//! it.
 
 use std::fmt::Arguments;
 use std::io::{Error, ErrorKind, Result, StdoutLock, Write};
@@ -47,7 +48,10 @@ pub fn note_line(text: Arguments) {
 /// Whether an error only says that whoever read standard output does not want more of it.
 pub fn reader_left(error: &anyhow::Error) -> bool {
     let of_stdout = |e: &Error| e.get_ref().is_some_and(|inner| inner.is::<Unwritten>());
-    error.chain().filter_map(|e| e.downcast_ref::<Error>()).any(|e| e.kind() == ErrorKind::BrokenPipe && of_stdout(e))
+    error
+        .chain()
+        .filter_map(|e| e.downcast_ref::<Error>())
+        .any(|e| e.kind() == ErrorKind::BrokenPipe && of_stdout(e))
 }
 
 /// `println!` that returns an error instead of panicking.

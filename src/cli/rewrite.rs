@@ -10,7 +10,8 @@ use crate::engine::EngineOptions;
 use crate::engine::session::{Completed, Generate, GenerateOptions, Update};
 use crate::random::prompt_seed;
 use crate::rewrite::{
-    Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, Source as TextSource, whole_characters,
+    Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, Source as TextSource,
+    whole_characters,
 };
 use crate::text::template::Template;
 use anyhow::{bail, ensure};
@@ -54,14 +55,16 @@ pub struct RewriteArgs {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Files")]
 pub struct FileArgs {
-    /// Files of prompts, or patterns such as "part-*.jsonl.gz"; `-` for standard input. JSON lines with "prompt" and, if they want, "id"
-    /// and settings of their own, or text with one a line; plain, gzip or zstd.
+    /// Files of prompts, or patterns such as "part-*.jsonl.gz"; `-` for standard input. JSON lines
+    /// with "prompt" and, if they want, "id" and settings of their own, or text with one a line;
+    /// plain, gzip or zstd.
     #[arg(short, long, value_name = "FILES", num_args = 1..)]
     pub input: Vec<String>,
     /// Where results go, `-` for standard output; compressed if the name ends in .gz or .zst.
     #[arg(short, long, value_name = "FILE", default_value = "-")]
     pub output: PathBuf,
-    /// How lines are read and results written; by default JSON lines, or text if the output's name ends in .txt.
+    /// How lines are read and results written; by default JSON lines, or text if the output's name
+    /// ends in .txt.
     #[arg(long, value_enum)]
     pub format: Option<Format>,
     /// Take every n-th line alone, from the i-th on: one of n parts for n machines.
@@ -148,8 +151,8 @@ impl RewriteArgs {
         let name = self.files.output.to_string_lossy().to_lowercase();
         let name = name.strip_suffix(".gz").or(name.strip_suffix(".zst")).unwrap_or(&name);
         // prompts that came without a file are answered as those on the command line are
-        let text =
-            name.ends_with(".txt") || (self.files.input.is_empty() && !self.json && is_stdout(&self.files.output));
+        let text = name.ends_with(".txt")
+            || (self.files.input.is_empty() && !self.json && is_stdout(&self.files.output));
         self.files.format.unwrap_or(if text { Format::Text } else { Format::Jsonl })
     }
 
@@ -211,8 +214,12 @@ impl RewriteArgs {
 
     pub fn run(self) -> anyhow::Result<()> {
         ensure!(self.max_prompt_bytes > 0, "--max-prompt-bytes must be at least 1");
-        if self.prompts.is_empty() && self.files.input.is_empty() && std::io::stdin().is_terminal() {
-            bail!("nothing to rewrite: give a PROMPT, --input FILES, or prompts on standard input; see --help");
+        if self.prompts.is_empty() && self.files.input.is_empty() && std::io::stdin().is_terminal()
+        {
+            bail!(
+                "nothing to rewrite: give a PROMPT, --input FILES, or prompts on standard input; \
+                see --help"
+            );
         }
         if self.has_files() {
             return batch::run(&self);
@@ -227,15 +234,23 @@ impl RewriteArgs {
     }
 
     /// Rewrites one prompt; a single candidate in text streams, if nothing is demanded of it.
-    fn one(&self, rewriter: &Rewriter, engine: EngineOptions, id: usize, prompt: &str) -> anyhow::Result<()> {
+    fn one(
+        &self,
+        rewriter: &Rewriter,
+        engine: EngineOptions,
+        id: usize,
+        prompt: &str,
+    ) -> anyhow::Result<()> {
         let n = rewriter.options.candidates;
         let guard = rewriter.guard.clone();
         let mut options = rewriter.options.clone();
         options.sampling.seed = prompt_seed(options.sampling.seed, id, self.prompts.len());
         let rewriting = Rewriting::new(rewriter.prompter(), prompt, options, guard)?;
         let length = rewriter.prompter().encode(prompt)?.len();
-        let cache_tokens =
-            self.engine.cache_tokens.unwrap_or(rewriter.options.cache_tokens(length, rewriter.loaded.config.context));
+        let cache_tokens = self
+            .engine
+            .cache_tokens
+            .unwrap_or(rewriter.options.cache_tokens(length, rewriter.loaded.config.context));
         let mut session = rewriter.session(EngineOptions { cache_tokens, ..engine })?;
         let streams = n == 1 && !self.json && rewriting.streams();
         let waiting = Waiting::begin(!streams);
@@ -284,8 +299,8 @@ struct Waiting(Option<ProgressBar>);
 
 impl Waiting {
     fn begin(shown: bool) -> Waiting {
-        let bar =
-            (shown && std::io::stderr().is_terminal()).then(|| ProgressBar::new_spinner().with_message("rewriting"));
+        let bar = (shown && std::io::stderr().is_terminal())
+            .then(|| ProgressBar::new_spinner().with_message("rewriting"));
         if let Some(bar) = &bar {
             bar.enable_steady_tick(Duration::from_millis(100));
         }
@@ -315,7 +330,8 @@ impl<W: Write> TextStream<W> {
 
     fn push(&mut self, text: &str) {
         self.held.push_str(text);
-        let from = if self.given.is_empty() { self.held.len() - self.held.trim_start().len() } else { 0 };
+        let from =
+            if self.given.is_empty() { self.held.len() - self.held.trim_start().len() } else { 0 };
         let end = self.held.trim_end().len();
         if self.error.is_some() || end <= from {
             return;
@@ -356,8 +372,12 @@ mod tests {
 
     #[test]
     fn a_stream_prints_the_text_without_the_space_around_it() {
-        for pieces in [&[" ", " a", " cat", " \n", ", ", "8k", " \n"][..], &[" a cat \n, 8k "], &["a cat \n, 8k"], &[]]
-        {
+        for pieces in [
+            &[" ", " a", " cat", " \n", ", ", "8k", " \n"][..],
+            &[" a cat \n, 8k "],
+            &["a cat \n, 8k"],
+            &[],
+        ] {
             let mut stream = TextStream::new(Vec::new());
             pieces.iter().for_each(|p| stream.push(p));
             stream.finish("a cat \n, 8k").unwrap();

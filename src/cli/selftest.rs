@@ -34,7 +34,11 @@ impl SelftestArgs {
     pub fn run(self) -> anyhow::Result<()> {
         let driver = Rc::new(Driver::open().context("selftest")?);
         let (major, minor) = driver.capability;
-        print_line!("{}, compute capability {major}.{minor}, {} MiB", driver.name, driver.memory_bytes >> 20)?;
+        print_line!(
+            "{}, compute capability {major}.{minor}, {} MiB",
+            driver.name,
+            driver.memory_bytes >> 20
+        )?;
         let mut worst: BTreeMap<&'static str, Outcome> = BTreeMap::new();
         let (mut cases, mut failures) = (0, 0);
         let mut unwritten = None;
@@ -59,7 +63,11 @@ impl SelftestArgs {
         unwritten.map_or(Ok(()), Err)?;
         print_line!("worst of each operation:")?;
         worst.values().try_for_each(print)?;
-        ensure!(failures == 0, "selftest: {failures} of {cases} cases are wrong on {}", driver.name);
+        ensure!(
+            failures == 0,
+            "selftest: {failures} of {cases} cases are wrong on {}",
+            driver.name
+        );
         print_line!("{cases} cases passed")?;
         Ok(())
     }
@@ -67,5 +75,11 @@ impl SelftestArgs {
 
 fn print(o: &Outcome) -> std::io::Result<()> {
     let verdict = if o.passed() { "ok" } else { "WRONG" };
-    print_line!("{verdict:5} {:28} error {:9.2e} of {:8.2e} allowed  {}", o.operation, o.error, o.allowed, o.case)
+    print_line!(
+        "{verdict:5} {:28} error {:9.2e} of {:8.2e} allowed  {}",
+        o.operation,
+        o.error,
+        o.allowed,
+        o.case
+    )
 }

@@ -26,7 +26,13 @@ pub struct ServeArgs {
     #[arg(long, value_name = "NAME|FILE", env = "BPROMPT_TEMPLATE")]
     template: Option<String>,
     /// Keys that clients must bring one of, separated by commas.
-    #[arg(long, value_name = "KEYS", value_delimiter = ',', env = "BPROMPT_API_KEY", hide_env_values = true)]
+    #[arg(
+        long,
+        value_name = "KEYS",
+        value_delimiter = ',',
+        env = "BPROMPT_API_KEY",
+        hide_env_values = true
+    )]
     api_key: Vec<String>,
     /// Web origins that may call, separated by commas; * for all. None if not given.
     #[arg(long, value_name = "ORIGINS", value_delimiter = ',', env = "BPROMPT_CORS_ORIGIN")]
@@ -40,20 +46,23 @@ pub struct ServeArgs {
     /// Most bytes of a request's body, at least 1.
     #[arg(long, default_value_t = 1 << 20, env = "BPROMPT_BODY_LIMIT")]
     body_limit: usize,
-    /// Longest time in seconds, above 0, for a request's head, and for a connection without a request.
+    /// Longest time in seconds, above 0, for a request's head, and for a connection without a
+    /// request.
     #[arg(long, default_value_t = 60.0, env = "BPROMPT_HEADER_TIMEOUT")]
     header_timeout: f64,
     /// Longest time in seconds, above 0, for a request's body.
     #[arg(long, default_value_t = 30.0, env = "BPROMPT_BODY_TIMEOUT")]
     body_timeout: f64,
-    /// Longest time in seconds for which a client may take nothing of its answer; its connection is closed then, and the work for
-    /// it ends. 0 for no limit.
+    /// Longest time in seconds for which a client may take nothing of its answer; its connection is
+    /// closed then, and the work for it ends. 0 for no limit.
     #[arg(long, default_value_t = 60.0, env = "BPROMPT_WRITE_TIMEOUT")]
     write_timeout: f64,
-    /// Seconds for which the engine may stand still in its work before /health fails; 0 for no limit.
+    /// Seconds for which the engine may stand still in its work before /health fails; 0 for no
+    /// limit.
     #[arg(long, default_value_t = 120.0, env = "BPROMPT_STALL_TIMEOUT")]
     stall_timeout: f64,
-    /// Seconds for which /ready fails before connections are refused, so that balancers notice; 0 refuses at once.
+    /// Seconds for which /ready fails before connections are refused, so that balancers notice; 0
+    /// refuses at once.
     #[arg(long, default_value_t = 0.0, env = "BPROMPT_SHUTDOWN_DELAY")]
     shutdown_delay: f64,
     /// Seconds that accepted requests have to end after SIGTERM; 0 leaves them unanswered.
@@ -62,7 +71,8 @@ pub struct ServeArgs {
     /// How the log is written.
     #[arg(long, value_enum, default_value_t = LogFormat::Text, env = "BPROMPT_LOG_FORMAT")]
     log_format: LogFormat,
-    /// What is logged: error, warn, info, debug, or a filter such as "info,beautiful_prompt::serve=debug".
+    /// What is logged: error, warn, info, debug, or a filter such as
+    /// "info,beautiful_prompt::serve=debug".
     #[arg(long, default_value = "info", env = "BPROMPT_LOG")]
     log: String,
     #[command(flatten)]
@@ -78,7 +88,8 @@ pub enum LogFormat {
 }
 
 fn seconds(flag: &str, value: f64) -> anyhow::Result<Duration> {
-    Duration::try_from_secs_f64(value).map_err(|_| anyhow::anyhow!("{flag} {value}: expected seconds, 0 or more"))
+    Duration::try_from_secs_f64(value)
+        .map_err(|_| anyhow::anyhow!("{flag} {value}: expected seconds, 0 or more"))
 }
 
 /// A time in seconds without which nothing could be answered.
@@ -96,7 +107,8 @@ fn limit(flag: &str, value: f64) -> anyhow::Result<Option<Duration>> {
 impl ServeArgs {
     pub fn run(self) -> anyhow::Result<()> {
         super::ignore_broken_pipes();
-        let filter = EnvFilter::try_new(&self.log).with_context(|| format!("--log {}", self.log))?;
+        let filter =
+            EnvFilter::try_new(&self.log).with_context(|| format!("--log {}", self.log))?;
         let log = tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(std::io::stderr)
@@ -107,7 +119,12 @@ impl ServeArgs {
             LogFormat::Text => log.with_target(false).init(),
             LogFormat::Json => log.json().flatten_event(true).with_target(false).init(),
         }
-        ensure!(self.max_queue <= 1 << 20, "--max-queue {} is too many; {} at most", self.max_queue, 1 << 20);
+        ensure!(
+            self.max_queue <= 1 << 20,
+            "--max-queue {} is too many; {} at most",
+            self.max_queue,
+            1 << 20
+        );
         ensure!(self.body_limit > 0, "--body-limit must be at least 1");
         ensure!(self.api_key.iter().all(|k| !k.is_empty()), "--api-key: a key is empty");
         let http = HttpOptions {
@@ -122,11 +139,13 @@ impl ServeArgs {
         let request_timeout = limit("--request-timeout", self.request_timeout)?;
         let stall_timeout = limit("--stall-timeout", self.stall_timeout)?;
         let options = self.engine.options()?;
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let address = format!("{}:{}", self.host, self.port);
-        let listener = runtime
-            .block_on(tokio::net::TcpListener::bind(&address))
-            .with_context(|| format!("cannot listen at {address}; --host and --port choose another address"))?;
+        let listener =
+            runtime.block_on(tokio::net::TcpListener::bind(&address)).with_context(|| {
+                format!("cannot listen at {address}; --host and --port choose another address")
+            })?;
 
         let host = HostOptions {
             model: self.model,
@@ -145,7 +164,11 @@ impl ServeArgs {
         tracing::info!(
             model = shared.name,
             "listening at http://{local}{}",
-            if local.ip().is_loopback() { " (this machine alone; --host 0.0.0.0 for others)" } else { "" }
+            if local.ip().is_loopback() {
+                " (this machine alone; --host 0.0.0.0 for others)"
+            } else {
+                ""
+            }
         );
         let dead = async {
             // the engine's thread ends by itself only if something is wrong
@@ -163,7 +186,8 @@ impl ServeArgs {
             serve(listener, router, shared, http, stop).await
         });
         if engine_thread.is_finished() {
-            let result = engine_thread.join().map_err(|_| anyhow::anyhow!("the engine panicked"))?;
+            let result =
+                engine_thread.join().map_err(|_| anyhow::anyhow!("the engine panicked"))?;
             result.context("the engine stopped")?;
         }
         runtime.shutdown_background();

@@ -24,7 +24,8 @@ impl CompletionsArgs {
 
 #[derive(Args)]
 pub struct ManArgs {
-    /// Write a page for the program and one for every command into this folder, instead of the program's to standard output.
+    /// Write a page for the program and one for every command into this folder, instead of the
+    /// program's to standard output.
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
 }
@@ -36,7 +37,9 @@ impl ManArgs {
             clap_mangen::Man::new(command()).render(&mut page)?;
             return Ok(print::stdout().write_all(&page)?);
         };
-        std::fs::create_dir_all(&folder).with_context(|| format!("{}: cannot create", folder.display()))?;
-        clap_mangen::generate_to(command(), &folder).with_context(|| format!("{}: cannot write", folder.display()))
+        std::fs::create_dir_all(&folder)
+            .with_context(|| format!("{}: cannot create", folder.display()))?;
+        clap_mangen::generate_to(command(), &folder)
+            .with_context(|| format!("{}: cannot write", folder.display()))
     }
 }

@@ -83,8 +83,8 @@ pub struct SftArgs {
     /// Folder of the run: the trained model, checkpoints, metrics.jsonl, loss.svg.
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
-    /// Checkpoint to start from, a folder or org/name of one in Hugging Face's cache; the embedded model if neither this nor --config is
-    /// given.
+    /// Checkpoint to start from, a folder or org/name of one in Hugging Face's cache; the embedded
+    /// model if neither this nor --config is given.
     #[arg(long, value_name = "DIR|NAME", conflicts_with = "config")]
     model: Option<PathBuf>,
     /// Start from random weights of this config.json; needs --tokenizer.
@@ -128,7 +128,8 @@ pub struct SftArgs {
     /// Sequences of an optimizer step, at least 1.
     #[arg(long, default_value_t = 64)]
     batch: usize,
-    /// Most tokens of one forward and backward pass; gradients accumulate over as many as the batch needs.
+    /// Most tokens of one forward and backward pass; gradients accumulate over as many as the batch
+    /// needs.
     #[arg(long, default_value_t = 8192)]
     micro_tokens: usize,
     /// Longer sequences are cut on the right; at least 2.
@@ -176,7 +177,11 @@ impl TokenizerArgs {
         within("--vocab-size", self.vocab_size, 1..=1 << 20, "[260, 1048576]")?;
         let reads: Vec<&Path> = self.input.iter().map(PathBuf::as_path).collect();
         check_distinct(&[&self.output], &reads)?;
-        ensure!(self.force || !self.output.exists(), "{}: exists already; --force replaces it", self.output.display());
+        ensure!(
+            self.force || !self.output.exists(),
+            "{}: exists already; --force replaces it",
+            self.output.display()
+        );
         let mut texts = Vec::new();
         for file in &self.input {
             texts.extend(read_prompts(file)?);
@@ -184,7 +189,8 @@ impl TokenizerArgs {
         train_tokenizer(&texts, self.vocab_size, &self.output)?;
         let tokenizer = Tokenizer::open(&self.output)?;
         let bytes: usize = texts.iter().map(String::len).sum();
-        let tokens: usize = texts.iter().map(|t| tokenizer.encode_literal(t).map_or(0, |ids| ids.len())).sum();
+        let tokens: usize =
+            texts.iter().map(|t| tokenizer.encode_literal(t).map_or(0, |ids| ids.len())).sum();
         print_line!(
             "{}: {} tokens, {:.2} bytes a token on its {} texts",
             self.output.display(),
@@ -222,7 +228,9 @@ impl SftArgs {
         };
         let fits = |c: &BloomConfig| {
             let bytes = 16.0 * c.parameter_count() as f64;
-            MemoryPlan::new().with("weights, gradients and AdamW's moments", bytes, "the model's size").check()
+            MemoryPlan::new()
+                .with("weights, gradients and AdamW's moments", bytes, "the model's size")
+                .check()
         };
         let (model, default_tokenizer) = match (&folder, &self.config) {
             (_, Some(file)) => {
@@ -258,7 +266,8 @@ impl SftArgs {
                 // the file may have another name than in a model folder
                 companions.set(
                     "tokenizer.json",
-                    std::fs::read(path).with_context(|| format!("{}: cannot read", path.display()))?,
+                    std::fs::read(path)
+                        .with_context(|| format!("{}: cannot read", path.display()))?,
                 );
                 tokenizer
             }
@@ -275,7 +284,8 @@ impl SftArgs {
         let (pairs, mut bad) = read_training_pairs(path)?;
         if !self.skip_bad_lines && !bad.is_empty() {
             let first = bad.swap_remove(0);
-            let more = if bad.is_empty() { String::new() } else { format!(", and {} more", bad.len()) };
+            let more =
+                if bad.is_empty() { String::new() } else { format!(", and {} more", bad.len()) };
             bail!("{first}{more}; mend it, or leave such pairs out with --skip-bad-lines");
         }
         let mut examples = Vec::new();
@@ -290,7 +300,11 @@ impl SftArgs {
             }
         }
         if !bad.is_empty() {
-            note!("{}: left out {} pairs that cannot be read or have an empty side", path.display(), bad.len());
+            note!(
+                "{}: left out {} pairs that cannot be read or have an empty side",
+                path.display(),
+                bad.len()
+            );
         }
         if cut > 0 {
             note!(
@@ -335,18 +349,33 @@ impl SftArgs {
     }
 
     /// Fails if the run would take more memory than there is.
-    fn check_memory(&self, config: &BloomConfig, train: &[Example], validation: &[Example]) -> anyhow::Result<()> {
+    fn check_memory(
+        &self,
+        config: &BloomConfig,
+        train: &[Example],
+        validation: &[Example],
+    ) -> anyhow::Result<()> {
         let longest = train.iter().chain(validation).map(|e| e.ids.len()).max().unwrap_or(0);
         let all: usize = train.iter().map(|e| e.ids.len()).sum();
         let held_out: usize = validation.iter().map(|e| e.ids.len()).sum();
-        let tokens = self.micro_tokens.min((longest * self.batch).min(all).max(held_out)).max(longest);
+        let tokens =
+            self.micro_tokens.min((longest * self.batch).min(all).max(held_out)).max(longest);
         // values are there already
         let parameters = config.parameter_count() as f64;
         MemoryPlan::new()
             .with("gradients and AdamW's moments", 12.0 * parameters, "the model's size")
-            .with("activations", training_bytes_per_token(config) * tokens as f64, "--micro-tokens or --max-tokens")
+            .with(
+                "activations",
+                training_bytes_per_token(config) * tokens as f64,
+                "--micro-tokens or --max-tokens",
+            )
             .check()
-            .with_context(|| format!("training {} parameters on {tokens} tokens at once", config.parameter_count()))
+            .with_context(|| {
+                format!(
+                    "training {} parameters on {tokens} tokens at once",
+                    config.parameter_count()
+                )
+            })
     }
 
     fn run(self) -> anyhow::Result<()> {
@@ -381,7 +410,8 @@ impl SftArgs {
             "precision": format!("{:?}", self.precision),
             "seed": self.seed,
         });
-        std::fs::create_dir_all(&self.output).with_context(|| format!("{}: cannot create", self.output.display()))?;
+        std::fs::create_dir_all(&self.output)
+            .with_context(|| format!("{}: cannot create", self.output.display()))?;
         let options = SftOptions {
             optimizer,
             learning_rate: self.learning_rate,
@@ -402,14 +432,22 @@ impl SftArgs {
         };
         let Start { model, companions, .. } = start;
         let mut sft = Sft { cpu: &cpu, model, companions, train, validation, options };
-        note!("{} parameters, {} examples, {} steps", sft.model.values.len(), sft.train.len(), sft.total_steps());
+        note!(
+            "{} parameters, {} examples, {} steps",
+            sft.model.values.len(),
+            sft.train.len(),
+            sft.total_steps()
+        );
         let stop = super::interrupt_flag()?;
         let mut bar = Bar::new(sft.total_steps());
         let outcome = sft.run(self.resume, &stop, &mut bar);
         bar.bar.finish_and_clear();
         match outcome? {
             Outcome::Stopped(folder) => {
-                note!("stopped; saved {}; the same command with --resume goes on", folder.display());
+                note!(
+                    "stopped; saved {}; the same command with --resume goes on",
+                    folder.display()
+                );
                 std::process::exit(130);
             }
             Outcome::Finished { validation_loss } => {
@@ -422,7 +460,9 @@ impl SftArgs {
                 sft.companions.write(&self.output)?;
                 save_model(&self.output, &sft.model.config, &sft.model.values, dtype)?;
                 match validation_loss {
-                    Some(loss) => print_line!("{}: validation loss {loss:.4}", self.output.display())?,
+                    Some(loss) => {
+                        print_line!("{}: validation loss {loss:.4}", self.output.display())?
+                    }
                     None => print_line!("{}: trained", self.output.display())?,
                 }
                 Ok(())
@@ -442,7 +482,8 @@ struct Bar {
 
 impl Bar {
     fn new(total: u64) -> Bar {
-        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta} left").expect("a fixed template");
+        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta} left")
+            .expect("a fixed template");
         Bar { bar: ProgressBar::new(total).with_style(style) }
     }
 }

@@ -51,8 +51,8 @@ fn shingles(text: &str) -> HashSet<u64> {
     words.windows(2).map(hash).collect()
 }
 
-/// Pairs `(i, j, similarity)` with i < j of texts whose sets of word pairs have a Jaccard similarity of
-/// `least` or more, as far as the bands find them.
+/// Pairs `(i, j, similarity)` with i < j of texts whose sets of word pairs have a Jaccard
+/// similarity of `least` or more, as far as the bands find them.
 pub fn similar_pairs(texts: &[&str], least: f64) -> Vec<(usize, usize, f64)> {
     let sets: Vec<HashSet<u64>> = texts.iter().map(|t| shingles(t)).collect();
     let mut buckets: HashMap<(usize, u64), Vec<usize>> = HashMap::new();
@@ -103,9 +103,11 @@ mod tests {
     #[test]
     fn reworded_copies_are_found_and_strangers_are_not() {
         let texts = [
-            "a castle on a hill at sunset, highly detailed, digital painting, trending on artstation",
+            "a castle on a hill at sunset, highly detailed, digital painting, trending on \
+            artstation",
             "portrait of an old sailor, oil on canvas",
-            "a castle on a hill at sunset, highly detailed, digital painting, trending on artstation, 8k",
+            "a castle on a hill at sunset, highly detailed, digital painting, trending on \
+            artstation, 8k",
         ];
         let pairs = similar_pairs(&texts, 0.7);
         assert_eq!(pairs.iter().map(|p| (p.0, p.1)).collect::<Vec<_>>(), [(0, 2)]);

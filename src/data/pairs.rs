@@ -1,8 +1,8 @@
 //! (plain, rich) pairs from a list of prompts.
 //!
-//! A rich prompt gives its own plain side: its subject without style, artist, medium and quality.
-//! A plain prompt can borrow the style phrases of the most similar rich one. Either way the rich side holds
-//! every word of the plain side, which is what a rewriter should learn.
+//! A rich prompt gives its own plain side: its subject without style, artist, medium and quality. A
+//! plain prompt can borrow the style phrases of the most similar rich one. Either way the rich side
+//! holds every word of the plain side, which is what a rewriter should learn.
 
 use super::near_duplicates::{Groups, similar_pairs};
 use super::phrases::StylePhrases;
@@ -20,14 +20,16 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 pub struct PairOptions {
     /// Most plain sides of one rich prompt.
     pub variants: usize,
-    /// How many rich sides a prompt gets with style phrases of others: a plain prompt all of them, a rich one
-    /// those beyond the first beside its own.
+    /// How many rich sides a prompt gets with style phrases of others: a plain prompt all of them,
+    /// a rich one those beyond the first beside its own.
     pub borrow: usize,
-    /// Leaves details out of a target that its plain side does not name: small models cannot invent sensible ones.
+    /// Leaves details out of a target that its plain side does not name: small models cannot invent
+    /// sensible ones.
     pub style_only: bool,
     /// Fewest style phrases of a rich prompt.
     pub min_style: usize,
-    /// Targets shorter than this many tokens are dropped, and `drop_share` of those below `short_tokens`.
+    /// Targets shorter than this many tokens are dropped, and `drop_share` of those below
+    /// `short_tokens`.
     pub min_tokens: usize,
     pub short_tokens: usize,
     pub drop_share: f32,
@@ -135,11 +137,13 @@ pub fn make_pairs(
         Words::new(options.seed, group).uniform() < options.validation
     };
     // a plain prompt may only borrow from the training side, or validation would leak into it
-    let lenders: Vec<usize> =
-        (0..parsed.len()).filter(|&i| !duplicate[i] && is_rich(&parsed[i]) && !held_out(&mut groups, i)).collect();
+    let lenders: Vec<usize> = (0..parsed.len())
+        .filter(|&i| !duplicate[i] && is_rich(&parsed[i]) && !held_out(&mut groups, i))
+        .collect();
     let grouped: Vec<(usize, usize)> = lenders.into_iter().map(|i| (i, groups.find(i))).collect();
     let lenders = Lenders::new(&parsed, &grouped, styles, options.min_added);
-    let tails = Tails::new(options.limits.clone(), lenders.phrases.values().flatten().map(String::as_str));
+    let tails =
+        Tails::new(options.limits.clone(), lenders.phrases.values().flatten().map(String::as_str));
 
     let mut maker = Maker { options, lenders: &lenders, tails, counts };
     let mut made = MadePairs { train: vec![], validation: vec![], counts: vec![] };
@@ -200,7 +204,8 @@ impl Maker<'_> {
                 }
             }
         }
-        let borrowed = if rich { self.options.borrow.saturating_sub(1) } else { self.options.borrow };
+        let borrowed =
+            if rich { self.options.borrow.saturating_sub(1) } else { self.options.borrow };
         let own = if rich { p.subject.as_str() } else { p.text.trim_end_matches(['.', ',', ' ']) };
         if borrowed == 0 || own.is_empty() {
             if !rich {
@@ -226,27 +231,46 @@ impl Maker<'_> {
         self.options.min_added + rng.below(self.options.min_added + 4)
     }
 
-    /// The target of a rich prompt's own style phrases and `used` details; `None` if its head contradicts itself.
-    fn derived(&mut self, p: &Parsed, i: usize, raw: &str, used: &[usize], rng: &mut Words) -> Option<String> {
+    /// The target of a rich prompt's own style phrases and `used` details; `None` if its head
+    /// contradicts itself.
+    fn derived(
+        &mut self,
+        p: &Parsed,
+        i: usize,
+        raw: &str,
+        used: &[usize],
+        rng: &mut Words,
+    ) -> Option<String> {
         let worn = names_artist(&p.head) && !self.tails.has_room_for(&p.head);
         let head = if worn { &p.subject } else { &p.head };
-        let fixed = |k: usize| if p.parts[k].1 { false } else { !self.options.style_only || used.contains(&k) };
+        let fixed = |k: usize| {
+            if p.parts[k].1 { false } else { !self.options.style_only || used.contains(&k) }
+        };
         let fixed: Vec<usize> = (0..p.parts.len()).filter(|&k| fixed(k)).collect();
         let text = |k: usize| p.parts[k].0.as_str();
-        let context =
-            std::iter::once(head.as_str()).chain(fixed.iter().map(|&k| text(k))).collect::<Vec<_>>().join(", ");
+        let context = std::iter::once(head.as_str())
+            .chain(fixed.iter().map(|&k| text(k)))
+            .collect::<Vec<_>>()
+            .join(", ");
         if Mediums::built_in().contradicts(&context) {
             return None;
         }
-        let own: Vec<&str> = p.parts.iter().filter(|part| part.1).map(|part| part.0.as_str()).collect();
+        let own: Vec<&str> =
+            p.parts.iter().filter(|part| part.1).map(|part| part.0.as_str()).collect();
         let lenders = self.lenders.similar(raw, i, rng);
         let more: Vec<&str> = self.lenders.lent(&lenders).collect();
         let least = self.length(rng);
         let tail = self.tails.compose(&context, &own, &more, least);
-        let in_order = (0..p.parts.len()).filter(|k| fixed.contains(k) || tail.contains(&text(*k))).map(text);
+        let in_order =
+            (0..p.parts.len()).filter(|k| fixed.contains(k) || tail.contains(&text(*k))).map(text);
         let lent = tail.iter().copied().filter(|t| !own.contains(t));
-        let target = std::iter::once(head.as_str()).chain(in_order).chain(lent).collect::<Vec<_>>().join(", ");
-        let counted: Vec<&str> = tail.iter().copied().chain(names_artist(head).then_some(head.as_str())).collect();
+        let target = std::iter::once(head.as_str())
+            .chain(in_order)
+            .chain(lent)
+            .collect::<Vec<_>>()
+            .join(", ");
+        let counted: Vec<&str> =
+            tail.iter().copied().chain(names_artist(head).then_some(head.as_str())).collect();
         self.tails.count(&counted);
         Some(target)
     }
@@ -270,7 +294,10 @@ impl Maker<'_> {
         let more: Vec<&str> = self.lenders.lent(&lenders[1..]).collect();
         let least = self.length(rng);
         let tail = self.tails.compose(&raw, &first, &more, least);
-        let target = std::iter::once(raw.as_str()).chain(tail.iter().copied()).collect::<Vec<_>>().join(", ");
+        let target = std::iter::once(raw.as_str())
+            .chain(tail.iter().copied())
+            .collect::<Vec<_>>()
+            .join(", ");
         self.tails.count(&tail);
         Some(Side { kind: "borrowed", raw, target })
     }
@@ -336,7 +363,11 @@ fn clean(prompt: &str) -> String {
 }
 
 fn parse(text: String, styles: &StylePhrases) -> Parsed {
-    let mut parts = text.split([',', ';', '|']).flat_map(|p| p.split(". ")).map(str::trim).filter(|p| !p.is_empty());
+    let mut parts = text
+        .split([',', ';', '|'])
+        .flat_map(|p| p.split(". "))
+        .map(str::trim)
+        .filter(|p| !p.is_empty());
     let head = parts.next().unwrap_or_default().to_owned();
     let parts: Vec<(String, bool)> = parts.map(|p| (p.to_owned(), styles.is_style(p))).collect();
     let subject = styles.subject(&head);
@@ -345,8 +376,8 @@ fn parse(text: String, styles: &StylePhrases) -> Parsed {
     Parsed { subject, head, parts, style_count: own + in_head, text }
 }
 
-/// Up to `options.variants` plain sides of a rich prompt, each with the details that it names: the bare subject, with its
-/// details, reworded, shortened.
+/// Up to `options.variants` plain sides of a rich prompt, each with the details that it names: the
+/// bare subject, with its details, reworded, shortened.
 fn derived_sides(p: &Parsed, options: &PairOptions, rng: &mut Words) -> Vec<(String, Vec<usize>)> {
     if words(&p.subject).is_empty() {
         return vec![];
@@ -389,16 +420,22 @@ const LENT: usize = 12;
 const CHOICE: usize = 40;
 const LENDERS: usize = 16;
 
-/// Most words of a phrase that is lent, and groups of similar prompts that it must be in: what one author alone writes is
-/// often misspelt or about its subject.
+/// Most words of a phrase that is lent, and groups of similar prompts that it must be in: what one
+/// author alone writes is often misspelt or about its subject.
 const LENT_WORDS: usize = 6;
 const LENT_GROUPS: usize = 3;
 
 impl Lenders {
     /// `lenders` are indices into `parsed`, with their groups of similar prompts.
-    fn new(parsed: &[Parsed], lenders: &[(usize, usize)], styles: &StylePhrases, least: usize) -> Self {
+    fn new(
+        parsed: &[Parsed],
+        lenders: &[(usize, usize)],
+        styles: &StylePhrases,
+        least: usize,
+    ) -> Self {
         let content = ContentWords::default();
-        let (mut index, mut phrases): (BTreeMap<String, Vec<usize>>, BTreeMap<usize, Vec<String>>) = Default::default();
+        let (mut index, mut phrases): (BTreeMap<String, Vec<usize>>, BTreeMap<usize, Vec<String>>) =
+            Default::default();
         let mut groups: HashMap<Vec<String>, HashSet<usize>> = HashMap::new();
         for &(i, group) in lenders {
             for (text, _) in &parsed[i].parts {
@@ -412,7 +449,8 @@ impl Lenders {
                     true => styles.is_plain_style(text) || !names_in(text).is_empty(),
                     false => groups[&words].len() >= LENT_GROUPS && styles.is_lendable(text),
                 };
-                let plain = text.starts_with(char::is_alphanumeric) && !text.contains(['+', '(', '[', '"', '/']);
+                let plain = text.starts_with(char::is_alphanumeric)
+                    && !text.contains(['+', '(', '[', '"', '/']);
                 known && plain && words.len() <= LENT_WORDS
             };
             let fit = parsed[i].parts.iter().filter(|(t, style)| *style && fits(t));
@@ -428,7 +466,8 @@ impl Lenders {
         Lenders { content, phrases, index }
     }
 
-    /// Prompts among those that share the most telling words with `text` (but not `but`), in random order.
+    /// Prompts among those that share the most telling words with `text` (but not `but`), in random
+    /// order.
     fn similar(&self, text: &str, but: usize, rng: &mut Words) -> Vec<usize> {
         let mut scores: BTreeMap<usize, f32> = BTreeMap::new();
         for stem in self.content.stems(text) {

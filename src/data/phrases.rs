@@ -6,47 +6,73 @@ use std::collections::HashSet;
 use std::path::Path;
 
 /// Words of which a style phrase consists for the most part.
-const STYLE_WORDS: &str = "4k 8k 16k hd uhd hdr hq res 3d 2d ue4 ue5 35mm 50mm 85mm f1.8 dslr imax art arts artwork artworks artstation \
-artgerm wlop behance deviantart cgsociety pixiv flickr unsplash dribbble pinterest instagram octane unreal engine unity blender \
-cinema4d vray redshift arnold houdini zbrush render rendered rendering renders raytracing raytraced ray tracing detail details \
-detailed hyperdetailed ultradetailed intricate intricately sharp focus bokeh dof depth field blur lighting lights lit cinematic \
-cinematography dramatic volumetric ambient occlusion global illumination studio rim backlit backlight natural light soft glow \
-photorealistic photorealism hyperrealistic hyperrealism realistic realism ultrarealistic surreal surrealism photo photograph \
-photography photographic photoreal painting paintings painted painterly digital matte oil watercolor watercolour gouache acrylic \
-pastel ink charcoal pencil sketch drawing drawn illustration illustrations illustrated concept comic manga anime cartoon vector \
-poster print lithograph engraving woodcut etching linocut style styles styled aesthetic aesthetics composition symmetry \
-symmetrical symmetric centered masterpiece masterwork award winning awarded trending popular featured contest winner quality best \
-high highly ultra super hyper extremely insanely incredibly very resolution definition smooth elegant elegance ornate beautiful \
-gorgeous stunning breathtaking epic moody atmospheric atmosphere vibrant vivid colorful colors color colours colour palette tones \
-tone grading graded contrast shadows shading shaded texture textured textures closeup shot angle lens wide macro fisheye \
-perspective view panoramic grain kodak fujifilm canon nikon leica polaroid portra film noir baroque rococo renaissance \
-impressionism impressionist expressionism cubism minimalism minimalist minimalistic gothic romanticism pre-raphaelite \
-preraphaelite ukiyo-e nouveau deco vaporwave synthwave steampunk cyberpunk solarpunk dieselpunk fantasy scifi sci-fi futuristic \
-retro vintage pixar disney ghibli dreamworks marvel dnd d&d mtg hearthstone postprocessing vfx cgi cg fx subsurface scattering \
-iridescent ethereal dreamy whimsical mystical magical sublime majestic professional commercial fashion editorial magazine cover \
-wallpaper artist artists inspired intricacies rule thirds golden ratio hour complex stylized stylised lowpoly poly isometric \
+const STYLE_WORDS: &str = "4k 8k 16k hd uhd hdr hq res 3d 2d ue4 ue5 35mm 50mm 85mm f1.8 dslr imax \
+    art arts artwork artworks artstation \
+artgerm wlop behance deviantart cgsociety pixiv flickr unsplash dribbble pinterest instagram \
+octane unreal engine unity blender \
+cinema4d vray redshift arnold houdini zbrush render rendered rendering renders raytracing \
+raytraced ray tracing detail details \
+detailed hyperdetailed ultradetailed intricate intricately sharp focus bokeh dof depth field blur \
+lighting lights lit cinematic \
+cinematography dramatic volumetric ambient occlusion global illumination studio rim backlit \
+backlight natural light soft glow \
+photorealistic photorealism hyperrealistic hyperrealism realistic realism ultrarealistic surreal \
+surrealism photo photograph \
+photography photographic photoreal painting paintings painted painterly digital matte oil \
+watercolor watercolour gouache acrylic \
+pastel ink charcoal pencil sketch drawing drawn illustration illustrations illustrated concept \
+comic manga anime cartoon vector \
+poster print lithograph engraving woodcut etching linocut style styles styled aesthetic aesthetics \
+composition symmetry \
+symmetrical symmetric centered masterpiece masterwork award winning awarded trending popular \
+featured contest winner quality best \
+high highly ultra super hyper extremely insanely incredibly very resolution definition smooth \
+elegant elegance ornate beautiful \
+gorgeous stunning breathtaking epic moody atmospheric atmosphere vibrant vivid colorful colors \
+color colours colour palette tones \
+tone grading graded contrast shadows shading shaded texture textured textures closeup shot angle \
+lens wide macro fisheye \
+perspective view panoramic grain kodak fujifilm canon nikon leica polaroid portra film noir \
+baroque rococo renaissance \
+impressionism impressionist expressionism cubism minimalism minimalist minimalistic gothic \
+romanticism pre-raphaelite \
+preraphaelite ukiyo-e nouveau deco vaporwave synthwave steampunk cyberpunk solarpunk dieselpunk \
+fantasy scifi sci-fi futuristic \
+retro vintage pixar disney ghibli dreamworks marvel dnd d&d mtg hearthstone postprocessing vfx cgi \
+cg fx subsurface scattering \
+iridescent ethereal dreamy whimsical mystical magical sublime majestic professional commercial \
+fashion editorial magazine cover \
+wallpaper artist artists inspired intricacies rule thirds golden ratio hour complex stylized \
+stylised lowpoly poly isometric \
 greg rutkowski alphonse mucha makoto shinkai beeple mead moebius frazetta bouguereau";
 
 /// Kinds of pictures: `a NOUN of SUBJECT`.
-const MEDIUMS: &str = "painting photo photograph portrait illustration render rendering drawing sketch picture image shot closeup \
-close-up poster art artwork wallpaper photography still depiction watercolor watercolour engraving cartoon headshot selfie print \
+const MEDIUMS: &str = "painting photo photograph portrait illustration render rendering drawing \
+    sketch picture image shot closeup \
+close-up poster art artwork wallpaper photography still depiction watercolor watercolour engraving \
+cartoon headshot selfie print \
 cover logo icon vector mural";
 
 /// Quality words that may be dropped from the middle of a subject without changing it.
-const QUALITY: &str = "beautiful gorgeous stunning breathtaking highly hyper ultra extremely insanely incredibly intricate \
-intricately detailed hyperdetailed realistic hyperrealistic photorealistic cinematic masterpiece amazing perfect epic \
+const QUALITY: &str = "beautiful gorgeous stunning breathtaking highly hyper ultra extremely \
+    insanely incredibly intricate \
+intricately detailed hyperdetailed realistic hyperrealistic photorealistic cinematic masterpiece \
+amazing perfect epic \
 award-winning symmetrical 4k 8k hd";
 
 /// Words between style words.
 const LINKING: &str = "a an the of on in by and with for";
 
 /// Style words that say nothing alone.
-const VAGUE: &str = "color colors colour colours focus depth shadows contrast detail details texture textures art arts artwork style \
-styles complex professional glow trending 2d shot quality light lights lighting res view angle perspective very high award \
+const VAGUE: &str = "color colors colour colours focus depth shadows contrast detail details \
+    texture textures art arts artwork style \
+styles complex professional glow trending 2d shot quality light lights lighting res view angle \
+perspective very high award \
 engine grain fashion wallpaper magazine cover artist artists commercial";
 
 /// Words that may come before the kind of picture.
-const ARTICLES: &str = "a an the this my some very full body half length medium wide angle low close up extreme professional \
+const ARTICLES: &str = "a an the this my some very full body half length medium wide angle low \
+    close up extreme professional \
 black and white old vintage color colour";
 
 /// Style words and phrases, built in and from files.
@@ -95,7 +121,8 @@ impl StylePhrases {
     pub fn is_plain_style(&self, part: &str) -> bool {
         const LINKING: &str = "a an the of on in and by with for";
         let all = words(part);
-        let named = all.starts_with(&["by".into()]) || all.starts_with(&["art".into(), "by".into()]);
+        let named =
+            all.starts_with(&["by".into()]) || all.starts_with(&["art".into(), "by".into()]);
         if named || all.is_empty() {
             return named;
         }
@@ -113,14 +140,15 @@ impl StylePhrases {
     /// Whether a phrase speaks of nothing but style, and says something: it goes with any subject.
     pub fn is_lendable(&self, part: &str) -> bool {
         let all = words(part);
-        let known =
-            |w: &String| self.words.contains(w) || LINKING.split(' ').any(|l| l == w) || w.parse::<u32>().is_ok();
+        let known = |w: &String| {
+            self.words.contains(w) || LINKING.split(' ').any(|l| l == w) || w.parse::<u32>().is_ok()
+        };
         let vague = |w: &String| VAGUE.split(' ').any(|v| v == w);
         !all.is_empty() && all.iter().all(known) && !all.iter().all(vague)
     }
 
-    /// The subject of a prompt's first part: without `a beautiful painting of`, `by …`, `in the style
-    /// of …` and quality words.
+    /// The subject of a prompt's first part: without `a beautiful painting of`, `by …`, `in the
+    /// style of …` and quality words.
     pub fn subject(&self, head: &str) -> String {
         let tokens: Vec<&str> = head.split_whitespace().collect();
         let plain: Vec<String> = tokens.iter().map(|t| bare(t)).collect();
@@ -129,7 +157,9 @@ impl StylePhrases {
             if plain[i] == "of" && self.mediums.contains(plain[i - 1].as_str()) {
                 let before = plain[..i - 1].iter();
                 let known = |w: &String| {
-                    self.openers.contains(w.as_str()) || self.words.contains(w) || self.mediums.contains(w.as_str())
+                    self.openers.contains(w.as_str())
+                        || self.words.contains(w)
+                        || self.mediums.contains(w.as_str())
                 };
                 if before.into_iter().all(known) {
                     start = i + 1;
@@ -139,18 +169,23 @@ impl StylePhrases {
         let mut end = tokens.len();
         for i in start + 1..tokens.len() {
             let at = |k: usize| plain.get(i + k).map(String::as_str).unwrap_or_default();
-            let style = (at(0) == "in" && (at(1) == "style" || (at(1) == "the" && at(2) == "style")))
+            let style = (at(0) == "in"
+                && (at(1) == "style" || (at(1) == "the" && at(2) == "style")))
                 || (at(0) == "art" && at(1) == "by")
                 || (at(0) == "trending" && at(1) == "on")
-                || (at(0) == "by" && tokens.get(i + 1).is_some_and(|n| self.artist_follows(n, at(1), at(2))));
+                || (at(0) == "by"
+                    && tokens.get(i + 1).is_some_and(|n| self.artist_follows(n, at(1), at(2))));
             if style {
                 end = i;
                 break;
             }
         }
         let kept = tokens[start..end].iter().zip(&plain[start..end]);
-        let kept: Vec<&str> = kept.filter(|(_, p)| !self.quality.contains(p.as_str())).map(|(t, _)| *t).collect();
-        kept.join(" ").trim_matches(|c: char| !c.is_alphanumeric() && !"()\"'".contains(c)).to_owned()
+        let kept: Vec<&str> =
+            kept.filter(|(_, p)| !self.quality.contains(p.as_str())).map(|(t, _)| *t).collect();
+        kept.join(" ")
+            .trim_matches(|c: char| !c.is_alphanumeric() && !"()\"'".contains(c))
+            .to_owned()
     }
 
     /// Whether a name follows `by`: a capital letter, or a known phrase of two words.
@@ -173,7 +208,10 @@ mod tests {
     fn subjects_lose_medium_artist_and_quality() {
         let s = StylePhrases::default();
         for (head, subject) in [
-            ("a beautiful painting of ruins on the grassland by Ivan Aivazovsky", "ruins on the grassland"),
+            (
+                "a beautiful painting of ruins on the grassland by Ivan Aivazovsky",
+                "ruins on the grassland",
+            ),
             ("a highly detailed castle on a hill in the style of Monet", "a castle on a hill"),
             ("symmetry!! portrait of an old sailor", "an old sailor"),
             ("a man standing by a river", "a man standing by a river"),
@@ -196,7 +234,12 @@ mod tests {
         ] {
             assert!(s.is_style(part), "{part}");
         }
-        for part in ["wearing a red hat", "a dog beside her", "holding a lit torch in his hand", "stormy sea"] {
+        for part in [
+            "wearing a red hat",
+            "a dog beside her",
+            "holding a lit torch in his hand",
+            "stormy sea",
+        ] {
             assert!(!s.is_style(part), "{part}");
         }
     }

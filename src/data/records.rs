@@ -24,25 +24,33 @@ pub(crate) fn values(path: &Path) -> Result<Vec<(String, Value)>> {
 fn records(path: &Path) -> Result<Vec<(String, Result<Value>)>> {
     let bytes = std::fs::read(path).map_err(Error::io(path, "read"))?;
     let text = String::from_utf8(bytes).map_err(|e| {
-        let line = e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|&&b| b == b'\n').count() + 1;
+        let line =
+            e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|&&b| b == b'\n').count()
+                + 1;
         Error::file(path, format!("line {line} is not UTF-8"))
     })?;
     let text = text.trim_start_matches('\u{feff}');
     if text.trim_start().starts_with('[') {
-        let list: Vec<Value> =
-            serde_json::from_str(text).map_err(|e| Error::file(path, format!("not a JSON array: {e}")))?;
-        return Ok(list.into_iter().enumerate().map(|(i, v)| (format!("element {}", i + 1), Ok(v))).collect());
+        let list: Vec<Value> = serde_json::from_str(text)
+            .map_err(|e| Error::file(path, format!("not a JSON array: {e}")))?;
+        return Ok(list
+            .into_iter()
+            .enumerate()
+            .map(|(i, v)| (format!("element {}", i + 1), Ok(v)))
+            .collect());
     }
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let records = lines.map(|(i, line)| {
         let place = format!("line {}", i + 1);
-        let value = serde_json::from_str(line).map_err(|e| Error::file(path, format!("{place} is not JSON: {e}")));
+        let value = serde_json::from_str(line)
+            .map_err(|e| Error::file(path, format!("{place} is not JSON: {e}")));
         (place, value)
     });
     Ok(records.collect())
 }
 
-/// Pairs to train on, both sides of which say something. What is wrong with the others is in the second list.
+/// Pairs to train on, both sides of which say something. What is wrong with the others is in the
+/// second list.
 pub fn read_training_pairs(path: &Path) -> Result<(Vec<Pair>, Vec<Error>)> {
     let (mut pairs, mut bad) = (Vec::new(), Vec::new());
     for (place, value) in records(path)? {
@@ -64,25 +72,35 @@ pub fn read_training_pairs(path: &Path) -> Result<(Vec<Pair>, Vec<Error>)> {
 }
 
 fn pair(path: &Path, place: &str, value: Value) -> Result<Pair> {
-    serde_json::from_value(value)
-        .map_err(|e| Error::file(path, format!("{place}: {e}; expected {{\"raw_prompt\": …, \"prompt\": …}}")))
+    serde_json::from_value(value).map_err(|e| {
+        Error::file(path, format!("{place}: {e}; expected {{\"raw_prompt\": …, \"prompt\": …}}"))
+    })
 }
 
 /// Pairs with `raw_prompt` and `prompt`.
 pub fn read_pairs(path: &Path) -> Result<Vec<Pair>> {
-    let pairs = values(path)?.into_iter().map(|(place, v)| pair(path, &place, v)).collect::<Result<Vec<Pair>>>()?;
+    let pairs = values(path)?
+        .into_iter()
+        .map(|(place, v)| pair(path, &place, v))
+        .collect::<Result<Vec<Pair>>>()?;
     if pairs.is_empty() {
         return Err(Error::file(path, "holds no pairs"));
     }
     Ok(pairs)
 }
 
-/// Prompts: one a line in a text file, else the `prompt` of each record (or the strings themselves).
+/// Prompts: one a line in a text file, else the `prompt` of each record (or the strings
+/// themselves).
 pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
     let json = path.extension().is_some_and(|e| e == "json" || e == "jsonl");
     if !json {
         let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
-        return Ok(text.lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_owned).collect());
+        return Ok(text
+            .lines()
+            .map(str::trim)
+            .filter(|l| !l.is_empty())
+            .map(str::to_owned)
+            .collect());
     }
     values(path)?
         .into_iter()
@@ -92,7 +110,10 @@ pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
                 Some(Value::String(s)) => Ok(s.clone()),
                 _ => Err(Error::file(path, format!("{place} has no text under \"prompt\""))),
             },
-            _ => Err(Error::file(path, format!("{place} is neither text nor an object with \"prompt\""))),
+            _ => Err(Error::file(
+                path,
+                format!("{place} is neither text nor an object with \"prompt\""),
+            )),
         })
         .collect()
 }

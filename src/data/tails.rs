@@ -1,4 +1,5 @@
-//! What is added to a plain prompt: style phrases that fit its medium and each other, none of them worn out.
+//! What is added to a plain prompt: style phrases that fit its medium and each other, none of them
+//! worn out.
 
 use crate::random::Words;
 use crate::text::artists::{names_artist, names_in};
@@ -8,16 +9,36 @@ use std::collections::HashMap;
 
 /// Ways to name a medium: before the prompt, or as a phrase after it.
 const NAMED: [(&str, u32, &[&str], &[&str]); 8] = [
-    ("photo", 34, &["a photo of", "photo of", "a photograph of"], &["photo", "photography", "35mm photograph"]),
+    (
+        "photo",
+        34,
+        &["a photo of", "photo of", "a photograph of"],
+        &["photo", "photography", "35mm photograph"],
+    ),
     (
         "painting",
         20,
         &["an oil painting of", "a watercolor painting of", "oil painting of"],
         &["oil painting", "watercolor"],
     ),
-    ("digital", 8, &["a digital painting of", "concept art of"], &["digital painting", "digital art", "concept art"]),
-    ("drawing", 8, &["a pencil drawing of", "an ink drawing of"], &["pencil sketch", "charcoal drawing"]),
-    ("anime", 10, &["anime illustration of", "an anime drawing of"], &["anime", "anime style", "manga"]),
+    (
+        "digital",
+        8,
+        &["a digital painting of", "concept art of"],
+        &["digital painting", "digital art", "concept art"],
+    ),
+    (
+        "drawing",
+        8,
+        &["a pencil drawing of", "an ink drawing of"],
+        &["pencil sketch", "charcoal drawing"],
+    ),
+    (
+        "anime",
+        10,
+        &["anime illustration of", "an anime drawing of"],
+        &["anime", "anime style", "manga"],
+    ),
     ("render", 12, &["a 3d render of", "3d model of"], &["3d render", "octane render"]),
     ("vector", 4, &["a vector illustration of"], &["vector art", "flat design"]),
     ("comic", 4, &["comic book art of"], &["comic book style"]),
@@ -63,7 +84,8 @@ impl<'a> Tails<'a> {
         Tails { limits, mediums, content, of_medium, pairs: 0, with_artists: 0, phrases, artists }
     }
 
-    /// A plain prompt with a medium put before or after it, and that medium; `None` if it names one already.
+    /// A plain prompt with a medium put before or after it, and that medium; `None` if it names one
+    /// already.
     pub fn name_medium(&self, raw: &str, rng: &mut Words) -> Option<(String, MediumSet)> {
         if self.mediums.of(raw).is_some() {
             return None;
@@ -76,13 +98,24 @@ impl<'a> Tails<'a> {
         })?;
         let list = if rng.below(2) == 0 { before } else { after };
         let phrase = list[rng.below(list.len())];
-        let text = if std::ptr::eq(list, before) { format!("{phrase} {raw}") } else { format!("{raw}, {phrase}") };
+        let text = if std::ptr::eq(list, before) {
+            format!("{phrase} {raw}")
+        } else {
+            format!("{raw}, {phrase}")
+        };
         Some((text, self.mediums.named(name)?))
     }
 
-    /// Of `own` phrases those that go with `head` and each other and are not worn out; then of `more` until `least`
-    /// words are added. No phrase says only what others say, and none what two have said.
-    pub fn compose<'p>(&self, head: &str, own: &[&'p str], more: &[&'p str], least: usize) -> Vec<&'p str> {
+    /// Of `own` phrases those that go with `head` and each other and are not worn out; then of
+    /// `more` until `least` words are added. No phrase says only what others say, and none what two
+    /// have said.
+    pub fn compose<'p>(
+        &self,
+        head: &str,
+        own: &[&'p str],
+        more: &[&'p str],
+        least: usize,
+    ) -> Vec<&'p str> {
         let mut tail = Tail::new(self, head);
         for phrase in own {
             tail.offer(self, phrase);
@@ -98,7 +131,9 @@ impl<'a> Tails<'a> {
 
     /// Phrases of one medium alone, a few of them.
     pub fn of_medium(&self, medium: MediumSet, count: usize, rng: &mut Words) -> Vec<&'a str> {
-        let Some(list) = self.of_medium.get(&medium).filter(|l| !l.is_empty()) else { return vec![] };
+        let Some(list) = self.of_medium.get(&medium).filter(|l| !l.is_empty()) else {
+            return vec![];
+        };
         (0..count).map(|_| list[rng.below(list.len())]).collect()
     }
 
@@ -133,7 +168,8 @@ impl<'a> Tails<'a> {
 
     /// Whether one more pair with this phrase stays within the shares.
     pub fn has_room_for(&self, phrase: &str) -> bool {
-        let within = |count: usize, share: f32| (count as f32) < share * (self.pairs + START) as f32;
+        let within =
+            |count: usize, share: f32| (count as f32) < share * (self.pairs + START) as f32;
         let said = key(phrase);
         // movements change a picture more than light and detail do
         let share = if is_movement(&said) { self.limits.phrase / 4.0 } else { self.limits.phrase };
@@ -141,8 +177,11 @@ impl<'a> Tails<'a> {
             return false;
         }
         let names = artists_of(phrase);
-        let room = |name: &String| within(self.artists.get(name).copied().unwrap_or(0), self.limits.artist);
-        names.is_empty() || (within(self.with_artists, self.limits.artists) && names.iter().all(room))
+        let room = |name: &String| {
+            within(self.artists.get(name).copied().unwrap_or(0), self.limits.artist)
+        };
+        names.is_empty()
+            || (within(self.with_artists, self.limits.artists) && names.iter().all(room))
     }
 }
 
@@ -151,7 +190,20 @@ const SENSES: [(&str, &[&str]); 4] = [
     ("detail", &["detail", "intric"]),
     ("real", &["realis", "realist", "photoreal", "lifelik"]),
     ("sharp", &["4k", "8k", "16k", "uhd", "hdr", "resolut", "definit", "qualiti", "hq"]),
-    ("site", &["trend", "artstat", "cgsocieti", "deviantart", "behanc", "pixiv", "featur", "pinterest", "flickr"]),
+    (
+        "site",
+        &[
+            "trend",
+            "artstat",
+            "cgsocieti",
+            "deviantart",
+            "behanc",
+            "pixiv",
+            "featur",
+            "pinterest",
+            "flickr",
+        ],
+    ),
 ];
 
 /// Movements and genres, of which a tail names one at most: beginnings of their words.
@@ -241,7 +293,8 @@ impl<'p> Tail<'p> {
         let new = senses.iter().any(|s| !self.senses.contains_key(s));
         let most = |sense: &str| if sense == MOVEMENT { 1 } else { 2 };
         let worn = senses.iter().any(|s| self.senses.get(s).is_some_and(|n| *n >= most(s)));
-        if media == Some(0) && self.media != Some(0) || !new || worn || !tails.has_room_for(phrase) {
+        if media == Some(0) && self.media != Some(0) || !new || worn || !tails.has_room_for(phrase)
+        {
             return;
         }
         // a text that contradicts itself from the start gets no further medium

@@ -49,13 +49,17 @@ struct Function {
 /// Names what failed and the driver's reason.
 fn failed(what: impl std::fmt::Display) -> impl FnOnce(result::DriverError) -> Error {
     move |e| {
-        let reason = e.error_string().map(|s| s.to_string_lossy().into_owned()).unwrap_or_else(|_| format!("{e:?}"));
+        let reason = e
+            .error_string()
+            .map(|s| s.to_string_lossy().into_owned())
+            .unwrap_or_else(|_| format!("{e:?}"));
         Error::invalid(format!("CUDA: {what}: {reason}"))
     }
 }
 
 impl Driver {
-    /// Whether this program could use a GPU and the machine has a driver for one: if [`Driver::open`] fails then, it is worth a word.
+    /// Whether this program could use a GPU and the machine has a driver for one: if
+    /// [`Driver::open`] fails then, it is worth a word.
     pub fn likely() -> bool {
         // SAFETY: only looks whether the library is there.
         !images::IMAGES.is_empty() && unsafe { sys::is_culib_present() }
@@ -65,22 +69,29 @@ impl Driver {
     pub fn open() -> Result<Driver> {
         if images::IMAGES.is_empty() {
             return Err(Error::invalid(
-                "this program was built without CUDA kernels: install nvcc (pip install -r kernels/requirements.txt), set \
+                "this program was built without CUDA kernels: install nvcc (pip install -r \
+                kernels/requirements.txt), set \
                  NVCC to its path and build again; or use --device cpu",
             ));
         }
         // SAFETY: only looks whether the library is there; without it the calls below would panic.
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::invalid(
-                "CUDA: there is no NVIDIA driver (libcuda) on this machine; install one or use --device cpu",
+                "CUDA: there is no NVIDIA driver (libcuda) on this machine; install one or use \
+                --device cpu",
             ));
         }
         let mut version = 0;
         // SAFETY: plain calls of the driver with valid pointers, here and below.
-        unsafe { sys::cuDriverGetVersion(&mut version).result().map_err(failed("the driver's version"))? };
+        unsafe {
+            sys::cuDriverGetVersion(&mut version)
+                .result()
+                .map_err(failed("the driver's version"))?
+        };
         if version < DRIVER {
             return Err(Error::invalid(format!(
-                "CUDA: the driver is made for CUDA {}.{}, the kernels need {}.{} (driver 580 or later); update it or \
+                "CUDA: the driver is made for CUDA {}.{}, the kernels need {}.{} (driver 580 or \
+                later); update it or \
                  use --device cpu",
                 version / 1000,
                 version % 1000 / 10,
@@ -105,7 +116,8 @@ impl Driver {
         );
         let Some(images) = images::for_gpu(capability) else {
             return Err(Error::invalid(format!(
-                "CUDA: {name} has compute capability {}.{}; this program has kernels for {}; build with BPROMPT_CUDA_ARCHS, or \
+                "CUDA: {name} has compute capability {}.{}; this program has kernels for {}; build \
+                with BPROMPT_CUDA_ARCHS, or \
                  use --device cpu",
                 capability.0,
                 capability.1,
@@ -115,13 +127,14 @@ impl Driver {
         let limits = Limits {
             shared_bytes: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
             processors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-            hopper: images.iter().any(|i| i.arch == "sm_90a") && std::env::var_os(HOPPER).is_none_or(|v| v != "0"),
+            hopper: images.iter().any(|i| i.arch == "sm_90a")
+                && std::env::var_os(HOPPER).is_none_or(|v| v != "0"),
         };
         unsafe {
             let context = result::primary_ctx::retain(device).map_err(failed("no context"))?;
             result::ctx::set_current(context).map_err(failed("no context"))?;
-            let stream =
-                result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("no stream"))?;
+            let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+                .map_err(failed("no stream"))?;
             let (mut modules, mut functions) = (Vec::new(), HashMap::new());
             for i in images {
                 let what = || failed(format!("kernels of {} for {}", i.name, i.arch));
@@ -129,7 +142,8 @@ impl Driver {
                 modules.push(module);
                 functions.extend(functions_of(module).map_err(what())?);
             }
-            let memory_bytes = result::device::total_mem(device).map_err(failed("the GPU's memory"))?;
+            let memory_bytes =
+                result::device::total_mem(device).map_err(failed("the GPU's memory"))?;
             let (functions, staging) = (RefCell::new(functions), Staging::default());
             let (recording, changes) = (Cell::new(false), Cell::new(0));
             Ok(Driver {
@@ -149,13 +163,15 @@ impl Driver {
 
     fn function(&self, kernel: &str) -> Result<Function> {
         let function = self.functions.borrow().get(kernel).copied();
-        let mut function = function.ok_or_else(|| Error::invalid(format!("CUDA: there is no kernel {kernel}")))?;
+        let mut function =
+            function.ok_or_else(|| Error::invalid(format!("CUDA: there is no kernel {kernel}")))?;
         if function.shared_bytes == 0 {
-            // all for shared memory, in percent: blocks of the larger kernels fit twice, and kernels for which multiprocessors are
-            // divided alike can overlap
+            // all for shared memory, in percent: blocks of the larger kernels fit twice, and
+            // kernels for which multiprocessors are divided alike can overlap
             use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT as PART;
             // SAFETY: the module is loaded.
-            unsafe { result::function::set_function_attribute(function.handle, PART, 100) }.map_err(failed(kernel))?;
+            unsafe { result::function::set_function_attribute(function.handle, PART, 100) }
+                .map_err(failed(kernel))?;
             function.shared_bytes = 48 * 1024;
             self.functions.borrow_mut().insert(kernel.to_owned(), function);
         }
@@ -164,9 +180,12 @@ impl Driver {
 }
 
 /// The kernels of a module by their names. They are loaded as they are used.
-unsafe fn functions_of(module: sys::CUmodule) -> std::result::Result<Vec<(String, Function)>, result::DriverError> {
+unsafe fn functions_of(
+    module: sys::CUmodule,
+) -> std::result::Result<Vec<(String, Function)>, result::DriverError> {
     let mut count = 0;
-    // SAFETY: plain calls of the driver; the list has room for as many as there are, and names live as long as the module.
+    // SAFETY: plain calls of the driver; the list has room for as many as there are, and names live
+    // as long as the module.
     unsafe {
         sys::cuModuleGetFunctionCount(&mut count, module).result()?;
         let mut handles: Vec<sys::CUfunction> = vec![std::ptr::null_mut(); count as usize];
@@ -225,25 +244,31 @@ impl Launcher for Driver {
             return self.staging.write(at, bytes, self.stream).map_err(failed("a copy to the GPU"));
         }
         // pageable memory: the driver has taken the bytes when the call returns
-        unsafe { result::memcpy_htod_async(at, bytes, self.stream) }.map_err(failed("a copy to the GPU"))
+        unsafe { result::memcpy_htod_async(at, bytes, self.stream) }
+            .map_err(failed("a copy to the GPU"))
     }
 
     fn zero(&self, at: Address, bytes: usize) -> Result<()> {
         self.only_now("zeroed memory")?;
-        unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }.map_err(failed("zeroing memory"))
+        unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }
+            .map_err(failed("zeroing memory"))
     }
 
     fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()> {
         self.only_now("a copy")?;
         unsafe {
-            result::memcpy_dtoh_async(bytes, at, self.stream).map_err(failed("a copy from the GPU"))?;
+            result::memcpy_dtoh_async(bytes, at, self.stream)
+                .map_err(failed("a copy from the GPU"))?;
             result::stream::synchronize(self.stream).map_err(failed("a kernel failed"))
         }
     }
 
     fn read_later(&self, at: Address, bytes: usize) -> Result<(Slot, usize)> {
         self.only_now("a copy")?;
-        Ok((self.staging.read(at, bytes, self.stream).map_err(failed("a copy from the GPU"))?, bytes))
+        Ok((
+            self.staging.read(at, bytes, self.stream).map_err(failed("a copy from the GPU"))?,
+            bytes,
+        ))
     }
 
     fn finish_read(&self, (slot, bytes): (Slot, usize)) -> Result<Vec<u8>> {
@@ -254,12 +279,19 @@ impl Launcher for Driver {
         let mut function = self.function(kernel)?;
         if shape.shared_bytes > function.shared_bytes {
             use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
-            unsafe { result::function::set_function_attribute(function.handle, MOST, shape.shared_bytes as i32) }
-                .map_err(failed(format!("{kernel}: {} bytes of shared memory", shape.shared_bytes)))?;
+            unsafe {
+                result::function::set_function_attribute(
+                    function.handle,
+                    MOST,
+                    shape.shared_bytes as i32,
+                )
+            }
+            .map_err(failed(format!("{kernel}: {} bytes of shared memory", shape.shared_bytes)))?;
             function.shared_bytes = shape.shared_bytes;
             self.functions.borrow_mut().insert(kernel.to_owned(), function);
         }
-        let mut parameters: Vec<*mut c_void> = args.iter().map(|a| a.as_ptr().cast_mut().cast()).collect();
+        let mut parameters: Vec<*mut c_void> =
+            args.iter().map(|a| a.as_ptr().cast_mut().cast()).collect();
         let [x, y, z] = shape.grid;
         let launched = if self.capability.0 >= 9 || shape.cooperative {
             use sys::CUlaunchAttributeID as Id;
@@ -268,12 +300,14 @@ impl Launcher for Driver {
                 attributes[0].id = Id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
                 attributes[0].value.cooperative = 1;
             } else {
-                // may begin while the kernel before it ends: kernels wait before they read what it wrote
+                // may begin while the kernel before it ends: kernels wait before they read what it
+                // wrote
                 attributes[0].id = Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
                 attributes[0].value.programmaticStreamSerializationAllowed = 1;
             }
             attributes[1].id = Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-            let cluster = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: shape.cluster, y: 1, z: 1 };
+            let cluster =
+                sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: shape.cluster, y: 1, z: 1 };
             attributes[1].value.clusterDim = cluster;
             let config = sys::CUlaunchConfig {
                 gridDimX: x,
@@ -288,12 +322,22 @@ impl Launcher for Driver {
                 numAttrs: if shape.cluster > 1 { 2 } else { 1 },
             };
             let none = std::ptr::null_mut();
-            unsafe { sys::cuLaunchKernelEx(&config, function.handle, parameters.as_mut_ptr(), none) }.result()
+            unsafe {
+                sys::cuLaunchKernelEx(&config, function.handle, parameters.as_mut_ptr(), none)
+            }
+            .result()
         } else {
             let threads = (shape.threads, 1, 1);
             unsafe {
                 let shared = shape.shared_bytes;
-                result::launch_kernel(function.handle, (x, y, z), threads, shared, self.stream, &mut parameters)
+                result::launch_kernel(
+                    function.handle,
+                    (x, y, z),
+                    threads,
+                    shared,
+                    self.stream,
+                    &mut parameters,
+                )
             }
         };
         launched.map_err(failed(format!("launch of {kernel} as {shape:?}")))
@@ -302,12 +346,14 @@ impl Launcher for Driver {
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
         use sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as MODE;
         // SAFETY: plain calls of the driver; the graph that was captured is ours to destroy.
-        unsafe { result::stream::begin_capture(self.stream, MODE) }.map_err(failed("recording launches"))?;
+        unsafe { result::stream::begin_capture(self.stream, MODE) }
+            .map_err(failed("recording launches"))?;
         self.recording.set(true);
         let done = work();
         self.recording.set(false);
         // ended in any case, or the stream would stay in it
-        let graph = unsafe { result::stream::end_capture(self.stream) }.map_err(failed("recording launches"));
+        let graph = unsafe { result::stream::end_capture(self.stream) }
+            .map_err(failed("recording launches"));
         let mut exec = std::ptr::null_mut();
         let made = graph.and_then(|graph| {
             let made = match &done {
@@ -322,7 +368,8 @@ impl Launcher for Driver {
     }
 
     fn replay(&self, recording: &Graph) -> Result<()> {
-        unsafe { result::graph::launch(recording.0, self.stream) }.map_err(failed("launch of a CUDA graph"))
+        unsafe { result::graph::launch(recording.0, self.stream) }
+            .map_err(failed("launch of a CUDA graph"))
     }
 
     fn timed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
@@ -347,7 +394,13 @@ impl Launcher for Driver {
         self.changes.get()
     }
 
-    fn tensor_map(&self, at: Address, rows: usize, cols: usize, tile_rows: usize) -> Result<TensorMap> {
+    fn tensor_map(
+        &self,
+        at: Address,
+        rows: usize,
+        cols: usize,
+        tile_rows: usize,
+    ) -> Result<TensorMap> {
         // SAFETY: the driver writes the whole map.
         let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
         let done = unsafe {

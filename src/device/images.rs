@@ -10,7 +10,8 @@ pub struct Image {
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
-/// How well an architecture's images serve a GPU of compute capability `(major, minor)`; the highest is the best.
+/// How well an architecture's images serve a GPU of compute capability `(major, minor)`; the
+/// highest is the best.
 fn fitness(arch: &str, (major, minor): (u32, u32)) -> Option<(u32, u32, u32)> {
     let (kind, number) = arch.split_once('_')?;
     let digits = number.trim_end_matches(|c: char| c.is_ascii_alphabetic());

@@ -1,7 +1,8 @@
 //! Where memory lives and how kernels are launched.
 //!
-//! All of `ops/cuda` is written against [`Launcher`]: the CUDA driver is one, the emulator that the tests use another, so that
-//! grids, block sizes, shared memory and the order of arguments are checked on machines without a GPU.
+//! All of `ops/cuda` is written against [`Launcher`]: the CUDA driver is one, the emulator that the
+//! tests use another, so that grids, block sizes, shared memory and the order of arguments are
+//! checked on machines without a GPU.
 
 pub mod cuda;
 pub mod images;
@@ -23,7 +24,8 @@ pub struct Shape {
     pub shared_bytes: u32,
     /// All blocks are alive together and may wait for each other.
     pub cooperative: bool,
-    /// So many blocks, neighbours along x, are a cluster: Hopper's, with barriers and each other's shared memory. 1: none.
+    /// So many blocks, neighbours along x, are a cluster: Hopper's, with barriers and each other's
+    /// shared memory. 1: none.
     pub cluster: u32,
 }
 
@@ -69,7 +71,8 @@ pub trait Launcher {
     fn write(&self, at: Address, bytes: &[u8]) -> Result<()>;
     fn zero(&self, at: Address, bytes: usize) -> Result<()>;
     fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()>;
-    /// [`Launcher::read`] of what is there once all that was asked for so far is done; later work does not have to be waited for.
+    /// [`Launcher::read`] of what is there once all that was asked for so far is done; later work
+    /// does not have to be waited for.
     fn read_later(&self, at: Address, bytes: usize) -> Result<Self::Reading>;
     fn finish_read(&self, reading: Self::Reading) -> Result<Vec<u8>>;
     fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()>;
@@ -77,13 +80,21 @@ pub trait Launcher {
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Self::Recording>;
     /// Does what was recorded, with the arguments of then.
     fn replay(&self, recording: &Self::Recording) -> Result<()>;
-    /// Seconds by the device's clock from the first to the last thing that `work` asks for; waits for it.
+    /// Seconds by the device's clock from the first to the last thing that `work` asks for; waits
+    /// for it.
     fn timed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64>;
-    /// How often memory has been reserved or freed: for as long as this stays, addresses in recordings hold.
+    /// How often memory has been reserved or freed: for as long as this stays, addresses in
+    /// recordings hold.
     fn changes(&self) -> u64;
-    /// A map of tiles of `tile_rows` by 64 of a row-major matrix `[rows, cols]` of 16-bit elements, swizzled by 128 bytes, zeros
-    /// beyond the matrix. `at` and its rows are aligned to 16 bytes.
-    fn tensor_map(&self, at: Address, rows: usize, cols: usize, tile_rows: usize) -> Result<TensorMap>;
+    /// A map of tiles of `tile_rows` by 64 of a row-major matrix `[rows, cols]` of 16-bit elements,
+    /// swizzled by 128 bytes, zeros beyond the matrix. `at` and its rows are aligned to 16 bytes.
+    fn tensor_map(
+        &self,
+        at: Address,
+        rows: usize,
+        cols: usize,
+        tile_rows: usize,
+    ) -> Result<TensorMap>;
 }
 
 /// Arguments of a launch, each aligned to 64 bytes.
@@ -110,7 +121,9 @@ impl Args {
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
-        self.parts.iter().map(|&(first, bytes)| &bytemuck::cast_slice(&self.lines[first..])[..bytes])
+        self.parts
+            .iter()
+            .map(|&(first, bytes)| &bytemuck::cast_slice(&self.lines[first..])[..bytes])
     }
 }
 

@@ -1,5 +1,5 @@
-//! Page-locked memory on the host. Copies from or to ordinary memory wait for the work before them; through this memory
-//! neither side waits for the other.
+//! Page-locked memory on the host. Copies from or to ordinary memory wait for the work before them;
+//! through this memory neither side waits for the other.
 
 use cudarc::driver::{result, sys};
 use std::cell::RefCell;
@@ -69,7 +69,12 @@ impl Staging {
     }
 
     /// Copies `bytes`, at most [`MOST`], to the device.
-    pub fn write(&self, at: u64, bytes: &[u8], stream: sys::CUstream) -> Result<(), result::DriverError> {
+    pub fn write(
+        &self,
+        at: u64,
+        bytes: &[u8],
+        stream: sys::CUstream,
+    ) -> Result<(), result::DriverError> {
         let mut written = self.written.borrow_mut();
         let oldest = if written.len() < SLOTS { None } else { written.pop_front() };
         let mut slot = match oldest {
@@ -88,7 +93,12 @@ impl Staging {
     }
 
     /// Begins a copy to the host.
-    pub fn read(&self, at: u64, bytes: usize, stream: sys::CUstream) -> Result<Slot, result::DriverError> {
+    pub fn read(
+        &self,
+        at: u64,
+        bytes: usize,
+        stream: sys::CUstream,
+    ) -> Result<Slot, result::DriverError> {
         let mut free = self.free.borrow_mut();
         let found = free.iter().position(|s| s.room >= bytes);
         let mut slot = match found {

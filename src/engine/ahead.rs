@@ -1,8 +1,9 @@
 //! Steps that begin before the tokens of the one before are known.
 //!
-//! A device that feeds its choices to its own next pass need not wait for the host: while it computes a step, the host takes the
-//! tokens of the step before and makes texts of them. What only the host can know (a text that ends a sequence, a phrase that is taken
-//! back) comes a step late: that step's result for the sequence is dropped, and the position that it wrote is written again
+//! A device that feeds its choices to its own next pass need not wait for the host: while it
+//! computes a step, the host takes the tokens of the step before and makes texts of them. What only
+//! the host can know (a text that ends a sequence, a phrase that is taken back) comes a step late:
+//! that step's result for the sequence is dropped, and the position that it wrote is written again
 //! if the sequence goes on.
 
 use super::{Choice, Engine, Sequence, Sink, sample_rows};
@@ -18,17 +19,23 @@ pub(super) struct Flight<B: Backend> {
 }
 
 impl<B: Backend> Flight<B> {
-    pub fn new<'s>(choosing: B::Choosing, sequences: impl Iterator<Item = &'s Sequence>) -> Flight<B> {
+    pub fn new<'s>(
+        choosing: B::Choosing,
+        sequences: impl Iterator<Item = &'s Sequence>,
+    ) -> Flight<B> {
         Flight { choosing, targets: sequences.map(|s| Some((s.request.id, s.candidate))).collect() }
     }
 }
 
 impl<B: Backend> Engine<'_, B> {
-    /// Whether the next step can do without knowing what these choices, one for each running sequence, come to.
+    /// Whether the next step can do without knowing what these choices, one for each running
+    /// sequence, come to.
     pub(super) fn may_fly(&self, rows: &[SampleRow]) -> bool {
         let plain = |s: &Sequence| {
             let sampling = &s.request.sampling;
-            s.forced.is_empty() && sampling.presence_penalty == 0.0 && sampling.frequency_penalty == 0.0
+            s.forced.is_empty()
+                && sampling.presence_penalty == 0.0
+                && sampling.frequency_penalty == 0.0
         };
         self.options.draft_tokens == 0
             && rows.len() == self.running.len()
@@ -38,14 +45,20 @@ impl<B: Backend> Engine<'_, B> {
 
     fn find(&self, target: Option<(u64, u32)>) -> Option<usize> {
         let (request, candidate) = target?;
-        self.running.iter().position(|s| s.request.id == request && s.candidate == candidate && !s.done)
+        self.running
+            .iter()
+            .position(|s| s.request.id == request && s.candidate == candidate && !s.done)
     }
 
-    /// Begins the step after `flight` with the tokens that it chooses. Does nothing if others are to be admitted first, if there
-    /// is no room, or nothing to go on with.
+    /// Begins the step after `flight` with the tokens that it chooses. Does nothing if others are
+    /// to be admitted first, if there is no room, or nothing to go on with.
     pub(super) fn fly_on(&mut self, flight: &Flight<B>) -> Result<Option<Flight<B>>> {
-        let places: Vec<(usize, usize)> =
-            flight.targets.iter().enumerate().filter_map(|(choice, t)| Some((self.find(*t)?, choice))).collect();
+        let places: Vec<(usize, usize)> = flight
+            .targets
+            .iter()
+            .enumerate()
+            .filter_map(|(choice, t)| Some((self.find(*t)?, choice)))
+            .collect();
         let admits = !self.waiting.is_empty()
             && (self.running.len() < self.options.sequences || self.over_its_share().is_some());
         if admits || places.len() < self.running.len() {

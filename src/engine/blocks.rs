@@ -1,7 +1,8 @@
 //! Blocks of the KV cache: who uses which, and which hold something worth finding again.
 //!
-//! A full block is known by its tokens and the block before it, so that a chain of blocks stands for a prefix. A known block that
-//! nobody uses stays until its memory is needed; the least recently used goes first, and of one sequence the last.
+//! A full block is known by its tokens and the block before it, so that a chain of blocks stands
+//! for a prefix. A known block that nobody uses stays until its memory is needed; the least
+//! recently used goes first, and of one sequence the last.
 
 use crate::ops::BLOCK;
 use std::collections::{BTreeMap, HashMap};
@@ -20,7 +21,8 @@ pub struct Blocks {
     /// What each block is known by.
     keys: Vec<Option<Key>>,
     known: HashMap<Key, (u32, Node)>,
-    /// Known blocks that nobody uses, by the time they were last used; and that time for each block.
+    /// Known blocks that nobody uses, by the time they were last used; and that time for each
+    /// block.
     unused: BTreeMap<u64, u32>,
     used_at: Vec<u64>,
     clock: u64,
@@ -58,17 +60,25 @@ impl Blocks {
         self.total() - self.available()
     }
 
-    /// Panics if the blocks are not used as often as `users` says, or if one is neither used nor to be had; for tests.
+    /// Panics if the blocks are not used as often as `users` says, or if one is neither used nor to
+    /// be had; for tests.
     pub fn check(&self, users: &[u32]) {
         assert_eq!(self.users, users, "users of blocks");
         let mut idle = vec![0; users.len()];
         self.free.iter().chain(self.unused.values()).for_each(|&b| idle[b as usize] += 1);
-        assert!(idle.iter().zip(users).all(|(&idle, &users)| idle == u32::from(users == 0)), "blocks are lost");
-        let known = self.known.iter().all(|(key, (block, _))| self.keys[*block as usize].as_ref() == Some(key));
+        assert!(
+            idle.iter().zip(users).all(|(&idle, &users)| idle == u32::from(users == 0)),
+            "blocks are lost"
+        );
+        let known = self
+            .known
+            .iter()
+            .all(|(key, (block, _))| self.keys[*block as usize].as_ref() == Some(key));
         assert!(known && self.known.len() == self.keys.iter().flatten().count(), "known blocks");
     }
 
-    /// A block of one's own, if there is one; the longest unused of the known ones is forgotten for it.
+    /// A block of one's own, if there is one; the longest unused of the known ones is forgotten for
+    /// it.
     pub fn allocate(&mut self) -> Option<u32> {
         let block = self.free.pop().or_else(|| {
             let (_, block) = self.unused.pop_first()?;
@@ -95,7 +105,8 @@ impl Blocks {
         Some((block, node))
     }
 
-    /// Makes a block with all its positions computed known. If another one is known by the same tokens, it stays.
+    /// Makes a block with all its positions computed known. If another one is known by the same
+    /// tokens, it stays.
     pub fn register(&mut self, parent: Node, tokens: &[u32], block: u32) -> Node {
         let key = key(parent, tokens);
         if let Some(&(_, node)) = self.known.get(&key) {

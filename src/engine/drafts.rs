@@ -1,11 +1,14 @@
-//! Speculation without a second model: guesses of the next tokens, which one forward pass then checks.
+//! Speculation without a second model: guesses of the next tokens, which one forward pass then
+//! checks.
 //!
-//! A guess comes from where the sequence's last tokens occurred before, in its prompt or its output, or from a table of runs that
-//! outputs often hold. A draft is one ragged span; each of its tokens is compared with the one that is chosen at its place,
-//! and what follows the first difference is dropped, so that the tokens are those of plain decoding, seeds included.
+//! A guess comes from where the sequence's last tokens occurred before, in its prompt or its
+//! output, or from a table of runs that outputs often hold. A draft is one ragged span; each of its
+//! tokens is compared with the one that is chosen at its place, and what follows the first
+//! difference is dropped, so that the tokens are those of plain decoding, seeds included.
 //!
-//! Drafting pays while the part of drafted tokens that is accepted exceeds what a token adds to a step. Both are measured
-//! on the way: with S sequences and a step of `a + b n` seconds for n tokens, the limit is b S / (a + b S).
+//! Drafting pays while the part of drafted tokens that is accepted exceeds what a token adds to a
+//! step. Both are measured on the way: with S sequences and a step of `a + b n` seconds for n
+//! tokens, the limit is b S / (a + b S).
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -50,7 +53,8 @@ impl Drafter {
     /// Whether to draft in the next step, of so many sequences.
     pub fn pays(&mut self, sequences: usize) -> bool {
         self.steps += 1;
-        self.most > 0 && (self.steps.is_multiple_of(PROBE) || self.acceptance > self.pace.price(sequences))
+        self.most > 0
+            && (self.steps.is_multiple_of(PROBE) || self.acceptance > self.pace.price(sequences))
     }
 
     /// Up to `limit` tokens that may follow `tokens`.
@@ -65,7 +69,10 @@ impl Drafter {
             // what is followed by the end goes round
             Some(tokens[at + n..].iter().copied().cycle().take(limit).collect::<Vec<u32>>())
         };
-        earlier(3).or_else(|| self.look_up(tokens, limit)).or_else(|| earlier(2)).unwrap_or_default()
+        earlier(3)
+            .or_else(|| self.look_up(tokens, limit))
+            .or_else(|| earlier(2))
+            .unwrap_or_default()
     }
 
     fn look_up(&self, tokens: &[u32], limit: usize) -> Option<Vec<u32>> {
@@ -97,7 +104,8 @@ impl Drafter {
     pub fn checked(&mut self, drafted: usize, accepted: usize) {
         // a mean over about fifty drafted tokens
         let weight = 0.98f64.powi(drafted as i32);
-        self.acceptance = self.acceptance * weight + accepted as f64 / drafted as f64 * (1.0 - weight);
+        self.acceptance =
+            self.acceptance * weight + accepted as f64 / drafted as f64 * (1.0 - weight);
     }
 
     /// A step that only decoded took so long.
@@ -109,7 +117,11 @@ impl Drafter {
 fn note<K: Hash + Eq>(table: &mut HashMap<K, Next>, key: K, token: u32) {
     if table.len() >= TABLE {
         // what was met once goes; if that is too little, all but the surest
-        let least = if table.values().filter(|n| n.lead < TRUSTED).count() > TABLE / 8 { TRUSTED } else { u8::MAX };
+        let least = if table.values().filter(|n| n.lead < TRUSTED).count() > TABLE / 8 {
+            TRUSTED
+        } else {
+            u8::MAX
+        };
         table.retain(|_, n| n.lead >= least);
     }
     let next = table.entry(key).or_insert(Next { token, lead: 0 });
@@ -135,9 +147,13 @@ struct Pace {
 impl Pace {
     fn add(&mut self, x: f64, y: f64) {
         const KEEP: f64 = 0.98;
-        for (sum, new) in
-            [(&mut self.weight, 1.0), (&mut self.x, x), (&mut self.y, y), (&mut self.xx, x * x), (&mut self.xy, x * y)]
-        {
+        for (sum, new) in [
+            (&mut self.weight, 1.0),
+            (&mut self.x, x),
+            (&mut self.y, y),
+            (&mut self.xx, x * x),
+            (&mut self.xy, x * y),
+        ] {
             *sum = *sum * KEEP + new;
         }
     }
@@ -179,7 +195,8 @@ mod tests {
     fn drafting_stops_when_it_costs_more_than_it_brings() {
         let mut d = Drafter::new(4);
         assert!(d.pays(1));
-        // a token costs as much as the rest of a step: one in two must be accepted, with one sequence
+        // a token costs as much as the rest of a step: one in two must be accepted, with one
+        // sequence
         (0..200).for_each(|i| d.timed(1 + i % 5, 1.0 + (1 + i % 5) as f64));
         assert!((d.pace.price(1) - 0.5).abs() < 1e-9);
         assert!((d.pace.price(9) - 0.9).abs() < 1e-9);

@@ -1,8 +1,9 @@
-//! Who runs when not all can: each owner of requests has a share of the places, so that one with a hundred candidates or prompts
-//! does not keep others waiting until all of those are done.
+//! Who runs when not all can: each owner of requests has a share of the places, so that one with a
+//! hundred candidates or prompts does not keep others waiting until all of those are done.
 //!
-//! A waiting sequence's turn comes by how many of its owner's run already, then by its place in the queue. Where all places are
-//! taken, or all memory, and an owner has none, one that has more than its share gives up the newest of its own.
+//! A waiting sequence's turn comes by how many of its owner's run already, then by its place in the
+//! queue. Where all places are taken, or all memory, and an owner has none, one that has more than
+//! its share gives up the newest of its own.
 
 use super::{BLOCK, Backend, Engine};
 use std::collections::{HashMap, HashSet};

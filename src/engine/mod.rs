@@ -1,9 +1,10 @@
 //! Requests in, tokens out.
 //!
-//! There are no phases: every sequence has computed positions chasing its known ones, and each step hands out one
-//! token budget, running sequences first, then waiting ones. Full blocks stay findable by what they hold, so that a prompt that
-//! begins as an earlier one starts behind it. When blocks run out the newest sequence gives up its own and waits;
-//! later it computes them again. Where a device feeds itself the tokens it chooses, a step begins before those of the one
+//! There are no phases: every sequence has computed positions chasing its known ones, and each step
+//! hands out one token budget, running sequences first, then waiting ones. Full blocks stay
+//! findable by what they hold, so that a prompt that begins as an earlier one starts behind it.
+//! When blocks run out the newest sequence gives up its own and waits; later it computes them
+//! again. Where a device feeds itself the tokens it chooses, a step begins before those of the one
 //! before are known (`ahead.rs`). None of this changes a token.
 
 mod ahead;
@@ -35,7 +36,8 @@ pub struct EngineOptions {
     pub cache_tokens: usize,
     /// Most tokens of one forward pass.
     pub batch_tokens: usize,
-    /// Most sequences that run at once. Requests that wait have a share of them: one with many candidates gives some of its places up.
+    /// Most sequences that run at once. Requests that wait have a share of them: one with many
+    /// candidates gives some of its places up.
     pub sequences: usize,
     /// Whether prompts start behind what earlier ones have in common with them.
     pub prefix_cache: bool,
@@ -45,7 +47,13 @@ pub struct EngineOptions {
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        EngineOptions { cache_tokens: 32 * 512, batch_tokens: 512, sequences: 32, prefix_cache: true, draft_tokens: 0 }
+        EngineOptions {
+            cache_tokens: 32 * 512,
+            batch_tokens: 512,
+            sequences: 32,
+            prefix_cache: true,
+            draft_tokens: 0,
+        }
     }
 }
 
@@ -128,14 +136,19 @@ fn sample_rows<'c>(running: &'c [Sequence], choices: &'c [Choice]) -> Vec<Sample
 /// What an engine with these options takes beside the weights.
 pub fn plan<B: Backend>(model: &Bloom<B>, options: &EngineOptions) -> MemoryPlan {
     let positions = options.cache_tokens as f64;
-    // a pass never has more tokens than the cache has positions, nor rows of logits than there are tokens
+    // a pass never has more tokens than the cache has positions, nor rows of logits than there are
+    // tokens
     let tokens = positions.min(options.batch_tokens as f64);
     let rows = tokens.min(options.sequences as f64 * (options.draft_tokens as f64 + 1.0));
     let config = &model.config;
     // activations in f32, and a product's inputs in the type that they are multiplied in
     let activation = (11 * 4 + 4 * 4) * config.hidden_size;
     MemoryPlan::new()
-        .with("KV cache", positions * model.cache_bytes_per_token() as f64, "--cache-tokens, --sequences or -n")
+        .with(
+            "KV cache",
+            positions * model.cache_bytes_per_token() as f64,
+            "--cache-tokens, --sequences or -n",
+        )
         .with(
             "the cache's table of blocks",
             positions * Blocks::BYTES as f64 / BLOCK as f64,
@@ -148,7 +161,11 @@ pub fn plan<B: Backend>(model: &Bloom<B>, options: &EngineOptions) -> MemoryPlan
 type Sink<'s> = &'s mut dyn FnMut(Event) -> Verdict;
 
 impl<'a, B: Backend> Engine<'a, B> {
-    pub fn new(backend: &'a B, model: &'a Bloom<B>, options: EngineOptions) -> Result<Engine<'a, B>> {
+    pub fn new(
+        backend: &'a B,
+        model: &'a Bloom<B>,
+        options: EngineOptions,
+    ) -> Result<Engine<'a, B>> {
         let blocks = options.cache_tokens.div_ceil(BLOCK).max(1);
         backend.fits(&plan(model, &options))?;
         Ok(Engine {
@@ -179,18 +196,25 @@ impl<'a, B: Backend> Engine<'a, B> {
             return Err(Error::invalid("the prompt has no tokens; expected at least one"));
         }
         let named = request.bias.iter().map(|b| &b.0).chain(&request.stop_token_ids);
-        if let Some(id) = request.prompt.iter().chain(named).find(|&&id| id as usize >= self.model.config.vocab_size) {
+        if let Some(id) = request
+            .prompt
+            .iter()
+            .chain(named)
+            .find(|&&id| id as usize >= self.model.config.vocab_size)
+        {
             return Err(Error::invalid(format!("token id {id} is outside the model's vocabulary")));
         }
         let context = self.model.config.context;
         if prompt > context {
             return Err(Error::invalid(format!(
-                "the prompt has {prompt} tokens, the model's context is {context}; shorten the prompt"
+                "the prompt has {prompt} tokens, the model's context is {context}; shorten the \
+                prompt"
             )));
         }
         if request.blocks() > self.blocks.total() {
             return Err(Error::invalid(format!(
-                "the prompt of {prompt} tokens and up to {} new ones need a KV cache of {} tokens, there are {}; \
+                "the prompt of {prompt} tokens and up to {} new ones need a KV cache of {} tokens, \
+                there are {}; \
                  lower --max-tokens",
                 request.max_new,
                 request.blocks() * BLOCK,
@@ -260,7 +284,8 @@ impl<'a, B: Backend> Engine<'a, B> {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// One forward pass. `sink` hears, at the latest when the next step has begun, what happened and says what is to become of the candidate.
+    /// One forward pass. `sink` hears, at the latest when the next step has begun, what happened
+    /// and says what is to become of the candidate.
     pub fn step(&mut self, sink: Sink) -> Result<()> {
         self.expire(sink);
         if let Some(flight) = self.flight.take() {
@@ -303,7 +328,11 @@ impl<'a, B: Backend> Engine<'a, B> {
         for s in self.running.iter_mut().chain(&mut self.waiting) {
             if s.request.deadline.is_some_and(|d| d <= now) {
                 for candidate in s.candidate..s.candidate + s.fork.max(1) {
-                    sink(Event::Ended { request: s.request.id, candidate, finish: Finish::Deadline });
+                    sink(Event::Ended {
+                        request: s.request.id,
+                        candidate,
+                        finish: Finish::Deadline,
+                    });
                 }
                 s.done = true;
             }
@@ -338,8 +367,16 @@ impl<'a, B: Backend> Engine<'a, B> {
         (batch, plan)
     }
 
-    /// Gives a running sequence its part of a step; `false` if there are no blocks for it, nor a newer sequence to take them from.
-    fn plan(&mut self, at: usize, budget: usize, guesses: usize, batch: &mut Batch, plan: &mut Vec<Planned>) -> bool {
+    /// Gives a running sequence its part of a step; `false` if there are no blocks for it, nor a
+    /// newer sequence to take them from.
+    fn plan(
+        &mut self,
+        at: usize,
+        budget: usize,
+        guesses: usize,
+        batch: &mut Batch,
+        plan: &mut Vec<Planned>,
+    ) -> bool {
         let s = &self.running[at];
         let all = s.tokens.len() - s.computed;
         let known = all.min(budget);
@@ -435,11 +472,13 @@ impl<'a, B: Backend> Engine<'a, B> {
         }
         // position p predicts token p + 1
         let first = s.computed.max(s.scored);
-        let positions: Vec<usize> = (first..s.computed + p.known).filter(|p| p + 1 < s.prompt).collect();
+        let positions: Vec<usize> =
+            (first..s.computed + p.known).filter(|p| p + 1 < s.prompt).collect();
         s.scored = s.scored.max(s.computed + p.known);
         let mut scores = Vec::with_capacity(positions.len());
         for part in positions.chunks(ROWS) {
-            let rows: Vec<usize> = part.iter().map(|position| p.start + position - s.computed).collect();
+            let rows: Vec<usize> =
+                part.iter().map(|position| p.start + position - s.computed).collect();
             self.model.logits(self.backend, &rows, &mut self.scratch, &mut self.logits)?;
             let vocab = self.logits.len() / rows.len();
             for (row, p) in self.logits.chunks_exact(vocab).zip(part) {
@@ -454,7 +493,8 @@ impl<'a, B: Backend> Engine<'a, B> {
         Ok(())
     }
 
-    /// Chooses the next tokens of all planned sequences whose tokens are computed; a fresh prompt splits into its candidates.
+    /// Chooses the next tokens of all planned sequences whose tokens are computed; a fresh prompt
+    /// splits into its candidates.
     fn sample(&mut self, plan: &[Planned], sink: Sink) -> Result<()> {
         let mut choices = Vec::new();
         // guesses by running sequence, first choice of each, and how many
@@ -470,9 +510,13 @@ impl<'a, B: Backend> Engine<'a, B> {
             // candidates beyond the request's share of places wait for theirs
             let at_once = if count > 1 { self.share() } else { 1 };
             targets.push((p.at, &p.ahead, choices.len()));
-            choices.extend((0..=p.ahead.len()).map(|ahead| self.choice(p.at, &p.ahead[..ahead], None, row + ahead)));
+            choices.extend(
+                (0..=p.ahead.len())
+                    .map(|ahead| self.choice(p.at, &p.ahead[..ahead], None, row + ahead)),
+            );
             for candidate in 1..count {
-                let room = (candidate as usize) < at_once && self.running.len() < self.options.sequences;
+                let room =
+                    (candidate as usize) < at_once && self.running.len() < self.options.sequences;
                 match room.then(|| self.fork(p.at, candidate)).flatten() {
                     Some(copy) => {
                         self.running.push(copy);
@@ -492,14 +536,16 @@ impl<'a, B: Backend> Engine<'a, B> {
             self.flight = Some(Flight::new(choosing, choices.iter().map(|c| &self.running[c.at])));
             return Ok(());
         }
-        let mut chosen = self.model.sample(self.backend, &rows, &mut self.scratch, &mut self.logits)?;
+        let mut chosen =
+            self.model.sample(self.backend, &rows, &mut self.scratch, &mut self.logits)?;
         for (at, ahead, first) in targets {
             self.take(at, ahead, &mut chosen[first..=first + ahead.len()], sink);
         }
         Ok(())
     }
 
-    /// What goes into the choice after a sequence's tokens and these guesses, or after a token that is not known yet.
+    /// What goes into the choice after a sequence's tokens and these guesses, or after a token that
+    /// is not known yet.
     fn choice(&self, at: usize, ahead: &[u32], fed: Option<usize>, row: usize) -> Choice {
         let s = &self.running[at];
         let sampling = &s.request.sampling;
@@ -516,7 +562,8 @@ impl<'a, B: Backend> Engine<'a, B> {
         if sampling.presence_penalty != 0.0 || sampling.frequency_penalty != 0.0 {
             let mut counts = s.counts.clone();
             ahead.iter().for_each(|&t| *counts.entry(t).or_default() += 1);
-            let penalty = |n: u32| sampling.presence_penalty + sampling.frequency_penalty * n as f32;
+            let penalty =
+                |n: u32| sampling.presence_penalty + sampling.frequency_penalty * n as f32;
             bias.extend(counts.into_iter().map(|(t, n)| (t, -penalty(n))));
         }
         let more = ahead.len() + usize::from(fed.is_some());
@@ -535,7 +582,8 @@ impl<'a, B: Backend> Engine<'a, B> {
         Choice { at, ahead: more, row, seen, fed, bias }
     }
 
-    /// Takes chosen tokens while they are what was guessed. Whether the sequence goes on behind the last of them.
+    /// Takes chosen tokens while they are what was guessed. Whether the sequence goes on behind the
+    /// last of them.
     fn take(&mut self, at: usize, ahead: &[u32], chosen: &mut [Chosen], sink: Sink) -> bool {
         let s = &mut self.running[at];
         let guessed = if s.forced.is_empty() { ahead.len() } else { 0 };
@@ -596,7 +644,8 @@ impl<'a, B: Backend> Engine<'a, B> {
         goes_on
     }
 
-    /// A candidate that shares the full blocks of sequence `at` and has a copy of the last one, if there is a block for that.
+    /// A candidate that shares the full blocks of sequence `at` and has a copy of the last one, if
+    /// there is a block for that.
     fn fork(&mut self, at: usize, candidate: u32) -> Option<Sequence> {
         let s = &self.running[at];
         let mut copy = s.sibling(candidate);
@@ -619,7 +668,8 @@ impl<'a, B: Backend> Engine<'a, B> {
         let known = s.computed.min(s.tokens.len());
         while (s.nodes.len() + 1) * BLOCK <= known {
             let n = s.nodes.len();
-            let node = self.blocks.register(s.node(), &s.tokens[n * BLOCK..(n + 1) * BLOCK], s.blocks[n]);
+            let node =
+                self.blocks.register(s.node(), &s.tokens[n * BLOCK..(n + 1) * BLOCK], s.blocks[n]);
             s.nodes.push(node);
         }
     }

@@ -12,7 +12,8 @@ use std::time::Instant;
 pub struct Request {
     /// The caller's name for it; unique among requests in flight.
     pub id: u64,
-    /// Whose request it is; those of one owner share one share of the places. Its own id if nobody says.
+    /// Whose request it is; those of one owner share one share of the places. Its own id if nobody
+    /// says.
     pub owner: u64,
     pub prompt: Vec<u32>,
     /// Continuations that share the prompt's computation.
@@ -87,10 +88,19 @@ pub enum Finish {
 pub enum Event {
     /// A request's first tokens are about to be computed, but for `cached` that are there already.
     Started { request: u64, cached: usize },
-    /// Some of the prompt's tokens, in order over all such events of a request: log-probability and likely tokens.
+    /// Some of the prompt's tokens, in order over all such events of a request: log-probability and
+    /// likely tokens.
     Prompt { request: u64, scores: Vec<(f32, Top)> },
-    /// The next token of a candidate. `logprob` is that of the model, before penalties and temperature.
-    Token { request: u64, candidate: u32, token: u32, logprob: f32, top: Top, finish: Option<Finish> },
+    /// The next token of a candidate. `logprob` is that of the model, before penalties and
+    /// temperature.
+    Token {
+        request: u64,
+        candidate: u32,
+        token: u32,
+        logprob: f32,
+        top: Top,
+        finish: Option<Finish>,
+    },
     /// A candidate ended without a token.
     Ended { request: u64, candidate: u32, finish: Finish },
 }
@@ -204,7 +214,8 @@ impl Sequence {
         self.tokens.push(token);
     }
 
-    /// Takes back all but `keep` output tokens. Returns the blocks that go with them: a known block stays as it is.
+    /// Takes back all but `keep` output tokens. Returns the blocks that go with them: a known block
+    /// stays as it is.
     pub fn truncate(&mut self, keep: usize) -> Vec<u32> {
         self.tokens.truncate(self.prompt + keep);
         self.forced.clear();

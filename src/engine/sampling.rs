@@ -1,8 +1,9 @@
 //! Choosing the next token: penalties, temperature, filters, Gumbel-max.
 //!
-//! Order and meaning are transformers': repetition penalty, temperature, top-k (ties stay), top-p, min-p; before the
-//! temperature come OpenAI's presence and frequency penalties and biases, all added to the logits. The noise is a function of
-//! (seed, candidate, position, token) alone, so a seed gives the same tokens in any company.
+//! Order and meaning are transformers': repetition penalty, temperature, top-k (ties stay), top-p,
+//! min-p; before the temperature come OpenAI's presence and frequency penalties and biases, all
+//! added to the logits. The noise is a function of (seed, candidate, position, token) alone, so a
+//! seed gives the same tokens in any company.
 
 use crate::ops::cpu::simd::Isa;
 use crate::random::{philox, philox16, uniform};
@@ -44,11 +45,14 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// The same, with a temperature that logits can be divided by: below this one they would overflow, and nothing but the
-    /// most likely token is left in any case.
+    /// The same, with a temperature that logits can be divided by: below this one they would
+    /// overflow, and nothing but the most likely token is left in any case.
     pub fn effective(self) -> Sampling {
         const LEAST: f32 = 1e-5;
-        Sampling { temperature: if self.temperature >= LEAST { self.temperature } else { 0.0 }, ..self }
+        Sampling {
+            temperature: if self.temperature >= LEAST { self.temperature } else { 0.0 },
+            ..self
+        }
     }
 }
 
@@ -76,7 +80,17 @@ pub struct SampleRow<'a> {
 impl<'a> SampleRow<'a> {
     /// A choice without anything that is special to it.
     pub fn new(row: usize, sampling: &'a Sampling, candidate: u32, position: u32) -> SampleRow<'a> {
-        SampleRow { row, sampling, seen: &[], fed: None, bias: &[], forced: None, top: 0, candidate, position }
+        SampleRow {
+            row,
+            sampling,
+            seen: &[],
+            fed: None,
+            bias: &[],
+            forced: None,
+            top: 0,
+            candidate,
+            position,
+        }
     }
 }
 
@@ -105,7 +119,12 @@ pub fn top(logits: &[f32], lse: f32, count: usize) -> Top {
         return Vec::new();
     }
     let least = kth_largest(logits, count);
-    let mut top: Top = logits.iter().enumerate().filter(|l| *l.1 >= least).map(|(t, &v)| (t as u32, v - lse)).collect();
+    let mut top: Top = logits
+        .iter()
+        .enumerate()
+        .filter(|l| *l.1 >= least)
+        .map(|(t, &v)| (t as u32, v - lse))
+        .collect();
     top.sort_by(|a, b| b.1.total_cmp(&a.1));
     top.truncate(count);
     top
@@ -184,8 +203,9 @@ impl Best {
         }
     }
 
-    /// What the upper 23 random bits of a token must reach, at least, for it to win with a logit of at most `most`: noise of t or
-    /// more takes a number of exp(-exp(-t)) or more. What logarithms in f32 may be off is allowed for.
+    /// What the upper 23 random bits of a token must reach, at least, for it to win with a logit of
+    /// at most `most`: noise of t or more takes a number of exp(-exp(-t)) or more. What logarithms
+    /// in f32 may be off is allowed for.
     fn least_bits(&self, most: f32) -> u32 {
         /// A little above the noise of the largest random number.
         const MOST: f64 = 16.7;
@@ -197,7 +217,8 @@ impl Best {
     }
 }
 
-/// [`sample`] among all tokens. Logarithms are left to those that the best one so far does not beat by their random bits alone.
+/// [`sample`] among all tokens. Logarithms are left to those that the best one so far does not beat
+/// by their random bits alone.
 fn sample_all(logits: &[f32], row: &SampleRow) -> u32 {
     /// Four tokens for each of sixteen counters.
     const CHUNK: usize = 64;
@@ -211,7 +232,13 @@ fn sample_all(logits: &[f32], row: &SampleRow) -> u32 {
             continue;
         }
         let first = i * CHUNK;
-        philox16(isa, row.sampling.seed, (first / 4) as u32, [row.position, row.candidate, 0], &mut words);
+        philox16(
+            isa,
+            row.sampling.seed,
+            (first / 4) as u32,
+            [row.position, row.candidate, 0],
+            &mut words,
+        );
         let largest = words.iter().flatten().fold(0, |m: u32, &w| m.max(w));
         if largest >> 9 < least {
             continue;
@@ -228,12 +255,20 @@ fn sample_all(logits: &[f32], row: &SampleRow) -> u32 {
 
 /// Tokens that the filters leave, with their logits.
 fn filter(logits: &[f32], s: &Sampling) -> Vec<(u32, f32)> {
-    let least = if s.top_k > 0 && s.top_k < logits.len() { kth_largest(logits, s.top_k) } else { f32::NEG_INFINITY };
+    let least = if s.top_k > 0 && s.top_k < logits.len() {
+        kth_largest(logits, s.top_k)
+    } else {
+        f32::NEG_INFINITY
+    };
     let most = logits.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
     let inverse = 1.0 / s.temperature;
     let weight = |v: f32| (((v - most) * inverse) as f64).exp();
-    let mut kept: Vec<(u32, f32)> =
-        logits.iter().enumerate().filter(|(_, v)| **v >= least).map(|(t, &v)| (t as u32, v)).collect();
+    let mut kept: Vec<(u32, f32)> = logits
+        .iter()
+        .enumerate()
+        .filter(|(_, v)| **v >= least)
+        .map(|(t, &v)| (t as u32, v))
+        .collect();
     if s.top_p < 1.0 {
         let total: f64 = kept.iter().map(|k| weight(k.1)).sum();
         // what is lighter than this adds up to less than 1 - top_p and falls away in any case
@@ -333,19 +368,28 @@ mod tests {
         }
     }
 
-    /// Beside the definition, over flat and steep logits, with ties, forbidden tokens and a last chunk that is not whole.
+    /// Beside the definition, over flat and steep logits, with ties, forbidden tokens and a last
+    /// chunk that is not whole.
     #[test]
     fn shortcuts_choose_the_same_token() {
         let mut words = crate::random::Words::new(3, 4);
         for case in 0..60 {
             let n = [1, 5, 64, 200, 3001][case % 5];
             let steep = [0.0, 1.0, 30.0][case % 3];
-            let mut logits: Vec<f32> = (0..n).map(|_| (words.uniform() * steep * 8.0).round() / 8.0).collect();
+            let mut logits: Vec<f32> =
+                (0..n).map(|_| (words.uniform() * steep * 8.0).round() / 8.0).collect();
             logits[n / 2] = f32::NEG_INFINITY;
-            let s = Sampling { temperature: [0.3, 1.0, 1.7][case / 3 % 3], seed: case as u64, ..Default::default() };
+            let s = Sampling {
+                temperature: [0.3, 1.0, 1.7][case / 3 % 3],
+                seed: case as u64,
+                ..Default::default()
+            };
             let r = row(&s, case as u32);
             let (mut noise, mut plain) = (Noise::new(&r), Best::new(&r));
-            logits.iter().enumerate().for_each(|(t, &v)| plain.consider(t as u32, v, noise.bits(t as u32)));
+            logits
+                .iter()
+                .enumerate()
+                .for_each(|(t, &v)| plain.consider(t as u32, v, noise.bits(t as u32)));
             assert_eq!(sample_all(&logits, &r), plain.token, "{case}");
         }
     }
@@ -389,7 +433,12 @@ mod tests {
         let mut logits = [1.0, 0.9, -0.1, 0.9];
         let lse = log_sum_exp(&logits);
         let s = Sampling { repetition_penalty: 1.2, ..Default::default() };
-        let r = SampleRow { seen: &[0], bias: &[(0, f32::NEG_INFINITY), (3, 0.5)], top: 3, ..row(&s, 0) };
+        let r = SampleRow {
+            seen: &[0],
+            bias: &[(0, f32::NEG_INFINITY), (3, 0.5)],
+            top: 3,
+            ..row(&s, 0)
+        };
         let c = choose(&mut logits, lse, &r);
         assert_eq!((c.token, c.logprob), (3, 0.9 - lse), "the log-probability is the model's own");
         assert_eq!(c.top, [(0, 1.0 - lse), (1, 0.9 - lse), (3, 0.9 - lse)]);
@@ -397,7 +446,12 @@ mod tests {
         let c = choose(&mut logits, lse, &SampleRow { forced: Some(2), ..r });
         assert_eq!((c.token, c.logprob), (2, -0.1 - lse));
         let warm = Sampling { temperature: 1.0, ..s };
-        let r = SampleRow { bias: &[(0, f32::NEG_INFINITY), (1, -f32::INFINITY), (3, -1e9)], ..row(&warm, 0) };
-        assert!((0..50).all(|p| choose(&mut logits, lse, &SampleRow { position: p, ..r }).token == 2));
+        let r = SampleRow {
+            bias: &[(0, f32::NEG_INFINITY), (1, -f32::INFINITY), (3, -1e9)],
+            ..row(&warm, 0)
+        };
+        assert!(
+            (0..50).all(|p| choose(&mut logits, lse, &SampleRow { position: p, ..r }).token == 2)
+        );
     }
 }

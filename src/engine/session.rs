@@ -24,8 +24,8 @@ pub struct GenerateOptions {
     /// No end before so many tokens.
     pub min_new: usize,
     pub ignore_eos: bool,
-    /// Texts and tokens that end a continuation, and are left out unless `include_stop` says otherwise. They do not count before
-    /// `min_new` tokens, nor within what has to be kept.
+    /// Texts and tokens that end a continuation, and are left out unless `include_stop` says
+    /// otherwise. They do not count before `min_new` tokens, nor within what has to be kept.
     pub stops: Vec<String>,
     pub stop_token_ids: Vec<u32>,
     pub include_stop: bool,
@@ -35,7 +35,8 @@ pub struct GenerateOptions {
     pub prompt_logprobs: bool,
     pub top_logprobs: usize,
     pub deadline: Option<Instant>,
-    /// Whose prompt it is: prompts of one owner share one share of the places; each has its own if not given.
+    /// Whose prompt it is: prompts of one owner share one share of the places; each has its own if
+    /// not given.
     pub owner: Option<u64>,
 }
 
@@ -62,8 +63,8 @@ impl Default for GenerateOptions {
 }
 
 impl GenerateOptions {
-    /// Positions of the KV cache that a prompt of so many tokens may take alone, with all its candidates, in a model of this
-    /// `context`.
+    /// Positions of the KV cache that a prompt of so many tokens may take alone, with all its
+    /// candidates, in a model of this `context`.
     pub fn cache_tokens(&self, prompt: usize, context: usize) -> usize {
         let new = match self.length {
             Length::New(n) => n,
@@ -107,7 +108,8 @@ impl Candidate {
 pub struct Completed {
     pub id: u64,
     pub prompt_ids: Vec<u32>,
-    /// Log-probability and likely tokens for each of the prompt's tokens but the first, if asked for.
+    /// Log-probability and likely tokens for each of the prompt's tokens but the first, if asked
+    /// for.
     pub prompt_scores: Vec<(f32, Top)>,
     /// Tokens of the prompt that were computed before.
     pub cached: usize,
@@ -148,8 +150,8 @@ pub trait Generate {
     fn cancel(&mut self, id: u64);
     /// Forgets all prompts and what was computed for them, whatever state a failure left them in.
     fn reset(&mut self);
-    /// One forward pass; prompts that are done come back, and those that failed alone. An error is one of the device or the model as
-    /// a whole, after which nothing goes on.
+    /// One forward pass; prompts that are done come back, and those that failed alone. An error is
+    /// one of the device or the model as a whole, after which nothing goes on.
     fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Outcome>>;
     fn is_idle(&self) -> bool;
     /// Prompts queued or running.
@@ -288,9 +290,8 @@ impl<B: Backend> Generate for Session<'_, B> {
                     }
                     return Verdict::Go;
                 }
-                Event::Token { request, candidate, .. } | Event::Ended { request, candidate, .. } => {
-                    (request, candidate)
-                }
+                Event::Token { request, candidate, .. }
+                | Event::Ended { request, candidate, .. } => (request, candidate),
             };
             if failed.iter().any(|f| f.id == id) {
                 return Verdict::End;
@@ -300,7 +301,8 @@ impl<B: Backend> Generate for Session<'_, B> {
             let c = &mut p.candidates[candidate as usize];
             // what goes wrong with one text must not end the others
             let grown = catch_unwind(AssertUnwindSafe(|| c.take(event)));
-            let grown = grown.unwrap_or_else(|_| Err(Error::Internal("a text could not be processed".into())));
+            let grown = grown
+                .unwrap_or_else(|_| Err(Error::Internal("a text could not be processed".into())));
             let verdict = match grown {
                 Ok(verdict) => verdict,
                 Err(error) => {
@@ -323,13 +325,20 @@ impl<B: Backend> Generate for Session<'_, B> {
             self.cancel(f.id);
         }
         stepped?;
-        let done = done.into_iter().filter_map(|id| Some(Ok(completed(id, self.pending.remove(&id)?))));
+        let done =
+            done.into_iter().filter_map(|id| Some(Ok(completed(id, self.pending.remove(&id)?))));
         Ok(done.chain(failed.into_iter().map(Err)).collect())
     }
 }
 
 /// Checks the limits and turns options into a request.
-fn request(id: u64, prompt: Vec<u32>, options: &GenerateOptions, eos: u32, context: usize) -> Result<Request> {
+fn request(
+    id: u64,
+    prompt: Vec<u32>,
+    options: &GenerateOptions,
+    eos: u32,
+    context: usize,
+) -> Result<Request> {
     let room = context.saturating_sub(prompt.len());
     if room == 0 {
         return Err(Error::invalid(format!(

@@ -1,4 +1,5 @@
-//! From tokens to text: incremental decoding, stop strings, and words that a candidate must or must not hold.
+//! From tokens to text: incremental decoding, stop strings, and words that a candidate must or must
+//! not hold.
 
 use super::{Event, Finish, Top, Verdict};
 use crate::error::{Error, Result};
@@ -9,8 +10,8 @@ use std::sync::Arc;
 
 /// How often a candidate may run into a banned phrase; then it ends before it.
 const REWINDS: usize = 256;
-/// Most tokens that a candidate is told of, those taken back included, beyond four times what it may have. It ends in any case: each
-/// token takes it further, but for so many rewinds.
+/// Most tokens that a candidate is told of, those taken back included, beyond four times what it
+/// may have. It ends in any case: each token takes it further, but for so many rewinds.
 const SPARE_PUSHES: usize = 4096;
 
 /// What a candidate's text has to keep to.
@@ -33,10 +34,17 @@ impl Rules {
     pub fn check(&self) -> Result<()> {
         for text in self.keep.iter() {
             if let Some(banned) = self.ban.find(text) {
-                return Err(Error::invalid(format!("\"{}\" is both to be kept and banned", &text[banned])));
+                return Err(Error::invalid(format!(
+                    "\"{}\" is both to be kept and banned",
+                    &text[banned]
+                )));
             }
-            if let Some(stop) = self.stops.iter().find(|s| !s.is_empty() && text.contains(s.as_str())) {
-                return Err(Error::invalid(format!("\"{text}\" is to be kept, but it holds the stop text \"{stop}\"")));
+            if let Some(stop) =
+                self.stops.iter().find(|s| !s.is_empty() && text.contains(s.as_str()))
+            {
+                return Err(Error::invalid(format!(
+                    "\"{text}\" is to be kept, but it holds the stop text \"{stop}\""
+                )));
             }
         }
         Ok(())
@@ -55,9 +63,10 @@ pub struct Token {
 
 /// One candidate as it grows.
 ///
-/// A banned phrase takes back the tokens from its first one on. Text is given out up to where a banned phrase may yet form, or a stop
-/// text, and tokens as far as their text is. Where others were taken back since, a phrase may form with what was given out: then
-/// as many of its tokens go as are left to go.
+/// A banned phrase takes back the tokens from its first one on. Text is given out up to where a
+/// banned phrase may yet form, or a stop text, and tokens as far as their text is. Where others
+/// were taken back since, a phrase may form with what was given out: then as many of its tokens go
+/// as are left to go.
 #[derive(Clone)]
 pub struct Growing<'a> {
     tokenizer: &'a Tokenizer,
@@ -85,7 +94,12 @@ pub struct Growing<'a> {
 }
 
 impl<'a> Growing<'a> {
-    pub fn new(tokenizer: &'a Tokenizer, rules: Arc<Rules>, eos: u32, max_new: usize) -> Result<Growing<'a>> {
+    pub fn new(
+        tokenizer: &'a Tokenizer,
+        rules: Arc<Rules>,
+        eos: u32,
+        max_new: usize,
+    ) -> Result<Growing<'a>> {
         let mut reserved = 0;
         for text in rules.keep.iter() {
             let tokens = |comma: &str| tokenizer.encode_literal(&format!("{comma}{text}"));
@@ -94,7 +108,8 @@ impl<'a> Growing<'a> {
         // one token comes before it is looked at
         if reserved > 0 && reserved >= max_new {
             return Err(Error::invalid(format!(
-                "the words to keep take {reserved} tokens, and there is room for {}; raise --max-tokens",
+                "the words to keep take {reserved} tokens, and there is room for {}; raise \
+                --max-tokens",
                 max_new - 1
             )));
         }
@@ -121,10 +136,12 @@ impl<'a> Growing<'a> {
     /// Takes what the engine tells about the candidate.
     pub fn take(&mut self, event: Event) -> Result<Verdict> {
         match event {
-            Event::Token { logprob, .. } if logprob.is_nan() => {
-                Err(Error::Internal("the model's output is not a number; its weights may be damaged".into()))
+            Event::Token { logprob, .. } if logprob.is_nan() => Err(Error::Internal(
+                "the model's output is not a number; its weights may be damaged".into(),
+            )),
+            Event::Token { token, logprob, top, finish, .. } => {
+                self.push(token, logprob, top, finish)
             }
-            Event::Token { token, logprob, top, finish, .. } => self.push(token, logprob, top, finish),
             Event::Ended { finish, .. } => {
                 self.end(finish);
                 Ok(Verdict::End)
@@ -133,10 +150,18 @@ impl<'a> Growing<'a> {
         }
     }
 
-    /// Adds a token and says what is to become of the candidate. `finish` is why it ends with this token, if it does.
-    pub fn push(&mut self, id: u32, logprob: f32, top: Top, finish: Option<Finish>) -> Result<Verdict> {
+    /// Adds a token and says what is to become of the candidate. `finish` is why it ends with this
+    /// token, if it does.
+    pub fn push(
+        &mut self,
+        id: u32,
+        logprob: f32,
+        top: Top,
+        finish: Option<Finish>,
+    ) -> Result<Verdict> {
         // the text of a token that ends the candidate is left out, as a stop text is
-        let stops = finish == Some(Finish::Stop) && (id == self.eos || self.rules.stop_token_ids.contains(&id));
+        let stops = finish == Some(Finish::Stop)
+            && (id == self.eos || self.rules.stop_token_ids.contains(&id));
         if id != self.eos && (!stops || self.rules.include_stop) {
             let new = self.decoder.push(id)?;
             self.text.push_str(&new);
@@ -156,7 +181,10 @@ impl<'a> Growing<'a> {
         };
         // what was asked for to the letter is not searched for stop texts
         let stop = if self.forced.is_none() { self.find_stop() } else { None };
-        let cut = stop.map_or(self.text.len(), |(start, end)| if self.rules.include_stop { end } else { start });
+        let cut = stop.map_or(
+            self.text.len(),
+            |(start, end)| if self.rules.include_stop { end } else { start },
+        );
         let ended = stop.is_some() || finish.is_some();
         if let Some(verdict) = self.ban(cut, ended)? {
             return Ok(verdict);
@@ -217,8 +245,14 @@ impl<'a> Growing<'a> {
         Ok(Some(Verdict::Rewind { keep, ban }))
     }
 
-    /// Has the texts to keep that are not there yet written at the end, if this is the end or there is only just room for them.
-    fn force(&mut self, cut: usize, stopped: bool, finish: Option<Finish>) -> Result<Option<Verdict>> {
+    /// Has the texts to keep that are not there yet written at the end, if this is the end or there
+    /// is only just room for them.
+    fn force(
+        &mut self,
+        cut: usize,
+        stopped: bool,
+        finish: Option<Finish>,
+    ) -> Result<Option<Verdict>> {
         let left = self.max_new.saturating_sub(self.tokens.len());
         let ends = stopped || finish.is_some();
         if self.rules.keep.is_empty() || self.forced.is_some() || !(ends || left <= self.reserved) {
@@ -227,8 +261,10 @@ impl<'a> Growing<'a> {
         let before = &self.text[..self.text[..cut].trim_end().len().max(self.given.0)];
         let missing = self.rules.keep.missing(before);
         if missing.is_empty() {
-            // what stands at the very end must not go on as another word, with no room to write it again
-            let grown = |more: &str| !self.rules.keep.missing(&format!("{}{more}", self.text)).is_empty();
+            // what stands at the very end must not go on as another word, with no room to write it
+            // again
+            let grown =
+                |more: &str| !self.rules.keep.missing(&format!("{}{more}", self.text)).is_empty();
             if !ends && (grown("a") || grown(".0")) {
                 self.finish = Some(Finish::Length);
                 return Ok(Some(Verdict::End));
@@ -248,14 +284,18 @@ impl<'a> Growing<'a> {
         }
         // tokens without text are parts of a character that was not completed, or end the candidate
         let start = |i: usize| i.checked_sub(1).map_or(0, |before| self.tokens[before].end);
-        let keep =
-            (0..self.tokens.len()).rfind(|&i| start(i) < cut && self.tokens[i].end > start(i)).map_or(0, |i| i + 1);
+        let keep = (0..self.tokens.len())
+            .rfind(|&i| start(i) < cut && self.tokens[i].end > start(i))
+            .map_or(0, |i| i + 1);
         let keep = keep.max(self.given.1);
         if keep + tokens.len() > self.max_new {
             return Ok(None);
         }
         self.rewind(keep, cut)?;
-        self.forced = Some((tokens.len(), if stopped { Finish::Stop } else { finish.unwrap_or(Finish::Length) }));
+        self.forced = Some((
+            tokens.len(),
+            if stopped { Finish::Stop } else { finish.unwrap_or(Finish::Length) },
+        ));
         Ok(Some(Verdict::Force { keep, tokens }))
     }
 
@@ -313,8 +353,9 @@ impl<'a> Growing<'a> {
     /// Bytes of the text before what may become a stop text.
     fn before_stop(&self) -> usize {
         let text = &self.text[self.stops_searched..];
-        let begun =
-            |stop: &str| (1..stop.len()).rev().find(|&n| stop.is_char_boundary(n) && text.ends_with(&stop[..n]));
+        let begun = |stop: &str| {
+            (1..stop.len()).rev().find(|&n| stop.is_char_boundary(n) && text.ends_with(&stop[..n]))
+        };
         self.text.len() - self.stops().filter_map(begun).max().unwrap_or(0)
     }
 
@@ -335,8 +376,11 @@ impl<'a> Growing<'a> {
             certain = tokens.checked_sub(1).map_or(0, |last| self.tokens[last].end);
         }
         // tokens without text at the end are taken back where something has to be written
-        let written = |i: usize| self.tokens[i].end > i.checked_sub(1).map_or(0, |before| self.tokens[before].end);
-        let tokens = if keeps { (0..tokens).rfind(|&i| written(i)).map_or(0, |i| i + 1) } else { tokens };
+        let written = |i: usize| {
+            self.tokens[i].end > i.checked_sub(1).map_or(0, |before| self.tokens[before].end)
+        };
+        let tokens =
+            if keeps { (0..tokens).rfind(|&i| written(i)).map_or(0, |i| i + 1) } else { tokens };
         (certain, tokens)
     }
 }
@@ -356,18 +400,39 @@ mod tests {
         TOKENIZER.get_or_init(embedded::tokenizer)
     }
 
-    /// A candidate whose tokens are chosen at random from a few, with the engine's part played: what was given out, and what it came to.
-    fn grow(rules: Rules, max_new: usize, seed: u64, deadline: usize) -> (String, Vec<u32>, Growing<'static>) {
+    /// A candidate whose tokens are chosen at random from a few, with the engine's part played:
+    /// what was given out, and what it came to.
+    fn grow(
+        rules: Rules,
+        max_new: usize,
+        seed: u64,
+        deadline: usize,
+    ) -> (String, Vec<u32>, Growing<'static>) {
         let tokenizer = tokenizer();
-        let words =
-            [" art", " by", ",", " a", "s", " digital", " painting", "ist", " red", " umb", "rella", "'", " ", "-"];
+        let words = [
+            " art",
+            " by",
+            ",",
+            " a",
+            "s",
+            " digital",
+            " painting",
+            "ist",
+            " red",
+            " umb",
+            "rella",
+            "'",
+            " ",
+            "-",
+        ];
         let ids = |w: &&str| tokenizer.encode_literal(w).expect("plain words");
         let mut vocabulary: Vec<u32> = words.iter().flat_map(ids).collect();
         // parts of characters too
         vocabulary.extend(ids(&"東🐱é"));
         vocabulary.push(EOS);
         let rules = Arc::new(rules);
-        let mut c = Growing::new(tokenizer, rules.clone(), EOS, max_new).expect("room for what is to be kept");
+        let mut c = Growing::new(tokenizer, rules.clone(), EOS, max_new)
+            .expect("room for what is to be kept");
         let mut random = Words::new(seed, 0);
         let (mut given, mut given_tokens) = (String::new(), vec![]);
         let mut banned: Vec<(usize, u32)> = vec![];
@@ -382,14 +447,19 @@ mod tests {
                     false => forced.remove(0),
                     true => loop {
                         let id = vocabulary[random.below(vocabulary.len())];
-                        let early = at < rules.min_new && (id == EOS || rules.stop_token_ids.contains(&id));
+                        let early =
+                            at < rules.min_new && (id == EOS || rules.stop_token_ids.contains(&id));
                         if !early && !banned.contains(&(at, id)) {
                             break id;
                         }
                     },
                 };
                 let stops = forced.is_empty() && (id == EOS || rules.stop_token_ids.contains(&id));
-                let finish = if stops { Some(Finish::Stop) } else { (at + 1 >= max_new).then_some(Finish::Length) };
+                let finish = if stops {
+                    Some(Finish::Stop)
+                } else {
+                    (at + 1 >= max_new).then_some(Finish::Length)
+                };
                 match c.push(id, 0.0, vec![], finish).expect("tokens of the vocabulary") {
                     Verdict::Go => assert!(finish.is_none(), "ended and going on"),
                     Verdict::End => assert!(c.finish.is_some(), "without a reason"),
@@ -416,7 +486,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
-        /// What is given out is what there is in the end, nothing banned comes, what is kept is there, and each ends with a reason.
+        /// What is given out is what there is in the end, nothing banned comes, what is kept is
+        /// there, and each ends with a reason.
         #[test]
         fn nothing_given_out_is_taken_back(
             ban in proptest::collection::vec(proptest::sample::select(vec![
@@ -425,7 +496,8 @@ mod tests {
             stops in proptest::collection::vec(proptest::sample::select(vec![
                 ", by", ",", "is", "umbrella", "s a", " ", "東京", "t,",
             ]), 0..3),
-            keep in proptest::collection::vec(proptest::sample::select(vec!["red umbrella", "f/1.8", "🐱", "100 mph"]), 0..3),
+            keep in proptest::collection::vec(proptest::sample::select(vec!["red \
+                umbrella", "f/1.8", "🐱", "100 mph"]), 0..3),
             stop_comma: bool, include_stop: bool, min_new in 0usize..6, max_new in 40usize..60, seed: u64,
             deadline in proptest::option::of(0usize..40),
         ) {
@@ -459,7 +531,11 @@ mod tests {
     #[test]
     fn what_is_to_be_kept_cannot_be_banned_nor_hold_a_stop_text() {
         let keep = Arc::new(Literals::new(["red umbrella"]));
-        let banned = Rules { keep: keep.clone(), ban: Arc::new(Phrases::new(["umbrella"])), ..Rules::default() };
+        let banned = Rules {
+            keep: keep.clone(),
+            ban: Arc::new(Phrases::new(["umbrella"])),
+            ..Rules::default()
+        };
         assert!(banned.check().unwrap_err().to_string().contains("kept and banned"));
         let stops = Rules { keep, stops: vec!["umbrella".into()], ..Rules::default() };
         assert!(stops.check().unwrap_err().to_string().contains("stop text"));

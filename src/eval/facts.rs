@@ -1,8 +1,10 @@
 //! What survives of the single facts that a prompt states, by kind.
 //!
-//! A file of facts is JSON lines (or an array) of `{"prompt": "...", "facts": [{"kind": "attribute", "keywords": ["cat", "black"]}]}`.
-//! A keyword is one or more words; `==3` is a number. Other fields are not looked at. Facts are made by people or programs that
-//! reword: one whose keywords the prompt itself does not say in so many words cannot be looked for, and is only counted.
+//! A file of facts is JSON lines (or an array) of `{"prompt": "...", "facts": [{"kind":
+//! "attribute", "keywords": ["cat", "black"]}]}`. A keyword is one or more words; `==3` is a
+//! number. Other fields are not looked at. Facts are made by people or programs that reword: one
+//! whose keywords the prompt itself does not say in so many words cannot be looked for, and is only
+//! counted.
 
 use crate::data::records;
 use crate::error::{Error, Result};
@@ -43,16 +45,21 @@ pub struct KindOfFact {
 
 pub fn read_facts(path: &Path) -> Result<Vec<Facts>> {
     let read = |(place, value)| {
-        let expected = "expected \"prompt\" and \"facts\", each fact with \"kind\" and \"keywords\"";
-        serde_json::from_value(value).map_err(|e| Error::file(path, format!("{place}: {e}; {expected}")))
+        let expected =
+            "expected \"prompt\" and \"facts\", each fact with \"kind\" and \"keywords\"";
+        serde_json::from_value(value)
+            .map_err(|e| Error::file(path, format!("{place}: {e}; {expected}")))
     };
     records::values(path)?.into_iter().map(read).collect()
 }
 
 /// Counts facts by kind, in the order in which kinds first come, and then all together.
-pub fn count_facts<'a>(rewrites: impl IntoIterator<Item = (&'a Facts, &'a str)>) -> Vec<KindOfFact> {
+pub fn count_facts<'a>(
+    rewrites: impl IntoIterator<Item = (&'a Facts, &'a str)>,
+) -> Vec<KindOfFact> {
     let kept = Kept::default();
-    let empty = |kind: &str| KindOfFact { kind: kind.to_owned(), facts: 0, stated: 0, kept: 0, share: 1.0 };
+    let empty =
+        |kind: &str| KindOfFact { kind: kind.to_owned(), facts: 0, stated: 0, kept: 0, share: 1.0 };
     let (mut kinds, mut all): (Vec<KindOfFact>, KindOfFact) = (vec![], empty(ALL));
     for (facts, output) in rewrites {
         for fact in &facts.facts {
@@ -99,14 +106,27 @@ mod tests {
             let kinds = count_facts(facts.iter().map(|f| (f, output)));
             kinds.into_iter().map(|k| (k.kind, k.facts, k.stated, k.kept)).collect::<Vec<_>>()
         };
-        for (output, kept) in
-            [("3 black hens beside a wooden gate, 8k", [2, 1, 1, 1, 5]), ("two black hens in the sun", [1, 1, 0, 0, 2])]
-        {
+        for (output, kept) in [
+            ("3 black hens beside a wooden gate, 8k", [2, 1, 1, 1, 5]),
+            ("two black hens in the sun", [1, 1, 0, 0, 2]),
+        ] {
             // "wood" is not what the prompt says
-            let stated = [("entity", 2, 2), ("attribute", 2, 1), ("relation", 1, 1), ("count", 1, 1), ("all", 6, 5)];
-            let expected =
-                stated.into_iter().zip(kept).map(|((k, facts, stated), kept)| (k.into(), facts, stated, kept));
-            assert_eq!(count(output), expected.collect::<Vec<(String, usize, usize, usize)>>(), "{output}");
+            let stated = [
+                ("entity", 2, 2),
+                ("attribute", 2, 1),
+                ("relation", 1, 1),
+                ("count", 1, 1),
+                ("all", 6, 5),
+            ];
+            let expected = stated
+                .into_iter()
+                .zip(kept)
+                .map(|((k, facts, stated), kept)| (k.into(), facts, stated, kept));
+            assert_eq!(
+                count(output),
+                expected.collect::<Vec<(String, usize, usize, usize)>>(),
+                "{output}"
+            );
         }
         std::fs::write(&path, r#"{"prompt": "a hen", "facts": [{"kind": "entity"}]}"#).unwrap();
         let error = read_facts(&path).unwrap_err().to_string();

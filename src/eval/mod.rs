@@ -26,7 +26,8 @@ pub struct RewriteReport {
     pub prompts: usize,
     /// Mean part of the input's content words that the output has.
     pub kept_content_words: f64,
-    /// Mean part of the input's meaning that the output keeps, numbers, places and negations included.
+    /// Mean part of the input's meaning that the output keeps, numbers, places and negations
+    /// included.
     pub kept_meaning: f64,
     /// Part of the outputs that had to be made of their inputs.
     pub fallbacks: f64,

@@ -34,11 +34,15 @@ pub fn variety<'a>(rewrites: impl Iterator<Item = (&'a str, &'a str)>) -> Variet
     let (mut tails, mut phrases) = (HashSet::new(), HashMap::<String, usize>::new());
     let (mut count, mut artists, mut contradictions, mut both) = (0, 0, 0, 0);
     for (input, output) in rewrites {
-        let added: Vec<String> = kept.added(input, output).iter().map(|p| words(p).join(" ")).collect();
+        let added: Vec<String> =
+            kept.added(input, output).iter().map(|p| words(p).join(" ")).collect();
         count += 1;
         artists += usize::from(added.iter().any(|p| names_artist(p)));
         contradictions += usize::from(mediums.contradicts(output) && !mediums.contradicts(input));
-        both += usize::from(mediums.names_both(output, photo, painted) && !mediums.names_both(input, photo, painted));
+        both += usize::from(
+            mediums.names_both(output, photo, painted)
+                && !mediums.names_both(input, photo, painted),
+        );
         tails.insert(added.join(", "));
         for phrase in added {
             *phrases.entry(phrase).or_default() += 1;
@@ -70,7 +74,11 @@ mod tests {
         ];
         let v = variety(pairs.into_iter());
         assert_eq!((v.distinct_tails, v.commonest_phrases, v.with_artists), (2, 1.0, 0.5));
-        assert_eq!((v.contradictions, v.photo_and_painting), (0.25, 0.25), "what the input says is not counted");
+        assert_eq!(
+            (v.contradictions, v.photo_and_painting),
+            (0.25, 0.25),
+            "what the input says is not counted"
+        );
         assert_eq!(variety(std::iter::empty()), Variety::default());
     }
 }

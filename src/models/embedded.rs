@@ -1,4 +1,5 @@
-//! The small demonstration model that the program carries (assets/model; how it was made: assets/model/README.md).
+//! The small demonstration model that the program carries (assets/model; how it was made:
+//! assets/model/README.md).
 
 use crate::checkpoint::Checkpoint;
 use crate::text::Tokenizer;

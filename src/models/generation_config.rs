@@ -22,10 +22,11 @@ impl Stored {
     /// The ranges of the flags of the same names.
     fn check(&self) -> std::result::Result<(), String> {
         let above_zero = |most: f32| move |v: f32| v > 0.0 && v <= most;
-        let in_range = |name: &str, value: Option<f32>, fits: &dyn Fn(f32) -> bool, range: &str| match value {
-            Some(v) if !fits(v) => Err(format!("{name} is {v}, expected a number in {range}")),
-            _ => Ok(()),
-        };
+        let in_range =
+            |name: &str, value: Option<f32>, fits: &dyn Fn(f32) -> bool, range: &str| match value {
+                Some(v) if !fits(v) => Err(format!("{name} is {v}, expected a number in {range}")),
+                _ => Ok(()),
+            };
         in_range("temperature", self.temperature, &|v| (0.0..=100.0).contains(&v), "[0, 100]")?;
         in_range("top_p", self.top_p, &above_zero(1.0), "(0, 1]")?;
         in_range("min_p", self.min_p, &|v| (0.0..=1.0).contains(&v), "[0, 1]")?;
@@ -62,17 +63,23 @@ impl GenerationDefaults {
         if matches!(std::fs::metadata(path), Err(e) if e.kind() == std::io::ErrorKind::NotFound) {
             return Ok(GenerationDefaults::default());
         }
-        GenerationDefaults::parse(&crate::files::read(path, "does not exist")?).map_err(|e| Error::file(path, e))
+        GenerationDefaults::parse(&crate::files::read(path, "does not exist")?)
+            .map_err(|e| Error::file(path, e))
     }
 
     pub fn parse(text: &[u8]) -> std::result::Result<GenerationDefaults, String> {
-        let s: Stored = serde_json::from_slice(text).map_err(|e| format!("not a generation config: {e}"))?;
+        let s: Stored =
+            serde_json::from_slice(text).map_err(|e| format!("not a generation config: {e}"))?;
         s.check()?;
         let d = GenerationDefaults::default();
         let greedy = s.do_sample == Some(false);
         Ok(GenerationDefaults {
             sampling: Sampling {
-                temperature: if greedy { 0.0 } else { s.temperature.unwrap_or(d.sampling.temperature) },
+                temperature: if greedy {
+                    0.0
+                } else {
+                    s.temperature.unwrap_or(d.sampling.temperature)
+                },
                 top_k: s.top_k.unwrap_or(d.sampling.top_k),
                 top_p: s.top_p.unwrap_or(d.sampling.top_p),
                 min_p: s.min_p.unwrap_or(d.sampling.min_p),

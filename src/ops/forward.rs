@@ -1,4 +1,5 @@
-//! A forward pass over BLOOM's layers, as a device gets it: the operations one by one, or all there is to know of them.
+//! A forward pass over BLOOM's layers, as a device gets it: the operations one by one, or all there
+//! is to know of them.
 
 use super::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
 
@@ -38,7 +39,8 @@ impl<B: Backend> Default for Scratch<B> {
     }
 }
 
-/// From the tokens of `batch`, which [`Backend::begin`] was told of, to the last layer's output in `scratch.x`.
+/// From the tokens of `batch`, which [`Backend::begin`] was told of, to the last layer's output in
+/// `scratch.x`.
 pub struct Forward<'a, B: Backend> {
     pub batch: &'a Batch,
     pub embedding: &'a B::Matrix,
@@ -67,7 +69,13 @@ impl<B: Backend> Forward<'_, B> {
                 backend.linear(attention, &layer.dense, Epilogue::BiasResidual(normed), x2);
             } else {
                 let norm = Norm { norm: &layer.post_norm, eps, keep, normed };
-                backend.linear_before_norm(attention, &layer.dense, Epilogue::BiasResidual(x), x2, norm);
+                backend.linear_before_norm(
+                    attention,
+                    &layer.dense,
+                    Epilogue::BiasResidual(x),
+                    x2,
+                    norm,
+                );
             }
             let norm = Norm { norm: &layer.post_norm, eps, keep, normed };
             backend.norm_linear(x2, norm, &layer.up, Epilogue::BiasGelu, wide);
@@ -75,7 +83,13 @@ impl<B: Backend> Forward<'_, B> {
                 _ if keep => backend.linear(wide, &layer.down, Epilogue::BiasResidual(normed), x),
                 Some(next) => {
                     let norm = Norm { norm: &next.input_norm, eps, keep, normed };
-                    backend.linear_before_norm(wide, &layer.down, Epilogue::BiasResidual(x2), x, norm);
+                    backend.linear_before_norm(
+                        wide,
+                        &layer.down,
+                        Epilogue::BiasResidual(x2),
+                        x,
+                        norm,
+                    );
                 }
                 None => backend.linear(wide, &layer.down, Epilogue::BiasResidual(x2), x),
             }
@@ -84,6 +98,10 @@ impl<B: Backend> Forward<'_, B> {
 
     /// Addresses of all that the operations refer to and that may be another's next time.
     pub fn owners(&self) -> [usize; 3] {
-        [self.layers.as_ptr() as usize, &raw const *self.cache as usize, &raw const *self.scratch as usize]
+        [
+            self.layers.as_ptr() as usize,
+            &raw const *self.cache as usize,
+            &raw const *self.scratch as usize,
+        ]
     }
 }

@@ -1,7 +1,8 @@
 //! The fused operations that models are written in.
 //!
-//! [`Backend`] is a list of what BLOOM needs, not a tensor library. A batch is ragged: the tokens of all spans
-//! one after the other, without padding; prefill, chunked prefill, decoding and scoring are the same calls.
+//! [`Backend`] is a list of what BLOOM needs, not a tensor library. A batch is ragged: the tokens
+//! of all spans one after the other, without padding; prefill, chunked prefill, decoding and
+//! scoring are the same calls.
 
 pub mod cpu;
 pub mod cuda;
@@ -34,8 +35,8 @@ pub struct Span {
 pub struct Batch {
     pub ids: Vec<u32>,
     pub spans: Vec<Span>,
-    /// Tokens whose ids the host does not know yet: token of the batch, and which of the last choices it is (see
-    /// [`Backend::start_sample`]).
+    /// Tokens whose ids the host does not know yet: token of the batch, and which of the last
+    /// choices it is (see [`Backend::start_sample`]).
     pub fed: Vec<(usize, usize)>,
 }
 
@@ -43,7 +44,12 @@ impl Batch {
     /// Adds a span of `ids` to a sequence that has `past` positions in `blocks`.
     pub fn push(&mut self, ids: &[u32], past: usize, blocks: &[u32]) {
         assert!(!ids.is_empty() && (past + ids.len()).div_ceil(BLOCK) <= blocks.len());
-        self.spans.push(Span { start: self.ids.len(), len: ids.len(), past, blocks: blocks.to_vec() });
+        self.spans.push(Span {
+            start: self.ids.len(),
+            len: ids.len(),
+            past,
+            blocks: blocks.to_vec(),
+        });
         self.ids.extend_from_slice(ids);
     }
 }
@@ -89,8 +95,9 @@ pub struct Heads {
     pub slopes: Vec<f32>,
 }
 
-/// Where a model's memory lives and its operations run. Activations are `[tokens, width]`, row-major.
-/// Devices work on while the host does other things: what fails is reported where results are taken.
+/// Where a model's memory lives and its operations run. Activations are `[tokens, width]`,
+/// row-major. Devices work on while the host does other things: what fails is reported where
+/// results are taken.
 pub trait Backend {
     /// A matrix ready for products.
     type Matrix;
@@ -100,7 +107,8 @@ pub trait Backend {
     type Buffer: Default;
     /// What the device needs to know of a batch.
     type Pass: Default;
-    /// Keys and values of all layers, in blocks of [`BLOCK`] positions: `[block, head, position, head size]`.
+    /// Keys and values of all layers, in blocks of [`BLOCK`] positions: `[block, head, position,
+    /// head size]`.
     type Cache;
 
     /// Prepares a weight; `None` keeps the stored type.
@@ -108,18 +116,25 @@ pub trait Backend {
     /// The type that a matrix is held in.
     fn stored(&self, matrix: &Self::Matrix) -> DType;
     fn vector(&self, tensor: &Tensor) -> Result<Self::Vector>;
-    /// Fails if there is no memory for so much. Devices that reserve all of it at once say so themselves.
+    /// Fails if there is no memory for so much. Devices that reserve all of it at once say so
+    /// themselves.
     fn fits(&self, _plan: &MemoryPlan) -> Result<()> {
         Ok(())
     }
-    fn cache(&self, dtype: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<Self::Cache>;
+    fn cache(
+        &self,
+        dtype: DType,
+        layers: usize,
+        heads: &Heads,
+        blocks: usize,
+    ) -> Result<Self::Cache>;
     /// Copies a block's keys and values in all layers.
     fn copy_block(&self, cache: &mut Self::Cache, from: u32, to: u32);
 
     /// Prepares what the operations below need to know of a batch.
     fn begin(&self, batch: &Batch, pass: &mut Self::Pass);
-    /// Does a pass, which [`Backend::begin`] has prepared, up to the last layer. A device may have a better way than one
-    /// operation after the other.
+    /// Does a pass, which [`Backend::begin`] has prepared, up to the last layer. A device may have
+    /// a better way than one operation after the other.
     fn forward(&self, mut pass: Forward<Self>)
     where
         Self: Sized,
@@ -143,8 +158,8 @@ pub trait Backend {
         epilogue: Epilogue<Self::Buffer>,
         out: &mut Self::Buffer,
     );
-    /// [`Backend::linear`] right before an operation that begins with `next`, the norm of its results: a device may do that norm along
-    /// with the product.
+    /// [`Backend::linear`] right before an operation that begins with `next`, the norm of its
+    /// results: a device may do that norm along with the product.
     fn linear_before_norm(
         &self,
         x: &Self::Buffer,
@@ -164,8 +179,9 @@ pub trait Backend {
         epilogue: Epilogue<Self::Buffer>,
         out: &mut Self::Buffer,
     );
-    /// Queries, keys and values of the normalized rows of `x`; the linear's rows are `[head, 3, head size]`. Keys and values go
-    /// to the cache; `out` is what [`Backend::attention`] takes as `queries`.
+    /// Queries, keys and values of the normalized rows of `x`; the linear's rows are `[head, 3,
+    /// head size]`. Keys and values go to the cache; `out` is what [`Backend::attention`] takes as
+    /// `queries`.
     #[allow(clippy::too_many_arguments)] // one fused operation
     fn norm_qkv(
         &self,
@@ -179,8 +195,8 @@ pub trait Backend {
         cache: &mut Self::Cache,
         out: &mut Self::Buffer,
     );
-    /// Lets each query attend to its own and all earlier positions of its sequence in the cache. `out` is
-    /// `[tokens, head, head size]`.
+    /// Lets each query attend to its own and all earlier positions of its sequence in the cache.
+    /// `out` is `[tokens, head, head size]`.
     #[allow(clippy::too_many_arguments)]
     fn attention(
         &self,
@@ -201,10 +217,11 @@ pub trait Backend {
         eps: f32,
         out: &mut Self::Buffer,
     );
-    /// Products with every row of the head: `[rows, vocabulary]`, on the host. Reports what failed since the last call.
+    /// Products with every row of the head: `[rows, vocabulary]`, on the host. Reports what failed
+    /// since the last call.
     fn logits(&self, x: &Self::Buffer, head: &Self::Matrix, out: &mut Vec<f32>) -> Result<()>;
-    /// Chooses tokens from the head's products: for each `(row of x, what to choose)` one, in order.
-    /// `scratch` may hold logits. Reports what failed since the last call.
+    /// Chooses tokens from the head's products: for each `(row of x, what to choose)` one, in
+    /// order. `scratch` may hold logits. Reports what failed since the last call.
     fn sample(
         &self,
         x: &Self::Buffer,
@@ -215,10 +232,11 @@ pub trait Backend {
 
     /// Choices that are being made.
     type Choosing;
-    /// Whether the device makes a choice like this one by itself, so that the next pass can begin with a token which the
-    /// host does not know yet.
+    /// Whether the device makes a choice like this one by itself, so that the next pass can begin
+    /// with a token which the host does not know yet.
     fn chooses_alone(&self, row: &SampleRow) -> bool;
-    /// [`Backend::sample`] that waits for nothing, of rows that [`Backend::chooses_alone`] is true of.
+    /// [`Backend::sample`] that waits for nothing, of rows that [`Backend::chooses_alone`] is true
+    /// of.
     fn start_sample(
         &self,
         x: &Self::Buffer,

@@ -1,4 +1,5 @@
-//! From the model's texts, one for each part between BREAKs, to a prompt with everything in its place.
+//! From the model's texts, one for each part between BREAKs, to a prompt with everything in its
+//! place.
 
 use super::guard::Source;
 use super::kept::Known;
@@ -29,7 +30,8 @@ impl Plan {
         let stays = match (split.is_empty(), choice) {
             (false, _) => {
                 let seen = |c: &&char| !is_combining(**c);
-                let named: Vec<String> = split.iter().filter(seen).take(NAMED).map(|c| format!("\"{c}\"")).collect();
+                let named: Vec<String> =
+                    split.iter().filter(seen).take(NAMED).map(|c| format!("\"{c}\"")).collect();
                 let more = if split.len() > NAMED { ", …" } else { "" };
                 Some(format!("the model's vocabulary lacks {}{more}", named.join(", ")))
             }
@@ -44,9 +46,11 @@ impl Plan {
     }
 }
 
-/// Words without those that hold such letters, and without other such characters; nothing if no word is left.
+/// Words without those that hold such letters, and without other such characters; nothing if no
+/// word is left.
 fn without(text: &str, characters: &[char]) -> String {
-    let (letters, signs): (Vec<char>, Vec<char>) = characters.iter().partition(|c| c.is_alphanumeric());
+    let (letters, signs): (Vec<char>, Vec<char>) =
+        characters.iter().partition(|c| c.is_alphanumeric());
     let text: String = text.chars().map(|c| if signs.contains(&c) { ' ' } else { c }).collect();
     let left: Vec<&str> = text.split_whitespace().filter(|w| !w.contains(&letters[..])).collect();
     let left = left.join(" ");
@@ -64,8 +68,12 @@ impl Draft {
     /// A text without broken characters and without what would cut it in two.
     pub fn new(text: &str, cut: bool) -> Draft {
         let text = text.trim();
-        let whole = |p: &&str| !p.contains(char::REPLACEMENT_CHARACTER) && Verbatim::parse(p).chunks.len() == 1;
-        let text = match text.contains(char::REPLACEMENT_CHARACTER) || Verbatim::parse(text).chunks.len() > 1 {
+        let whole = |p: &&str| {
+            !p.contains(char::REPLACEMENT_CHARACTER) && Verbatim::parse(p).chunks.len() == 1
+        };
+        let text = match text.contains(char::REPLACEMENT_CHARACTER)
+            || Verbatim::parse(text).chunks.len() > 1
+        {
             true => text.split(',').filter(whole).collect::<Vec<_>>().join(",").trim().to_owned(),
             false => text.to_owned(),
         };
@@ -107,8 +115,9 @@ struct Phrase {
 }
 
 impl Assembler<'_> {
-    /// The model's texts with everything special in its place; where that cannot be, and everywhere if `as_input`, the prompt as it was
-    /// written with what the model added. Phrases to keep that are missing come last; phrases that there is no room for go.
+    /// The model's texts with everything special in its place; where that cannot be, and everywhere
+    /// if `as_input`, the prompt as it was written with what the model added. Phrases to keep that
+    /// are missing come last; phrases that there is no room for go.
     pub fn assemble(&self, drafts: &[Option<Draft>], as_input: bool) -> Assembled {
         let mut reason = None;
         let mut said = HashSet::new();
@@ -128,14 +137,20 @@ impl Assembler<'_> {
             if let (None, Some(why)) = (&woven, &plan.stays) {
                 reason.get_or_insert_with(|| why.clone());
             }
-            lines.push(woven.unwrap_or_else(|| self.as_written(&plan.chunk, draft.as_ref(), &mut said)));
+            lines.push(
+                woven.unwrap_or_else(|| self.as_written(&plan.chunk, draft.as_ref(), &mut said)),
+            );
         }
         let missing = self.keep.missing(&render(&lines));
         if let Some(last) = lines.last_mut() {
             for literal in missing {
                 match last.head.is_empty() {
                     true => last.head = literal,
-                    false => last.phrases.push(Phrase { text: format!(" {literal}"), new: false, stays: true }),
+                    false => last.phrases.push(Phrase {
+                        text: format!(" {literal}"),
+                        new: false,
+                        stays: true,
+                    }),
                 }
             }
         }
@@ -172,7 +187,8 @@ impl Assembler<'_> {
         Phrase { text: text.to_owned(), new, stays: held || !parsed.is_plain() }
     }
 
-    /// A part as it was written, with what the model added to it: phrases about other things, which contradict nothing.
+    /// A part as it was written, with what the model added to it: phrases about other things, which
+    /// contradict nothing.
     fn as_written(&self, chunk: &Chunk, draft: Option<&Draft>, said: &mut HashSet<String>) -> Line {
         let head = match chunk.written.trim_end_matches(',').trim_end() {
             "" => chunk.written.clone(),
@@ -185,7 +201,10 @@ impl Assembler<'_> {
                 spans.pop();
             }
             for text in spans.into_iter().map(|span| draft.text[span].trim()) {
-                if !has_marks(text) && self.known.lacks_all(text) && said.insert(text.to_lowercase()) {
+                if !has_marks(text)
+                    && self.known.lacks_all(text)
+                    && said.insert(text.to_lowercase())
+                {
                     phrases.push(Phrase { text: format!(" {text}"), new: true, stays: false });
                 }
             }
@@ -193,9 +212,11 @@ impl Assembler<'_> {
         Line { head, phrases, tags: String::new(), woven: false }
     }
 
-    /// Leaves out as few phrases as it takes: first those that are the model's alone, from the last on.
+    /// Leaves out as few phrases as it takes: first those that are the model's alone, from the last
+    /// on.
     fn fit(&self, line: &mut Line, most: usize) {
-        let mut order: Vec<usize> = (0..line.phrases.len()).rev().filter(|&i| !line.phrases[i].stays).collect();
+        let mut order: Vec<usize> =
+            (0..line.phrases.len()).rev().filter(|&i| !line.phrases[i].stays).collect();
         order.sort_by_key(|&i| !line.phrases[i].new);
         let fits = |n: &usize| {
             let gone: HashSet<usize> = order[..*n].iter().copied().collect();

@@ -23,7 +23,8 @@ pub const DEFAULT_MIN_KEPT: f64 = 0.9;
 /// What a rewrite has to satisfy. Words to keep and to ban are among the [`GenerateOptions`].
 #[derive(Clone, Debug)]
 pub struct GuardOptions {
-    /// Least part of the prompt's meaning, from 0 to 1, that a candidate keeps ([`Kept`]); any if nothing.
+    /// Least part of the prompt's meaning, from 0 to 1, that a candidate keeps ([`Kept`]); any if
+    /// nothing.
     pub min_kept: Option<f64>,
     /// How often to generate for it.
     pub rounds: u32,
@@ -128,14 +129,21 @@ struct Failed {
 
 impl Rewriting {
     /// Fails if the prompt is empty, or holds nothing but what is banned.
-    pub fn new(prompter: Prompter, prompt: &str, options: GenerateOptions, guard: GuardOptions) -> Result<Rewriting> {
+    pub fn new(
+        prompter: Prompter,
+        prompt: &str,
+        options: GenerateOptions,
+        guard: GuardOptions,
+    ) -> Result<Rewriting> {
         let prompt = prompt.trim();
         if prompt.is_empty() {
             return Err(Error::invalid("the prompt is empty; expected a few words"));
         }
         let wanted = without_banned(prompt, &options.ban);
         if wanted.is_empty() {
-            return Err(Error::invalid("the prompt holds nothing but banned phrases; expected some other word"));
+            return Err(Error::invalid(
+                "the prompt holds nothing but banned phrases; expected some other word",
+            ));
         }
         let rewrite = Rewrite {
             prompt: prompt.to_owned(),
@@ -147,34 +155,54 @@ impl Rewriting {
             output_tokens: 0,
         };
         let chunks = Verbatim::parse(&wanted).chunks;
-        let mut plans: Vec<Plan> = chunks.into_iter().map(|c| Plan::new(c, &prompter.tokenizer)).collect();
+        let mut plans: Vec<Plan> =
+            chunks.into_iter().map(|c| Plan::new(c, &prompter.tokenizer)).collect();
         if !verbatim::says_something(&wanted) {
             // a model would make something up
             plans.iter_mut().for_each(|p| p.reading.clear());
         }
         let (banned, kept, good, failed) = Default::default();
-        Ok(Rewriting { prompter, wanted, plans, options, guard, banned, kept, good, failed, rewrite })
+        Ok(Rewriting {
+            prompter,
+            wanted,
+            plans,
+            options,
+            guard,
+            banned,
+            kept,
+            good,
+            failed,
+            rewrite,
+        })
     }
 
     /// About how many bytes of text a round reads and measures.
     pub fn text_bytes(&self) -> usize {
-        (self.rewrite.prompt.len() + 256 * self.plans.len()).saturating_mul(self.options.candidates.max(1) as usize)
+        (self.rewrite.prompt.len() + 256 * self.plans.len())
+            .saturating_mul(self.options.candidates.max(1) as usize)
     }
 
     /// Whether the model's text is the result as it comes.
     pub fn streams(&self) -> bool {
-        let plain = |p: &Plan| p.stays.is_none() && !p.reading.is_empty() && p.chunk.parts.is_empty();
+        let plain =
+            |p: &Plan| p.stays.is_none() && !p.reading.is_empty() && p.chunk.parts.is_empty();
         self.plans.len() == 1 && plain(&self.plans[0]) && !self.guard.is_strict()
     }
 
-    /// The next round's work, a prompt for each part between BREAKs that has words; none when the rewrite is done.
+    /// The next round's work, a prompt for each part between BREAKs that has words; none when the
+    /// rewrite is done.
     pub fn work(&mut self) -> Result<Work> {
         let wanted = self.options.candidates.max(1) as usize;
         // greedy decoding says the same every time
-        let rounds = if self.options.sampling.temperature > 0.0 { self.guard.rounds.max(1) } else { 1 };
+        let rounds =
+            if self.options.sampling.temperature > 0.0 { self.guard.rounds.max(1) } else { 1 };
         // what leaves out so much will not be whole the next time
-        let hopeless = !self.failed.is_empty() && self.failed.iter().all(|f| f.candidate.missing.len() >= HOPELESS);
-        if self.good.len() >= wanted || self.rewrite.rounds >= rounds || (hopeless && self.good.is_empty()) {
+        let hopeless = !self.failed.is_empty()
+            && self.failed.iter().all(|f| f.candidate.missing.len() >= HOPELESS);
+        if self.good.len() >= wanted
+            || self.rewrite.rounds >= rounds
+            || (hopeless && self.good.is_empty())
+        {
             return Ok(vec![]);
         }
         let mut work = Work::new();
@@ -196,7 +224,8 @@ impl Rewriting {
         Ok(work)
     }
 
-    /// What no part may add. A medium named in one part is that of all, and what one part says may stand in each.
+    /// What no part may add. A medium named in one part is that of all, and what one part says may
+    /// stand in each.
     fn banned(&mut self) -> Arc<Phrases> {
         if let Some(banned) = &self.banned {
             return banned.clone();
@@ -206,7 +235,8 @@ impl Rewriting {
             whole.push_str(", ");
             whole.push_str(&reading);
         }
-        let banned = self.guard.additions.banned(&whole, self.options.sampling.seed, &self.options.ban);
+        let banned =
+            self.guard.additions.banned(&whole, self.options.sampling.seed, &self.options.ban);
         self.banned.insert(Arc::new(banned)).clone()
     }
 
@@ -227,7 +257,8 @@ impl Rewriting {
         for c in completed {
             self.rewrite.prompt_tokens += c.prompt_ids.len();
             self.rewrite.cached_tokens += c.cached;
-            self.rewrite.output_tokens += c.candidates.iter().map(|c| c.tokens.len()).sum::<usize>();
+            self.rewrite.output_tokens +=
+                c.candidates.iter().map(|c| c.tokens.len()).sum::<usize>();
         }
         for i in 0..completed.first().map_or(0, |c| c.candidates.len()) {
             self.judge(completed, i);
@@ -353,13 +384,28 @@ impl Rewriting {
         c
     }
 
-    fn measured(&self, text: Assembled, (tokens, logprob, finish): (usize, f32, Finish)) -> Candidate {
+    fn measured(
+        &self,
+        text: Assembled,
+        (tokens, logprob, finish): (usize, f32, Finish),
+    ) -> Candidate {
         let Assembled { text, source, reason } = text;
         let (kept, missing) = self.kept.measure(&self.wanted, &text);
         let added = self.kept.added(&self.wanted, &text);
         let counts = self.guard.count_clip_tokens || self.guard.max_clip_tokens.is_some();
         let clip_tokens = counts.then(|| longest_part(&text));
-        Candidate { text, source, reason, kept, missing, added, clip_tokens, tokens, logprob, finish }
+        Candidate {
+            text,
+            source,
+            reason,
+            kept,
+            missing,
+            added,
+            clip_tokens,
+            tokens,
+            logprob,
+            finish,
+        }
     }
 }
 
@@ -377,7 +423,8 @@ fn without_banned(prompt: &str, ban: &Phrases) -> String {
     ban.strip(&text)
 }
 
-/// A piece of the model's text as it is given out: without the replacement character of bytes that make none.
+/// A piece of the model's text as it is given out: without the replacement character of bytes that
+/// make none.
 pub fn whole_characters(text: &str) -> Cow<'_, str> {
     match text.contains(char::REPLACEMENT_CHARACTER) {
         true => Cow::Owned(text.replace(char::REPLACEMENT_CHARACTER, "")),

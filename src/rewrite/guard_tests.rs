@@ -1,4 +1,5 @@
-//! What holds for every candidate of every rewrite, whatever the prompt, the demands and the model's text.
+//! What holds for every candidate of every rewrite, whatever the prompt, the demands and the
+//! model's text.
 
 use super::*;
 use crate::engine::session::Candidate as Continuation;
@@ -9,14 +10,21 @@ use proptest::prelude::*;
 use std::sync::{Arc, LazyLock};
 
 fn prompter() -> Prompter {
-    static TOKENIZER: LazyLock<Arc<crate::text::Tokenizer>> = LazyLock::new(|| Arc::new(embedded::tokenizer()));
+    static TOKENIZER: LazyLock<Arc<crate::text::Tokenizer>> =
+        LazyLock::new(|| Arc::new(embedded::tokenizer()));
     Prompter { tokenizer: TOKENIZER.clone(), template: embedded::template() }
 }
 
 /// What the engine gives back for a text.
 fn completed(texts: &[String], finish: Finish) -> Completed {
-    let token = |text: &String| Token { id: 5, logprob: -(text.len() as f32) / 9.0, top: vec![], end: text.len() };
-    let one = |text: &String| Continuation { text: text.clone(), tokens: vec![token(text)], finish };
+    let token = |text: &String| Token {
+        id: 5,
+        logprob: -(text.len() as f32) / 9.0,
+        top: vec![],
+        end: text.len(),
+    };
+    let one =
+        |text: &String| Continuation { text: text.clone(), tokens: vec![token(text)], finish };
     let candidates = texts.iter().map(one).collect();
     Completed { id: 0, prompt_ids: vec![5], prompt_scores: vec![], cached: 0, candidates }
 }
@@ -31,7 +39,8 @@ fn rewrite(prompt: &str, texts: &[&str], options: GenerateOptions, guard: GuardO
             return rewriting.finish();
         }
         let said = |(_, o): &(Vec<u32>, GenerateOptions)| {
-            let texts: Vec<String> = (0..o.candidates).map(|_| (*texts.next().unwrap()).to_owned()).collect();
+            let texts: Vec<String> =
+                (0..o.candidates).map(|_| (*texts.next().unwrap()).to_owned()).collect();
             completed(&texts, Finish::Stop)
         };
         let done: Vec<Completed> = work.iter().map(said).collect();
@@ -53,16 +62,26 @@ fn first(prompt: &str, texts: &[&str]) -> Candidate {
 fn choices_stay_where_they_stand() {
     let prompt = "a photo of a __animal__ wearing a {red|blue} hat in __city__";
     let c = first(prompt, &["a photo of a animal wearing a red hat in city, highly detailed, 8k"]);
-    assert_eq!((c.text, c.source, c.kept), (format!("{prompt}, highly detailed, 8k"), Source::Phrases, 1.0));
+    assert_eq!(
+        (c.text, c.source, c.kept),
+        (format!("{prompt}, highly detailed, 8k"), Source::Phrases, 1.0)
+    );
     assert!(c.reason.unwrap().contains("__animal__ stays"));
     let c = first("a (red:1.2) cat", &["a cat, (masterpiece, 8k"]);
-    assert_eq!((c.text.as_str(), c.source), ("a (red:1.2) cat, 8k", Source::Phrases), "the weight has no place");
+    assert_eq!(
+        (c.text.as_str(), c.source),
+        ("a (red:1.2) cat, 8k", Source::Phrases),
+        "the weight has no place"
+    );
 }
 
 #[test]
 fn what_the_vocabulary_lacks_stays_as_it_is() {
     let c = first("a cat 🐱🌧️ in the rain", &["a cat in the rain, soft light"]);
-    assert_eq!((c.text.as_str(), c.source), ("a cat 🐱🌧️ in the rain, soft light", Source::Phrases));
+    assert_eq!(
+        (c.text.as_str(), c.source),
+        ("a cat 🐱🌧️ in the rain, soft light", Source::Phrases)
+    );
     assert!(c.reason.unwrap().contains("the model's vocabulary lacks \"🐱\", \"🌧\""));
     for prompt in ["кот в сапогах", "東京の夜", "قطة في المطر"] {
         let r = rewrite(prompt, &["never asked"], warm(3), GuardOptions::default());
@@ -77,16 +96,22 @@ fn what_the_vocabulary_lacks_stays_as_it_is() {
 
 #[test]
 fn long_prompts_come_back_whole() {
-    let prompt =
-        "an old wizard with a long silver beard reading a heavy leather book beside a tall candle in a stone tower";
+    let prompt = "an old wizard with a long silver beard reading a heavy leather book beside a tall candle in a stone tower";
     let said = "an old wizard in a tower, wizardd, leatherly, soft light, a heavy storm, 8k, tren";
-    let mut rewriting = Rewriting::new(prompter(), prompt, warm(1), GuardOptions::default()).unwrap();
+    let mut rewriting =
+        Rewriting::new(prompter(), prompt, warm(1), GuardOptions::default()).unwrap();
     assert_eq!(rewriting.work().unwrap().len(), 1);
     rewriting.take(&[completed(&[said.to_owned()], Finish::Length)]);
     assert!(rewriting.work().unwrap().is_empty(), "it left out too much to try again");
     let c = rewriting.finish().candidates.remove(0);
-    assert_eq!(c.text, format!("{prompt}, soft light, 8k"), "nothing misspelt, cut off, or about the same things");
-    assert!(c.kept == 1.0 && c.source == Source::Phrases && c.reason.unwrap().contains("missing: "));
+    assert_eq!(
+        c.text,
+        format!("{prompt}, soft light, 8k"),
+        "nothing misspelt, cut off, or about the same things"
+    );
+    assert!(
+        c.kept == 1.0 && c.source == Source::Phrases && c.reason.unwrap().contains("missing: ")
+    );
 }
 
 #[test]
@@ -95,8 +120,14 @@ fn banned_phrases_leave_the_prompt_first() {
     options.ban = Arc::new(Phrases::new(["greg rutkowski", "art"]));
     let prompt = "a cat, by greg rutkowski, (art:1.2), <lora:art:1>, night";
     let r = rewrite(prompt, &["a cat, by, night, 8k"], options.clone(), GuardOptions::default());
-    assert_eq!((r.candidates[0].text.as_str(), r.candidates[0].kept), ("a cat, by, night, 8k", 1.0));
-    let error = Rewriting::new(prompter(), "Art, ART", options, GuardOptions::default()).err().unwrap().to_string();
+    assert_eq!(
+        (r.candidates[0].text.as_str(), r.candidates[0].kept),
+        ("a cat, by, night, 8k", 1.0)
+    );
+    let error = Rewriting::new(prompter(), "Art, ART", options, GuardOptions::default())
+        .err()
+        .unwrap()
+        .to_string();
     assert!(error.contains("nothing but banned phrases"));
 }
 
@@ -113,9 +144,14 @@ fn what_says_nothing_comes_back_as_it_is() {
 fn brackets_that_stand_alone_come_back() {
     for bracket in ["{", "}", "(", "[", ">", "([", "<"] {
         let prompt = format!("a cat, {bracket}, night");
-        let mut rewriting = Rewriting::new(prompter(), &prompt, warm(1), GuardOptions::default()).unwrap();
+        let mut rewriting =
+            Rewriting::new(prompter(), &prompt, warm(1), GuardOptions::default()).unwrap();
         let work = rewriting.work().unwrap();
-        assert_eq!(work[0].0, prompter().encode("a cat, night").unwrap(), "the model does not see it");
+        assert_eq!(
+            work[0].0,
+            prompter().encode("a cat, night").unwrap(),
+            "the model does not see it"
+        );
         rewriting.take(&[completed(&["a cat at night, 8k".to_owned()], Finish::Stop)]);
         let c = rewriting.finish().candidates.remove(0);
         let expected = (format!("a cat at night, 8k, {bracket}"), Source::Model, 1.0);
@@ -135,17 +171,22 @@ fn phrases_to_keep_are_checked_in_what_is_returned() {
     let mut options = warm(1);
     options.keep = Arc::new(Literals::new(["f/1.8", "AT&T", "<lora:x:1>", "100 mph"]));
     let guard = GuardOptions { max_clip_tokens: Some(24), ..GuardOptions::default() };
-    let said = "a cat, at&t, 100 mphan, f 1.8, highly detailed, digital painting, intricate, sharp focus";
+    let said =
+        "a cat, at&t, 100 mphan, f 1.8, highly detailed, digital painting, intricate, sharp focus";
     let c = rewrite("a cat", &[said], options.clone(), guard).candidates.remove(0);
     assert!(options.keep.missing(&c.text).is_empty(), "{}", c.text);
     assert!(c.clip_tokens.unwrap() <= 24 && c.text.starts_with("a cat,"), "{c:?}");
 }
 
 fn hostile(most: usize) -> impl Strategy<Value = String> {
-    let pieces = "cat cats red two one no without under on art greg rutkowski 8k (cat:1.2) (art:1.1) ( ) [ ] { } | {a|b} [a:b:0.5] [night] \
-                  __w__ <lora:x:1> <lora:art:1> <lora: BREAK AND : ; \" ' ’ \\ \u{fe0f} 🐱 ß é 猫 кот \u{a0} \u{fffd} 100 mph 1.8";
-    let pieces: Vec<String> = pieces.split(' ').filter(|p| !p.is_empty()).map(str::to_owned).collect();
-    let piece = prop_oneof![8 => prop::sample::select(pieces), 1 => any::<char>().prop_map(String::from)];
+    let pieces = "cat cats red two one no without under on art greg rutkowski 8k (cat:1.2) \
+        (art:1.1) ( ) [ ] { } | {a|b} [a:b:0.5] [night] \
+                  __w__ <lora:x:1> <lora:art:1> <lora: BREAK AND : ; \" ' ’ \\ \u{fe0f} 🐱 ß é 猫 \
+                  кот \u{a0} \u{fffd} 100 mph 1.8";
+    let pieces: Vec<String> =
+        pieces.split(' ').filter(|p| !p.is_empty()).map(str::to_owned).collect();
+    let piece =
+        prop_oneof![8 => prop::sample::select(pieces), 1 => any::<char>().prop_map(String::from)];
     prop::collection::vec((piece, prop::sample::select(vec!["", " ", " ", ", "])), 1..most)
         .prop_map(|v| v.into_iter().map(|(piece, space)| piece + space).collect())
 }
@@ -161,7 +202,8 @@ proptest! {
     fn every_candidate_is_what_it_says(
         prompt in hostile(14),
         texts in prop::collection::vec(hostile(14), 12),
-        keep in some_of(&["film grain", "100 mph", "f/1.8", "<lora:x:1>", "(blue:1.3)", "🐱", "cat"]),
+        keep in some_of(&["film grain", "100 \
+            mph", "f/1.8", "<lora:x:1>", "(blue:1.3)", "🐱", "cat"]),
         ban in some_of(&["art", "greg rutkowski", "red cat", "8k"]),
         min_kept in prop::sample::select(vec![None, Some(0.5), Some(0.9), Some(1.0)]),
         max_clip_tokens in prop::sample::select(vec![None, Some(3), Some(12), Some(30)]),

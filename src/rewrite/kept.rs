@@ -6,19 +6,22 @@ use std::collections::HashSet;
 use std::ops::Range;
 
 /// Stop words elsewhere, but they say where things are.
-const SPATIAL: &str = "above across around at behind below beneath beside between bottom front inside left near on out outside over right through \
+const SPATIAL: &str = "above across around at behind below beneath beside between bottom front \
+    inside left near on out outside over right through \
      top under underneath up down upon";
 
 /// Such small words are in almost every sentence: in a prompt they do not count.
 const VAGUE: &str = "at on out up through over upon around";
 
 /// What takes a thing away.
-const NEGATIONS: &str = "no not without never none neither nor cannot lack lacks lacking minus excluding except";
+const NEGATIONS: &str =
+    "no not without never none neither nor cannot lack lacks lacking minus excluding except";
 
 /// Content words after a negation that it may reach.
 const REACH: usize = 3;
 
-const NUMBERS: &str = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen \
+const NUMBERS: &str = "zero one two three four five six seven eight nine ten eleven twelve \
+    thirteen fourteen fifteen sixteen \
                        seventeen eighteen nineteen";
 const TENS: &str = "twenty thirty forty fifty sixty seventy eighty ninety";
 
@@ -37,8 +40,9 @@ enum Unit {
     Sign(char),
 }
 
-/// Measures what rewrites keep: content words by their stems, numbers as words or digits, colours, words of place where they stand
-/// beside content, negations with what they negate, emoji, quoted text word for word, and special parts to the letter where they stood.
+/// Measures what rewrites keep: content words by their stems, numbers as words or digits, colours,
+/// words of place where they stand beside content, negations with what they negate, emoji, quoted
+/// text word for word, and special parts to the letter where they stood.
 pub struct Kept {
     content: ContentWords,
     spatial: HashSet<&'static str>,
@@ -49,7 +53,12 @@ pub struct Kept {
 impl Default for Kept {
     fn default() -> Self {
         let set = |list: &'static str| list.split_whitespace().collect();
-        Kept { content: ContentWords::default(), spatial: set(SPATIAL), vague: set(VAGUE), negations: set(NEGATIONS) }
+        Kept {
+            content: ContentWords::default(),
+            spatial: set(SPATIAL),
+            vague: set(VAGUE),
+            negations: set(NEGATIONS),
+        }
     }
 }
 
@@ -67,10 +76,16 @@ impl Kept {
             return (1.0, vec![]);
         }
         let said: HashSet<Unit> = self.units(&have, false).into_iter().map(|u| u.0).collect();
-        let mut missing: Vec<String> = units.into_iter().filter(|(u, _)| !said.contains(u)).map(|u| u.1).collect();
+        let mut missing: Vec<String> =
+            units.into_iter().filter(|(u, _)| !said.contains(u)).map(|u| u.1).collect();
         if !quotes.is_empty() {
             let words = have.joined(0..have.words.len());
-            missing.extend(quotes.into_iter().filter(|q| !words.contains(q)).map(|q| format!("\"{}\"", spaced(&q))));
+            missing.extend(
+                quotes
+                    .into_iter()
+                    .filter(|q| !words.contains(q))
+                    .map(|q| format!("\"{}\"", spaced(&q))),
+            );
         }
         // a part that stands twice has to come back twice
         let mut places = Places::of(&output);
@@ -83,19 +98,26 @@ impl Kept {
     pub fn added(&self, input: &str, output: &str) -> Vec<String> {
         let known = self.known(&Verbatim::parse(input).plain());
         let phrases = phrase_spans(output).into_iter().map(|span| output[span].trim());
-        phrases.filter(|p| known.lacks_some(&Verbatim::parse(p).plain())).map(str::to_owned).collect()
+        phrases
+            .filter(|p| known.lacks_some(&Verbatim::parse(p).plain()))
+            .map(str::to_owned)
+            .collect()
     }
 
     /// The words of a text, to compare phrases with.
     pub fn known(&self, text: &str) -> Known<'_> {
         let words = words(text);
         let stems = words.iter().map(|w| self.content.stem(w)).collect();
-        let beginnings = words.iter().filter(|w| !self.content.is_stop_word(w)).filter_map(|w| beginning(w)).collect();
+        let beginnings = words
+            .iter()
+            .filter(|w| !self.content.is_stop_word(w))
+            .filter_map(|w| beginning(w))
+            .collect();
         Known { content: &self.content, stems, beginnings }
     }
 
-    /// What a plain text says, each once, with the words it says it in. Words of place count in a `prompt` only if they are
-    /// specific; in an answer all count.
+    /// What a plain text says, each once, with the words it says it in. Words of place count in a
+    /// `prompt` only if they are specific; in an answer all count.
     fn units(&self, said: &Said, prompt: bool) -> Vec<(Unit, String)> {
         let mut seen = HashSet::new();
         let mut units = Vec::new();
@@ -150,7 +172,8 @@ impl Kept {
             }
             negated = if prompt { 0 } else { negated - 1 };
         }
-        signs(&said.text[said.words.last().map_or(0, |w| w.0.end)..]).for_each(|c| add(Unit::Sign(c), &c.to_string()));
+        signs(&said.text[said.words.last().map_or(0, |w| w.0.end)..])
+            .for_each(|c| add(Unit::Sign(c), &c.to_string()));
         units
     }
 
@@ -183,7 +206,8 @@ impl Known<'_> {
         self.content.stems(phrase).iter().any(|s| self.stems.contains(s))
     }
 
-    /// Whether a phrase has content words, and none that is the text's or begins like one: a misspelt word is nothing new.
+    /// Whether a phrase has content words, and none that is the text's or begins like one: a
+    /// misspelt word is nothing new.
     pub fn lacks_all(&self, phrase: &str) -> bool {
         let stems = self.content.stems(phrase);
         let begins = |s: &String| beginning(s).is_some_and(|b| self.beginnings.contains(&b));
@@ -217,14 +241,17 @@ impl<'a> Said<'a> {
         self.words[words].iter().map(|w| format!(" {} ", w.1)).collect()
     }
 
-    /// A number in digits from the `i`-th word on, such as 3, 1,000, f/1.8's 1.8, or 16:9, and how many words it takes.
+    /// A number in digits from the `i`-th word on, such as 3, 1,000, f/1.8's 1.8, or 16:9, and how
+    /// many words it takes.
     fn figures(&self, i: usize) -> Option<(String, usize)> {
         let digits = |w: &str| w.bytes().all(|b| b.is_ascii_digit());
         let mut text = Some(&self.words[i].1).filter(|w| digits(w))?.clone();
         let mut n = 1;
         while let Some((_, next)) = self.words.get(i + n) {
             let gap = self.gap(i + n);
-            if !matches!(gap, "." | "," | ":" | "/") || !next.starts_with(|c: char| c.is_ascii_digit()) {
+            if !matches!(gap, "." | "," | ":" | "/")
+                || !next.starts_with(|c: char| c.is_ascii_digit())
+            {
                 break;
             }
             let thousands = gap == "," && next.len() == 3 && digits(next);
@@ -238,9 +265,12 @@ impl<'a> Said<'a> {
         Some((text, n))
     }
 
-    /// A number in words from the `i`-th on, such as twenty-one, two hundred or a dozen, and how many words it takes.
+    /// A number in words from the `i`-th on, such as twenty-one, two hundred or a dozen, and how
+    /// many words it takes.
     fn number(&self, i: usize) -> Option<(u64, usize)> {
-        let place = |list: &str, word: &str| list.split_whitespace().position(|w| w == word).map(|n| n as u64);
+        let place = |list: &str, word: &str| {
+            list.split_whitespace().position(|w| w == word).map(|n| n as u64)
+        };
         let scale = |word: &str| match word {
             "dozen" => Some(12),
             "hundred" => Some(100),
@@ -256,7 +286,11 @@ impl<'a> Said<'a> {
         let (mut number, mut n) = if let Some(small) = place(NUMBERS, word(i)) {
             (small, 1)
         } else if let Some(tens) = place(TENS, word(i)) {
-            let units = self.words.get(i + 1).and_then(|_| place(NUMBERS, word(i + 1))).filter(|u| (1..10).contains(u));
+            let units = self
+                .words
+                .get(i + 1)
+                .and_then(|_| place(NUMBERS, word(i + 1)))
+                .filter(|u| (1..10).contains(u));
             (20 + 10 * tens + units.unwrap_or(0), 1 + usize::from(units.is_some()))
         } else {
             (scale(word(i))?, 1)
@@ -284,7 +318,9 @@ impl<'a> Said<'a> {
             if mark != ' ' {
                 match open {
                     // an apostrophe stands within a word
-                    Some((begun, start)) if begun == mark && (mark == '"' || !after.is_alphanumeric()) => {
+                    Some((begun, start))
+                        if begun == mark && (mark == '"' || !after.is_alphanumeric()) =>
+                    {
                         let first = self.words.partition_point(|w| w.0.end <= start);
                         let end = self.words.partition_point(|w| w.0.start < at);
                         // what goes on within a word is no quotation
@@ -294,7 +330,9 @@ impl<'a> Said<'a> {
                         open = None;
                     }
                     // what looked like a single mark was an apostrophe
-                    None | Some(('\'', _)) if !before.is_alphanumeric() && !after.is_whitespace() => {
+                    None | Some(('\'', _))
+                        if !before.is_alphanumeric() && !after.is_whitespace() =>
+                    {
                         open = Some((mark, at + c.len_utf8()));
                     }
                     _ => {}
@@ -316,7 +354,12 @@ fn signs(gap: &str) -> impl Iterator<Item = char> {
         0..0xa0 => false,
         0xa2..=0xa6 | 0xa9 | 0xac | 0xae | 0xb0 | 0xb1 | 0xd7 | 0xf7 => true,
         // what is written around and between words, and what only changes others
-        0xa0..0x20a0 | 0x2e00..=0x2e7f | 0x3000..=0x303f | 0xfe00..=0xfe6f | 0xfff0..=0xffff | 0xe0000.. => false,
+        0xa0..0x20a0
+        | 0x2e00..=0x2e7f
+        | 0x3000..=0x303f
+        | 0xfe00..=0xfe6f
+        | 0xfff0..=0xffff
+        | 0xe0000.. => false,
         _ => !c.is_alphanumeric() && !c.is_whitespace() && !is_combining(*c),
     })
 }
@@ -349,7 +392,10 @@ mod tests {
         assert_eq!(missing("two cats", "three cats"), ["two"]);
         assert_eq!(missing("twenty-one cats", "21 cats"), [""; 0]);
         assert_eq!(missing("twenty-one cats", "twenty cats, one dog"), ["twenty one"]);
-        assert_eq!(missing("a dozen roses, two hundred bees, 1,000 ants", "12 roses, 200 bees, 1000 ants"), [""; 0]);
+        assert_eq!(
+            missing("a dozen roses, two hundred bees, 1,000 ants", "12 roses, 200 bees, 1000 ants"),
+            [""; 0]
+        );
         assert_eq!(missing("one red cat, which one", "a red cat"), ["one"]);
         assert_eq!(missing("at f/1.8, 16:9", "at f/1 and 8, 16 by 9"), ["1.8", "16:9"]);
     }
@@ -357,7 +403,10 @@ mod tests {
     #[test]
     fn signs_quotes_and_accents_are_content() {
         assert_eq!(missing("a 🐱 and a 🌧\u{fe0f}", "a 🐱"), ["🌧"]);
-        assert_eq!(missing("a sign that says \"I am not here\"", "a sign says not here, I am"), ["\"i am not here\""]);
+        assert_eq!(
+            missing("a sign that says \"I am not here\"", "a sign says not here, I am"),
+            ["\"i am not here\""]
+        );
         assert_eq!(missing("the word 'to be', dogs' beds", "word “to be” dogs beds"), [""; 0]);
         assert_eq!(missing("the dogs' bowl and the cats' bed", "dogs bowl, cats bed"), [""; 0]);
         assert_eq!(missing("café, Straße, 猫", "cafe\u{301}, strae"), ["straße", "猫"]);
@@ -367,8 +416,14 @@ mod tests {
     fn special_parts_count_to_the_letter() {
         let input = "a (red cat:1.2) BREAK night <lora:x:0.8>";
         assert_eq!(missing(input, "a (red cat:1.2), 8k BREAK night sky <lora:x:0.8>"), [""; 0]);
-        assert_eq!(missing(input, "a (red cat:1.3) night <lora:x:0.8>"), ["(red cat:1.2)", "BREAK"]);
-        assert_eq!(Kept::default().measure(input, "a (red cat:1.3) night <lora:x:0.8>").0, 4.0 / 6.0);
+        assert_eq!(
+            missing(input, "a (red cat:1.3) night <lora:x:0.8>"),
+            ["(red cat:1.2)", "BREAK"]
+        );
+        assert_eq!(
+            Kept::default().measure(input, "a (red cat:1.3) night <lora:x:0.8>").0,
+            4.0 / 6.0
+        );
         assert_eq!(missing("(cat:1.1), (cat:1.1)", "(cat:1.1)"), ["(cat:1.1)"]);
         assert_eq!(missing("\"CATS AND DOGS\"", "\"CATS AND DOGS\", highly detailed"), [""; 0]);
     }
@@ -387,18 +442,27 @@ mod tests {
 
     #[test]
     fn added_phrases_say_something_new() {
-        let added = Kept::default().added("a cat in the rain", "a cat in the rain, highly detailed, the rain, 8k");
+        let added = Kept::default()
+            .added("a cat in the rain", "a cat in the rain, highly detailed, the rain, 8k");
         assert_eq!(added, ["highly detailed", "8k"]);
         let kept = Kept::default();
         let known = kept.known("two cats in the rain");
-        assert!(known.lacks_all("in the style of x") && !known.lacks_all("three cats") && !known.lacks_all("in the"));
+        assert!(
+            known.lacks_all("in the style of x")
+                && !known.lacks_all("three cats")
+                && !known.lacks_all("in the")
+        );
     }
 
-    /// Pieces of prompts, with everything that means something to the measure or to an image program.
+    /// Pieces of prompts, with everything that means something to the measure or to an image
+    /// program.
     fn hostile() -> impl Strategy<Value = String> {
-        let pieces = "cat red two twenty -one 3.5 1,000 no without under on the one (cat:1.2) ( ) [ ] { } | {a|b} {2$$x|y} ${v} [a:b:0.5] \
-                      __w__ __ _ <lora:x:1> <lora: BREAK AND , . : ; \" ' ’ “ ” \\ \u{fe0f} 🐱 ß é e\u{301} 猫 кот \u{a0} \u{fffd} \u{200d} \n";
-        let pieces: Vec<String> = pieces.split(' ').filter(|p| !p.is_empty()).map(str::to_owned).collect();
+        let pieces = "cat red two twenty -one 3.5 1,000 no without under on the one (cat:1.2) ( ) \
+            [ ] { } | {a|b} {2$$x|y} ${v} [a:b:0.5] \
+                      __w__ __ _ <lora:x:1> <lora: BREAK AND , . : ; \" ' ’ “ ” \\ \u{fe0f} 🐱 ß é \
+                      e\u{301} 猫 кот \u{a0} \u{fffd} \u{200d} \n";
+        let pieces: Vec<String> =
+            pieces.split(' ').filter(|p| !p.is_empty()).map(str::to_owned).collect();
         let piece = prop_oneof![4 => prop::sample::select(pieces), 1 => any::<char>().prop_map(String::from)];
         prop::collection::vec((piece, prop::sample::select(vec!["", " ", " ", ", "])), 0..24)
             .prop_map(|v| v.into_iter().map(|(piece, space)| piece + space).collect())

@@ -9,7 +9,9 @@ mod verbatim;
 #[cfg(test)]
 mod scaling_tests;
 
-pub use guard::{Candidate, DEFAULT_MIN_KEPT, GuardOptions, Rewrite, Rewriting, Source, Work, whole_characters};
+pub use guard::{
+    Candidate, DEFAULT_MIN_KEPT, GuardOptions, Rewrite, Rewriting, Source, Work, whole_characters,
+};
 pub use kept::Kept;
 pub use style::{Additions, Style};
 pub use verbatim::Verbatim;

@@ -6,10 +6,12 @@ use crate::text::content_words::word_spans;
 
 /// Texts of so many bytes that are made to be hard.
 fn hostile(bytes: usize) -> Vec<String> {
-    let units = "( [ { < _ , ( [ ( ) [ ] ]( (] __a __a__ <lora:x <lora:x> <lora:x:1> BREAK_ (a (a) (a:1.2) {a|b} {a| [a:b: a_ a, ' \" 'a' \"a\" no_ \
+    let units = "( [ { < _ , ( [ ( ) [ ] ]( (] __a __a__ <lora:x <lora:x> <lora:x:1> BREAK_ (a (a) \
+        (a:1.2) {a|b} {a| [a:b: a_ a, ' \" 'a' \"a\" no_ \
                  one_ 1, 1: twenty- AND_ ${ $$ \\ \\( 🐱 猫 ’ ́ é";
-    let repeated =
-        units.split_whitespace().map(|u| u.replace("_", if u.len() > 1 && !u.contains("__") { " " } else { "_" }));
+    let repeated = units
+        .split_whitespace()
+        .map(|u| u.replace("_", if u.len() > 1 && !u.contains("__") { " " } else { "_" }));
     let mut texts: Vec<String> = repeated.map(|u| u.repeat(bytes / u.len())).collect();
     for (open, close) in [("(", ")"), ("[", "]"), ("{", "}"), ("(a ", ":1.2)"), ("(", ":1)")] {
         let n = bytes / (open.len() + close.len());
@@ -25,7 +27,10 @@ fn work(text: &str, kept: &Kept) {
     let words: Vec<_> = word_spans(text).map(|w| w.0).collect();
     without(text, &words);
     phrase_spans(text);
-    parsed.chunks.iter().for_each(|c| drop(c.weave("a red cat in the rain, w1, w2, highly detailed")));
+    parsed
+        .chunks
+        .iter()
+        .for_each(|c| drop(c.weave("a red cat in the rain, w1, w2, highly detailed")));
     assert_eq!(kept.measure(text, text).0, 1.0);
     kept.added("a cat", text);
 }
@@ -47,8 +52,8 @@ fn nanoseconds(text: &str, kept: &Kept) -> u128 {
     (0..3).map(once).min().expect("three times")
 }
 
-/// Eight times the text takes eight times the work, and sixty-four times if some scan is quadratic; half of that is allowed, so that
-/// neither caches nor neighbours decide.
+/// Eight times the text takes eight times the work, and sixty-four times if some scan is quadratic;
+/// half of that is allowed, so that neither caches nor neighbours decide.
 #[cfg(unix)]
 #[test]
 fn costs_grow_with_the_length() {

@@ -1,7 +1,8 @@
-//! What a rewrite may add: media that go with the prompt's own, a style's phrases, artists or none, worn phrases or fewer of them.
+//! What a rewrite may add: media that go with the prompt's own, a style's phrases, artists or none,
+//! worn phrases or fewer of them.
 //!
-//! All of it follows from the prompt and its seed alone, so that a line of a batch comes out the same wherever it is rewritten. What
-//! the prompt itself holds is never banned.
+//! All of it follows from the prompt and its seed alone, so that a line of a batch comes out the
+//! same wherever it is rewritten. What the prompt itself holds is never banned.
 
 use crate::error::{Error, Result};
 use crate::random::{Derived, Words, derived_seed};
@@ -16,7 +17,8 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock, Mutex};
 
 static BUILT_IN: LazyLock<Vec<Arc<Style>>> = LazyLock::new(|| {
-    let styles = Style::parse(include_str!("../../assets/styles.txt")).expect("the built-in styles are whole");
+    let styles = Style::parse(include_str!("../../assets/styles.txt"))
+        .expect("the built-in styles are whole");
     styles.into_iter().map(Arc::new).collect()
 });
 
@@ -45,7 +47,9 @@ impl Style {
         let path = Path::new(name);
         if !path.is_file() {
             let known = Style::names().join(", ");
-            return Err(Error::invalid(format!("there is no style \"{name}\" and no such file; styles are {known}")));
+            return Err(Error::invalid(format!(
+                "there is no style \"{name}\" and no such file; styles are {known}"
+            )));
         }
         let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
         let mut styles = Style::parse(&text).map_err(|e| Error::file(path, e))?;
@@ -53,7 +57,9 @@ impl Style {
             1 => Ok(Arc::new(styles.remove(0))),
             n => Err(Error::file(
                 path,
-                format!("holds {n} styles, expected one: lines such as \"name: photo, photograph\""),
+                format!(
+                    "holds {n} styles, expected one: lines such as \"name: photo, photograph\""
+                ),
             )),
         }
     }
@@ -68,8 +74,8 @@ impl Style {
         BUILT_IN.iter().find(|s| s.name == name).cloned()
     }
 
-    /// Reads styles: a heading `[name]`, which a file of one may lack, and lines `medium:`, `name:`, `allow:` and `ban:`. The error
-    /// names the line.
+    /// Reads styles: a heading `[name]`, which a file of one may lack, and lines `medium:`,
+    /// `name:`, `allow:` and `ban:`. The error names the line.
     pub fn parse(text: &str) -> std::result::Result<Vec<Style>, String> {
         let mut styles: Vec<Style> = Vec::new();
         for (i, line) in text.lines().map(str::trim).enumerate() {
@@ -85,7 +91,8 @@ impl Style {
             }
             let style = styles.last_mut().expect("pushed above");
             let (key, rest) = line.split_once(':').unwrap_or((line, ""));
-            let phrases = rest.split(',').map(str::trim).filter(|p| !words(p).is_empty()).map(str::to_owned);
+            let phrases =
+                rest.split(',').map(str::trim).filter(|p| !words(p).is_empty()).map(str::to_owned);
             match key.trim() {
                 "name" => style.names.extend(phrases),
                 "allow" => style.allow.extend(phrases),
@@ -94,22 +101,33 @@ impl Style {
                     for name in rest.split([' ', ',']).filter(|n| !n.is_empty()) {
                         style.media |= Mediums::built_in().named(name).ok_or_else(|| {
                             let known = Mediums::built_in().names().join(", ");
-                            format!("line {}: there is no medium \"{name}\"; media are {known}", i + 1)
+                            format!(
+                                "line {}: there is no medium \"{name}\"; media are {known}",
+                                i + 1
+                            )
                         })?;
                     }
                 }
-                _ => return Err(format!("line {}: expected medium:, name:, allow: or ban:, found \"{line}\"", i + 1)),
+                _ => {
+                    return Err(format!(
+                        "line {}: expected medium:, name:, allow: or ban:, found \"{line}\"",
+                        i + 1
+                    ));
+                }
             }
         }
         for style in &mut styles {
-            let phrases = |list: &[String]| Phrases::checked(list).map_err(|e| format!("style \"{}\" {e}", style.name));
+            let phrases = |list: &[String]| {
+                Phrases::checked(list).map_err(|e| format!("style \"{}\" {e}", style.name))
+            };
             phrases(&style.allow)?;
             (style.naming, style.banned) = (phrases(&style.names)?, phrases(&style.ban)?);
         }
         Ok(styles)
     }
 
-    /// Phrases that fit none of `media`: neither those that hold an allowed phrase nor those that stand in one.
+    /// Phrases that fit none of `media`: neither those that hold an allowed phrase nor those that
+    /// stand in one.
     fn against(&self, media: MediumSet) -> Phrases {
         if self.allow.is_empty() {
             return against(media);
@@ -139,7 +157,8 @@ impl fmt::Display for Style {
             return f.write_str(&self.name);
         }
         let names = Mediums::built_in().names().iter().enumerate();
-        let media: Vec<&str> = names.filter(|(i, _)| self.media & (1 << i) != 0).map(|n| n.1.as_str()).collect();
+        let media: Vec<&str> =
+            names.filter(|(i, _)| self.media & (1 << i) != 0).map(|n| n.1.as_str()).collect();
         let [name, allow, ban] = [&self.names, &self.allow, &self.ban].map(|list| list.join(", "));
         write!(f, "medium: {}; name: {name}; allow: {allow}; ban: {ban}", media.join(" "))
     }
@@ -153,7 +172,8 @@ pub struct Additions {
     pub no_artists: bool,
     /// Also adds media that exclude the one that a prompt names.
     pub any_medium: bool,
-    /// Part of the common style phrases that a prompt may not use, drawn anew for each seed: from 0 to 1.
+    /// Part of the common style phrases that a prompt may not use, drawn anew for each seed: from 0
+    /// to 1.
     pub variety: f32,
 }
 
@@ -169,7 +189,9 @@ static MEDIA: LazyLock<Mutex<HashMap<MediumSet, Phrases>>> = LazyLock::new(Mutex
 static COMMON: LazyLock<Phrases> = LazyLock::new(|| Phrases::new(common()));
 
 fn common() -> impl Iterator<Item = &'static str> {
-    include_str!("../../assets/common_phrases.txt").lines().filter(|l| !l.is_empty() && !l.starts_with('#'))
+    include_str!("../../assets/common_phrases.txt")
+        .lines()
+        .filter(|l| !l.is_empty() && !l.starts_with('#'))
 }
 
 fn against(media: MediumSet) -> Phrases {
@@ -178,8 +200,8 @@ fn against(media: MediumSet) -> Phrases {
 }
 
 impl Additions {
-    /// `ban` and what else is not to be added to `prompt`. The lists are shared: what a prompt says itself is left out of them without
-    /// a copy.
+    /// `ban` and what else is not to be added to `prompt`. The lists are shared: what a prompt says
+    /// itself is left out of them without a copy.
     pub fn banned(&self, prompt: &str, seed: u64, ban: &Phrases) -> Phrases {
         let mut lists = vec![];
         let own = Mediums::built_in().of(prompt).filter(|media| *media != 0);
@@ -188,7 +210,9 @@ impl Additions {
             _ => own.filter(|_| !self.any_medium),
         };
         if let Some(media) = media {
-            lists.push(self.style.as_ref().map_or_else(|| against(media), |style| style.against(media)));
+            lists.push(
+                self.style.as_ref().map_or_else(|| against(media), |style| style.against(media)),
+            );
         }
         lists.extend(self.style.as_ref().map(|style| style.banned.clone()));
         if self.no_artists {
@@ -203,7 +227,9 @@ impl Additions {
 
     /// The prompt as the model is given it: with the style's name, unless it names a medium itself.
     pub fn named<'p>(&self, prompt: &'p str, seed: u64) -> Cow<'p, str> {
-        let Some(style) = self.style.as_ref().filter(|s| !s.names.is_empty()) else { return Cow::Borrowed(prompt) };
+        let Some(style) = self.style.as_ref().filter(|s| !s.names.is_empty()) else {
+            return Cow::Borrowed(prompt);
+        };
         if style.naming.find(prompt).is_some() || Mediums::built_in().of(prompt).is_some() {
             return Cow::Borrowed(prompt);
         }
@@ -226,12 +252,19 @@ mod tests {
         let banned = |a: &Additions, prompt| a.banned(prompt, 1, &none);
         let default = Additions::default();
         let photo = banned(&default, "a photo of a cat");
-        for phrase in ["digital painting", "trending on artstation", "octane render", "art by wlop", "anime"] {
+        for phrase in
+            ["digital painting", "trending on artstation", "octane render", "art by wlop", "anime"]
+        {
             assert!(photo.find(&format!("a photo of a cat, {phrase}")).is_some(), "{phrase}");
         }
-        assert!(photo.find("a photo of a cat, film grain, soft lighting, photorealistic, 8k").is_none());
+        assert!(
+            photo.find("a photo of a cat, film grain, soft lighting, photorealistic, 8k").is_none()
+        );
         assert!(banned(&default, "a cat").is_empty());
-        assert!(banned(&default, "a photo of a cat, oil on canvas").is_empty(), "contradicts itself already");
+        assert!(
+            banned(&default, "a photo of a cat, oil on canvas").is_empty(),
+            "contradicts itself already"
+        );
         let held = banned(&default, "a photo of a digital painting class");
         assert!(held.find("a photo of a digital painting class").is_none());
         assert!(banned(&Additions { any_medium: true, ..default }, "a photo of a cat").is_empty());
@@ -241,7 +274,13 @@ mod tests {
     fn without_artists_none_is_added_and_none_taken_from_the_prompt() {
         let a = Additions { no_artists: true, ..Additions::default() };
         let banned = a.banned("a cat", 1, &Phrases::new(["dog"]));
-        for text in ["a cat, Greg Rutkowski", "a cat, art by x", "a cat, in the style of y", "a cat, by z", "a dog"] {
+        for text in [
+            "a cat, Greg Rutkowski",
+            "a cat, art by x",
+            "a cat, in the style of y",
+            "a cat, by z",
+            "a dog",
+        ] {
             assert!(banned.find(text).is_some(), "{text}");
         }
         let monet = "a house by the lake in the style of Claude Monet";
@@ -254,13 +293,18 @@ mod tests {
     fn styles_name_themselves_and_leave_a_prompts_own_medium() {
         let photo = additions("photo");
         let named = photo.named("a cat.", 3);
-        assert!(named.starts_with("a cat, ") && Mediums::built_in().of(&named).is_some(), "{named}");
+        assert!(
+            named.starts_with("a cat, ") && Mediums::built_in().of(&named).is_some(),
+            "{named}"
+        );
         assert_eq!(named, photo.named("a cat.", 3));
         assert_eq!(photo.named("an oil painting of a cat", 3), "an oil painting of a cat");
         let banned = photo.banned("an oil painting of a cat", 3, &Phrases::default());
         assert!(banned.find("oil on canvas").is_none() && banned.find("dslr").is_some());
         let product = additions("product").banned("a cup", 3, &Phrases::default());
-        assert!(product.find("octane render").is_none() && product.find("digital painting").is_some());
+        assert!(
+            product.find("octane render").is_none() && product.find("digital painting").is_some()
+        );
         assert!(product.find("film grain").is_some());
     }
 
@@ -275,7 +319,11 @@ mod tests {
         assert_ne!(drawn(1), drawn(2));
         let all = common().count();
         assert!((all / 3..all).contains(&drawn(1).len()), "{} of {all}", drawn(1).len());
-        assert!(a.banned("a cat, highly detailed", 1, &Phrases::default()).find("a cat, highly detailed").is_none());
+        assert!(
+            a.banned("a cat, highly detailed", 1, &Phrases::default())
+                .find("a cat, highly detailed")
+                .is_none()
+        );
     }
 
     #[test]
@@ -284,7 +332,11 @@ mod tests {
         assert_eq!((styles.len(), styles[0].names.len(), styles[0].ban.len()), (1, 2, 1));
         assert_eq!(styles[0].to_string(), "medium: ; name: sketch, doodle; allow: ; ban: 8k");
         assert_eq!(Style::built_in("photo").unwrap().to_string(), "photo");
-        assert!(Style::parse("# x\nmedium: phto").unwrap_err().contains("line 2: there is no medium \"phto\""));
+        assert!(
+            Style::parse("# x\nmedium: phto")
+                .unwrap_err()
+                .contains("line 2: there is no medium \"phto\"")
+        );
         assert!(Style::parse("[a]\nphoto").unwrap_err().contains("line 2"));
         let error = Style::named("no such style").unwrap_err().to_string();
         assert!(error.contains("photo, product"), "{error}");

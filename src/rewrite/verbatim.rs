@@ -1,10 +1,13 @@
-//! What a prompt holds for the image program rather than for the reader: weights `(x:1.2)`, emphasis `(x)`, `[x]` and `{x}`, LoRA and
-//! other tags `<lora:x:0.8>`, wildcards `__x__`, choices `{a|b}`, `[a|b]`, `[a:b:0.5]`, BREAK and AND. So are brackets that stand
-//! alone between commas and enclose nothing: a model copies those that it has seen, and makes something up in place of others.
+//! What a prompt holds for the image program rather than for the reader: weights `(x:1.2)`,
+//! emphasis `(x)`, `[x]` and `{x}`, LoRA and other tags `<lora:x:0.8>`, wildcards `__x__`, choices
+//! `{a|b}`, `[a|b]`, `[a:b:0.5]`, BREAK and AND. So are brackets that stand alone between commas
+//! and enclose nothing: a model copies those that it has seen, and makes something up in place of
+//! others.
 //!
-//! The model gets plain words. Emphasis comes back around its words wherever those stand in the model's text; tags and lone brackets,
-//! which stand nowhere, come last. What a choice will say nobody knows yet, so that a text with one stays as it was written.
-//! Every scan is linear in the length of the prompt.
+//! The model gets plain words. Emphasis comes back around its words wherever those stand in the
+//! model's text; tags and lone brackets, which stand nowhere, come last. What a choice will say
+//! nobody knows yet, so that a text with one stays as it was written. Every scan is linear in the
+//! length of the prompt.
 
 use crate::text::content_words::{is_combining, word_spans, words};
 use std::collections::{HashMap, HashSet};
@@ -83,7 +86,8 @@ impl Verbatim {
 
     /// The words without anything special.
     pub fn plain(&self) -> String {
-        let plain: Vec<&str> = self.chunks.iter().map(|c| c.plain.as_str()).filter(|p| !p.is_empty()).collect();
+        let plain: Vec<&str> =
+            self.chunks.iter().map(|c| c.plain.as_str()).filter(|p| !p.is_empty()).collect();
         plain.join(", ")
     }
 
@@ -127,7 +131,12 @@ impl Chunk {
             }
             before = if beside.joins { before } else { beside.last };
             if let Some(kind) = kind {
-                parts.push(Part { written: written.to_owned(), kind, before: before.take(), after: None });
+                parts.push(Part {
+                    written: written.to_owned(),
+                    kind,
+                    before: before.take(),
+                    after: None,
+                });
                 before = Some(written.to_owned());
             }
         }
@@ -137,7 +146,12 @@ impl Chunk {
         if let Some(last) = parts.last_mut() {
             last.after = Beside::of(gap).first;
         }
-        Chunk { written: text[span].trim().to_owned(), plain: tidy(&plain), reading: tidy(&reading), parts }
+        Chunk {
+            written: text[span].trim().to_owned(),
+            plain: tidy(&plain),
+            reading: tidy(&reading),
+            parts,
+        }
     }
 
     /// Whether some of its words are not known.
@@ -157,7 +171,8 @@ impl Chunk {
         tags.map(|p| format!(" {}", p.written)).collect()
     }
 
-    /// Puts emphasis back around its words in a text of the model's. What stood alone between commas, and is not there, is added.
+    /// Puts emphasis back around its words in a text of the model's. What stood alone between
+    /// commas, and is not there, is added.
     pub fn weave(&self, text: &str) -> String {
         let text = text.trim();
         let words: Vec<(Range<usize>, String)> = word_spans(text).collect();
@@ -184,7 +199,10 @@ impl Chunk {
                 PartKind::Tag | PartKind::Choice => continue,
             };
             let wanted: Vec<String> = word_spans(inner).map(|w| w.1).collect();
-            let places = wanted.first().and_then(|w| by_first.get(w.as_str())).map_or(&[][..], Vec::as_slice);
+            let places = wanted
+                .first()
+                .and_then(|w| by_first.get(w.as_str()))
+                .map_or(&[][..], Vec::as_slice);
             let from = next.entry(inner).or_default();
             let fits = |&i: &usize| {
                 i + wanted.len() <= words.len()
@@ -234,7 +252,8 @@ impl<'a> Places<'a> {
     pub fn of(text: &'a Verbatim) -> Places<'a> {
         let mut have = HashMap::new();
         for part in text.parts() {
-            let (written, before, after) = (part.written.as_str(), part.before.as_deref(), part.after.as_deref());
+            let (written, before, after) =
+                (part.written.as_str(), part.before.as_deref(), part.after.as_deref());
             let mut places = HashSet::from([Place::Anywhere(written)]);
             if before.or(after).is_some() {
                 places.insert(Place::Joined(written));
@@ -249,18 +268,24 @@ impl<'a> Places<'a> {
         Places { have, used: HashMap::new() }
     }
 
-    /// Whether `part` stands in the text, once more than it was asked for before, where it stood: a choice beside the same words,
-    /// emphasis in a phrase if it was in one.
+    /// Whether `part` stands in the text, once more than it was asked for before, where it stood: a
+    /// choice beside the same words, emphasis in a phrase if it was in one.
     pub fn take(&mut self, part: &'a Part) -> bool {
         let written = part.written.as_str();
         let place = match &part.kind {
             PartKind::Tag | PartKind::Bracket => Place::Anywhere(written),
-            PartKind::Emphasis(_) if part.before.is_none() && part.after.is_none() => Place::Anywhere(written),
+            PartKind::Emphasis(_) if part.before.is_none() && part.after.is_none() => {
+                Place::Anywhere(written)
+            }
             PartKind::Emphasis(_) => Place::Joined(written),
-            PartKind::Choice => Place::Between(written, part.before.as_deref(), part.after.as_deref()),
+            PartKind::Choice => {
+                Place::Between(written, part.before.as_deref(), part.after.as_deref())
+            }
         };
         let anywhere = Place::Anywhere(written);
-        let left = |p: &Place| self.used.get(p).copied().unwrap_or(0) < self.have.get(p).copied().unwrap_or(0);
+        let left = |p: &Place| {
+            self.used.get(p).copied().unwrap_or(0) < self.have.get(p).copied().unwrap_or(0)
+        };
         if !left(&place) || !left(&anywhere) {
             return false;
         }
@@ -313,7 +338,8 @@ pub fn phrase_spans(text: &str) -> Vec<Range<usize>> {
     spans
 }
 
-/// A text without what stands at these bytes, in order, nor what they leave empty: tags and choices go whole.
+/// A text without what stands at these bytes, in order, nor what they leave empty: tags and choices
+/// go whole.
 pub fn without(text: &str, gone: &[Range<usize>]) -> String {
     let mut left = String::with_capacity(text.len());
     let mut next = gone.iter().peekable();
@@ -332,16 +358,17 @@ pub fn without(text: &str, gone: &[Range<usize>]) -> String {
         push(special.span.clone(), &mut left);
         let written = &text[special.span.clone()];
         let changed = left.len() - before < written.len();
-        let stays =
-            special.kind == Special::Group { choice: false } && !words(&inner_words(&left[before..])).is_empty();
+        let stays = special.kind == Special::Group { choice: false }
+            && !words(&inner_words(&left[before..])).is_empty();
         if changed && !stays {
             left.truncate(before);
         }
         at = special.span.end;
     }
     push(at..text.len(), &mut left);
-    let phrases =
-        phrase_spans(&left).into_iter().map(|span| left[span].split_whitespace().collect::<Vec<_>>().join(" "));
+    let phrases = phrase_spans(&left)
+        .into_iter()
+        .map(|span| left[span].split_whitespace().collect::<Vec<_>>().join(" "));
     phrases.filter(|p| says_something(p)).collect::<Vec<_>>().join(", ")
 }
 
@@ -413,7 +440,8 @@ fn specials_of(text: &str) -> Vec<Found> {
     specials_where(text, !is_shout(text))
 }
 
-/// All special parts that are not within others, in order, in one pass; `and` says whether AND is one.
+/// All special parts that are not within others, in order, in one pass; `and` says whether AND is
+/// one.
 fn specials_where(text: &str, and: bool) -> Vec<Found> {
     let bytes = text.as_bytes();
     let mut found: Vec<Found> = vec![];
@@ -442,14 +470,18 @@ fn specials_where(text: &str, and: bool) -> Vec<Found> {
             }
             b'|' => open.last_mut().into_iter().for_each(|o| o.choice = true),
             b':' => open.last_mut().into_iter().for_each(|o| o.choice |= o.bracket == b'['),
-            b'$' if bytes.get(at + 1) == Some(&b'$') => open.last_mut().into_iter().for_each(|o| o.choice = true),
+            b'$' if bytes.get(at + 1) == Some(&b'$') => {
+                open.last_mut().into_iter().for_each(|o| o.choice = true)
+            }
             close @ (b')' | b']' | b'}') => match open.pop().filter(|o| closes(o.bracket, close)) {
                 Some(group) => {
                     let mut choice = group.choice;
                     while let Some(inner) = found.pop_if(|f| f.span.start >= group.start) {
-                        choice |= !matches!(inner.kind, Special::Tag | Special::Group { choice: false });
+                        choice |=
+                            !matches!(inner.kind, Special::Tag | Special::Group { choice: false });
                     }
-                    found.push(Found { span: group.start..at + 1, kind: Special::Group { choice } });
+                    found
+                        .push(Found { span: group.start..at + 1, kind: Special::Group { choice } });
                 }
                 // what does not fit ends all that is open
                 None => open.clear(),
@@ -469,7 +501,8 @@ fn specials_where(text: &str, and: bool) -> Vec<Found> {
     found
 }
 
-/// What stands between commas, BREAKs and tags and is nothing but brackets, which are none of the special parts that were `found`.
+/// What stands between commas, BREAKs and tags and is nothing but brackets, which are none of the
+/// special parts that were `found`.
 fn lone_brackets(text: &str, found: &[Found]) -> Vec<Found> {
     let mut lone = vec![];
     let mut end_phrase = |start: Option<usize>, end: usize| {
@@ -510,7 +543,9 @@ fn closes(open: u8, close: u8) -> bool {
 /// Whether `word` stands at `at` and is no part of a longer one.
 fn is_alone(text: &str, at: usize, word: &str) -> bool {
     let goes_on = |c: char| c.is_alphanumeric() || is_combining(c);
-    text[at..].strip_prefix(word).is_some_and(|after| !text[..at].ends_with(goes_on) && !after.starts_with(goes_on))
+    text[at..]
+        .strip_prefix(word)
+        .is_some_and(|after| !text[..at].ends_with(goes_on) && !after.starts_with(goes_on))
 }
 
 /// The end of the tag that begins at `at`. No tag holds another.
@@ -524,13 +559,15 @@ fn tag_end(text: &str, at: usize) -> Option<usize> {
     (inside[end] == b'>').then_some(at + end + 2)
 }
 
-/// The end of the wildcard that begins at `at`. The search stops at the next two underscores, so that none is passed twice.
+/// The end of the wildcard that begins at `at`. The search stops at the next two underscores, so
+/// that none is passed twice.
 fn wildcard_end(text: &str, at: usize) -> Option<usize> {
     let inside = text[at..].strip_prefix("__")?;
     let is_name = |c: char| c.is_alphanumeric() || "-_/*.$@~".contains(c);
     let end = inside.char_indices().find(|&(i, c)| !is_name(c) || inside[i..].starts_with("__"))?.0;
-    (inside[..end].contains(|c: char| c.is_alphanumeric() || c == '*') && inside[end..].starts_with("__"))
-        .then_some(at + end + 4)
+    (inside[..end].contains(|c: char| c.is_alphanumeric() || c == '*')
+        && inside[end..].starts_with("__"))
+    .then_some(at + end + 4)
 }
 
 /// The words of a bracketed part, without brackets and weights.
@@ -549,8 +586,10 @@ fn inner_words(group: &str) -> String {
                 escaped = true;
             }
             ')' | ']' | '}' => {
-                let weight = words.trim_end_matches(|c: char| c.is_ascii_digit() || "+-.".contains(c));
-                // without a number the spaces before are not looked at, which others may have been already
+                let weight =
+                    words.trim_end_matches(|c: char| c.is_ascii_digit() || "+-.".contains(c));
+                // without a number the spaces before are not looked at, which others may have been
+                // already
                 if weight.len() < words.len()
                     && let Some(name) = weight.trim_end().strip_suffix(':')
                 {
@@ -576,7 +615,11 @@ fn choice_words(written: &str) -> String {
     let first = first.rsplit("::").next().unwrap_or_default();
     // [from:to:when] and {name:weight}
     let first = first.split(':').find(|p| p.contains(char::is_alphabetic)).unwrap_or_default();
-    let first = if written.starts_with("__") { first.rsplit('/').next().unwrap_or_default() } else { first };
+    let first = if written.starts_with("__") {
+        first.rsplit('/').next().unwrap_or_default()
+    } else {
+        first
+    };
     let word = |c: char| if c.is_alphanumeric() || " '’,".contains(c) { c } else { ' ' };
     tidy(&first.chars().map(word).collect::<String>())
 }
@@ -617,15 +660,24 @@ mod tests {
 
     #[test]
     fn the_model_gets_plain_words() {
-        let v = Verbatim::parse("a (red cat:1.2), [rain], ((mood: 1.1)) <lora:film grain:0.8> __season__ street");
+        let v = Verbatim::parse(
+            "a (red cat:1.2), [rain], ((mood: 1.1)) <lora:film grain:0.8> __season__ street",
+        );
         assert_eq!(v.plain(), "a red cat, rain, mood street");
         assert_eq!(v.chunks[0].reading, "a red cat, rain, mood season street");
-        let all = ["(red cat:1.2)", "[rain]", "((mood: 1.1))", "<lora:film grain:0.8>", "__season__"];
+        let all =
+            ["(red cat:1.2)", "[rain]", "((mood: 1.1))", "<lora:film grain:0.8>", "__season__"];
         assert_eq!(v.parts().map(|p| p.written.as_str()).collect::<Vec<_>>(), all);
         assert!(Verbatim::parse("a cat, 3 < 4 and breakfast").is_plain());
         assert!(Verbatim::parse("CATS AND DOGS").is_plain(), "a shout");
-        assert!(Verbatim::parse("a AND\u{fe0f} b BREAK\u{301} c").is_plain(), "an accent goes on with the word");
-        assert!(Verbatim::parse(r"smile \(anime\), a (b c __ d").is_plain(), "escaped or unbalanced");
+        assert!(
+            Verbatim::parse("a AND\u{fe0f} b BREAK\u{301} c").is_plain(),
+            "an accent goes on with the word"
+        );
+        assert!(
+            Verbatim::parse(r"smile \(anime\), a (b c __ d").is_plain(),
+            "escaped or unbalanced"
+        );
         assert_eq!(one("((16:9:1.2) view:1.1), (3)").plain, "16:9 view, 3");
     }
 
@@ -657,17 +709,28 @@ mod tests {
     fn parts_know_what_stands_beside_them() {
         let v = Verbatim::parse("a photo of __x__ {a|b} in, __y__, (z:1) end BREAK __w__");
         let beside: Vec<_> = v.parts().map(|p| (p.before.as_deref(), p.after.as_deref())).collect();
-        let expected =
-            [(Some("of"), Some("{a|b}")), (Some("__x__"), Some("in")), (None, None), (None, Some("end")), (None, None)];
+        let expected = [
+            (Some("of"), Some("{a|b}")),
+            (Some("__x__"), Some("in")),
+            (None, None),
+            (None, Some("end")),
+            (None, None),
+        ];
         assert_eq!(beside, expected);
     }
 
     #[test]
     fn emphasis_comes_back_around_its_words() {
         let chunk = one("a (red cat:1.2) in ((rain)), (moon:0.7) <lora:x:1>");
-        assert_eq!(chunk.weave("a Red cat in the rain, 8k"), "a (red cat:1.2) in the ((rain)), 8k, (moon:0.7)");
+        assert_eq!(
+            chunk.weave("a Red cat in the rain, 8k"),
+            "a (red cat:1.2) in the ((rain)), 8k, (moon:0.7)"
+        );
         assert_eq!(chunk.tags(), " <lora:x:1>");
-        assert_eq!(one("(cat:1.1) and (cat:1.3)").weave("cat and cat, art"), "(cat:1.1) and (cat:1.3), art");
+        assert_eq!(
+            one("(cat:1.1) and (cat:1.3)").weave("cat and cat, art"),
+            "(cat:1.1) and (cat:1.3), art"
+        );
         assert_eq!(one("(red cat), (cat)").weave("cat, red cat"), "(cat), (red cat)");
         assert_eq!(one("(a)").weave(""), "(a)");
         assert_eq!(one("a cat, {").weave("a cat, 8k"), "a cat, 8k, {");

@@ -17,8 +17,9 @@ use tokio::time::{Sleep, sleep};
 /// How long a client may have closed its side for before it is asked whether it is there.
 const GRACE: Duration = Duration::from_millis(250);
 
-/// The first byte of every answer, of HTTP/1.0 and HTTP/1.1 alike and whatever its status ("HTTP/1.1 200"). It may be sent before
-/// there is more: a client that reads gets its answer byte for byte, and a closed socket refuses it.
+/// The first byte of every answer, of HTTP/1.0 and HTTP/1.1 alike and whatever its status
+/// ("HTTP/1.1 200"). It may be sent before there is more: a client that reads gets its answer byte
+/// for byte, and a closed socket refuses it.
 const FIRST: &[u8] = b"H";
 
 /// A line of server-sent events that says nothing.
@@ -43,7 +44,8 @@ pub struct Wire {
 
 impl Wire {
     pub fn new(stream: TcpStream, limit: Option<Duration>) -> Wire {
-        let client = Client { stream: Arc::new(stream), unwritten: Arc::default(), begun: Arc::default() };
+        let client =
+            Client { stream: Arc::new(stream), unwritten: Arc::default(), begun: Arc::default() };
         Wire { client, limit, stalled: None }
     }
 
@@ -51,8 +53,8 @@ impl Wire {
         self.client.clone()
     }
 
-    /// Writes with `write`, except that an answer whose first byte was sent already has that written first. There is always
-    /// something to write: hyper never writes nothing.
+    /// Writes with `write`, except that an answer whose first byte was sent already has that
+    /// written first. There is always something to write: hyper never writes nothing.
     fn poll_write_with(
         &mut self,
         cx: &mut Context<'_>,
@@ -80,12 +82,19 @@ impl Wire {
         let Some(limit) = self.limit else { return Poll::Pending };
         let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(limit)));
         std::task::ready!(stalled.as_mut().poll(cx));
-        Poll::Ready(Err(io::Error::new(ErrorKind::TimedOut, "the client takes nothing of its answer")))
+        Poll::Ready(Err(io::Error::new(
+            ErrorKind::TimedOut,
+            "the client takes nothing of its answer",
+        )))
     }
 }
 
 impl AsyncRead for Wire {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         loop {
             std::task::ready!(self.client.stream.poll_read_ready(cx))?;
             match self.client.stream.try_read(buf.initialize_unfilled()) {
@@ -101,7 +110,11 @@ impl AsyncRead for Wire {
 }
 
 impl AsyncWrite for Wire {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         self.poll_write_with(cx, |s| s.try_write(buf))
     }
 
@@ -124,26 +137,30 @@ impl AsyncWrite for Wire {
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         let closed = socket2::SockRef::from(&*self.client.stream).shutdown(Shutdown::Write);
         // it may be closed already
-        Poll::Ready(closed.or_else(|e| if e.kind() == ErrorKind::NotConnected { Ok(()) } else { Err(e) }))
+        Poll::Ready(
+            closed.or_else(|e| if e.kind() == ErrorKind::NotConnected { Ok(()) } else { Err(e) }),
+        )
     }
 }
 
 impl Client {
-    /// Resolves when the client has gone away; not while it has merely finished sending, which looks the same until something is
-    /// sent to it. To be asked before the answer begins.
+    /// Resolves when the client has gone away; not while it has merely finished sending, which
+    /// looks the same until something is sent to it. To be asked before the answer begins.
     pub async fn left(&self) {
         if self.closed_its_side().await.is_err() {
             return;
         }
         sleep(GRACE).await;
-        if !self.unwritten.load(Ordering::Relaxed) && self.stream.try_write(FIRST).is_ok_and(|n| n > 0) {
+        if !self.unwritten.load(Ordering::Relaxed)
+            && self.stream.try_write(FIRST).is_ok_and(|n| n > 0)
+        {
             self.begun.store(true, Ordering::Relaxed);
         }
         self.refused().await;
     }
 
-    /// An answer of server-sent events that breaks off when the client has gone away: one that has closed its side gets a comment,
-    /// which nobody is there to take.
+    /// An answer of server-sent events that breaks off when the client has gone away: one that has
+    /// closed its side gets a comment, which nobody is there to take.
     pub fn watched(self, answer: Body) -> Body {
         let events = answer.into_data_stream().map(Some).chain(stream::iter([None]));
         let gone = || Err(axum::Error::new(io::Error::from(ErrorKind::ConnectionAborted)));

@@ -1,4 +1,5 @@
-//! The engine as the handlers see it: prompts go in over a channel, what became of them comes back over others.
+//! The engine as the handlers see it: prompts go in over a channel, what became of them comes back
+//! over others.
 
 use super::errors::ApiError;
 use crate::engine::Finish;
@@ -12,7 +13,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// What the engine tells about one prompt. How much of it can pile up is bounded by what the prompt asks for.
+/// What the engine tells about one prompt. How much of it can pile up is bounded by what the prompt
+/// asks for.
 #[derive(Debug)]
 pub enum Reply {
     /// New text of a candidate and its tokens; the last one has a `finish`.
@@ -45,11 +47,13 @@ pub(super) struct Submission {
     pub options: GenerateOptions,
     pub replies: UnboundedSender<Reply>,
     pub arrived: Instant,
-    /// Its place in the queue, which is free again when the engine is done with it, whoever still reads.
+    /// Its place in the queue, which is free again when the engine is done with it, whoever still
+    /// reads.
     pub _permit: OwnedSemaphorePermit,
 }
 
-/// The HTTP request that prompts belong to: however many there are, they share one share of the engine.
+/// The HTTP request that prompts belong to: however many there are, they share one share of the
+/// engine.
 #[derive(Clone)]
 pub struct Owner {
     id: u64,
@@ -87,15 +91,24 @@ impl Engine {
         Owner { id: self.ids.fetch_add(1, Ordering::Relaxed), request_id }
     }
 
-    /// Hands in prompts, all or none, and waits until the engine has accepted them. Each answers on its own.
+    /// Hands in prompts, all or none, and waits until the engine has accepted them. Each answers on
+    /// its own.
     pub async fn submit(&self, prompts: Work, owner: &Owner) -> Result<Vec<Generation>, ApiError> {
         self.check_count(prompts.len())?;
-        let permits = self.room.clone().try_acquire_many_owned(prompts.len() as u32).map_err(|_| ApiError::busy())?;
+        let permits = self
+            .room
+            .clone()
+            .try_acquire_many_owned(prompts.len() as u32)
+            .map_err(|_| ApiError::busy())?;
         self.hand_in(prompts, permits, owner).await
     }
 
     /// [`Engine::submit`] that waits for room: for the rest of what has begun.
-    pub async fn submit_in_turn(&self, prompts: Work, owner: &Owner) -> Result<Vec<Generation>, ApiError> {
+    pub async fn submit_in_turn(
+        &self,
+        prompts: Work,
+        owner: &Owner,
+    ) -> Result<Vec<Generation>, ApiError> {
         self.check_count(prompts.len())?;
         let permits = self.room.clone().acquire_many_owned(prompts.len() as u32).await;
         self.hand_in(prompts, permits.map_err(|_| stopped())?, owner).await
@@ -104,7 +117,8 @@ impl Engine {
     /// Fails if so many prompts never fit into the queue.
     pub fn check_count(&self, prompts: usize) -> Result<(), ApiError> {
         if prompts > self.capacity {
-            let message = format!("{prompts} prompts are more than the {} that may wait", self.capacity);
+            let message =
+                format!("{prompts} prompts are more than the {} that may wait", self.capacity);
             return Err(ApiError::field("prompt", message));
         }
         Ok(())
@@ -124,9 +138,15 @@ impl Engine {
             let permit = permits.split(1).expect("one permit for each prompt");
             let request_id = owner.request_id.clone();
             let arrived = Instant::now();
-            let submission = Submission { id, request_id, prompt, options, replies, arrived, _permit: permit };
+            let submission =
+                Submission { id, request_id, prompt, options, replies, arrived, _permit: permit };
             self.commands.send(Command::Submit(Box::new(submission))).map_err(|_| stopped())?;
-            generations.push(Generation { id, receiver, commands: self.commands.clone(), done: false });
+            generations.push(Generation {
+                id,
+                receiver,
+                commands: self.commands.clone(),
+                done: false,
+            });
         }
         for g in &mut generations {
             g.next().await.transpose()?;
@@ -139,7 +159,8 @@ impl Engine {
         self.capacity - self.room.available_permits()
     }
 
-    /// What is wrong with the engine's thread: it has ended, or has not moved for longer than `stall`.
+    /// What is wrong with the engine's thread: it has ended, or has not moved for longer than
+    /// `stall`.
     pub fn trouble(&self, stall: Option<Duration>) -> Option<String> {
         if self.pulse.gone.load(Ordering::Acquire) {
             return Some("the engine has stopped".into());

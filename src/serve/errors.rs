@@ -66,7 +66,8 @@ impl ApiError {
     }
 
     pub fn wrong_method(path: &str) -> ApiError {
-        let message = format!("{path} does not take this method; the Allow header lists those it takes");
+        let message =
+            format!("{path} does not take this method; the Allow header lists those it takes");
         ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
     }
 
@@ -87,7 +88,11 @@ impl ApiError {
     }
 
     pub fn draining() -> ApiError {
-        let mut e = ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", "the server is shutting down");
+        let mut e = ApiError::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "server_error",
+            "the server is shutting down",
+        );
         e.retry_after = Some(5);
         e
     }
@@ -95,7 +100,9 @@ impl ApiError {
     /// The body is larger than the server takes: its size, if it says so, and the limit.
     pub fn too_large(sizes: Option<(u64, usize)>) -> ApiError {
         let message = match sizes {
-            Some((size, limit)) => format!("the body has {size} bytes, {limit} at most; --body-limit allows for more"),
+            Some((size, limit)) => {
+                format!("the body has {size} bytes, {limit} at most; --body-limit allows for more")
+            }
             None => "the body has more bytes than --body-limit allows".into(),
         };
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
@@ -113,19 +120,22 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response = (self.status, axum::Json(ErrorBody { error: self.detail })).into_response();
+        let mut response =
+            (self.status, axum::Json(ErrorBody { error: self.detail })).into_response();
         if let Some(seconds) = self.retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         if self.status == StatusCode::UNAUTHORIZED {
-            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            response
+                .headers_mut()
+                .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }
 }
 
-/// A request's body in JSON, and how many bytes it had. What is wrong with one is reported like any other error. Whole numbers
-/// may be written with a fraction of zero, as JSON Schema has it.
+/// A request's body in JSON, and how many bytes it had. What is wrong with one is reported like any
+/// other error. Whole numbers may be written with a fraction of zero, as JSON Schema has it.
 pub struct Json<T>(pub T, pub usize);
 
 /// What a body can hold.
@@ -142,7 +152,11 @@ impl<T: RequestBody> FromRequest<Arc<Shared>> for Json<T> {
     async fn from_request(request: Request, shared: &Arc<Shared>) -> Result<Json<T>, ApiError> {
         if !is_json(&request) {
             let message = "expected the header Content-Type: application/json";
-            return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", message));
+            return Err(ApiError::new(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "invalid_request_error",
+                message,
+            ));
         }
         let body = Bytes::from_request(request, shared).await.map_err(unreadable)?;
         let bytes = body.len();
@@ -152,7 +166,11 @@ impl<T: RequestBody> FromRequest<Arc<Shared>> for Json<T> {
 }
 
 fn is_json(request: &Request) -> bool {
-    let kind = request.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let kind = request
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .and_then(|v| v.to_str().ok())
+        .unwrap_or_default();
     let kind = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     kind == "application/json" || kind.starts_with("application/") && kind.ends_with("+json")
 }
@@ -174,8 +192,8 @@ fn unreadable(e: BytesRejection) -> ApiError {
 }
 
 fn parse<T: RequestBody>(body: &[u8]) -> Result<T, ApiError> {
-    let mut value: Value =
-        serde_json::from_slice(body).map_err(|e| ApiError::invalid(format!("the body is not JSON: {e}")))?;
+    let mut value: Value = serde_json::from_slice(body)
+        .map_err(|e| ApiError::invalid(format!("the body is not JSON: {e}")))?;
     if !value.is_object() {
         return Err(ApiError::invalid("the body is no JSON object"));
     }

@@ -41,9 +41,11 @@ pub async fn tokenize(
     let max_model_len = shared.config.context;
     let tokenizer = shared.tokenizer.clone();
     let work = move || {
-        let tokens = tokenizer.encode(&r.prompt).map_err(|e| ApiError::field("prompt", e.to_string()))?;
+        let tokens =
+            tokenizer.encode(&r.prompt).map_err(|e| ApiError::field("prompt", e.to_string()))?;
         let text = |id: &u32| String::from_utf8_lossy(&tokenizer.token_bytes(*id)).into_owned();
-        let token_strs = r.return_token_strs.unwrap_or(false).then(|| tokens.iter().map(text).collect());
+        let token_strs =
+            r.return_token_strs.unwrap_or(false).then(|| tokens.iter().map(text).collect());
         Ok(axum::Json(TokenizeResponse { count: tokens.len(), max_model_len, tokens, token_strs }))
     };
     shared.texts.run(bytes, work).await?
@@ -79,7 +81,8 @@ pub async fn detokenize(
     }
     let tokenizer = shared.tokenizer.clone();
     let work = move || {
-        let prompt = tokenizer.decode(&r.tokens).map_err(|e| ApiError::field("tokens", e.to_string()))?;
+        let prompt =
+            tokenizer.decode(&r.tokens).map_err(|e| ApiError::field("tokens", e.to_string()))?;
         Ok(axum::Json(DetokenizeResponse { prompt }))
     };
     shared.texts.run(bytes, work).await?
@@ -122,12 +125,14 @@ pub async fn version() -> axum::Json<Version> {
     responses((status = 200, content((String = "text/plain"))))
 )]
 pub async fn metrics(State(shared): StateArc) -> Response {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], shared.metrics.text()).into_response()
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], shared.metrics.text())
+        .into_response()
 }
 
 /// The page.
 pub async fn page() -> Response {
-    let policy =
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:";
-    ([(header::CONTENT_SECURITY_POLICY, policy)], Html(include_str!("../../assets/page.html"))).into_response()
+    let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
+        connect-src 'self'; img-src data:";
+    ([(header::CONTENT_SECURITY_POLICY, policy)], Html(include_str!("../../assets/page.html")))
+        .into_response()
 }

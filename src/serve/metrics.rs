@@ -1,12 +1,13 @@
-//! Prometheus metrics under vLLM's names, so that dashboards, autoscalers and gateways made for it work.
+//! Prometheus metrics under vLLM's names, so that dashboards, autoscalers and gateways made for it
+//! work.
 
 use crate::engine::session::Completed;
 use crate::engine::{Counters, Finish};
 use crate::ops::BLOCK;
 use axum::http::Method;
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder,
+    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
 };
 use std::collections::HashMap;
 use std::time::Instant;
@@ -41,10 +42,11 @@ pub struct Metrics {
 type ReadCounter = fn(&Counters) -> u64;
 
 const SECONDS: [f64; 20] = [
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0,
-    120.0,
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
+    5.0, 10.0, 30.0, 120.0,
 ];
-const TOKENS: [f64; 12] = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0];
+const TOKENS: [f64; 12] =
+    [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0];
 
 /// Registers metrics with the labels that all of vLLM's have.
 struct Maker {
@@ -57,7 +59,10 @@ impl Maker {
         Opts::new(format!("vllm:{name}"), help).const_labels(self.labels.clone())
     }
 
-    fn add<C: prometheus::core::Collector + Clone + 'static>(&self, made: prometheus::Result<C>) -> C {
+    fn add<C: prometheus::core::Collector + Clone + 'static>(
+        &self,
+        made: prometheus::Result<C>,
+    ) -> C {
         let c = made.expect("names and labels are fixed");
         self.registry.register(Box::new(c.clone())).expect("every name is used once");
         c
@@ -79,16 +84,21 @@ impl Maker {
 
 impl Metrics {
     pub fn new(model: &str, blocks: usize) -> Metrics {
-        let labels = HashMap::from([("model_name".into(), model.into()), ("engine".into(), "0".into())]);
+        let labels =
+            HashMap::from([("model_name".into(), model.into()), ("engine".into(), "0".into())]);
         let m = Maker { registry: Registry::new(), labels };
         let seconds = |name: &str, help: &str| m.histogram(name, help, &SECONDS);
         let tokens = |name: &str, help: &str| m.histogram(name, help, &TOKENS);
-        let usage = |name: &str| m.add(Gauge::with_opts(m.opts(name, "Part of the KV cache that sequences hold.")));
+        let usage = |name: &str| {
+            m.add(Gauge::with_opts(m.opts(name, "Part of the KV cache that sequences hold.")))
+        };
         let info = IntGaugeVec::new(
             Opts::new("vllm:cache_config_info", "Sizes of the KV cache."),
             &["block_size", "num_gpu_blocks", "engine"],
         );
-        m.add(info).with_label_values(&[&BLOCK.to_string(), &blocks.to_string(), &"0".to_string()]).set(1);
+        m.add(info)
+            .with_label_values(&[&BLOCK.to_string(), &blocks.to_string(), &"0".to_string()])
+            .set(1);
         let counter = |name: &str, help: &str, read: ReadCounter| (m.counter(name, help), read);
         Metrics {
             running: m.gauge("num_requests_running", "Sequences in the batch."),
@@ -96,14 +106,28 @@ impl Metrics {
             // the second is the name of old, which some scrapers still ask for
             cache_usage: [usage("kv_cache_usage_perc"), usage("gpu_cache_usage_perc")],
             counters: vec![
-                counter("num_preemptions_total", "Sequences that gave up their blocks.", |c| c.preemptions),
-                counter("prefix_cache_queries_total", "Prompt tokens looked up.", |c| c.prefix_queries),
-                counter("prefix_cache_hits_total", "Prompt tokens found computed.", |c| c.prefix_hits),
-                counter("gpu_prefix_cache_queries_total", "Prompt tokens looked up.", |c| c.prefix_queries),
-                counter("gpu_prefix_cache_hits_total", "Prompt tokens found computed.", |c| c.prefix_hits),
+                counter("num_preemptions_total", "Sequences that gave up their blocks.", |c| {
+                    c.preemptions
+                }),
+                counter("prefix_cache_queries_total", "Prompt tokens looked up.", |c| {
+                    c.prefix_queries
+                }),
+                counter("prefix_cache_hits_total", "Prompt tokens found computed.", |c| {
+                    c.prefix_hits
+                }),
+                counter("gpu_prefix_cache_queries_total", "Prompt tokens looked up.", |c| {
+                    c.prefix_queries
+                }),
+                counter("gpu_prefix_cache_hits_total", "Prompt tokens found computed.", |c| {
+                    c.prefix_hits
+                }),
                 counter("spec_decode_num_drafts_total", "Drafts checked.", |c| c.drafts),
-                counter("spec_decode_num_draft_tokens_total", "Tokens drafted.", |c| c.drafted_tokens),
-                counter("spec_decode_num_accepted_tokens_total", "Drafted tokens accepted.", |c| c.accepted_tokens),
+                counter("spec_decode_num_draft_tokens_total", "Tokens drafted.", |c| {
+                    c.drafted_tokens
+                }),
+                counter("spec_decode_num_accepted_tokens_total", "Drafted tokens accepted.", |c| {
+                    c.accepted_tokens
+                }),
             ],
             prompt_tokens: m.counter("prompt_tokens_total", "Tokens of prompts."),
             generation_tokens: m.counter("generation_tokens_total", "Tokens generated."),
@@ -113,24 +137,42 @@ impl Metrics {
             )),
             iteration_tokens: tokens("iteration_tokens_total", "Tokens of a forward pass."),
             first_token: seconds("time_to_first_token_seconds", "From arrival to the first text."),
-            inter_token: seconds("inter_token_latency_seconds", "Between two pieces of a candidate's text."),
+            inter_token: seconds(
+                "inter_token_latency_seconds",
+                "Between two pieces of a candidate's text.",
+            ),
             time_per_output_token: seconds(
                 "request_time_per_output_token_seconds",
                 "A request's mean time for a token.",
             ),
             end_to_end: seconds("e2e_request_latency_seconds", "From arrival to the end."),
             queue: seconds("request_queue_time_seconds", "From arrival to the first computation."),
-            inference: seconds("request_inference_time_seconds", "From the first computation to the end."),
-            prefill: seconds("request_prefill_time_seconds", "From the first computation to the first text."),
+            inference: seconds(
+                "request_inference_time_seconds",
+                "From the first computation to the end.",
+            ),
+            prefill: seconds(
+                "request_prefill_time_seconds",
+                "From the first computation to the first text.",
+            ),
             decode: seconds("request_decode_time_seconds", "From the first text to the end."),
             request_prompt_tokens: tokens("request_prompt_tokens", "Tokens of a request's prompt."),
-            request_generation_tokens: tokens("request_generation_tokens", "Tokens generated for a request."),
-            request_max_tokens: tokens("request_params_max_tokens", "Most tokens that a request asks for."),
+            request_generation_tokens: tokens(
+                "request_generation_tokens",
+                "Tokens generated for a request.",
+            ),
+            request_max_tokens: tokens(
+                "request_params_max_tokens",
+                "Most tokens that a request asks for.",
+            ),
             request_n: tokens("request_params_n", "Candidates that a request asks for."),
             // this one vLLM does not have
             restarts: m.add(IntCounter::with_opts(
-                Opts::new("bprompt:engine_restarts_total", "Times that the engine was emptied after a failure.")
-                    .const_labels(m.labels.clone()),
+                Opts::new(
+                    "bprompt:engine_restarts_total",
+                    "Times that the engine was emptied after a failure.",
+                )
+                .const_labels(m.labels.clone()),
             )),
             http: m.add(HistogramVec::new(
                 HistogramOpts::new("http_request_duration_seconds", "Time to the response's head.")
@@ -163,11 +205,18 @@ impl Metrics {
         self.restarts.inc();
     }
 
-    /// A request was answered. `handler` is a route; methods that nobody serves are counted together, because anybody can make
-    /// up more of them.
+    /// A request was answered. `handler` is a route; methods that nobody serves are counted
+    /// together, because anybody can make up more of them.
     pub fn http(&self, handler: &str, method: &Method, status: u16, seconds: f64) {
-        const KNOWN: [Method; 7] =
-            [Method::GET, Method::POST, Method::HEAD, Method::OPTIONS, Method::PUT, Method::PATCH, Method::DELETE];
+        const KNOWN: [Method; 7] = [
+            Method::GET,
+            Method::POST,
+            Method::HEAD,
+            Method::OPTIONS,
+            Method::PUT,
+            Method::PATCH,
+            Method::DELETE,
+        ];
         let method = KNOWN.iter().find(|known| *known == method).map_or("other", Method::as_str);
         self.http.with_label_values(&[handler, method, &status.to_string()]).observe(seconds);
     }
@@ -206,8 +255,15 @@ impl Metrics {
         }
     }
 
-    /// A forward pass is done, or something was cancelled. `counted` are the engine's counters before and after.
-    pub fn step(&self, running: usize, waiting: usize, blocks: (usize, usize), counted: (&Counters, &Counters)) {
+    /// A forward pass is done, or something was cancelled. `counted` are the engine's counters
+    /// before and after.
+    pub fn step(
+        &self,
+        running: usize,
+        waiting: usize,
+        blocks: (usize, usize),
+        counted: (&Counters, &Counters),
+    ) {
         let (before, after) = counted;
         let grown = |read: &ReadCounter| read(after).saturating_sub(read(before));
         self.running.set(running as i64);

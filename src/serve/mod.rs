@@ -46,14 +46,16 @@ use utoipa_axum::routes;
 pub struct HttpOptions {
     /// Most bytes of a request's body.
     pub body_limit: usize,
-    /// Longest time for a request's head, and between requests of a connection; and for a request's body.
+    /// Longest time for a request's head, and between requests of a connection; and for a request's
+    /// body.
     pub header_timeout: Duration,
     pub body_timeout: Duration,
     /// Longest time for which a client may take nothing of its answer.
     pub write_timeout: Option<Duration>,
     /// Origins whose pages may call; `*` for all.
     pub cors_origins: Vec<String>,
-    /// How long `/ready` fails before the server stops accepting connections, and how long requests may take after that.
+    /// How long `/ready` fails before the server stops accepting connections, and how long requests
+    /// may take after that.
     pub shutdown_delay: Duration,
     pub shutdown_timeout: Duration,
 }
@@ -76,7 +78,8 @@ impl Default for HttpOptions {
 #[openapi(
     info(
         title = "beautiful-prompt",
-        description = "Rewrites plain text-to-image prompts into rich ones. Where an API key is set, requests bring it as a bearer token."
+        description = "Rewrites plain text-to-image prompts into rich ones. Where an API key is \
+            set, requests bring it as a bearer token."
     ),
     components(schemas(rewrite::RewritePiece, rewrite::RewriteResult))
 )]
@@ -102,17 +105,21 @@ pub fn app(shared: Arc<Shared>, options: &HttpOptions) -> anyhow::Result<Router>
         .routes(routes!(info::ready))
         .routes(routes!(info::version))
         .routes(routes!(info::metrics));
-    let (router, document) =
-        OpenApiRouter::with_openapi(Document::openapi()).merge(guarded).merge(open).split_for_parts();
+    let (router, document) = OpenApiRouter::with_openapi(Document::openapi())
+        .merge(guarded)
+        .merge(open)
+        .split_for_parts();
     let body_limits = layers::BodyLimits { bytes: options.body_limit, time: options.body_timeout };
     let mut router = router
         .route("/", get(info::page))
         .route("/ping", get(info::health))
         .route("/openapi.json", get(move || std::future::ready(Json(document))))
-        .fallback(|request: Request<Body>| async move { ApiError::no_such_path(request.uri().path()) })
-        .method_not_allowed_fallback(
-            |request: Request<Body>| async move { ApiError::wrong_method(request.uri().path()) },
+        .fallback(
+            |request: Request<Body>| async move { ApiError::no_such_path(request.uri().path()) },
         )
+        .method_not_allowed_fallback(|request: Request<Body>| async move {
+            ApiError::wrong_method(request.uri().path())
+        })
         .layer(DefaultBodyLimit::max(options.body_limit))
         .layer(from_fn_with_state(body_limits, layers::limit_body));
     if !options.cors_origins.is_empty() {
@@ -139,12 +146,15 @@ fn cors(origins: &[String]) -> anyhow::Result<CorsLayer> {
     if origins.iter().any(|o| o == "*") {
         return Ok(layer.allow_origin(Any));
     }
-    let list = origins.iter().map(|o| o.parse().map_err(|_| anyhow::anyhow!("--cors-origin {o}: not an origin")));
+    let list = origins
+        .iter()
+        .map(|o| o.parse().map_err(|_| anyhow::anyhow!("--cors-origin {o}: not an origin")));
     Ok(layer.allow_origin(AllowOrigin::list(list.collect::<anyhow::Result<Vec<_>>>()?)))
 }
 
-/// Serves until `stop` resolves, then drains: `/ready` fails first, then no connection is accepted any more, and what was
-/// accepted is answered. Returns how many requests the time was too short for.
+/// Serves until `stop` resolves, then drains: `/ready` fails first, then no connection is accepted
+/// any more, and what was accepted is answered. Returns how many requests the time was too short
+/// for.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -176,7 +186,8 @@ pub async fn serve(
     }
     let now = tokio::time::Instant::now();
     let end = now + options.shutdown_timeout;
-    // who has connected already is served; who goes on connecting must not keep the server from ending
+    // who has connected already is served; who goes on connecting must not keep the server from
+    // ending
     let last = end.min(now + Duration::from_millis(200));
     let soon = || last.min(tokio::time::Instant::now() + Duration::from_millis(20));
     while let Ok(Ok((stream, _))) = tokio::time::timeout_at(soon(), listener.accept()).await {
@@ -189,7 +200,8 @@ pub async fn serve(
     }
 }
 
-/// Serves a connection on a task of its own. A client that leaves before its answer begins ends the work for it.
+/// Serves a connection on a task of its own. A client that leaves before its answer begins ends the
+/// work for it.
 fn accept(stream: TcpStream, router: Router, options: &HttpOptions, graceful: &GracefulShutdown) {
     // a token is a small packet that somebody waits for
     let _ = stream.set_nodelay(true);

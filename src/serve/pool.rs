@@ -1,4 +1,5 @@
-//! Where texts are read and measured: short ones at once, long ones off the threads that answer everybody.
+//! Where texts are read and measured: short ones at once, long ones off the threads that answer
+//! everybody.
 
 use super::errors::ApiError;
 use std::sync::Arc;
@@ -22,7 +23,11 @@ impl TextPool {
     /// A pool that refuses requests while so many wait.
     pub fn new(most_waiting: usize) -> TextPool {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        TextPool { room: Arc::new(Semaphore::new(cores.div_ceil(2))), waiting: Arc::default(), most_waiting }
+        TextPool {
+            room: Arc::new(Semaphore::new(cores.div_ceil(2))),
+            waiting: Arc::default(),
+            most_waiting,
+        }
     }
 
     /// [`TextPool::run`] for a request that has just come: refuses it if too many wait.
@@ -47,7 +52,8 @@ impl TextPool {
         self.run(bytes, work).await
     }
 
-    /// What `work` on about so many bytes comes to. Fails if it panics, and never for lack of room: what was begun is finished.
+    /// What `work` on about so many bytes comes to. Fails if it panics, and never for lack of room:
+    /// what was begun is finished.
     pub async fn run<T: Send + 'static>(
         &self,
         bytes: usize,

@@ -1,4 +1,5 @@
-//! `/v1/rewrite`: plain prompts into rich ones that keep their meaning; and the routes of the existing web-UI extension.
+//! `/v1/rewrite`: plain prompts into rich ones that keep their meaning; and the routes of the
+//! existing web-UI extension.
 
 use super::engine::{Generation, Owner, Reply};
 use super::errors::{ApiError, ErrorBody, Json, RequestBody};
@@ -9,7 +10,8 @@ use super::state::{Shared, StateArc};
 use crate::engine::session::{Completed, GenerateOptions};
 use crate::random::prompt_seed;
 use crate::rewrite::{
-    Additions, Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, Style, whole_characters,
+    Additions, Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, Style,
+    whole_characters,
 };
 use crate::text::template::Template;
 use axum::extract::State;
@@ -46,8 +48,8 @@ pub struct RewriteRequest {
     /// Phrases that no candidate may hold.
     #[schema(max_items = 10000)]
     pub ban: Option<Vec<String>>,
-    /// Least part of the prompt's meaning that a candidate keeps; others fall back on the prompt itself. 0.9 if not given; 0 takes
-    /// what the model says.
+    /// Least part of the prompt's meaning that a candidate keeps; others fall back on the prompt
+    /// itself. 0.9 if not given; 0 takes what the model says.
     #[schema(minimum = 0, maximum = 1)]
     pub min_kept: Option<f64>,
     /// How often to generate for it; 3 if not given.
@@ -115,7 +117,13 @@ pub struct RewritePiece {
 }
 
 fn result(index: usize, r: Rewrite) -> RewriteResult {
-    RewriteResult { index, prompt: r.prompt, seed: r.seed, rounds: r.rounds, candidates: r.candidates }
+    RewriteResult {
+        index,
+        prompt: r.prompt,
+        seed: r.seed,
+        rounds: r.rounds,
+        candidates: r.candidates,
+    }
 }
 
 fn count(usage: &mut Usage, r: &Rewrite) {
@@ -137,7 +145,12 @@ struct Job {
 
 impl Job {
     /// Works until a rewrite is done. If it is the `first` of a request, a full queue refuses it.
-    async fn drive(&self, rewriting: Rewriting, index: usize, first: bool) -> Result<Rewrite, ApiError> {
+    async fn drive(
+        &self,
+        rewriting: Rewriting,
+        index: usize,
+        first: bool,
+    ) -> Result<Rewrite, ApiError> {
         let texts = &self.shared.texts;
         let cost = rewriting.text_bytes();
         let mut rewriting = rewriting;
@@ -154,7 +167,10 @@ impl Job {
                 true => self.shared.engine.submit(work, &self.owner).await?,
                 false => self.shared.engine.submit_in_turn(work, &self.owner).await?,
             };
-            let parts = generations.into_iter().enumerate().map(|(part, g)| self.part(g, index, round, part));
+            let parts = generations
+                .into_iter()
+                .enumerate()
+                .map(|(part, g)| self.part(g, index, round, part));
             let completed = stream::iter(parts).buffered(AT_ONCE).try_collect::<Vec<_>>().await?;
             let mut owned = rewriting;
             let take = move || {
@@ -187,16 +203,23 @@ impl Job {
             if let Some(pieces) = self.pieces.as_ref().filter(|_| !text.is_empty()) {
                 let text = whole_characters(&text).into_owned();
                 // nobody may be listening any more
-                let _ = pieces.send(sse::data(&RewritePiece { index, candidate, round, part, text, tokens })).await;
+                let _ = pieces
+                    .send(sse::data(&RewritePiece { index, candidate, round, part, text, tokens }))
+                    .await;
             }
         }
         Err(ApiError::internal("the engine has stopped"))
     }
 
-    /// Rewrites in the order of their prompts. A full queue refuses the first; the others wait for their turn.
-    fn all(&self, rewritings: Vec<Rewriting>) -> impl stream::Stream<Item = Result<(usize, Rewrite), ApiError>> + '_ {
-        let drive =
-            move |(index, rewriting)| async move { Ok((index, self.drive(rewriting, index, index == 0).await?)) };
+    /// Rewrites in the order of their prompts. A full queue refuses the first; the others wait for
+    /// their turn.
+    fn all(
+        &self,
+        rewritings: Vec<Rewriting>,
+    ) -> impl stream::Stream<Item = Result<(usize, Rewrite), ApiError>> + '_ {
+        let drive = move |(index, rewriting)| async move {
+            Ok((index, self.drive(rewriting, index, index == 0).await?))
+        };
         stream::iter(rewritings.into_iter().enumerate()).map(drive).buffered(AT_ONCE)
     }
 }
@@ -237,7 +260,8 @@ pub async fn rewrite(
     }
     let id = format!("rewrite-{}", uuid::Uuid::new_v4().simple());
     let model = shared.name.clone();
-    Ok(axum::Json(RewriteResponse { id, object: "rewrite", created: now(), model, results, usage }).into_response())
+    Ok(axum::Json(RewriteResponse { id, object: "rewrite", created: now(), model, results, usage })
+        .into_response())
 }
 
 /// A request's prompts, ready to be worked on. What cannot fit is refused before it is read.
@@ -250,10 +274,13 @@ fn rewritings(shared: &Shared, r: RewriteRequest) -> Result<Vec<Rewriting>, ApiE
     prompts.iter().try_for_each(|p| check_prompt(shared, "prompt", p))?;
     let template = match r.template.as_deref() {
         None => shared.prompter.template.clone(),
-        Some(name @ ("v1" | "v2")) => Template::named(name).map_err(|e| ApiError::field("template", e.to_string()))?,
+        Some(name @ ("v1" | "v2")) => {
+            Template::named(name).map_err(|e| ApiError::field("template", e.to_string()))?
+        }
         Some(text) => {
             shared.check_length("template", text)?;
-            Template::parse(text).map_err(|e| ApiError::field("template", format!("the template {e}")))?
+            Template::parse(text)
+                .map_err(|e| ApiError::field("template", format!("the template {e}")))?
         }
     };
     let prompter = Prompter { tokenizer: shared.tokenizer.clone(), template };
@@ -270,12 +297,20 @@ fn rewritings(shared: &Shared, r: RewriteRequest) -> Result<Vec<Rewriting>, ApiE
         return Err(ApiError::field("rounds", format!("rounds is {rounds}, expected 1 to 16")));
     }
     if let Some(n) = r.max_clip_tokens.filter(|n| *n < 3) {
-        return Err(ApiError::field("max_clip_tokens", format!("max_clip_tokens is {n}, expected at least 3")));
+        return Err(ApiError::field(
+            "max_clip_tokens",
+            format!("max_clip_tokens is {n}, expected at least 3"),
+        ));
     }
     let min_kept = Some(r.min_kept.unwrap_or(DEFAULT_MIN_KEPT)).filter(|least| *least > 0.0);
     let additions = additions(r.style.as_deref(), r.no_artists, r.any_medium, r.variety)?;
-    let guard =
-        GuardOptions { min_kept, rounds, max_clip_tokens: r.max_clip_tokens, count_clip_tokens: true, additions };
+    let guard = GuardOptions {
+        min_kept,
+        rounds,
+        max_clip_tokens: r.max_clip_tokens,
+        count_clip_tokens: true,
+        additions,
+    };
     let make = |(i, p): (usize, &String)| {
         let mut options = options.clone();
         options.sampling.seed = prompt_seed(options.sampling.seed, i, prompts.len());
@@ -308,12 +343,16 @@ fn additions(
     Ok(Additions { style, no_artists, any_medium, variety })
 }
 
-/// Fails if a prompt is too long, or is cut into too many parts, each of which the model would be asked for.
+/// Fails if a prompt is too long, or is cut into too many parts, each of which the model would be
+/// asked for.
 fn check_prompt(shared: &Shared, field: &str, prompt: &str) -> Result<(), ApiError> {
     shared.check_length(field, prompt)?;
     match prompt.matches("BREAK").count() {
         breaks if breaks < MOST_PARTS => Ok(()),
-        breaks => Err(ApiError::field(field, format!("{field} has {breaks} BREAKs; {} at most", MOST_PARTS - 1))),
+        breaks => Err(ApiError::field(
+            field,
+            format!("{field} has {breaks} BREAKs; {} at most", MOST_PARTS - 1),
+        )),
     }
 }
 
@@ -368,7 +407,8 @@ async fn streamed(job: Job, rewritings: Vec<Rewriting>) -> Result<Response, ApiE
     Ok(Sse::new(events).keep_alive(sse::keep_alive()).into_response())
 }
 
-/// A request of the BeautifulPrompt extension for Stable Diffusion's web UI. Its `model_name` is not looked at: there is one model.
+/// A request of the BeautifulPrompt extension for Stable Diffusion's web UI. Its `model_name` is
+/// not looked at: there is one model.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct GeneratePromptRequest {
     pub raw_prompt: String,
@@ -415,7 +455,10 @@ pub async fn generate_prompt(
 ) -> Result<axum::Json<GeneratePromptResponse>, ApiError> {
     let n = r.num_return_sequences.unwrap_or(5);
     if n > 50 {
-        return Err(ApiError::field("num_return_sequences", format!("num_return_sequences is {n}; 50 at most")));
+        return Err(ApiError::field(
+            "num_return_sequences",
+            format!("num_return_sequences is {n}; 50 at most"),
+        ));
     }
     let sampling = SamplingParams {
         n: Some(n),

@@ -39,14 +39,17 @@ pub fn respond(
     generations: Vec<Generation>,
     mut render: impl FnMut(Item) -> Result<Vec<Event>, ApiError> + Send + 'static,
 ) -> Response {
-    let replies = stream::select_all(generations.into_iter().enumerate().map(|(at, generation)| {
-        Box::pin(stream::unfold(generation, move |mut g| async move {
-            let reply = g.next().await?;
-            Some(((at, reply), g))
-        }))
-    }));
+    let replies =
+        stream::select_all(generations.into_iter().enumerate().map(|(at, generation)| {
+            Box::pin(stream::unfold(generation, move |mut g| async move {
+                let reply = g.next().await?;
+                Some(((at, reply), g))
+            }))
+        }));
     let items = replies.map(|(at, reply)| match reply? {
-        Reply::Text { candidate, text, tokens, finish } => Ok(Some(Item::Text { at, candidate, text, tokens, finish })),
+        Reply::Text { candidate, text, tokens, finish } => {
+            Ok(Some(Item::Text { at, candidate, text, tokens, finish }))
+        }
         Reply::Done(completed) => Ok(Some(Item::Done(completed))),
         Reply::Accepted | Reply::Refused(_) | Reply::Failed(_) => Ok(None),
     });
@@ -66,10 +69,13 @@ pub fn respond(
         stream::iter(rendered)
     });
     let done = stream::iter([Event::default().data("[DONE]")]);
-    Sse::new(events.chain(done).map(Ok::<Event, Infallible>)).keep_alive(keep_alive()).into_response()
+    Sse::new(events.chain(done).map(Ok::<Event, Infallible>))
+        .keep_alive(keep_alive())
+        .into_response()
 }
 
-/// Comments while there is nothing to tell, often enough that a client that has gone away is soon noticed.
+/// Comments while there is nothing to tell, often enough that a client that has gone away is soon
+/// noticed.
 pub fn keep_alive() -> KeepAlive {
     KeepAlive::new().interval(Duration::from_secs(2))
 }

@@ -40,18 +40,23 @@ impl Shared {
     /// Fails if a request asks for another model than there is.
     pub fn check_model(&self, asked: Option<&str>) -> Result<(), ApiError> {
         match asked {
-            Some(name) if name != self.name && !name.is_empty() => Err(ApiError::model_not_found(name, &self.name)),
+            Some(name) if name != self.name && !name.is_empty() => {
+                Err(ApiError::model_not_found(name, &self.name))
+            }
             _ => Ok(()),
         }
     }
 
-    /// Fails, without reading it, if a text is longer than the longest tokens could make the model's whole context.
+    /// Fails, without reading it, if a text is longer than the longest tokens could make the
+    /// model's whole context.
     pub fn check_length(&self, field: &str, text: &str) -> Result<(), ApiError> {
         let (bytes, context) = (text.len(), self.config.context);
         if bytes <= context.saturating_mul(self.longest_token.max(1)) {
             return Ok(());
         }
-        let message = format!("{field} has {bytes} bytes, more than the model's context of {context} tokens can hold");
+        let message = format!(
+            "{field} has {bytes} bytes, more than the model's context of {context} tokens can hold"
+        );
         Err(ApiError::field(field, message))
     }
 

@@ -1,5 +1,6 @@
-//! The engine's own thread. A failure in the middle of the work ends the request that causes it, and no other: the session is
-//! emptied, those that ran are tried one at a time, and what was told about them already is not told again.
+//! The engine's own thread. A failure in the middle of the work ends the request that causes it,
+//! and no other: the session is emptied, those that ran are tried one at a time, and what was told
+//! about them already is not told again.
 
 use super::engine::{Command, Inbox, Reply, Submission};
 use super::metrics::Metrics;
@@ -12,7 +13,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
-/// Serves until all who could send work are gone. Fails if after a failure the session cannot do the least of work.
+/// Serves until all who could send work are gone. Fails if after a failure the session cannot do
+/// the least of work.
 pub fn run(session: &mut dyn Generate, inbox: Inbox, metrics: &Metrics) -> Result<()> {
     struct End<'a>(&'a Inbox);
     impl Drop for End<'_> {
@@ -54,7 +56,8 @@ struct Client {
     candidates: Vec<Progress>,
 }
 
-/// A candidate's text as it was told, and how much of it was said since the session was last emptied.
+/// A candidate's text as it was told, and how much of it was said since the session was last
+/// emptied.
 #[derive(Clone, Default)]
 struct Progress {
     told: String,
@@ -66,7 +69,8 @@ struct Progress {
 }
 
 impl Progress {
-    /// What is new in the next piece; fails if it is not what was said before the session was emptied.
+    /// What is new in the next piece; fails if it is not what was said before the session was
+    /// emptied.
     fn fresh<'t>(&mut self, text: &'t str, tokens: &'t [Token]) -> Option<(&'t str, &'t [Token])> {
         let repeated = (self.told.len() - self.said).min(text.len());
         if text.get(..repeated)? != self.told.get(self.said..self.said + repeated)? {
@@ -84,7 +88,14 @@ impl Progress {
 impl Client {
     fn new(submission: Submission) -> Client {
         let candidates = vec![Progress::default(); submission.options.candidates.max(1) as usize];
-        Client { submission, place: Place::Queue, accepted: false, started: None, first: None, candidates }
+        Client {
+            submission,
+            place: Place::Queue,
+            accepted: false,
+            started: None,
+            first: None,
+            candidates,
+        }
     }
 
     /// Whoever asked may be gone.
@@ -114,8 +125,10 @@ impl Client {
         };
         let now = Instant::now();
         let arrived = self.submission.arrived;
-        let progress = self.candidates.get_mut(candidate as usize).ok_or("there is a candidate too many")?;
-        let fresh = progress.fresh(text, tokens).ok_or("the engine did not repeat what it said before")?;
+        let progress =
+            self.candidates.get_mut(candidate as usize).ok_or("there is a candidate too many")?;
+        let fresh =
+            progress.fresh(text, tokens).ok_or("the engine did not repeat what it said before")?;
         let (text, tokens) = (fresh.0.to_owned(), fresh.1.to_vec());
         let finish = finish.filter(|_| !progress.finished);
         if text.is_empty() && tokens.is_empty() && finish.is_none() {
@@ -221,7 +234,9 @@ impl Worker<'_> {
         let Some(client) = self.clients.get_mut(&id) else { return Ok(()) };
         let session = &mut *self.session;
         let prompt = client.submission.prompt.clone();
-        match catch_unwind(AssertUnwindSafe(|| session.submit(id, prompt, &client.submission.options))) {
+        match catch_unwind(AssertUnwindSafe(|| {
+            session.submit(id, prompt, &client.submission.options)
+        })) {
             Ok(Ok(())) => {
                 client.place = Place::Waiting;
                 if !std::mem::replace(&mut client.accepted, true) {
@@ -293,14 +308,22 @@ impl Worker<'_> {
 
     /// Ends one request with a failure.
     fn fail(&self, client: Client, what: &str) {
-        tracing::error!(request_id = &*client.submission.request_id, "the engine failed while serving it: {what}");
+        tracing::error!(
+            request_id = &*client.submission.request_id,
+            "the engine failed while serving it: {what}"
+        );
         self.metrics.failed();
-        client.end(Reply::Failed("the engine failed while serving this request; the server's log says more".into()));
+        client.end(Reply::Failed(
+            "the engine failed while serving this request; the server's log says more".into(),
+        ));
     }
 
-    /// Goes on after a step that failed: if one prompt ran, it is the cause; if several did, each is tried alone.
+    /// Goes on after a step that failed: if one prompt ran, it is the cause; if several did, each
+    /// is tried alone.
     fn recover(&mut self, what: &str) -> Result<()> {
-        let at = |place| self.clients.values().filter(move |c| c.place == place).map(|c| c.submission.id);
+        let at = |place| {
+            self.clients.values().filter(move |c| c.place == place).map(|c| c.submission.id)
+        };
         let mut ran: Vec<u64> = at(Place::Running).collect();
         if ran.is_empty() {
             ran = at(Place::Waiting).collect();
@@ -308,17 +331,26 @@ impl Worker<'_> {
         if let [cause] = ran[..] {
             self.clients.remove(&cause).into_iter().for_each(|c| self.fail(c, what));
         } else {
-            tracing::error!("the engine failed while it served {} prompts; each is tried alone: {what}", ran.len());
-            ran.iter().for_each(|id| self.clients.get_mut(id).expect("just listed").place = Place::Queue);
+            tracing::error!(
+                "the engine failed while it served {} prompts; each is tried alone: {what}",
+                ran.len()
+            );
+            ran.iter()
+                .for_each(|id| self.clients.get_mut(id).expect("just listed").place = Place::Queue);
             self.suspects.extend(ran);
         }
         self.renew(what)
     }
 
-    /// Empties the session, which has to show that it works; prompts that it knew are handed to it again.
+    /// Empties the session, which has to show that it works; prompts that it knew are handed to it
+    /// again.
     fn renew(&mut self, what: &str) -> Result<()> {
-        let again: Vec<u64> =
-            self.clients.values().filter(|c| c.place != Place::Queue).map(|c| c.submission.id).collect();
+        let again: Vec<u64> = self
+            .clients
+            .values()
+            .filter(|c| c.place != Place::Queue)
+            .map(|c| c.submission.id)
+            .collect();
         again.into_iter().rev().for_each(|id| self.queue.push_front(id));
         self.trial = None;
         self.clients.values_mut().for_each(Client::rewind);
@@ -328,7 +360,9 @@ impl Worker<'_> {
             probe(session)
         }));
         let works = works.unwrap_or_else(|panic| Err(Error::Internal(message(panic))));
-        works.map_err(|e| Error::Internal(format!("the engine failed ({what}) and does not work since: {e}")))?;
+        works.map_err(|e| {
+            Error::Internal(format!("the engine failed ({what}) and does not work since: {e}"))
+        })?;
         self.counted = session.counters();
         self.metrics.restarted();
         self.inbox.pulse.beat();
@@ -338,7 +372,8 @@ impl Worker<'_> {
 
 /// Has an empty session do the least of work.
 fn probe(session: &mut dyn Generate) -> Result<()> {
-    let options = GenerateOptions { length: Length::New(1), ignore_eos: true, ..GenerateOptions::default() };
+    let options =
+        GenerateOptions { length: Length::New(1), ignore_eos: true, ..GenerateOptions::default() };
     session.submit(u64::MAX, vec![0], &options)?;
     for _ in 0..16 {
         match session.step(&mut |_| {})?.pop() {
@@ -352,7 +387,10 @@ fn probe(session: &mut dyn Generate) -> Result<()> {
 
 /// What a panic said.
 fn message(panic: Box<dyn Any + Send>) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or(panic.downcast_ref::<&str>().copied());
     text.unwrap_or("a panic without words").to_owned()
 }
 
@@ -373,7 +411,8 @@ mod tests {
     const PANICS_AT_ONCE: u32 = 902;
     const BREAKS_FOR_GOOD: u32 = 903;
 
-    /// A session that says the same for the same prompt, a token a step, four prompts at a time; some prompts end it.
+    /// A session that says the same for the same prompt, a token a step, four prompts at a time;
+    /// some prompts end it.
     #[derive(Default)]
     struct Fake {
         running: Vec<(u64, Vec<u32>, usize, usize)>,
@@ -388,7 +427,9 @@ mod tests {
     impl Generate for Fake {
         fn submit(&mut self, id: u64, prompt: Vec<u32>, options: &GenerateOptions) -> Result<()> {
             assert!(prompt[0] != PANICS_AT_ONCE, "at once");
-            let Length::New(length) = options.length else { return Err(Error::invalid("no length")) };
+            let Length::New(length) = options.length else {
+                return Err(Error::invalid("no length"));
+            };
             self.running.push((id, prompt, 0, length));
             Ok(())
         }
@@ -419,7 +460,13 @@ mod tests {
                 *at += 1;
                 let finish = (at == length).then_some(Finish::Length);
                 let text = word(prompt, *at - 1);
-                on_update(Update::Text { id: *id, candidate: 0, text: &text, tokens: &[token], finish });
+                on_update(Update::Text {
+                    id: *id,
+                    candidate: 0,
+                    text: &text,
+                    tokens: &[token],
+                    finish,
+                });
             }
             let done = self.running.extract_if(.., |r| r.2 == r.3);
             let completed = |(id, prompt_ids, _, length): (u64, Vec<u32>, usize, usize)| {
@@ -428,7 +475,8 @@ mod tests {
                 Completed { id, prompt_ids, prompt_scores: vec![], cached: 0, candidates }
             };
             let done: Vec<Outcome> = done.map(|r| Ok(completed(r))).collect();
-            let gone: Vec<u64> = failed.iter().filter_map(|f: &Outcome| f.as_ref().err().map(|f| f.id)).collect();
+            let gone: Vec<u64> =
+                failed.iter().filter_map(|f: &Outcome| f.as_ref().err().map(|f| f.id)).collect();
             self.running.retain(|r| !gone.contains(&r.0));
             Ok(done.into_iter().chain(failed).collect())
         }
@@ -508,12 +556,15 @@ mod tests {
         for poison in [PANICS, FAILS, FAILS_ALONE] {
             let (engine, metrics, thread) = start(16);
             block_on(async {
-                // more than run at once; the poison among those that do, and one among those that wait
+                // more than run at once; the poison among those that do, and one among those that
+                // wait
                 let kinds = [1, poison, 2, 3, 4, 5, poison, 6];
-                let generations = engine.submit(work(&kinds), &engine.owner("r".into())).await.unwrap();
+                let generations =
+                    engine.submit(work(&kinds), &engine.owner("r".into())).await.unwrap();
                 for (kind, g) in kinds.iter().zip(generations) {
                     let expected: String = (0..6).map(|k| word(&[*kind], k)).collect();
-                    let expected = if *kind == poison { Err(500) } else { Ok((expected.clone(), expected)) };
+                    let expected =
+                        if *kind == poison { Err(500) } else { Ok((expected.clone(), expected)) };
                     assert_eq!(outcome(g).await, expected, "nothing twice, nothing lost");
                 }
                 let after = engine.submit(work(&[7]), &engine.owner("r".into())).await.unwrap();
@@ -530,7 +581,10 @@ mod tests {
                 "2"
             );
             // what the session can tell apart by itself concerns nobody else
-            assert_eq!(value(&metrics, "bprompt:engine_restarts_total") == "0", poison == FAILS_ALONE);
+            assert_eq!(
+                value(&metrics, "bprompt:engine_restarts_total") == "0",
+                poison == FAILS_ALONE
+            );
             drop(engine);
             thread.join().unwrap().unwrap();
         }
@@ -555,13 +609,18 @@ mod tests {
     fn an_engine_that_works_no_more_says_so() {
         let (engine, _, thread) = start(16);
         block_on(async {
-            let mut broken = engine.submit(work(&[BREAKS_FOR_GOOD]), &engine.owner("r".into())).await.unwrap();
+            let mut broken =
+                engine.submit(work(&[BREAKS_FOR_GOOD]), &engine.owner("r".into())).await.unwrap();
             assert_eq!(outcome(broken.remove(0)).await.err(), Some(500));
             let error = thread.join().unwrap().unwrap_err().to_string();
             assert_eq!(error, "the engine failed (broken) and does not work since: broken");
             assert_eq!(engine.trouble(None).as_deref(), Some("the engine has stopped"));
             assert_eq!(
-                engine.submit(work(&[1]), &engine.owner("r".into())).await.err().map(|e| e.status.as_u16()),
+                engine
+                    .submit(work(&[1]), &engine.owner("r".into()))
+                    .await
+                    .err()
+                    .map(|e| e.status.as_u16()),
                 Some(500)
             );
         });
@@ -573,7 +632,8 @@ mod tests {
         block_on(async {
             let unread = engine.submit(work(&[1, 2]), &engine.owner("r".into())).await.unwrap();
             // no answer is taken; there is room all the same, once the work is done
-            let later = engine.submit_in_turn(work(&[3, 4]), &engine.owner("r".into())).await.unwrap();
+            let later =
+                engine.submit_in_turn(work(&[3, 4]), &engine.owner("r".into())).await.unwrap();
             for g in later.into_iter().chain(unread) {
                 assert!(outcome(g).await.is_ok());
             }

@@ -23,7 +23,9 @@ static NAMES: LazyLock<Phrases> = LazyLock::new(|| Phrases::new(names()));
 
 /// The names of the list.
 pub fn names() -> impl Iterator<Item = &'static str> {
-    include_str!("../../assets/artists.txt").lines().filter(|l| !l.is_empty() && !l.starts_with('#'))
+    include_str!("../../assets/artists.txt")
+        .lines()
+        .filter(|l| !l.is_empty() && !l.starts_with('#'))
 }
 
 /// The names that `text` holds, in lower case, in its order.
@@ -34,7 +36,8 @@ pub fn names_in(text: &str) -> Vec<String> {
 /// Whether `text` names an artist, or begins as if it did.
 pub fn names_artist(text: &str) -> bool {
     let words = super::content_words::words(text).join(" ");
-    let begins = |lead: &str| words == lead || words.strip_prefix(lead).is_some_and(|r| r.starts_with(' '));
+    let begins =
+        |lead: &str| words == lead || words.strip_prefix(lead).is_some_and(|r| r.starts_with(' '));
     begins("by") || LEADS.iter().any(|l| begins(l)) || NAMES.find(text).is_some()
 }
 
@@ -44,7 +47,10 @@ mod tests {
 
     #[test]
     fn artists_are_found() {
-        assert_eq!(names_in("art by Greg Rutkowski and Alphonse Mucha, 8k"), ["greg rutkowski", "alphonse mucha"]);
+        assert_eq!(
+            names_in("art by Greg Rutkowski and Alphonse Mucha, 8k"),
+            ["greg rutkowski", "alphonse mucha"]
+        );
         for text in ["by someone unknown", "art by nobody", "style of x", "wlop"] {
             assert!(names_artist(text), "{text}");
         }

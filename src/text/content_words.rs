@@ -15,8 +15,9 @@ is it its itself just like made make me more most my of off on once only or othe
 some such than that the their theirs them then there these they this those through to too under until up upon very \
 was we were what when where which while who whom why will with would you your";
 
-/// The words of `text` in lower case, characters that only look different made the same (NFKC): runs of letters and digits with
-/// their accents, with inner apostrophes and without a possessive's end. Where words have no spaces between them, each letter is one.
+/// The words of `text` in lower case, characters that only look different made the same (NFKC):
+/// runs of letters and digits with their accents, with inner apostrophes and without a possessive's
+/// end. Where words have no spaces between them, each letter is one.
 pub fn words(text: &str) -> Vec<String> {
     word_spans(text).map(|(_, w)| w).collect()
 }
@@ -30,7 +31,9 @@ pub fn word_spans(text: &str) -> impl Iterator<Item = (Range<usize>, String)> {
         let first = chars.next().map_or(' ', |c| c.1);
         let inside = |c: char| match is_unspaced(first) {
             true => is_combining(c),
-            false => (c.is_alphanumeric() && !is_unspaced(c)) || is_apostrophe(c) || is_combining(c),
+            false => {
+                (c.is_alphanumeric() && !is_unspaced(c)) || is_apostrophe(c) || is_combining(c)
+            }
         };
         let end = chars.find(|&(_, c)| !inside(c)).map_or(text.len(), |(i, _)| start + i);
         at = end;
@@ -39,7 +42,11 @@ pub fn word_spans(text: &str) -> impl Iterator<Item = (Range<usize>, String)> {
     .filter_map(|(span, word)| {
         let word = match word.is_ascii() {
             true => word.to_ascii_lowercase(),
-            false => word.to_lowercase().nfkc().map(|c| if is_apostrophe(c) { '\'' } else { c }).collect(),
+            false => word
+                .to_lowercase()
+                .nfkc()
+                .map(|c| if is_apostrophe(c) { '\'' } else { c })
+                .collect(),
         };
         let word = word.trim_matches('\'').trim_end_matches("'s");
         (!word.is_empty()).then(|| (span, word.to_owned()))
@@ -69,7 +76,10 @@ pub struct ContentWords {
 
 impl Default for ContentWords {
     fn default() -> Self {
-        ContentWords { stemmer: Stemmer::create(Algorithm::English), stop: STOP_WORDS.split(' ').collect() }
+        ContentWords {
+            stemmer: Stemmer::create(Algorithm::English),
+            stop: STOP_WORDS.split(' ').collect(),
+        }
     }
 }
 
@@ -114,7 +124,11 @@ impl ContentWords {
 pub fn most_repeated(text: &str, n: usize) -> usize {
     let words = words(text);
     let mut counts = std::collections::HashMap::new();
-    words.windows(n).map(|w| *counts.entry(w).and_modify(|c| *c += 1).or_insert(1)).max().unwrap_or(0)
+    words
+        .windows(n)
+        .map(|w| *counts.entry(w).and_modify(|c| *c += 1).or_insert(1))
+        .max()
+        .unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -124,7 +138,10 @@ mod tests {
     #[test]
     fn kept_words_are_stemmed_and_stop_words_do_not_count() {
         let c = ContentWords::default();
-        assert_eq!(c.stems("The cats are sitting in the RAIN, a cat's tail"), ["cat", "sit", "rain", "tail"]);
+        assert_eq!(
+            c.stems("The cats are sitting in the RAIN, a cat's tail"),
+            ["cat", "sit", "rain", "tail"]
+        );
         assert_eq!(c.kept("two cats sitting in the rain", "a cat sits, 8k, rain"), 0.75);
         assert_eq!(c.kept("in the", "anything"), 1.0);
     }

@@ -5,10 +5,12 @@
 pub struct Literals(Vec<String>);
 
 impl Literals {
-    /// White space is one space each time, because results are lines. Empty texts and repetitions are left out.
+    /// White space is one space each time, because results are lines. Empty texts and repetitions
+    /// are left out.
     pub fn new<S: AsRef<str>>(list: impl IntoIterator<Item = S>) -> Literals {
         let mut seen = std::collections::HashSet::new();
-        let list = list.into_iter().map(|s| s.as_ref().split_whitespace().collect::<Vec<_>>().join(" "));
+        let list =
+            list.into_iter().map(|s| s.as_ref().split_whitespace().collect::<Vec<_>>().join(" "));
         Literals(list.filter(|s| !s.is_empty() && seen.insert(s.clone())).collect())
     }
 
@@ -50,7 +52,9 @@ fn grows(edge: Option<char>, mut beyond: impl Iterator<Item = char>) -> bool {
     // "1.8" does not stand in "11.8", nor "3" in "3.5"
     next.is_alphanumeric()
         || next == '_'
-        || (edge.is_numeric() && matches!(next, '.' | ',') && beyond.next().is_some_and(char::is_numeric))
+        || (edge.is_numeric()
+            && matches!(next, '.' | ',')
+            && beyond.next().is_some_and(char::is_numeric))
 }
 
 #[cfg(test)]
@@ -79,7 +83,11 @@ mod tests {
             ("🐱", "a 🐱🌧 day", true),
             ("straße", "eine straßen", false),
         ] {
-            assert_eq!(Literals::new([literal]).missing(text).is_empty(), held, "{literal} in {text}");
+            assert_eq!(
+                Literals::new([literal]).missing(text).is_empty(),
+                held,
+                "{literal} in {text}"
+            );
         }
     }
 

@@ -23,8 +23,9 @@ struct MediumPhrase {
     ambiguous: bool,
 }
 
-static BUILT_IN: LazyLock<Mediums> =
-    LazyLock::new(|| Mediums::parse(include_str!("../../assets/mediums.txt")).expect("the built-in list is whole"));
+static BUILT_IN: LazyLock<Mediums> = LazyLock::new(|| {
+    Mediums::parse(include_str!("../../assets/mediums.txt")).expect("the built-in list is whole")
+});
 
 impl Mediums {
     /// The list that comes with the program.
@@ -32,8 +33,8 @@ impl Mediums {
         &BUILT_IN
     }
 
-    /// Reads headings `[medium medium]` with phrases below, one a line, `~` before ambiguous ones; `#` begins a comment.
-    /// The error names the line.
+    /// Reads headings `[medium medium]` with phrases below, one a line, `~` before ambiguous ones;
+    /// `#` begins a comment. The error names the line.
     pub fn parse(text: &str) -> Result<Mediums, String> {
         let mut m = Mediums { names: vec![], phrases: vec![], by_first: HashMap::new() };
         let mut media = None;
@@ -44,11 +45,17 @@ impl Mediums {
             if let Some(heading) = line.strip_prefix('[').and_then(|l| l.strip_suffix(']')) {
                 media = Some(heading.split_whitespace().fold(0, |all, name| all | m.bit(name)));
                 if m.names.len() > MediumSet::BITS as usize || media == Some(0) {
-                    return Err(format!("line {}: expected 1 to {} media in all headings", i + 1, MediumSet::BITS));
+                    return Err(format!(
+                        "line {}: expected 1 to {} media in all headings",
+                        i + 1,
+                        MediumSet::BITS
+                    ));
                 }
                 continue;
             }
-            let media = media.ok_or_else(|| format!("line {}: expected a heading such as [photo] first", i + 1))?;
+            let media = media.ok_or_else(|| {
+                format!("line {}: expected a heading such as [photo] first", i + 1)
+            })?;
             let (ambiguous, phrase) = line.strip_prefix('~').map_or((false, line), |p| (true, p));
             let all = words(phrase);
             let first = all.first().ok_or_else(|| format!("line {}: holds no word", i + 1))?;
@@ -76,7 +83,8 @@ impl Mediums {
         self.names.iter().position(|n| n == name).map(|i| 1 << i)
     }
 
-    /// The media that fit every medium phrase of `text`: empty (0) if it contradicts itself, `None` if it names no medium.
+    /// The media that fit every medium phrase of `text`: empty (0) if it contradicts itself, `None`
+    /// if it names no medium.
     pub fn of(&self, text: &str) -> Option<MediumSet> {
         self.found(text).into_iter().map(|i| self.phrases[i].media).reduce(|a, b| a & b)
     }
@@ -86,9 +94,11 @@ impl Mediums {
         self.of(text) == Some(0)
     }
 
-    /// Whether `text` holds phrases that only the first medium fits, and phrases that only the second does.
+    /// Whether `text` holds phrases that only the first medium fits, and phrases that only the
+    /// second does.
     pub fn names_both(&self, text: &str, first: MediumSet, second: MediumSet) -> bool {
-        let media: Vec<MediumSet> = self.found(text).into_iter().map(|i| self.phrases[i].media).collect();
+        let media: Vec<MediumSet> =
+            self.found(text).into_iter().map(|i| self.phrases[i].media).collect();
         let has = |one, other| media.iter().any(|m| m & one != 0 && m & other == 0);
         has(first, second) && has(second, first)
     }
@@ -103,18 +113,19 @@ impl Mediums {
         let mut found = Vec::new();
         for part in text.split([',', ';', '|', '.', '\n']) {
             let part = words(part);
-            let opens = part.iter().take_while(|w| ["a", "an", "the"].contains(&w.as_str())).count();
+            let opens =
+                part.iter().take_while(|w| ["a", "an", "the"].contains(&w.as_str())).count();
             let mut at = 0;
             while at < part.len() {
                 let here = |&&i: &&usize| {
                     let p = &self.phrases[i];
                     let end = at + p.words.len();
-                    part[at..].starts_with(&p.words) && (!p.ambiguous || is_named(&part, opens, at, end))
+                    part[at..].starts_with(&p.words)
+                        && (!p.ambiguous || is_named(&part, opens, at, end))
                 };
-                let longest = self
-                    .by_first
-                    .get(&part[at])
-                    .and_then(|l| l.iter().filter(here).max_by_key(|&&i| self.phrases[i].words.len()));
+                let longest = self.by_first.get(&part[at]).and_then(|l| {
+                    l.iter().filter(here).max_by_key(|&&i| self.phrases[i].words.len())
+                });
                 found.extend(longest);
                 at += longest.map_or(1, |&i| self.phrases[i].words.len());
             }
@@ -123,7 +134,8 @@ impl Mediums {
     }
 }
 
-/// Whether the words from `at` to `end` of a part say how the picture is made rather than what it shows.
+/// Whether the words from `at` to `end` of a part say how the picture is made rather than what it
+/// shows.
 fn is_named(part: &[String], opens: usize, at: usize, end: usize) -> bool {
     const FOLLOWING: [&str; 7] = ["of", "by", "in", "style", "with", "from", "on"];
     let followed = part.get(end).is_some_and(|w| FOLLOWING.contains(&w.as_str()));
@@ -143,7 +155,11 @@ mod tests {
         let photo = m.named("photo").unwrap();
         assert_eq!(m.of("a photo of a cat, film grain"), Some(photo));
         assert_eq!(m.of("a cat on a sofa, highly detailed, 8k"), None);
-        for text in ["a photo of a cat, digital painting", "35mm photograph, art by wlop", "anime, octane render"] {
+        for text in [
+            "a photo of a cat, digital painting",
+            "35mm photograph, art by wlop",
+            "anime, octane render",
+        ] {
             assert!(m.contradicts(text), "{text}");
         }
         for text in [
@@ -158,9 +174,11 @@ mod tests {
     #[test]
     fn things_in_a_picture_are_no_media() {
         let m = Mediums::built_in();
-        for text in
-            ["a child drawing on the pavement", "a red pencil beside the blue ink bottle", "the vector of the plane"]
-        {
+        for text in [
+            "a child drawing on the pavement",
+            "a red pencil beside the blue ink bottle",
+            "the vector of the plane",
+        ] {
             assert!(m.of(text).is_none_or(|s| s != 0), "{text}: {:?}", m.of(text));
         }
         assert_eq!(m.of("a man painting a wall in the sun"), None);

@@ -1,7 +1,8 @@
-//! Phrases that a text must not hold: found by their words, whatever stands between those, in any case.
+//! Phrases that a text must not hold: found by their words, whatever stands between those, in any
+//! case.
 //!
-//! Phrases are kept in a tree of words, so that a search costs one look-up for each word that a phrase could go on with, however
-//! many phrases there are.
+//! Phrases are kept in a tree of words, so that a search costs one look-up for each word that a
+//! phrase could go on with, however many phrases there are.
 
 use super::content_words::{word_spans, words};
 use std::collections::{HashMap, HashSet};
@@ -35,20 +36,24 @@ struct List {
 pub struct Scan {
     /// Bytes of the first phrase.
     pub found: Option<Range<usize>>,
-    /// Where a phrase may begin that later text completes; the text's length if nowhere. No phrase begins before it and after the
-    /// place where the search began, now or later, as long as the text up to `settled` stays.
+    /// Where a phrase may begin that later text completes; the text's length if nowhere. No phrase
+    /// begins before it and after the place where the search began, now or later, as long as the
+    /// text up to `settled` stays.
     pub undecided: usize,
 }
 
 impl Phrases {
-    /// Most words of a phrase that somebody hands in: what a search costs for each token grows with their square.
+    /// Most words of a phrase that somebody hands in: what a search costs for each token grows with
+    /// their square.
     pub const MOST_WORDS: usize = 32;
 
     /// Phrases that somebody hands in; says what is wrong if one has too many words.
     pub fn checked<S: AsRef<str>>(list: impl IntoIterator<Item = S>) -> Result<Phrases, String> {
         let short = |phrase: S| match words(phrase.as_ref()) {
             words if words.len() <= Self::MOST_WORDS => Ok(words),
-            words => Err(format!("has a phrase of {} words; {} at most", words.len(), Self::MOST_WORDS)),
+            words => {
+                Err(format!("has a phrase of {} words; {} at most", words.len(), Self::MOST_WORDS))
+            }
         };
         Ok(Self::of(list.into_iter().map(short).collect::<Result<Vec<_>, _>>()?))
     }
@@ -67,7 +72,11 @@ impl Phrases {
                 p.count += 1;
             }
         }
-        let lists = if p.count == 0 { vec![] } else { vec![Listed { list: Arc::new(p), spared: Arc::default() }] };
+        let lists = if p.count == 0 {
+            vec![]
+        } else {
+            vec![Listed { list: Arc::new(p), spared: Arc::default() }]
+        };
         Phrases { lists }
     }
 
@@ -111,7 +120,8 @@ impl Phrases {
         self.scan(text, 0, text.len(), true).found
     }
 
-    /// Bytes of all phrases in a text that is whole, in order: the first, the first behind it, and so on.
+    /// Bytes of all phrases in a text that is whole, in order: the first, the first behind it, and
+    /// so on.
     pub fn find_all(&self, text: &str) -> Vec<Range<usize>> {
         let words: Vec<(Range<usize>, String)> = word_spans(text).collect();
         let mut found = Vec::new();
@@ -137,20 +147,26 @@ impl Phrases {
         self.lists.iter().filter_map(shortest).min()
     }
 
-    /// Searches `text` from byte `from` on, where no word is cut in two. Text from byte `settled` on may still change, and unless the
-    /// text has `ended` its last word may grow.
+    /// Searches `text` from byte `from` on, where no word is cut in two. Text from byte `settled`
+    /// on may still change, and unless the text has `ended` its last word may grow.
     pub fn scan(&self, text: &str, from: usize, settled: usize, ended: bool) -> Scan {
         let words: Vec<(Range<usize>, String)> =
             word_spans(&text[from..]).map(|(s, w)| (s.start + from..s.end + from, w)).collect();
         // a word is certain once something else follows it
         let certain = words.iter().take_while(|w| w.0.end < settled).count();
-        let searched = if ended { words.len() } else { words.iter().take_while(|w| w.0.end < text.len()).count() };
+        let searched = if ended {
+            words.len()
+        } else {
+            words.iter().take_while(|w| w.0.end < text.len()).count()
+        };
         let found = (0..searched).find_map(|i| {
             let n = self.shortest(&words[i..searched])?;
             Some(words[i].0.start..words[i + n - 1].0.end)
         });
         let goes_on = |i: &usize| {
-            self.lists.iter().any(|l| l.list.forward.goes_on(words[*i..certain].iter().map(|w| w.1.as_str())))
+            self.lists
+                .iter()
+                .any(|l| l.list.forward.goes_on(words[*i..certain].iter().map(|w| w.1.as_str())))
         };
         let open = (0..certain).find(goes_on);
         let begun = words.get(certain).map_or(text.len(), |w| w.0.start).min(settled.max(from));
@@ -241,7 +257,10 @@ impl WordTree {
     }
 
     /// The nodes that these words lead through.
-    fn walk<'t, 'w>(&'t self, words: impl Iterator<Item = &'w str> + 't) -> impl Iterator<Item = &'t Node> {
+    fn walk<'t, 'w>(
+        &'t self,
+        words: impl Iterator<Item = &'w str> + 't,
+    ) -> impl Iterator<Item = &'t Node> {
         let mut at = self.nodes.first();
         words.map_while(move |word| {
             at = at?.next.get(word).map(|&next| &self.nodes[next]);
@@ -252,7 +271,10 @@ impl WordTree {
     /// Whether a phrase begins with all of these words and has more.
     fn goes_on<'w>(&self, words: impl ExactSizeIterator<Item = &'w str>) -> bool {
         let count = words.len();
-        self.walk(words).enumerate().last().is_some_and(|(n, node)| n + 1 == count && !node.next.is_empty())
+        self.walk(words)
+            .enumerate()
+            .last()
+            .is_some_and(|(n, node)| n + 1 == count && !node.next.is_empty())
     }
 }
 
@@ -281,16 +303,25 @@ mod tests {
 
     #[test]
     fn phrases_that_a_text_holds_are_spared_without_a_copy_of_the_list() {
-        let all = Phrases::joined([&Phrases::new(["red cat", "red", "dog", "red cat nap"]), &Phrases::new(["dog"])]);
+        let all = Phrases::joined([
+            &Phrases::new(["red cat", "red", "dog", "red cat nap"]),
+            &Phrases::new(["dog"]),
+        ]);
         let p = all.but_those_in("one RED cat");
         assert!(Arc::ptr_eq(&p.lists[0].list, &all.lists[0].list));
         assert_eq!(p.find("a red cat"), None);
         assert_eq!(p.find("a red cat nap"), Some(2..13));
         assert_eq!(p.strip("red cat, dog, 8k"), "red cat, 8k");
         let p = p.but_those_in("a dog");
-        assert_eq!((p.find("red, a dog"), p.find("red cat nap"), p.lists.len()), (None, Some(0..11), 1));
+        assert_eq!(
+            (p.find("red, a dog"), p.find("red cat nap"), p.lists.len()),
+            (None, Some(0..11), 1)
+        );
         assert!(all.but_those(|| true).is_empty());
-        assert!(Phrases::checked(["a ".repeat(32)]).is_ok() && Phrases::checked(["a ".repeat(33)]).is_err());
+        assert!(
+            Phrases::checked(["a ".repeat(32)]).is_ok()
+                && Phrases::checked(["a ".repeat(33)]).is_err()
+        );
     }
 
     #[test]
@@ -303,7 +334,11 @@ mod tests {
         assert_eq!(grown(&p, "a cat's tail"), Some(2..7));
         assert_eq!(p.find("concatenate cats"), None);
         assert_eq!(p.strip("a cat, art by Greg Rutkowski, , 8k"), "a, art by, 8k");
-        assert_eq!(p.strip("greg cat greg rutkowski rutkowski, 8k"), "8k", "one forms as another goes");
+        assert_eq!(
+            p.strip("greg cat greg rutkowski rutkowski, 8k"),
+            "8k",
+            "one forms as another goes"
+        );
         assert!(Phrases::new(["..."]).is_empty());
     }
 
@@ -344,7 +379,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes after, and wherever a stop text cuts: a phrase begins at the undecided place or behind it.
+        /// Whatever comes after, and wherever a stop text cuts: a phrase begins at the undecided
+        /// place or behind it.
         #[test]
         fn later_text_cannot_complete_what_was_decided(
             list in proptest::collection::vec("[ab']{1,2}( [ab]{1,2}){0,2}", 1..4),
@@ -365,7 +401,8 @@ mod tests {
 
         #[test]
         fn what_is_stripped_is_gone(
-            list in proptest::collection::vec("[ab]{1,2}( [ab]{1,2}){0,2}", 1..4), text in "[ab ,]{0,30}",
+            list in proptest::collection::vec("[ab]{1,2}( [ab]{1,2}){0,2}", 1..4), text in "[ab \
+                ,]{0,30}",
         ) {
             let p = Phrases::new(&list);
             prop_assert_eq!(p.find(&p.strip(&text)), None);

@@ -5,14 +5,17 @@ use std::path::Path;
 
 /// BeautifulPrompt's first template. Training on it once left a space after `Output:`; here, as at
 /// inference, the target brings its own, so that its first token is trained too.
-pub const V1: &str =
-    "Instruction: Give a simple description of the image to generate a drawing prompt.\nInput: {raw}\nOutput:";
+pub const V1: &str = "Instruction: Give a simple description of the image to generate a drawing \
+    prompt.\nInput: {raw}\nOutput:";
 
 /// The second version's template.
 pub const V2: &str = "Converts a simple image description into a prompt. \
-Prompts are formatted as multiple related tags separated by commas, plus you can use () to increase the weight, \
-[] to decrease the weight, or use a number to specify the weight. You should add appropriate words to make the \
-images described in the prompt more aesthetically pleasing, but make sure there is a correlation between the \
+Prompts are formatted as multiple related tags separated by commas, plus you can use () to \
+increase the weight, \
+[] to decrease the weight, or use a number to specify the weight. You should add appropriate words \
+to make the \
+images described in the prompt more aesthetically pleasing, but make sure there is a correlation \
+between the \
 input and output.\n### Input: {raw}\n### Output:";
 
 /// The place of the plain prompt.
@@ -36,7 +39,10 @@ impl Template {
     }
 
     pub fn read(path: &Path) -> Result<Template> {
-        let bytes = crate::files::read(path, "does not exist; --template takes v1, v2 or a file with {raw} in it")?;
+        let bytes = crate::files::read(
+            path,
+            "does not exist; --template takes v1, v2 or a file with {raw} in it",
+        )?;
         let text = String::from_utf8(bytes).map_err(|_| Error::file(path, "is not UTF-8 text"))?;
         Template::parse(text.strip_suffix('\n').unwrap_or(&text)).map_err(|e| Error::file(path, e))
     }

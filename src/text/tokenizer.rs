@@ -11,7 +11,8 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     pub fn open(path: &Path) -> Result<Tokenizer> {
-        let bytes = crate::files::read(path, "does not exist; copy the model's tokenizer.json there")?;
+        let bytes =
+            crate::files::read(path, "does not exist; copy the model's tokenizer.json there")?;
         Tokenizer::from_bytes(&bytes).map_err(|e| Error::file(path, e))
     }
 
@@ -42,7 +43,8 @@ impl Tokenizer {
             return Err(Error::file(
                 path,
                 format!(
-                    "has ids up to {}, but config.json says vocab_size {vocab_size}; the files belong to different models",
+                    "has ids up to {}, but config.json says vocab_size {vocab_size}; the files \
+                    belong to different models",
                     self.vocab_size() - 1
                 ),
             ));
@@ -62,7 +64,9 @@ impl Tokenizer {
 
     /// The text of `ids` without special tokens.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, true).map_err(|e| Error::invalid(format!("cannot decode token ids: {e}")))
+        self.inner
+            .decode(ids, true)
+            .map_err(|e| Error::invalid(format!("cannot decode token ids: {e}")))
     }
 
     /// The bytes that a token stands for, alone perhaps not text; its name's for special ones.
@@ -76,7 +80,8 @@ impl Tokenizer {
     }
 }
 
-/// The byte that byte-level vocabularies write as `c`: printable Latin-1 as itself, the rest in order from U+0100 on.
+/// The byte that byte-level vocabularies write as `c`: printable Latin-1 as itself, the rest in
+/// order from U+0100 on.
 fn byte_of(c: char) -> Option<u8> {
     let printable = |b: u8| matches!(b, 33..=126 | 161..=172 | 174..=255);
     match c as u32 {
@@ -86,8 +91,9 @@ fn byte_of(c: char) -> Option<u8> {
 }
 
 fn encode(tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>> {
-    let encoding =
-        tokenizer.encode_fast(text, true).map_err(|e| Error::invalid(format!("cannot tokenize the text: {e}")))?;
+    let encoding = tokenizer
+        .encode_fast(text, true)
+        .map_err(|e| Error::invalid(format!("cannot tokenize the text: {e}")))?;
     Ok(encoding.get_ids().to_vec())
 }
 

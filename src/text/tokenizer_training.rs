@@ -10,7 +10,8 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
 /// BLOOM's pre-tokenizer: an optional space, then characters that are neither white space, nor
-/// parentheses or pipes, nor sentence punctuation (Oniguruma reads the inner brackets as a nested class).
+/// parentheses or pipes, nor sentence punctuation (Oniguruma reads the inner brackets as a nested
+/// class).
 pub const PRE_TOKENIZER_PATTERN: &str = " ?[^(\\s|[.,!?…。，、।۔،])]+";
 
 /// Special tokens, with BLOOM's ids 0 to 3.
@@ -21,11 +22,17 @@ const SPECIAL: [&str; 4] = ["<unk>", "<s>", "</s>", "<pad>"];
 pub fn train_tokenizer(texts: &[String], vocab_size: usize, path: &Path) -> Result<()> {
     let least = SPECIAL.len() + 256;
     if vocab_size < least {
-        return Err(Error::invalid(format!("--vocab-size {vocab_size} is too small; it needs at least {least}")));
+        return Err(Error::invalid(format!(
+            "--vocab-size {vocab_size} is too small; it needs at least {least}"
+        )));
     }
     let fail = |e: tokenizers::Error| Error::file(path, format!("cannot train the tokenizer: {e}"));
-    let split = Split::new(SplitPattern::Regex(PRE_TOKENIZER_PATTERN.into()), SplitDelimiterBehavior::Isolated, false)
-        .map_err(fail)?;
+    let split = Split::new(
+        SplitPattern::Regex(PRE_TOKENIZER_PATTERN.into()),
+        SplitDelimiterBehavior::Isolated,
+        false,
+    )
+    .map_err(fail)?;
     let bytes = ByteLevel::new(false, true, false);
     let special: Vec<AddedToken> = SPECIAL.iter().map(|&s| AddedToken::from(s, true)).collect();
     let mut tokenizer = tokenizers::Tokenizer::new(BPE::default());

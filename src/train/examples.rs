@@ -14,8 +14,8 @@ pub struct Example {
     pub loss_from: usize,
 }
 
-/// The pair in its template, ended by `eos` and cut on the right to `max_tokens`. The target begins with
-/// the space that the template does not end in, so that its first token is predicted too.
+/// The pair in its template, ended by `eos` and cut on the right to `max_tokens`. The target begins
+/// with the space that the template does not end in, so that its first token is predicted too.
 pub fn example(
     pair: &Pair,
     template: &Template,
@@ -38,7 +38,8 @@ pub fn epoch_order(count: usize, seed: u64, epoch: u64) -> Vec<usize> {
     order
 }
 
-/// Packs examples, longest first, into batches of at most `budget` tokens (one sequence may exceed it alone).
+/// Packs examples, longest first, into batches of at most `budget` tokens (one sequence may exceed
+/// it alone).
 pub fn pack<'a>(examples: impl Iterator<Item = &'a Example>, budget: usize) -> Vec<Batch> {
     let mut examples: Vec<&Example> = examples.collect();
     examples.sort_by_key(|e| std::cmp::Reverse(e.ids.len()));

@@ -1,4 +1,5 @@
-//! AdamW (arXiv 1711.05101) as PyTorch computes it: decay first, bias-corrected moments, epsilon outside the root.
+//! AdamW (arXiv 1711.05101) as PyTorch computes it: decay first, bias-corrected moments, epsilon
+//! outside the root.
 
 use crate::models::bloom::BloomConfig;
 use crate::ops::cpu::Cpu;
@@ -48,7 +49,11 @@ impl AdamW {
         let correction2 = 1.0 - (o.beta2 as f64).powi(self.steps as i32);
         let step = (rate as f64 / correction1) as f32;
         let root = correction2.sqrt() as f32;
-        let (w, m, v) = (Disjoint::new(values), Disjoint::new(&mut self.first), Disjoint::new(&mut self.second));
+        let (w, m, v) = (
+            Disjoint::new(values),
+            Disjoint::new(&mut self.first),
+            Disjoint::new(&mut self.second),
+        );
         let mut start = 0;
         for &(end, decays) in &self.regions {
             let keep = if decays { 1.0 - rate * o.weight_decay } else { 1.0 };
@@ -56,7 +61,8 @@ impl AdamW {
             cpu.threads.run((end - first).div_ceil(GRAIN), |i| {
                 let r = first + i * GRAIN..(first + (i + 1) * GRAIN).min(end);
                 // SAFETY: ranges are disjoint.
-                let (w, m, v) = unsafe { (w.slice(r.clone()), m.slice(r.clone()), v.slice(r.clone())) };
+                let (w, m, v) =
+                    unsafe { (w.slice(r.clone()), m.slice(r.clone()), v.slice(r.clone())) };
                 update(cpu.isa, w, m, v, &grads[r], o.beta1, o.beta2, o.epsilon, step, root, keep);
             });
             start = end;

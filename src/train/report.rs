@@ -34,7 +34,8 @@ impl Metrics {
     /// Opens the file of a run that has taken `done` steps; lines of later steps are taken away.
     pub fn open(path: &Path, done: u64) -> Result<Metrics> {
         let mut steps: Vec<StepMetrics> = Vec::new();
-        // lines stay as they were written, so that an interrupted run leaves the same file as an undisturbed one
+        // lines stay as they were written, so that an interrupted run leaves the same file as an
+        // undisturbed one
         let mut kept = String::new();
         if done > 0 && path.exists() {
             let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
@@ -48,7 +49,12 @@ impl Metrics {
                     }
                     // a crash may have cut the last line
                     Err(_) if !line.ends_with('\n') => {}
-                    Err(e) => return Err(Error::file(path, format!("line {} is no metrics: {e}", i + 1))),
+                    Err(e) => {
+                        return Err(Error::file(
+                            path,
+                            format!("line {} is no metrics: {e}", i + 1),
+                        ));
+                    }
                 }
             }
         }

@@ -1,6 +1,8 @@
 //! Learning-rate schedules.
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Schedule {
     /// Half a cosine down to zero, after the warm-up.
@@ -12,8 +14,8 @@ pub enum Schedule {
 }
 
 impl Schedule {
-    /// Factor on the learning rate of step `step` (from 0) of `total`, of which `warmup` rise linearly;
-    /// as transformers' `get_scheduler` computes it.
+    /// Factor on the learning rate of step `step` (from 0) of `total`, of which `warmup` rise
+    /// linearly; as transformers' `get_scheduler` computes it.
     pub fn factor(self, step: u64, warmup: u64, total: u64) -> f64 {
         if step < warmup {
             return step as f64 / warmup.max(1) as f64;

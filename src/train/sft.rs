@@ -80,7 +80,12 @@ impl Sft<'_> {
     }
 
     /// Runs to the end, from the newest checkpoint if `resume`.
-    pub fn run(&mut self, resume: bool, stop: &AtomicBool, observer: &mut dyn Observer) -> Result<Outcome> {
+    pub fn run(
+        &mut self,
+        resume: bool,
+        stop: &AtomicBool,
+        observer: &mut dyn Observer,
+    ) -> Result<Outcome> {
         let checkpoints = self.options.output.join("checkpoints");
         let mut optimizer = AdamW::new(&self.model.config, self.options.optimizer);
         let mut done = 0;
@@ -129,7 +134,8 @@ impl Sft<'_> {
                 metrics.draw(&curve)?;
                 return Err(Error::invalid(self.diverged(done + 1, loss, norm)?));
             }
-            let rate = self.options.learning_rate * self.options.schedule.factor(done, warmup, total);
+            let rate =
+                self.options.learning_rate * self.options.schedule.factor(done, warmup, total);
             optimizer.step(self.cpu, &mut self.model.values, &grads, rate as f32);
             done += 1;
             let due = |every: u64| done == total || (every > 0 && done.is_multiple_of(every));
@@ -144,15 +150,25 @@ impl Sft<'_> {
                 gradient_norm: norm,
                 tokens,
                 tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
-                validation_loss: if due(self.options.validate_every) { validation_loss } else { None },
+                validation_loss: if due(self.options.validate_every) {
+                    validation_loss
+                } else {
+                    None
+                },
             };
             observer.step(total, &stepped);
             metrics.push(stepped)?;
             let stopping = stop.load(Ordering::Relaxed);
             if stopping || due(self.options.save_every) {
                 let state = RunState { step: done, settings: self.options.settings.clone() };
-                let folder =
-                    state::save(&checkpoints, &self.model, &self.companions, &optimizer, &state, self.options.keep)?;
+                let folder = state::save(
+                    &checkpoints,
+                    &self.model,
+                    &self.companions,
+                    &optimizer,
+                    &state,
+                    self.options.keep,
+                )?;
                 metrics.draw(&curve)?;
                 if stopping && done < total {
                     return Ok(Outcome::Stopped(folder));
@@ -179,7 +195,8 @@ impl Sft<'_> {
             None => "no checkpoint had been written yet".into(),
         };
         Ok(format!(
-            "step {step}: loss {loss}, gradient norm {norm}; {kept}; lower --learning-rate or --clip, or raise --warmup"
+            "step {step}: loss {loss}, gradient norm {norm}; {kept}; lower --learning-rate or \
+            --clip, or raise --warmup"
         ))
     }
 }
@@ -187,6 +204,7 @@ impl Sft<'_> {
 /// The names of settings whose values differ.
 fn difference(a: &serde_json::Value, b: &serde_json::Value) -> String {
     let (Some(a), Some(b)) = (a.as_object(), b.as_object()) else { return "all".into() };
-    let names = a.keys().chain(b.keys().filter(|k| !a.contains_key(*k))).filter(|k| a.get(*k) != b.get(*k));
+    let names =
+        a.keys().chain(b.keys().filter(|k| !a.contains_key(*k))).filter(|k| a.get(*k) != b.get(*k));
     names.map(String::as_str).collect::<Vec<_>>().join(", ")
 }

@@ -1,8 +1,10 @@
-//! Training checkpoints: the model in f32 as a Hugging Face folder, the optimizer's moments, and where the
-//! run stands. A folder appears whole or not at all.
+//! Training checkpoints: the model in f32 as a Hugging Face folder, the optimizer's moments, and
+//! where the run stands. A folder appears whole or not at all.
 
 use super::optimizer::AdamW;
-use crate::checkpoint::{Checkpoint, Companions, save_model, write_atomic, write_atomic_at, write_folder};
+use crate::checkpoint::{
+    Checkpoint, Companions, save_model, write_atomic, write_atomic_at, write_folder,
+};
 use crate::error::{Error, Result};
 use crate::models::bloom::train::TrainModel;
 use crate::tensor::DType;
@@ -21,7 +23,8 @@ pub fn step_folder(checkpoints: &Path, step: u64) -> PathBuf {
     checkpoints.join(format!("step-{step:07}"))
 }
 
-/// Saves the run as `checkpoints/step-N`, a model folder of its own, and removes all but the newest `keep`.
+/// Saves the run as `checkpoints/step-N`, a model folder of its own, and removes all but the newest
+/// `keep`.
 pub fn save(
     checkpoints: &Path,
     model: &TrainModel,
@@ -38,7 +41,8 @@ pub fn save(
     write_folder(&folder, |folder| {
         companions.write(folder)?;
         save_model(folder, &model.config, &model.values, DType::F32)?;
-        let view = |v| TensorView::new(Dtype::F32, vec![model.values.len()], bytemuck::cast_slice(v));
+        let view =
+            |v| TensorView::new(Dtype::F32, vec![model.values.len()], bytemuck::cast_slice(v));
         let first = view(&optimizer.first).expect("length and shape agree");
         let second = view(&optimizer.second).expect("length and shape agree");
         write_atomic_at(&folder.join("optimizer.safetensors"), |file| {
@@ -74,8 +78,8 @@ pub fn list(checkpoints: &Path) -> Result<Vec<(u64, PathBuf)>> {
 pub fn load(folder: &Path, model: &mut TrainModel, optimizer: &mut AdamW) -> Result<RunState> {
     let path = folder.join("state.json");
     let text = std::fs::read(&path).map_err(Error::io(&path, "read"))?;
-    let state: RunState =
-        serde_json::from_slice(&text).map_err(|e| Error::file(&path, format!("not a training state: {e}")))?;
+    let state: RunState = serde_json::from_slice(&text)
+        .map_err(|e| Error::file(&path, format!("not a training state: {e}")))?;
     let checkpoint = Checkpoint::open(folder)?;
     let values = checkpoint.to_f32()?;
     if values.len() != model.values.len() {
@@ -87,7 +91,9 @@ pub fn load(folder: &Path, model: &mut TrainModel, optimizer: &mut AdamW) -> Res
     let file = safetensors::SafeTensors::deserialize(&bytes)
         .map_err(|e| Error::file(&path, format!("not a whole safetensors file: {e}")))?;
     for (name, to) in [("first", &mut optimizer.first), ("second", &mut optimizer.second)] {
-        let tensor = file.tensor(name).map_err(|_| Error::file(&path, format!("tensor {name} is missing")))?;
+        let tensor = file
+            .tensor(name)
+            .map_err(|_| Error::file(&path, format!("tensor {name} is missing")))?;
         if tensor.dtype() != Dtype::F32 || tensor.data().len() != to.len() * 4 {
             return Err(Error::file(&path, format!("tensor {name} does not fit the model")));
         }

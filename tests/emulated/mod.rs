@@ -30,8 +30,8 @@ pub struct Emulated {
 
 type Recording = Vec<(String, Shape, Args)>;
 
-/// A GPU with room for a gigabyte, of Hopper's kind or older. `check_order` runs every launch twice, in two orders of
-/// threads.
+/// A GPU with room for a gigabyte, of Hopper's kind or older. `check_order` runs every launch
+/// twice, in two orders of threads.
 pub fn gpu(check_order: bool, hopper: bool) -> Rc<Emulated> {
     let mut emulator = Emulator::new(1 << 30);
     emulator.check_order = check_order;
@@ -60,7 +60,11 @@ fn failed<T>(r: std::result::Result<T, String>) -> Result<T> {
 
 impl Emulated {
     fn only_now(&self) -> Result<()> {
-        if self.recording.borrow().is_some() { Err(Error::invalid("not while launches are recorded")) } else { Ok(()) }
+        if self.recording.borrow().is_some() {
+            Err(Error::invalid("not while launches are recorded"))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -69,7 +73,11 @@ impl Launcher for Emulated {
     type Reading = Vec<u8>;
 
     fn limits(&self) -> Limits {
-        Limits { shared_bytes: self.emulator.shared_limit, processors: self.processors.get(), hopper: self.hopper }
+        Limits {
+            shared_bytes: self.emulator.shared_limit,
+            processors: self.processors.get(),
+            hopper: self.hopper,
+        }
     }
     fn allocate(&self, bytes: usize) -> Result<Address> {
         self.only_now()?;
@@ -117,7 +125,11 @@ impl Launcher for Emulated {
         if self.broken.get().is_some_and(|b| kernel.starts_with(b)) {
             args[3][0] -= 1;
         }
-        failed(self.emulator.launch(kernel, shape, &args.iter().map(|a| &a[..]).collect::<Vec<_>>()))
+        failed(self.emulator.launch(
+            kernel,
+            shape,
+            &args.iter().map(|a| &a[..]).collect::<Vec<_>>(),
+        ))
     }
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Recording> {
         *self.recording.borrow_mut() = Some(Vec::new());
@@ -138,7 +150,13 @@ impl Launcher for Emulated {
     fn changes(&self) -> u64 {
         self.changes.get()
     }
-    fn tensor_map(&self, at: Address, rows: usize, cols: usize, tile_rows: usize) -> Result<TensorMap> {
+    fn tensor_map(
+        &self,
+        at: Address,
+        rows: usize,
+        cols: usize,
+        tile_rows: usize,
+    ) -> Result<TensorMap> {
         Ok(TensorMap(kernel_emulator::tensor_map(at, rows, cols, tile_rows)))
     }
 }

@@ -6,7 +6,8 @@ use beautiful_prompt::ops::{BLOCK, Backend, Batch};
 use serde::Deserialize;
 use std::path::PathBuf;
 
-pub const MODELS: [&str; 4] = ["f32_six_heads", "bf16_sharded", "f16_pytorch_sharded", "bf16_pytorch"];
+pub const MODELS: [&str; 4] =
+    ["f32_six_heads", "bf16_sharded", "f16_pytorch_sharded", "bf16_pytorch"];
 
 #[derive(Deserialize)]
 struct Expected {
@@ -16,7 +17,8 @@ struct Expected {
 /// The checkpoint, a prompt's ids, and the logits of all its positions.
 pub fn open(name: &str) -> (Checkpoint, Vec<u32>, Vec<f32>) {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bloom").join(name);
-    let report: Expected = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+    let report: Expected =
+        serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
     let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let logits = bytemuck::pod_collect_to_vec(file.tensor("logits").unwrap().data());

@@ -7,7 +7,10 @@ pub fn bprompt(args: &[&str]) -> Command {
     // more than the cores would be told of on standard error
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(2);
     let mut c = Command::new(env!("CARGO_BIN_EXE_bprompt"));
-    c.env_remove("BPROMPT_MODEL").env("BPROMPT_THREADS", threads.to_string()).stdin(Stdio::null()).args(args);
+    c.env_remove("BPROMPT_MODEL")
+        .env("BPROMPT_THREADS", threads.to_string())
+        .stdin(Stdio::null())
+        .args(args);
     c
 }
 

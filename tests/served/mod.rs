@@ -33,11 +33,16 @@ impl Answer {
     /// The server-sent events that are JSON; the last must be there.
     pub fn events(&self) -> Vec<Value> {
         assert!(self.body.trim_end().ends_with("data: [DONE]"), "{} {}", self.status, self.body);
-        self.body.lines().filter_map(|l| serde_json::from_str(l.strip_prefix("data: ")?).ok()).collect()
+        self.body
+            .lines()
+            .filter_map(|l| serde_json::from_str(l.strip_prefix("data: ")?).ok())
+            .collect()
     }
 
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.head.lines().find_map(|l| l.split_once(": ").filter(|h| h.0.eq_ignore_ascii_case(name)).map(|h| h.1))
+        self.head.lines().find_map(|l| {
+            l.split_once(": ").filter(|h| h.0.eq_ignore_ascii_case(name)).map(|h| h.1)
+        })
     }
 }
 
@@ -92,11 +97,19 @@ impl Server {
         self.send_as("1.1", method, path, headers, body)
     }
 
-    fn send_as(&self, version: &str, method: &str, path: &str, headers: &str, body: &[u8]) -> TcpStream {
+    fn send_as(
+        &self,
+        version: &str,
+        method: &str,
+        path: &str,
+        headers: &str,
+        body: &[u8],
+    ) -> TcpStream {
         let mut stream = self.connect();
         let length = body.len();
         let head = format!(
-            "{method} {path} HTTP/{version}\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
+            "{method} {path} HTTP/{version}\r\nHost: x\r\nConnection: close\r\nContent-Length: \
+            {length}\r\n{headers}\r\n"
         );
         stream.write_all(head.as_bytes()).unwrap();
         stream.write_all(body).unwrap();
@@ -112,7 +125,12 @@ impl Server {
     }
 
     pub fn post(&self, path: &str, body: Value) -> Answer {
-        self.request("POST", path, "Content-Type: application/json\r\n", body.to_string().as_bytes())
+        self.request(
+            "POST",
+            path,
+            "Content-Type: application/json\r\n",
+            body.to_string().as_bytes(),
+        )
     }
 
     /// The value of a metric without labels of its own.
@@ -165,5 +183,6 @@ pub fn answer(mut stream: TcpStream) -> Answer {
 
 /// A request that takes long.
 pub fn long() -> Value {
-    json!({ "prompt": "a cat", "max_tokens": 480, "ignore_eos": true, "n": 8, "temperature": 1.0, "stream": true })
+    json!({ "prompt": "a \
+        cat", "max_tokens": 480, "ignore_eos": true, "n": 8, "temperature": 1.0, "stream": true })
 }

@@ -88,7 +88,8 @@ pub struct Copy {
     pub zeros: usize,
 }
 
-/// A product of a warpgroup that has been asked for and not waited for: what a thread gives to the operation.
+/// A product of a warpgroup that has been asked for and not waited for: what a thread gives to the
+/// operation.
 pub struct Product {
     pub op: CollectiveOp,
     pub data: Vec<u8>,
@@ -173,7 +174,10 @@ pub fn check_operand(at: usize, bytes: usize) {
     let start = at.wrapping_sub(block.threads[0].place.shared as usize);
     let states = block.states.get(start..start.saturating_add(bytes));
     let what = match states {
-        None => format!("reads an operand at byte {start} of shared memory, which has {}", block.states.len()),
+        None => format!(
+            "reads an operand at byte {start} of shared memory, which has {}",
+            block.states.len()
+        ),
         Some(s) if s.contains(&UNWRITTEN) => {
             format!("reads an operand at byte {start} of shared memory, which nothing wrote")
         }
@@ -230,7 +234,16 @@ impl Stacks {
         let bytes = threads * STACK;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new private mapping.
-        let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags,
+                -1,
+                0,
+            )
+        };
         assert!(at != libc::MAP_FAILED, "cannot map {bytes} bytes of stacks");
         Stacks { at, bytes }
     }
@@ -336,7 +349,8 @@ impl Launch<'_> {
             to.0[..from.len()].copy_from_slice(from);
         }
         let base = args.as_mut_ptr() as usize;
-        let addresses: Vec<usize> = (0..args.len()).map(|i| base + i * size_of::<Argument>()).collect();
+        let addresses: Vec<usize> =
+            (0..args.len()).map(|i| base + i * size_of::<Argument>()).collect();
         let list = addresses.as_ptr() as usize;
         let range = base..base + args.len() * size_of::<Argument>();
         let lists = list..list + addresses.len() * 8;
@@ -349,11 +363,18 @@ impl Launch<'_> {
         }
         let per_block = self.shape.threads as usize;
         let call = self.kernel.call;
-        let mut fibers: Vec<Option<Coroutine<(), Wait, (), Piece>>> = (0..pointers.len() * per_block)
+        let mut fibers: Vec<Option<Coroutine<(), Wait, (), Piece>>> = (0..pointers.len()
+            * per_block)
             .map(|i| {
-                let (block, thread, range) = (pointers[i / per_block] as usize, i % per_block, stacks.range());
+                let (block, thread, range) =
+                    (pointers[i / per_block] as usize, i % per_block, stacks.range());
                 Some(Coroutine::with_stack(stacks.piece(i), move |yielder, ()| {
-                    let current = Current { block: block as *mut Block<'static>, thread, yielder, stacks: range };
+                    let current = Current {
+                        block: block as *mut Block<'static>,
+                        thread,
+                        yielder,
+                        stacks: range,
+                    };
                     YIELDERS.with_borrow_mut(|y| y[i] = Some(current));
                     CURRENT.set(Some(current));
                     // SAFETY: sizes and number of the arguments were compared with the kernel's.
@@ -371,7 +392,8 @@ impl Launch<'_> {
             Schedule::Shuffled(seed) => seed | 1,
         };
         let mut left = fibers.len();
-        // in the shuffled order one block after the other is left behind for a while, as far as the others can go on without it
+        // in the shuffled order one block after the other is left behind for a while, as far as the
+        // others can go on without it
         let mut behind = None;
         'rounds: for round in 0.. {
             if left == 0 {
@@ -424,9 +446,10 @@ impl Launch<'_> {
                     Wait::Fault => break 'rounds,
                     Wait::Barrier { id, count } => block.arrive(id, count),
                     Wait::Collective { size, .. } => block.meet(t, size as usize),
-                    Wait::Ended if !block.threads[t].products.is_empty() => {
-                        Some(format!("{}, thread {t}: it ends before its products are waited for", block.name()))
-                    }
+                    Wait::Ended if !block.threads[t].products.is_empty() => Some(format!(
+                        "{}, thread {t}: it ends before its products are waited for",
+                        block.name()
+                    )),
                     _ => None,
                 };
                 if let Some(message) = problem {
@@ -441,12 +464,17 @@ impl Launch<'_> {
                 // whoever has ended is not waited for
                 let at_barrier = |t: &Thread| matches!(t.wait, Wait::Cluster | Wait::Ended);
                 if blocks.iter().all(|b| b.threads.iter().all(at_barrier)) {
-                    let waiting = blocks.iter_mut().flat_map(|b| &mut b.threads).filter(|t| t.wait == Wait::Cluster);
+                    let waiting = blocks
+                        .iter_mut()
+                        .flat_map(|b| &mut b.threads)
+                        .filter(|t| t.wait == Wait::Cluster);
                     waiting.for_each(|t| t.wait = Wait::Runnable);
                     continue;
                 }
                 let stuck = blocks.iter().find_map(|b| b.stuck());
-                self.report(stuck.unwrap_or_else(|| format!("{}: no thread can run", self.kernel.name)));
+                self.report(
+                    stuck.unwrap_or_else(|| format!("{}: no thread can run", self.kernel.name)),
+                );
                 break;
             }
         }
@@ -487,10 +515,21 @@ impl Block<'_> {
     fn arrive(&mut self, id: u32, count: u32) -> Option<String> {
         let here = |t: &Thread| matches!(t.wait, Wait::Barrier { id: other, .. } if other == id);
         if count as usize > self.threads.len() || !count.is_multiple_of(32) {
-            return Some(format!("{}: barrier {id} for {count} of {} threads", self.name(), self.threads.len()));
+            return Some(format!(
+                "{}: barrier {id} for {count} of {} threads",
+                self.name(),
+                self.threads.len()
+            ));
         }
-        if self.threads.iter().any(|t| matches!(t.wait, Wait::Barrier { id: i, count: c } if i == id && c != count)) {
-            return Some(format!("{}: threads come to barrier {id} with different counts", self.name()));
+        if self
+            .threads
+            .iter()
+            .any(|t| matches!(t.wait, Wait::Barrier { id: i, count: c } if i == id && c != count))
+        {
+            return Some(format!(
+                "{}: threads come to barrier {id} with different counts",
+                self.name()
+            ));
         }
         if self.threads.iter().filter(|t| here(t)).count() == count as usize {
             self.threads.iter_mut().filter(|t| here(t)).for_each(|t| t.wait = Wait::Runnable);
@@ -505,7 +544,10 @@ impl Block<'_> {
         let Wait::Collective { mask, op, name, .. } = self.threads[t].wait else { return None };
         let expected = |i: usize| size != 32 || mask >> (i % 32) & 1 == 1;
         if !expected(t) {
-            return Some(format!("{}, thread {t}: it is not in its own mask {mask:#x}", self.name()));
+            return Some(format!(
+                "{}, thread {t}: it is not in its own mask {mask:#x}",
+                self.name()
+            ));
         }
         let mut data = vec![std::ptr::null_mut::<c_void>(); size];
         for i in group.clone().filter(|i| expected(*i)) {
@@ -545,7 +587,8 @@ impl Block<'_> {
             Wait::Barrier { id, count } => format!("at barrier {id} for {count}"),
             Wait::Collective { name, mask, .. } => format!("in {} with mask {mask:#x}", text(name)),
             Wait::Phase { barrier, parity } => format!(
-                "for the end of a phase of parity {parity} of the barrier object at shared byte {}, which is {:?}",
+                "for the end of a phase of parity {parity} of the barrier object at shared byte \
+                {}, which is {:?}",
                 barrier.wrapping_sub(self.threads[0].place.shared as usize),
                 self.barriers.get(&barrier)
             ),
@@ -553,7 +596,9 @@ impl Block<'_> {
             _ => "for nothing".to_owned(),
         };
         let ended = self.threads.len() - waiting.len();
-        let same = waiting.iter().filter(|t| std::mem::discriminant(&t.wait) == std::mem::discriminant(&first.wait));
+        let same = waiting
+            .iter()
+            .filter(|t| std::mem::discriminant(&t.wait) == std::mem::discriminant(&first.wait));
         Some(format!(
             "{}: deadlock: {} threads wait as thread {} does, {what}; {ended} of {} have ended",
             self.name(),
@@ -586,7 +631,8 @@ impl Block<'_> {
         }
         if !start.is_multiple_of(1024) || start + bytes > self.states.len() {
             return Err(format!(
-                "a tile of {bytes} bytes is copied to shared byte {start}: not aligned to 1024, or out of bounds"
+                "a tile of {bytes} bytes is copied to shared byte {start}: not aligned to 1024, or \
+                out of bounds"
             ));
         }
         for r in 0..map.tile_rows {
@@ -598,8 +644,11 @@ impl Block<'_> {
                     if y < map.rows && x + (i as u64) < map.cols {
                         let from = (map.at + (y * map.cols + x + i as u64) * 2) as usize;
                         let arena = self.launch.arena;
-                        let at = arena.find(from).ok_or("a tile's copy reads outside device memory")?;
-                        arena.access(at, 2, false).map_err(|e| format!("a tile's copy reads memory that is {e}"))?;
+                        let at =
+                            arena.find(from).ok_or("a tile's copy reads outside device memory")?;
+                        arena
+                            .access(at, 2, false)
+                            .map_err(|e| format!("a tile's copy reads memory that is {e}"))?;
                         // SAFETY: checked just now.
                         *v = unsafe { *(from as *const u16) };
                     }
@@ -628,9 +677,15 @@ impl Block<'_> {
         t.groups.iter_mut().for_each(|g| *g -= end);
         for c in copies {
             if c.bytes > 0 {
-                let start = self.launch.arena.find(c.from).ok_or("an asynchronous copy reads outside device memory")?;
+                let start = self
+                    .launch
+                    .arena
+                    .find(c.from)
+                    .ok_or("an asynchronous copy reads outside device memory")?;
                 let checked = self.launch.arena.access(start, c.bytes, false);
-                checked.map_err(|e| format!("an asynchronous copy of {} bytes reads memory that is {e}", c.bytes))?;
+                checked.map_err(|e| {
+                    format!("an asynchronous copy of {} bytes reads memory that is {e}", c.bytes)
+                })?;
             }
             let shared = self.threads[thread].place.shared as usize;
             let at = c.to.wrapping_sub(shared);

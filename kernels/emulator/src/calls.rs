@@ -1,8 +1,8 @@
 //! What kernels call: the other side of `include/emulated.h`.
 
 use crate::block::{
-    Block, CURRENT, CollectiveOp, Copy, NO_BARRIER, PhaseBarrier, Place, Product, Schedule, Tile, Wait, check_operand,
-    fault, suspend,
+    Block, CURRENT, CollectiveOp, Copy, NO_BARRIER, PhaseBarrier, Place, Product, Schedule, Tile,
+    Wait, check_operand, fault, suspend,
 };
 use std::ffi::{c_char, c_void};
 
@@ -28,7 +28,13 @@ extern "C" fn emulator_barrier(id: u32, count: u32) {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn emulator_collective(size: u32, mask: u32, op: CollectiveOp, data: *mut c_void, name: *const c_char) {
+extern "C" fn emulator_collective(
+    size: u32,
+    mask: u32,
+    op: CollectiveOp,
+    data: *mut c_void,
+    name: *const c_char,
+) {
     suspend(Wait::Collective { size, mask, op: op as usize, data: data as usize, name });
 }
 
@@ -58,7 +64,10 @@ extern "C" fn emulator_cluster_shared(at: usize, rank: u32) -> usize {
         return at;
     }
     let Some(&other) = block.cluster.get(rank as usize) else {
-        fault(&format!("asks for shared memory of block {rank} of a cluster of {}", block.cluster.len()));
+        fault(&format!(
+            "asks for shared memory of block {rank} of a cluster of {}",
+            block.cluster.len()
+        ));
         return 0;
     };
     // SAFETY: blocks of a cluster live as long as each other; nothing of them changes here.
@@ -162,17 +171,26 @@ impl TensorMap {
     pub const MAGIC: u64 = 0x7465_6e73_6f72_6d70;
 }
 
-/// The copy engine may take its time: in the natural order of threads tiles come when somebody waits for them, in the shuffled
-/// one at once, so that both a read that does not wait and a copy that does not wait for its place are seen.
+/// The copy engine may take its time: in the natural order of threads tiles come when somebody
+/// waits for them, in the shuffled one at once, so that both a read that does not wait and a copy
+/// that does not wait for its place are seen.
 #[unsafe(no_mangle)]
-extern "C" fn emulator_copy_tile(to: usize, map: *const TensorMap, row: u32, column: u32, barrier: usize, blocks: u32) {
+extern "C" fn emulator_copy_tile(
+    to: usize,
+    map: *const TensorMap,
+    row: u32,
+    column: u32,
+    barrier: usize,
+    blocks: u32,
+) {
     // SAFETY: called by a kernel, with one of its arguments.
     let ((block, _), map) = unsafe { (here(), *map) };
     if blocks == 0 {
         return bring(block, Tile { to, map, row, column, barrier });
     }
     for rank in (0..u32::BITS).filter(|r| blocks >> r & 1 == 1) {
-        let (to, barrier) = (emulator_cluster_shared(to, rank), emulator_cluster_shared(barrier, rank));
+        let (to, barrier) =
+            (emulator_cluster_shared(to, rank), emulator_cluster_shared(barrier, rank));
         let other = block.cluster.get(rank as usize).copied().unwrap_or(block);
         // SAFETY: blocks of a cluster live as long as each other, and no other thread runs.
         let other = unsafe { &mut *other };
@@ -192,7 +210,12 @@ fn bring(block: &mut Block<'static>, tile: Tile) {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn emulator_product(op: CollectiveOp, data: *const u8, size: usize, name: *const c_char) {
+extern "C" fn emulator_product(
+    op: CollectiveOp,
+    data: *const u8,
+    size: usize,
+    name: *const c_char,
+) {
     // SAFETY: called by a kernel, with what it wants to keep.
     let ((block, t), data) = unsafe { (here(), std::slice::from_raw_parts(data, size).to_vec()) };
     block.threads[t].products.push(Product { op, data, name });

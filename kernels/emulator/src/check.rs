@@ -13,13 +13,18 @@ unsafe extern "C" {
 fn check_shared(block: &mut Block, start: usize, len: usize, write: bool) {
     if start + len > block.states.len() {
         let what = if write { "write" } else { "read" };
-        fault(&format!("{what} of {len} bytes at byte {start} of shared memory, which has {}", block.states.len()));
+        fault(&format!(
+            "{what} of {len} bytes at byte {start} of shared memory, which has {}",
+            block.states.len()
+        ));
     }
     let states = &mut block.states[start..start + len];
     if write {
         states.fill(WRITTEN);
     } else if states.contains(&UNWRITTEN) {
-        fault(&format!("read of {len} bytes at byte {start} of shared memory, which nothing wrote"));
+        fault(&format!(
+            "read of {len} bytes at byte {start} of shared memory, which nothing wrote"
+        ));
     }
 }
 
@@ -41,7 +46,10 @@ fn check(at: usize, len: usize, write: bool) {
         let start = at.wrapping_sub(other.threads[0].place.shared as usize);
         if start < other.states.len() {
             if other.ended() {
-                fault(&format!("{what} of shared memory of block {:?}, which has ended", other.threads[0].place.block));
+                fault(&format!(
+                    "{what} of shared memory of block {:?}, which has ended",
+                    other.threads[0].place.block
+                ));
             }
             return check_shared(other, start, len, write);
         }
@@ -54,11 +62,12 @@ fn check(at: usize, len: usize, write: bool) {
     }
     let image = (&raw const __executable_start as usize)..(&raw const end as usize);
     // what the kernel asks of the emulator itself: its arguments, its place, constants
-    let own =
-        block.arguments.iter().any(|r| r.contains(&at)) || block.threads.as_ptr_range().contains(&(at as *const _));
+    let own = block.arguments.iter().any(|r| r.contains(&at))
+        || block.threads.as_ptr_range().contains(&(at as *const _));
     if write || !(image.contains(&at) || own) {
         fault(&format!(
-            "{what} of {len} bytes out of bounds of shared and device memory ({start} past shared memory's start)"
+            "{what} of {len} bytes out of bounds of shared and device memory ({start} past shared \
+            memory's start)"
         ));
     }
 }

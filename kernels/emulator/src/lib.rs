@@ -1,14 +1,15 @@
 //! Runs CUDA kernels on the CPU, one fiber a thread, and reports what they do wrong.
 //!
-//! The kernels are this project's `kernels/*.cu`, compiled as C++ against `include/emulated.h`. A launch takes what a
-//! driver would: a name, a grid, a block size, bytes of shared memory and arguments by address. It reports, with
-//! kernel, block and thread:
+//! The kernels are this project's `kernels/*.cu`, compiled as C++ against `include/emulated.h`. A
+//! launch takes what a driver would: a name, a grid, a block size, bytes of shared memory and
+//! arguments by address. It reports, with kernel, block and thread:
 //!
 //! - a barrier that not all threads reach, and any other deadlock;
 //! - lanes of a warp that meet in different operations;
 //! - accesses out of bounds of device or shared memory, and to freed memory;
 //! - reads of memory that nothing wrote;
-//! - results that change with the order in which threads run (a missing barrier), if [`Emulator::check_order`] is set;
+//! - results that change with the order in which threads run (a missing barrier), if
+//!   [`Emulator::check_order`] is set;
 //! - arguments, block sizes and shared memory that do not fit the kernel.
 
 mod block;
@@ -27,7 +28,8 @@ use std::sync::{Arc, Mutex};
 /// A device of its own: its memory, and how launches are scheduled.
 pub struct Emulator {
     arena: Arc<Arena>,
-    /// Runs each launch twice from the same memory, in the natural and in a shuffled order, and compares.
+    /// Runs each launch twice from the same memory, in the natural and in a shuffled order, and
+    /// compares.
     pub check_order: bool,
     /// Threads of this machine that run blocks.
     pub workers: usize,
@@ -36,11 +38,17 @@ pub struct Emulator {
     launches: AtomicU64,
 }
 
-/// A tensor map for kernels: tiles of `tile_rows` by 64 of a row-major matrix `[rows, cols]` of 16-bit elements, swizzled by
-/// 128 bytes, zeros beyond the matrix.
+/// A tensor map for kernels: tiles of `tile_rows` by 64 of a row-major matrix `[rows, cols]` of
+/// 16-bit elements, swizzled by 128 bytes, zeros beyond the matrix.
 pub fn tensor_map(at: Address, rows: usize, cols: usize, tile_rows: usize) -> [u64; 16] {
     let mut map = [0; 16];
-    map[..5].copy_from_slice(&[calls::TensorMap::MAGIC, at, rows as u64, cols as u64, tile_rows as u64]);
+    map[..5].copy_from_slice(&[
+        calls::TensorMap::MAGIC,
+        at,
+        rows as u64,
+        cols as u64,
+        tile_rows as u64,
+    ]);
     map
 }
 
@@ -52,7 +60,8 @@ pub struct Shape {
     pub shared_bytes: u32,
     /// All blocks are alive together and may wait for each other.
     pub cooperative: bool,
-    /// So many blocks, neighbours along x, are a cluster: alive together, with barriers and each other's shared memory. 1: none.
+    /// So many blocks, neighbours along x, are a cluster: alive together, with barriers and each
+    /// other's shared memory. 1: none.
     pub cluster: u32,
 }
 
@@ -101,10 +110,16 @@ impl Emulator {
         let entry = registry::find(kernel).ok_or_else(|| format!("there is no kernel {kernel}"))?;
         let sizes: Vec<u32> = args.iter().map(|a| a.len() as u32).collect();
         if sizes != entry.sizes {
-            return Err(format!("{kernel}: arguments of {:?} bytes were given, it takes {:?}", sizes, entry.sizes));
+            return Err(format!(
+                "{kernel}: arguments of {:?} bytes were given, it takes {:?}",
+                sizes, entry.sizes
+            ));
         }
         if shape.threads == 0 || shape.threads > entry.threads {
-            return Err(format!("{kernel}: {} threads a block, it is built for {}", shape.threads, entry.threads));
+            return Err(format!(
+                "{kernel}: {} threads a block, it is built for {}",
+                shape.threads, entry.threads
+            ));
         }
         if shape.shared_bytes > self.shared_limit {
             return Err(format!(
@@ -116,7 +131,10 @@ impl Emulator {
             return Err(format!("{kernel}: no grid of {:?} blocks", shape.grid));
         }
         if !(1..=8).contains(&shape.cluster) || !shape.grid[0].is_multiple_of(shape.cluster) {
-            return Err(format!("{kernel}: no clusters of {} in a grid of {:?} blocks", shape.cluster, shape.grid));
+            return Err(format!(
+                "{kernel}: no clusters of {} in a grid of {:?} blocks",
+                shape.cluster, shape.grid
+            ));
         }
         let run = |schedule| {
             let launch = Launch {
@@ -140,7 +158,8 @@ impl Emulator {
         match self.arena.first_difference(&natural) {
             None => Ok(()),
             Some(at) => Err(format!(
-                "{kernel}: the result depends on the order of threads (first in {at}): a barrier is missing"
+                "{kernel}: the result depends on the order of threads (first in {at}): a barrier \
+                is missing"
             )),
         }
     }

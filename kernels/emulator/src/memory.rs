@@ -62,7 +62,10 @@ impl Arena {
         let start = a.top.next_multiple_of(1024) + GAP;
         let end = start + bytes;
         if end + GAP > self.size {
-            return Err(format!("out of memory: {bytes} bytes more than the {} of this device", self.size));
+            return Err(format!(
+                "out of memory: {bytes} bytes more than the {} of this device",
+                self.size
+            ));
         }
         a.top = end;
         a.live.push(start..end);
@@ -93,7 +96,10 @@ impl Arena {
     /// The offset of a range all of whose bytes are allocated.
     fn offset(&self, at: Address, len: usize) -> Result<usize, String> {
         let start = at.wrapping_sub(self.base as u64) as usize;
-        if start < self.size && len <= self.size - start && self.states(start, len).iter().all(|s| *s != FREE) {
+        if start < self.size
+            && len <= self.size - start
+            && self.states(start, len).iter().all(|s| *s != FREE)
+        {
             Ok(start)
         } else {
             Err(format!("a copy of {len} bytes at {at:#x} is out of bounds"))
@@ -118,10 +124,15 @@ impl Arena {
     pub fn read(&self, at: Address, bytes: &mut [u8]) -> Result<(), String> {
         let start = self.offset(at, bytes.len())?;
         if let Some(i) = self.states(start, bytes.len()).iter().position(|s| *s != WRITTEN) {
-            return Err(format!("the host reads {} bytes, of which byte {i} was never written", bytes.len()));
+            return Err(format!(
+                "the host reads {} bytes, of which byte {i} was never written",
+                bytes.len()
+            ));
         }
         // SAFETY: checked above.
-        unsafe { std::ptr::copy_nonoverlapping(self.base.add(start), bytes.as_mut_ptr(), bytes.len()) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.base.add(start), bytes.as_mut_ptr(), bytes.len())
+        };
         Ok(())
     }
 
@@ -158,15 +169,29 @@ impl Arena {
             // SAFETY: a live allocation.
             unsafe { std::slice::from_raw_parts(p.add(r.start), r.len()).to_vec() }
         };
-        Snapshot { parts: a.live.iter().map(|r| (r.clone(), bytes(self.base, r), bytes(self.states, r))).collect() }
+        Snapshot {
+            parts: a
+                .live
+                .iter()
+                .map(|r| (r.clone(), bytes(self.base, r), bytes(self.states, r)))
+                .collect(),
+        }
     }
 
     pub fn restore(&self, snapshot: &Snapshot) {
         for (range, data, states) in &snapshot.parts {
             // SAFETY: allocations do not change between a snapshot and its use.
             unsafe {
-                std::ptr::copy_nonoverlapping(data.as_ptr(), self.base.add(range.start), range.len());
-                std::ptr::copy_nonoverlapping(states.as_ptr(), self.states.add(range.start), range.len());
+                std::ptr::copy_nonoverlapping(
+                    data.as_ptr(),
+                    self.base.add(range.start),
+                    range.len(),
+                );
+                std::ptr::copy_nonoverlapping(
+                    states.as_ptr(),
+                    self.states.add(range.start),
+                    range.len(),
+                );
             }
         }
     }
@@ -175,7 +200,8 @@ impl Arena {
     pub fn first_difference(&self, snapshot: &Snapshot) -> Option<String> {
         snapshot.parts.iter().find_map(|(range, data, _)| {
             // SAFETY: as for `restore`.
-            let now = unsafe { std::slice::from_raw_parts(self.base.add(range.start), range.len()) };
+            let now =
+                unsafe { std::slice::from_raw_parts(self.base.add(range.start), range.len()) };
             let i = now.iter().zip(data).position(|(a, b)| a != b)?;
             Some(format!("byte {i} of an allocation of {}", range.len()))
         })

@@ -2,7 +2,8 @@
 
 use kernel_emulator::{Emulator, Shape, tensor_map};
 
-const SHAPE: Shape = Shape { grid: [1, 1, 1], threads: 32, shared_bytes: 0, cooperative: false, cluster: 1 };
+const SHAPE: Shape =
+    Shape { grid: [1, 1, 1], threads: 32, shared_bytes: 0, cooperative: false, cluster: 1 };
 
 /// Runs a faulty kernel on a buffer of 32 words (and more arguments) and returns the report.
 fn report(kernel: &str, shape: Shape, check_order: bool, more: &[&[u8]]) -> String {
@@ -47,10 +48,14 @@ fn accesses_out_of_bounds() {
     let r = device.launch("fault_out_of_bounds", SHAPE, &[&out, &16u32.to_ne_bytes()]).unwrap_err();
     says(
         &r,
-        "fault_out_of_bounds: block [0, 0, 0], thread 16: write of 4 bytes of device memory that is out of bounds",
+        "fault_out_of_bounds: block [0, 0, 0], thread 16: write of 4 bytes of device memory that \
+        is out of bounds",
     );
     let null = 0u64.to_ne_bytes();
-    says(&device.launch("fault_out_of_bounds", SHAPE, &[&null, &1u32.to_ne_bytes()]).unwrap_err(), "out of bounds");
+    says(
+        &device.launch("fault_out_of_bounds", SHAPE, &[&null, &1u32.to_ne_bytes()]).unwrap_err(),
+        "out of bounds",
+    );
 }
 
 #[test]
@@ -91,7 +96,10 @@ fn a_copy_that_is_not_awaited() {
     device.write(data, &(0..=255).chain(0..=255).collect::<Vec<u8>>()).unwrap();
     let args: [&[u8]; 2] = [&out.to_ne_bytes(), &data.to_ne_bytes()];
     let shape = Shape { shared_bytes: 512, ..SHAPE };
-    says(&device.launch("fault_copy_not_awaited", shape, &args).unwrap_err(), "which nothing wrote");
+    says(
+        &device.launch("fault_copy_not_awaited", shape, &args).unwrap_err(),
+        "which nothing wrote",
+    );
     device.launch("copy_awaited", shape, &args).unwrap();
     let mut bytes = [0; 512];
     device.read(out, &mut bytes).unwrap();
@@ -113,7 +121,8 @@ fn tiles() {
     device.check_order = true;
     // 9 rows of 16 elements that say where they are
     let (data, out) = (device.allocate(288).unwrap(), device.allocate(128).unwrap());
-    let values: Vec<u8> = (0..9u16).flat_map(|r| (0..16u16).flat_map(move |c| (r * 100 + c).to_le_bytes())).collect();
+    let values: Vec<u8> =
+        (0..9u16).flat_map(|r| (0..16u16).flat_map(move |c| (r * 100 + c).to_le_bytes())).collect();
     device.write(data, &values).unwrap();
     let map: Vec<u8> = tensor_map(data, 9, 16, 8).iter().flat_map(|w| w.to_ne_bytes()).collect();
     let args: [&[u8]; 2] = [&map, &out.to_ne_bytes()];
@@ -126,12 +135,14 @@ fn tiles() {
     let mut bytes = [0; 128];
     device.read(out, &mut bytes).unwrap();
     let row: Vec<u16> = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
-    // the tile begins at row 1, column 8; its first row is not swizzled, and beyond the matrix there are zeros
+    // the tile begins at row 1, column 8; its first row is not swizzled, and beyond the matrix
+    // there are zeros
     let expected: Vec<u16> = (108..116).chain([0; 56]).collect();
     assert_eq!(row, expected);
 }
 
-/// Products happen when they are waited for: what is used before is old, and what they read must last.
+/// Products happen when they are waited for: what is used before is old, and what they read must
+/// last.
 #[test]
 fn products_of_a_warpgroup() {
     let device = Emulator::new(1 << 24);
@@ -167,7 +178,8 @@ fn blocks_of_a_cooperative_launch_wait_for_each_other() {
     device.launch("grid_awaited", shape, &[&out.to_ne_bytes(), &counter.to_ne_bytes()]).unwrap();
     let mut bytes = [0; 40];
     device.read(out, &mut bytes).unwrap();
-    let words: Vec<u32> = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    let words: Vec<u32> =
+        bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     assert_eq!(words, [1, 2, 3, 4, 5, 2, 3, 4, 5, 1]);
 }
 
@@ -177,17 +189,24 @@ fn blocks_of_a_cluster_read_each_others_shared_memory() {
     device.check_order = true;
     let out = device.allocate(6 * 32 * 4).unwrap();
     let shape = Shape { grid: [6, 1, 1], shared_bytes: 128, cluster: 3, ..SHAPE };
-    let run = |mistake: u32| device.launch("cluster_awaited", shape, &[&out.to_ne_bytes(), &mistake.to_ne_bytes()]);
+    let run = |mistake: u32| {
+        device.launch("cluster_awaited", shape, &[&out.to_ne_bytes(), &mistake.to_ne_bytes()])
+    };
     run(0).unwrap();
     says(&run(1).unwrap_err(), "of shared memory, which nothing wrote");
     says(&run(2).unwrap_err(), "which has ended");
     says(&run(3).unwrap_err(), "block 3 of a cluster of 3");
     says(&run(4).unwrap_err(), "deadlock");
-    let odd = device.launch("cluster_awaited", Shape { cluster: 4, ..shape }, &[&out.to_ne_bytes(), &[0; 4]]);
+    let odd = device.launch(
+        "cluster_awaited",
+        Shape { cluster: 4, ..shape },
+        &[&out.to_ne_bytes(), &[0; 4]],
+    );
     says(&odd.unwrap_err(), "no clusters of 4 in a grid of [6, 1, 1]");
     let mut bytes = [0; 6 * 32 * 4];
     device.read(out, &mut bytes).unwrap();
-    let first: Vec<u32> = bytes.chunks_exact(128).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    let first: Vec<u32> =
+        bytes.chunks_exact(128).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     assert_eq!(first, [1, 2, 0, 4, 5, 3], "each block gets its neighbour's number");
 }
 
@@ -196,12 +215,17 @@ fn tiles_that_a_cluster_shares() {
     let mut device = Emulator::new(1 << 24);
     device.check_order = true;
     let (data, out) = (device.allocate(288).unwrap(), device.allocate(8).unwrap());
-    let values: Vec<u8> = (0..9u16).flat_map(|r| (0..16u16).flat_map(move |c| (r * 100 + c).to_le_bytes())).collect();
+    let values: Vec<u8> =
+        (0..9u16).flat_map(|r| (0..16u16).flat_map(move |c| (r * 100 + c).to_le_bytes())).collect();
     device.write(data, &values).unwrap();
     let map: Vec<u8> = tensor_map(data, 9, 16, 8).iter().flat_map(|w| w.to_ne_bytes()).collect();
     let shape = Shape { grid: [4, 1, 1], shared_bytes: 3072, cluster: 2, ..SHAPE };
     let run = |mistake: u32| {
-        device.launch("shared_tiles_awaited", shape, &[&map, &out.to_ne_bytes(), &mistake.to_ne_bytes()])
+        device.launch(
+            "shared_tiles_awaited",
+            shape,
+            &[&map, &out.to_ne_bytes(), &mistake.to_ne_bytes()],
+        )
     };
     run(0).unwrap();
     let mut bytes = [0; 8];
@@ -217,11 +241,15 @@ fn tiles_that_a_cluster_shares() {
 fn launches_that_do_not_fit_the_kernel() {
     let device = Emulator::new(1 << 24);
     let out = device.allocate(4096).unwrap().to_ne_bytes();
-    let launch = |kernel: &str, shape, args: &[&[u8]]| device.launch(kernel, shape, args).unwrap_err();
+    let launch =
+        |kernel: &str, shape, args: &[&[u8]]| device.launch(kernel, shape, args).unwrap_err();
     says(&launch("no_such_kernel", SHAPE, &[&out]), "there is no kernel no_such_kernel");
     says(&launch("fault_deadlock", SHAPE, &[]), "arguments of [] bytes were given, it takes [8]");
     says(&launch("fault_deadlock", SHAPE, &[&[0; 4]]), "it takes [8]");
-    says(&launch("fault_deadlock", Shape { threads: 96, ..SHAPE }, &[&out]), "96 threads a block, it is built for 64");
+    says(
+        &launch("fault_deadlock", Shape { threads: 96, ..SHAPE }, &[&out]),
+        "96 threads a block, it is built for 64",
+    );
     let much = Shape { shared_bytes: 300_000, ..SHAPE };
     says(&launch("fault_deadlock", much, &[&out]), "300000 bytes of shared memory");
 }

@@ -24,23 +24,31 @@ impl Server {
     /// Reads `http://host:port/prefix`.
     pub fn parse(url: &str, api_key: Option<String>) -> anyhow::Result<Server> {
         let rest = url.strip_prefix("http://");
-        let rest =
-            rest.with_context(|| format!("--base-url {url}: expected http://HOST:PORT (https is not supported)"))?;
-        let (address, prefix) = rest.split_once('/').map_or((rest, String::new()), |(a, p)| (a, format!("/{p}")));
+        let rest = rest.with_context(|| {
+            format!("--base-url {url}: expected http://HOST:PORT (https is not supported)")
+        })?;
+        let (address, prefix) =
+            rest.split_once('/').map_or((rest, String::new()), |(a, p)| (a, format!("/{p}")));
         ensure!(!address.is_empty(), "--base-url {url}: has no host");
-        let address = if address.contains(':') { address.to_owned() } else { format!("{address}:80") };
+        let address =
+            if address.contains(':') { address.to_owned() } else { format!("{address}:80") };
         // OpenAI's clients take it with the version
         let prefix = prefix.trim_end_matches('/').trim_end_matches("/v1").to_owned();
         Ok(Server { address, prefix, api_key })
     }
 
-    async fn send(&self, path: &str, body: Option<&Value>) -> anyhow::Result<hyper::Response<Incoming>> {
+    async fn send(
+        &self,
+        path: &str,
+        body: Option<&Value>,
+    ) -> anyhow::Result<hyper::Response<Incoming>> {
         let stream = TcpStream::connect(&self.address).await;
         let stream = stream.with_context(|| format!("cannot connect to {}", self.address))?;
         stream.set_nodelay(true)?;
         let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;
         tokio::spawn(connection);
-        let mut request = Request::builder().uri(format!("{}{path}", self.prefix)).header("host", &self.address);
+        let mut request =
+            Request::builder().uri(format!("{}{path}", self.prefix)).header("host", &self.address);
         if let Some(key) = &self.api_key {
             request = request.header("authorization", format!("Bearer {key}"));
         }
@@ -48,7 +56,10 @@ impl Server {
             Some(value) => ("POST", Bytes::from(value.to_string())),
             None => ("GET", Bytes::new()),
         };
-        let request = request.method(method).header("content-type", "application/json").body(Full::new(bytes))?;
+        let request = request
+            .method(method)
+            .header("content-type", "application/json")
+            .body(Full::new(bytes))?;
         Ok(sender.send_request(request).await?)
     }
 
@@ -87,11 +98,14 @@ impl Server {
                 match data.trim() {
                     "[DONE]" => return Ok(()),
                     data => {
-                        let event: Value = serde_json::from_str(data).context("an event is not JSON")?;
+                        let event: Value =
+                            serde_json::from_str(data).context("an event is not JSON")?;
                         if let Some(e) = event.get("error") {
                             bail!(
                                 "{}",
-                                e.get("message").and_then(Value::as_str).unwrap_or("an error without a message")
+                                e.get("message")
+                                    .and_then(Value::as_str)
+                                    .unwrap_or("an error without a message")
                             );
                         }
                         on_event(event, now);

@@ -1,5 +1,5 @@
-//! Load on an OpenAI server: open-loop (requests arrive as a Poisson process) or closed-loop (so many at once), reported under
-//! the names of `vllm bench serve`.
+//! Load on an OpenAI server: open-loop (requests arrive as a Poisson process) or closed-loop (so
+//! many at once), reported under the names of `vllm bench serve`.
 
 mod client;
 mod report;
@@ -58,7 +58,8 @@ impl LoadOptions {
             Prompts::Texts(texts) => json!(texts[i % texts.len()]),
             Prompts::Random { tokens, vocabulary } => {
                 // the first few are special in most vocabularies
-                let id = |_| 100.min(vocabulary / 2) + words.below(vocabulary - 100.min(vocabulary / 2));
+                let id =
+                    |_| 100.min(vocabulary / 2) + words.below(vocabulary - 100.min(vocabulary / 2));
                 json!((0..*tokens).map(id).collect::<Vec<_>>())
             }
         };
@@ -78,7 +79,11 @@ impl LoadOptions {
 }
 
 /// Puts the load on a server.
-pub async fn run(server: &Server, options: LoadOptions, on_done: impl Fn(usize)) -> anyhow::Result<ServeReport> {
+pub async fn run(
+    server: &Server,
+    options: LoadOptions,
+    on_done: impl Fn(usize),
+) -> anyhow::Result<ServeReport> {
     let options = Arc::new(options);
     let room = Arc::new(Semaphore::new(options.concurrency.unwrap_or(Semaphore::MAX_PERMITS)));
     let mut gaps = Words::new(options.seed, 0);

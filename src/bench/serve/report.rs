@@ -51,7 +51,11 @@ impl Latency {
             let (low, rest) = (place.floor() as usize, place.fract());
             values[low] + (values[(low + 1).min(values.len() - 1)] - values[low]) * rest
         };
-        Latency { mean: values.iter().sum::<f64>() / values.len() as f64, median: at(0.5), p99: at(0.99) }
+        Latency {
+            mean: values.iter().sum::<f64>() / values.len() as f64,
+            median: at(0.5),
+            p99: at(0.99),
+        }
     }
 }
 
@@ -92,7 +96,9 @@ impl ServeReport {
             let (first, last) = (*m.pieces.first()?, *m.pieces.last()?);
             (m.output() > 1).then(|| ms(first, last) / (m.output() - 1) as f64)
         };
-        let within = |value: Option<f64>, limit: Option<f64>| limit.is_none_or(|l| value.is_some_and(|v| v <= l));
+        let within = |value: Option<f64>, limit: Option<f64>| {
+            limit.is_none_or(|l| value.is_some_and(|v| v <= l))
+        };
         let keeps = |m: &&&Measured| {
             within(ttft(m), limits.ttft)
                 && within(tpot(m), limits.tpot)
@@ -107,7 +113,8 @@ impl ServeReport {
             let each = m.output() as f64 / m.pieces.len().max(1) as f64;
             m.pieces.iter().for_each(|p| by_second[(*p - started).as_secs() as usize] += each);
         }
-        let mut edges: Vec<(Instant, i64)> = all.iter().flat_map(|m| [(m.started, 1), (m.ended, -1)]).collect();
+        let mut edges: Vec<(Instant, i64)> =
+            all.iter().flat_map(|m| [(m.started, 1), (m.ended, -1)]).collect();
         edges.sort();
         let mut now = 0;
         let peak = edges.iter().map(|e| {
@@ -129,7 +136,9 @@ impl ServeReport {
             peak_concurrent_requests: peak.max().unwrap_or(0) as usize,
             ttft_ms: Latency::of(good.iter().filter_map(|m| ttft(m)).collect()),
             tpot_ms: Latency::of(good.iter().filter_map(|m| tpot(m)).collect()),
-            itl_ms: Latency::of(good.iter().flat_map(|m| m.pieces.windows(2).map(|w| ms(w[0], w[1]))).collect()),
+            itl_ms: Latency::of(
+                good.iter().flat_map(|m| m.pieces.windows(2).map(|w| ms(w[0], w[1]))).collect(),
+            ),
             e2el_ms: Latency::of(good.iter().map(|m| ms(m.started, m.ended)).collect()),
         }
     }
@@ -158,7 +167,10 @@ mod tests {
         let r = ServeReport::new(&all, t0, limits);
         assert_eq!((r.completed, r.failed, r.error.as_deref()), (2, 1, Some("no")));
         assert_eq!((r.total_input_tokens, r.total_output_tokens), (20, 7));
-        assert!((r.output_throughput - 7.0).abs() < 1e-9 && (r.request_goodput.unwrap() - 1.0).abs() < 1e-9);
+        assert!(
+            (r.output_throughput - 7.0).abs() < 1e-9
+                && (r.request_goodput.unwrap() - 1.0).abs() < 1e-9
+        );
         assert_eq!((r.ttft_ms.mean, r.ttft_ms.median), (150.0, 150.0));
         assert_eq!(r.tpot_ms.mean, 100.0);
         assert!((r.itl_ms.mean - 500.0 / 3.0).abs() < 1e-9 && r.itl_ms.median == 200.0);

@@ -40,7 +40,8 @@ pub struct Flight<'s> {
     /// The session's prompts: line and part.
     prompts: HashMap<u64, (u64, usize)>,
     next: u64,
-    /// Most sequences that wait in the engine, so that it never lacks work and results wait for few lines.
+    /// Most sequences that wait in the engine, so that it never lacks work and results wait for few
+    /// lines.
     waiting: usize,
 }
 
@@ -84,11 +85,13 @@ impl<'s> Flight<'s> {
         if self.jobs.split_off(&line).is_empty() {
             return;
         }
-        let ids: Vec<u64> = self.prompts.iter().filter(|(_, (of, _))| *of >= line).map(|(id, _)| *id).collect();
+        let ids: Vec<u64> =
+            self.prompts.iter().filter(|(_, (of, _))| *of >= line).map(|(id, _)| *id).collect();
         ids.into_iter().for_each(|id| self.cancel(id));
     }
 
-    /// One pass of the engine; jobs whose round is done come back, and those that failed alone with what was wrong.
+    /// One pass of the engine; jobs whose round is done come back, and those that failed alone with
+    /// what was wrong.
     pub fn step(&mut self) -> anyhow::Result<Vec<(Job, Option<anyhow::Error>)>> {
         let outcomes = guarded(|| Ok(self.session.step(&mut |_| {})?))?;
         let mut done = vec![];
@@ -142,10 +145,14 @@ impl<'s> Flight<'s> {
     }
 }
 
-/// Turns a panic into an error: one prompt that the program fails at must not take the others with it.
+/// Turns a panic into an error: one prompt that the program fails at must not take the others with
+/// it.
 pub fn guarded<T>(work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
-        let message = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        let message = panic
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or(panic.downcast_ref::<&str>().copied());
         Err(anyhow!(
             "the program failed at it, please report it: {}",
             message.unwrap_or("no message").replace('\n', " ")

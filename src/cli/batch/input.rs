@@ -26,7 +26,8 @@ impl FromStr for Shard {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Shard, String> {
-        let numbers = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+        let numbers =
+            text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
         match numbers {
             Some((part, parts)) if part >= 1 && part <= parts => Ok(Shard { part, parts }),
             _ => Err("expected i/n with i from 1 to n, such as 2/8".into()),
@@ -93,8 +94,8 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Opens files by names and patterns such as `part-*.jsonl.gz`; `-` is standard input. What does not exist is found out
-    /// now.
+    /// Opens files by names and patterns such as `part-*.jsonl.gz`; `-` is standard input. What
+    /// does not exist is found out now.
     pub fn open(inputs: &[String], options: LineOptions) -> anyhow::Result<Lines> {
         let mut files = VecDeque::new();
         for input in inputs {
@@ -117,9 +118,11 @@ impl Lines {
             }
             ensure!(
                 !path.is_dir(),
-                "{input}: is a folder; expected a file of prompts, or a pattern such as {input}/*.jsonl"
+                "{input}: is a folder; expected a file of prompts, or a pattern such as \
+                {input}/*.jsonl"
             );
-            let metadata = std::fs::metadata(&path).with_context(|| format!("{input}: cannot open"))?;
+            let metadata =
+                std::fs::metadata(&path).with_context(|| format!("{input}: cannot open"))?;
             if metadata.is_file() {
                 File::open(&path).with_context(|| format!("{input}: cannot open"))?;
             }
@@ -135,10 +138,16 @@ impl Lines {
 
     /// Prompts that are there already, each a line.
     pub fn of_prompts(prompts: &[String], options: LineOptions) -> Lines {
-        let records: String = prompts.iter().map(|p| json!({ "prompt": p }).to_string() + "\n").collect();
+        let records: String =
+            prompts.iter().map(|p| json!({ "prompt": p }).to_string() + "\n").collect();
         let reader: Box<dyn BufRead + Send> = Box::new(std::io::Cursor::new(records));
         let lines = Lines::of(VecDeque::new(), options);
-        Lines { reader: Some(reader), name: "the command line's prompts".into(), kind: LineKind::Record, ..lines }
+        Lines {
+            reader: Some(reader),
+            name: "the command line's prompts".into(),
+            kind: LineKind::Record,
+            ..lines
+        }
     }
 
     /// The files that are still to be read.
@@ -146,7 +155,8 @@ impl Lines {
         self.files.iter().map(PathBuf::as_path)
     }
 
-    /// What tells these files from others: their names and beginnings. Files that were appended to since are the same.
+    /// What tells these files from others: their names and beginnings. Files that were appended to
+    /// since are the same.
     pub fn identity(&self, known: &Value) -> anyhow::Result<Value> {
         /// Bytes of a file's beginning.
         const HEAD: u64 = 64 << 10;
@@ -167,7 +177,8 @@ impl Lines {
         Ok(Value::Array(identity))
     }
 
-    /// How many lines there are, where that is quick to know: in regular files that are neither compressed nor huge.
+    /// How many lines there are, where that is quick to know: in regular files that are neither
+    /// compressed nor huge.
     pub fn count(&self) -> anyhow::Result<Option<u64>> {
         /// Bytes that are read in a moment.
         const MOST: u64 = 1 << 30;
@@ -176,7 +187,9 @@ impl Lines {
         }
         let mut bytes = 0;
         for file in self.files() {
-            let Some(metadata) = std::fs::metadata(file).ok().filter(|m| m.is_file()) else { return Ok(None) };
+            let Some(metadata) = std::fs::metadata(file).ok().filter(|m| m.is_file()) else {
+                return Ok(None);
+            };
             bytes += metadata.len();
             let mut head = Vec::new();
             let read = File::open(file).and_then(|f| f.take(4).read_to_end(&mut head));
@@ -200,12 +213,17 @@ impl Lines {
         self.kind = kind(&path, self.options.text);
         let file: Box<dyn Read + Send> = match stdin {
             true => Box::new(std::io::stdin()),
-            false => Box::new(File::open(&path).with_context(|| format!("{}: cannot open", self.name))?),
+            false => {
+                Box::new(File::open(&path).with_context(|| format!("{}: cannot open", self.name))?)
+            }
         };
         let mut file = BufReader::with_capacity(1 << 20, file);
         let head = file.fill_buf().with_context(|| format!("{}: cannot read", self.name))?;
         let mut reader: Box<dyn BufRead + Send> = match head {
-            [0x1f, 0x8b, ..] => Box::new(BufReader::with_capacity(1 << 20, flate2::bufread::MultiGzDecoder::new(file))),
+            [0x1f, 0x8b, ..] => Box::new(BufReader::with_capacity(
+                1 << 20,
+                flate2::bufread::MultiGzDecoder::new(file),
+            )),
             [0x28, 0xb5, 0x2f, 0xfd, ..] => {
                 let decoder = zstd::stream::read::Decoder::with_buffer(file);
                 let decoder = decoder.with_context(|| format!("{}: cannot read", self.name))?;
@@ -233,7 +251,8 @@ impl Lines {
             if std::mem::take(&mut self.within) {
                 read_line(reader, None).with_context(cannot_read)?;
             }
-            let (mut bytes, end) = read_line(reader, Some(self.options.longest)).with_context(cannot_read)?;
+            let (mut bytes, end) =
+                read_line(reader, Some(self.options.longest)).with_context(cannot_read)?;
             if bytes.is_empty() && end == LineEnd::File {
                 self.reader = None;
                 continue;
@@ -251,9 +270,17 @@ impl Lines {
     /// The next line of this run that is not empty.
     pub fn next(&mut self) -> anyhow::Result<Option<RawLine>> {
         while let Some((bytes, too_long)) = self.raw()? {
-            if self.options.shard.holds(self.number) && (too_long || !bytes.iter().all(u8::is_ascii_whitespace)) {
+            if self.options.shard.holds(self.number)
+                && (too_long || !bytes.iter().all(u8::is_ascii_whitespace))
+            {
                 let place = format!("{}, line {}", self.name, self.in_file);
-                return Ok(Some(RawLine { number: self.number, place, kind: self.kind, bytes, too_long }));
+                return Ok(Some(RawLine {
+                    number: self.number,
+                    place,
+                    kind: self.kind,
+                    bytes,
+                    too_long,
+                }));
             }
         }
         Ok(None)
@@ -323,8 +350,12 @@ enum LineEnd {
     TooLong,
 }
 
-/// Reads up to the end of the line, or only one byte more than `longest`; `None` passes over the rest of the line.
-fn read_line(reader: &mut dyn BufRead, longest: Option<usize>) -> std::io::Result<(Vec<u8>, LineEnd)> {
+/// Reads up to the end of the line, or only one byte more than `longest`; `None` passes over the
+/// rest of the line.
+fn read_line(
+    reader: &mut dyn BufRead,
+    longest: Option<usize>,
+) -> std::io::Result<(Vec<u8>, LineEnd)> {
     let mut line = Vec::new();
     loop {
         let available = match reader.fill_buf() {

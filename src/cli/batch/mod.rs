@@ -1,7 +1,8 @@
-//! Files of prompts: read ahead, rewritten in ragged batches, written in input order as they finish.
+//! Files of prompts: read ahead, rewritten in ragged batches, written in input order as they
+//! finish.
 //!
-//! Each output line names its input line, results are only ever appended whole, and `--resume` cuts off
-//! what a killed run left unfinished: nothing is lost or written twice.
+//! Each output line names its input line, results are only ever appended whole, and `--resume` cuts
+//! off what a killed run left unfinished: nothing is lost or written twice.
 
 mod flight;
 mod input;
@@ -107,7 +108,8 @@ fn begin(args: &RewriteArgs, format: Format) -> anyhow::Result<Begun> {
 }
 
 impl Begun {
-    /// Compares this run's settings with those that the output was begun with, and keeps them beside it.
+    /// Compares this run's settings with those that the output was begun with, and keeps them
+    /// beside it.
     fn settle(&mut self, mut settings: Settings) -> anyhow::Result<()> {
         let earlier = self.earlier.take();
         let known = earlier.as_ref().map_or(&Value::Null, |e| e.get("input"));
@@ -126,7 +128,9 @@ impl Begun {
         let packing = self.target.packing;
         let name = self.target.name().to_owned();
         match self.target.file() {
-            Some((file, _)) if self.begin == Begin::Resume => Written::read(file, &name, packing, each),
+            Some((file, _)) if self.begin == Begin::Resume => {
+                Written::read(file, &name, packing, each)
+            }
             _ => Ok(Written::default()),
         }
     }
@@ -140,7 +144,9 @@ fn rewrite(args: &RewriteArgs) -> anyhow::Result<bool> {
         return openai::run(args, begun);
     }
     let mut rewriter = args.rewriter()?;
-    if let (None, Some(seed)) = (args.sampling.seed, begun.earlier.as_ref().and_then(|e| e.get("seed").as_u64())) {
+    if let (None, Some(seed)) =
+        (args.sampling.seed, begun.earlier.as_ref().and_then(|e| e.get("seed").as_u64()))
+    {
         rewriter.options.sampling.seed = seed;
     }
     begun.settle(args.settings(&rewriter, format)?)?;
@@ -169,8 +175,12 @@ fn rewrite(args: &RewriteArgs) -> anyhow::Result<bool> {
         return Ok(false);
     }
     ensure!(
-        args.source() != Source::Stdin || run.out.finished > 0 || !run.bad.is_empty() || written.results > 0,
-        "standard input holds no prompts; give a PROMPT, --input FILES, or prompts on standard input"
+        args.source() != Source::Stdin
+            || run.out.finished > 0
+            || !run.bad.is_empty()
+            || written.results > 0,
+        "standard input holds no prompts; give a PROMPT, --input FILES, or prompts on standard \
+        input"
     );
     ensure!(
         begin != Begin::Replace || run.out.written > 0 || run.bad.is_empty(),
@@ -184,8 +194,13 @@ fn rewrite(args: &RewriteArgs) -> anyhow::Result<bool> {
 
 /// Says where the results of a run are that did not get to its end.
 fn note_partial(out: &Output, begin: Begin, ended_early: bool) {
-    if let (true, Begin::Replace, 1.., Some(partial)) = (ended_early, begin, out.written, out.target.partial()) {
-        note!("the results so far are in {}; --resume instead of --force goes on there", partial.display());
+    if let (true, Begin::Replace, 1.., Some(partial)) =
+        (ended_early, begin, out.written, out.target.partial())
+    {
+        note!(
+            "the results so far are in {}; --resume instead of --force goes on there",
+            partial.display()
+        );
     }
 }
 
@@ -200,17 +215,25 @@ fn common<'a>(args: &RewriteArgs, rewriter: &'a Rewriter, format: Format) -> Com
     }
 }
 
-/// Goes to the line behind the last one that was written, and checks that it is the line that was rewritten then.
-fn skip_written(lines: &mut Lines, common: &Common, written: &Written, output: &str) -> anyhow::Result<()> {
+/// Goes to the line behind the last one that was written, and checks that it is the line that was
+/// rewritten then.
+fn skip_written(
+    lines: &mut Lines,
+    common: &Common,
+    written: &Written,
+    output: &str,
+) -> anyhow::Result<()> {
     let last: Value = serde_json::from_slice(&written.last).unwrap_or_default();
     let number = last.get("line").and_then(Value::as_u64);
-    let number = number
-        .with_context(|| format!("{output}: its last line names no input line; it was not written by this command"))?;
+    let number = number.with_context(|| {
+        format!("{output}: its last line names no input line; it was not written by this command")
+    })?;
     let line = lines.skip_to(number)?;
     let prompt = line.and_then(|raw| common.parse(raw).ok()).map(|l| l.prompt);
     ensure!(
         prompt.as_deref() == last["prompt"].as_str(),
-        "{output}: its last result is that of another prompt than the input's line {number}; is it the same input?"
+        "{output}: its last result is that of another prompt than the input's line {number}; is it \
+        the same input?"
     );
     Ok(())
 }
@@ -239,7 +262,8 @@ struct Run<'a> {
     bad: Vec<u64>,
     /// The first line that ends the run, and why.
     failure: Option<(u64, anyhow::Error)>,
-    /// Candidates, the sum of what they keep, those that keep little, and those whose text is not the model's.
+    /// Candidates, the sum of what they keep, those that keep little, and those whose text is not
+    /// the model's.
     candidates: u64,
     kept: f64,
     low: u64,
@@ -266,8 +290,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Rewrites everything; `false` if somebody interrupted. What is finished is written whatever happens, and what must be
-    /// finished before it can be written, too.
+    /// Rewrites everything; `false` if somebody interrupted. What is finished is written whatever
+    /// happens, and what must be finished before it can be written, too.
     fn all(
         &mut self,
         input: Input,
@@ -285,7 +309,10 @@ impl<'a> Run<'a> {
                 flight.cancel_from(wanted + 1);
                 if !flight.jobs.is_empty() {
                     progress.clear();
-                    note!("finishing {} prompts that finished ones wait for; Ctrl-C ends at once", flight.jobs.len());
+                    note!(
+                        "finishing {} prompts that finished ones wait for; Ctrl-C ends at once",
+                        flight.jobs.len()
+                    );
                 }
             }
             if !end && !interrupted && self.failure.is_none() {
@@ -371,15 +398,22 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// After the engine failed: what was in flight, each line alone in an empty engine. The line that it fails at again is bad, and
-    /// the others get what they would have got.
-    fn one_by_one(&mut self, flight: &mut Flight, stop: &AtomicBool, cause: anyhow::Error) -> anyhow::Result<()> {
+    /// After the engine failed: what was in flight, each line alone in an empty engine. The line
+    /// that it fails at again is bad, and the others get what they would have got.
+    fn one_by_one(
+        &mut self,
+        flight: &mut Flight,
+        stop: &AtomicBool,
+        cause: anyhow::Error,
+    ) -> anyhow::Result<()> {
         /// Lines in a row that cannot all be at fault.
         const HOPELESS: usize = 3;
         let mut jobs = flight.empty().with_context(|| format!("after {cause:#}"))?;
         let mut failures = 0;
         while let Some((_, mut job)) = jobs.pop_first() {
-            if self.failure.as_ref().is_some_and(|(line, _)| *line < job.line.number) || stop.load(Ordering::Relaxed) {
+            if self.failure.as_ref().is_some_and(|(line, _)| *line < job.line.number)
+                || stop.load(Ordering::Relaxed)
+            {
                 break;
             }
             match guarded(|| flight.alone(&mut job)) {
@@ -389,7 +423,11 @@ impl<'a> Run<'a> {
                 }
                 Err(e) => {
                     failures += 1;
-                    ensure!(failures < HOPELESS, "{}: {e:#}, as at the lines before", job.line.place);
+                    ensure!(
+                        failures < HOPELESS,
+                        "{}: {e:#}, as at the lines before",
+                        job.line.place
+                    );
                     self.bad_line(&job.line.place, job.line.number, e);
                     flight.empty()?;
                 }
@@ -428,7 +466,9 @@ impl<'a> Run<'a> {
                 self.candidates += rewrite.candidates.len() as u64;
                 self.kept += rewrite.candidates.iter().map(|c| c.kept).sum::<f64>();
                 self.low += rewrite.candidates.iter().filter(|c| c.kept < least).count() as u64;
-                self.fallbacks += rewrite.candidates.iter().filter(|c| c.source != TextSource::Model).count() as u64;
+                self.fallbacks +=
+                    rewrite.candidates.iter().filter(|c| c.source != TextSource::Model).count()
+                        as u64;
                 self.out.finish(line.number, text);
             }
             Err(e) => self.bad_line(&line.place, line.number, e),
@@ -455,7 +495,8 @@ impl<'a> Run<'a> {
         if self.low + self.fallbacks > 0 {
             let kept = 100.0 * self.kept / self.candidates as f64;
             note!(
-                "kept {kept:.1} % of the prompts' meaning; of {} candidates {} fell back on their prompts, {} keep too little",
+                "kept {kept:.1} % of the prompts' meaning; of {} candidates {} fell back on their \
+                prompts, {} keep too little",
                 self.candidates,
                 self.fallbacks,
                 self.low
@@ -483,7 +524,8 @@ mod tests {
         args: RewriteArgs,
     }
 
-    /// A session that somebody watches: what is in flight before a step, and how many prompts are done after it.
+    /// A session that somebody watches: what is in flight before a step, and how many prompts are
+    /// done after it.
     struct Watched<'a> {
         inner: Box<dyn Generate + 'a>,
         prompts: Prompts,
@@ -581,7 +623,8 @@ mod tests {
         let inner = rewriter.session(engine_options(&args, &rewriter).unwrap()).unwrap();
         let session = Box::new(Watched { inner, prompts: BTreeMap::new(), before: &before, after });
         let mut run = Run::new(&args, &rewriter, Format::Jsonl, target);
-        let result = run.all(lines.read_ahead().unwrap(), session, stop, &mut Progress::new(0, None));
+        let result =
+            run.all(lines.read_ahead().unwrap(), session, stop, &mut Progress::new(0, None));
         (result, run.bad, std::fs::read_to_string(&path).unwrap())
     }
 
@@ -603,12 +646,19 @@ mod tests {
         };
         let whole = whole();
         let (result, bad, text) = watched(true, &AtomicBool::new(false), &fails, &|_| {});
-        let others: String =
-            whole.split_inclusive('\n').enumerate().filter(|(i, _)| *i != 5).map(|(_, line)| line).collect();
+        let others: String = whole
+            .split_inclusive('\n')
+            .enumerate()
+            .filter(|(i, _)| *i != 5)
+            .map(|(_, line)| line)
+            .collect();
         assert!(result.unwrap() && bad == [6] && text == others, "{text}");
         let (result, _, text) = watched(false, &AtomicBool::new(false), &fails, &|_| {});
         let message = format!("{:#}", result.unwrap_err());
-        assert!(message.contains("line 6") && message.contains("the engine fails at fox 6"), "{message}");
+        assert!(
+            message.contains("line 6") && message.contains("the engine fails at fox 6"),
+            "{message}"
+        );
         let before: String = whole.split_inclusive('\n').take(5).collect();
         assert_eq!(text, before, "what came before it is written, and nothing behind it");
     }

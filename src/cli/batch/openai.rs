@@ -1,5 +1,5 @@
-//! OpenAI's batch files: each line a request with `custom_id`, `method`, `url` and `body`, each result the answer that the
-//! server would give.
+//! OpenAI's batch files: each line a request with `custom_id`, `method`, `url` and `body`, each
+//! result the answer that the server would give.
 
 use super::input::{Lines, RawLine};
 use super::output::Output;
@@ -63,7 +63,8 @@ pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
         failures: 0,
         first_failure: None,
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let result = runtime.block_on(run.all(lines, &stop, &mut progress));
     run.out.flush()?;
     progress.summary(run.out.written);
@@ -88,8 +89,8 @@ pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// What the answers depend on beside the requests. How tokens are drawn is the model's recommendation, which holds where a request
-/// says nothing.
+/// What the answers depend on beside the requests. How tokens are drawn is the model's
+/// recommendation, which holds where a request says nothing.
 fn settings(args: &RewriteArgs, shared: &Shared, fingerprint: &str) -> Settings {
     let mut settings = Settings::default();
     let values = [
@@ -133,7 +134,12 @@ struct Answer {
 }
 
 impl Run {
-    async fn all(&mut self, lines: Lines, stop: &AtomicBool, progress: &mut Progress) -> anyhow::Result<bool> {
+    async fn all(
+        &mut self,
+        lines: Lines,
+        stop: &AtomicBool,
+        progress: &mut Progress,
+    ) -> anyhow::Result<bool> {
         let input = lines.read_ahead()?;
         let (mut end, mut interrupted) = (false, false);
         let mut failure = None;
@@ -142,7 +148,10 @@ impl Run {
                 interrupted = true;
                 // what is finished can be written once the requests before it are
                 let wanted = self.out.last_ready().unwrap_or(0);
-                self.handles.iter().filter(|(line, _)| *line > wanted).for_each(|(_, handle)| handle.abort());
+                self.handles
+                    .iter()
+                    .filter(|(line, _)| *line > wanted)
+                    .for_each(|(_, handle)| handle.abort());
             }
             if !end
                 && !interrupted
@@ -153,7 +162,11 @@ impl Run {
             }
             self.out.write_ready()?;
             // neither a signal nor a slow pipe must wait for the next answer
-            let pause = tokio::time::sleep(Duration::from_millis(if self.requests.is_empty() { 20 } else { 200 }));
+            let pause = tokio::time::sleep(Duration::from_millis(if self.requests.is_empty() {
+                20
+            } else {
+                200
+            }));
             tokio::select! {
                 answered = self.requests.join_next(), if !self.requests.is_empty() => {
                     match answered.expect("there are requests") {
@@ -178,7 +191,11 @@ impl Run {
     }
 
     /// Reads requests until there are enough at once.
-    fn read(&mut self, input: &Receiver<anyhow::Result<RawLine>>, end: &mut bool) -> anyhow::Result<()> {
+    fn read(
+        &mut self,
+        input: &Receiver<anyhow::Result<RawLine>>,
+        end: &mut bool,
+    ) -> anyhow::Result<()> {
         while self.requests.len() < self.at_once && self.out.pending() < PENDING {
             let line = match input.try_recv() {
                 Ok(line) => line?,
@@ -191,7 +208,8 @@ impl Run {
             match self.parse(&line) {
                 Ok(request) => {
                     self.out.expect(line.number);
-                    let handle = self.requests.spawn(answer(self.router.clone(), line.number, request));
+                    let handle =
+                        self.requests.spawn(answer(self.router.clone(), line.number, request));
                     self.handles.push((line.number, handle));
                 }
                 // who gave a line a name finds its error under it
@@ -221,20 +239,28 @@ impl Run {
     /// A line's request, or what is wrong with it, with its id as far as it has one.
     fn parse(&mut self, line: &RawLine) -> Result<Parsed, (Value, anyhow::Error)> {
         if line.too_long {
-            return Err((Value::Null, anyhow!("is longer than --max-prompt-bytes allows sixteen prompts")));
+            return Err((
+                Value::Null,
+                anyhow!("is longer than --max-prompt-bytes allows sixteen prompts"),
+            ));
         }
-        let value = record::text(&line.bytes).and_then(|t| serde_json::from_str::<Value>(t).context("is not JSON"));
+        let value = record::text(&line.bytes)
+            .and_then(|t| serde_json::from_str::<Value>(t).context("is not JSON"));
         let value = value.map_err(|e| (Value::Null, e))?;
         let custom_id = value.get("custom_id").cloned().unwrap_or_default();
         let mut request = self.request(&value).map_err(|e| (custom_id, e))?;
-        if let (Some(seed), true) = (self.seed, request.body.get("seed").is_none_or(Value::is_null)) {
+        if let (Some(seed), true) = (self.seed, request.body.get("seed").is_none_or(Value::is_null))
+        {
             request.body["seed"] = json!(derived_seed(seed, Derived::Prompt, line.number));
         }
         Ok(request)
     }
 
     fn request(&mut self, value: &Value) -> anyhow::Result<Parsed> {
-        let custom_id = value.get("custom_id").filter(|v| v.is_string()).context("has no text under \"custom_id\"")?;
+        let custom_id = value
+            .get("custom_id")
+            .filter(|v| v.is_string())
+            .context("has no text under \"custom_id\"")?;
         let url = value.get("url").and_then(Value::as_str).context("has no text under \"url\"")?;
         let known = ["/v1/completions", "/v1/chat/completions", "/v1/rewrite"];
         if !known.contains(&url) {
@@ -243,7 +269,11 @@ impl Run {
         if value.get("method").is_some_and(|m| m != "POST") {
             bail!("has the method {}; expected \"POST\"", value["method"]);
         }
-        let mut body = value.get("body").filter(|b| b.is_object()).context("has no object under \"body\"")?.clone();
+        let mut body = value
+            .get("body")
+            .filter(|b| b.is_object())
+            .context("has no object under \"body\"")?
+            .clone();
         // an answer in pieces makes no sense in a file
         body["stream"] = json!(false);
         if let Some(model) = body.get("model").and_then(Value::as_str)
@@ -262,13 +292,20 @@ impl Run {
         if !self.other_models.is_empty() {
             let names: Vec<&str> = self.other_models.iter().map(String::as_str).collect();
             note!(
-                "requests for the model {} were answered by {}; --served-model-name gives it another name",
+                "requests for the model {} were answered by {}; --served-model-name gives it \
+                another name",
                 names.join(", "),
                 self.model
             );
         }
-        if let (Some((line, message)), true) = (&self.first_failure, self.failures < self.out.finished) {
-            note!("{} of {} requests failed; the first: line {line}: {message}", self.failures, self.out.finished);
+        if let (Some((line, message)), true) =
+            (&self.first_failure, self.failures < self.out.finished)
+        {
+            note!(
+                "{} of {} requests failed; the first: line {line}: {message}",
+                self.failures,
+                self.out.finished
+            );
         }
     }
 }
@@ -282,8 +319,10 @@ struct Parsed {
 
 async fn answer(router: Router, number: u64, request: Parsed) -> Answer {
     let body = Body::from(request.body.to_string());
-    let http = Request::post(&request.url).header(header::CONTENT_TYPE, "application/json").body(body);
-    let response = router.oneshot(http.expect("a known path")).await.expect("the router answers everything");
+    let http =
+        Request::post(&request.url).header(header::CONTENT_TYPE, "application/json").body(body);
+    let response =
+        router.oneshot(http.expect("a known path")).await.expect("the router answers everything");
     let status = response.status();
     let bytes = response.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
     let body: Value = serde_json::from_slice(&bytes).unwrap_or_default();

@@ -7,7 +7,8 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::time::{Duration, Instant};
 
-/// Bytes that make a compressed part worth its head, and the time after which even a small one is written.
+/// Bytes that make a compressed part worth its head, and the time after which even a small one is
+/// written.
 const PACKED: usize = 256 << 10;
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -92,7 +93,8 @@ impl Packing {
         Ok(match self {
             Packing::None => bytes.to_vec(),
             Packing::Gzip => {
-                let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+                let mut encoder =
+                    flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
                 encoder.write_all(bytes)?;
                 encoder.finish()?
             }
@@ -112,13 +114,22 @@ pub struct Written {
 
 impl Written {
     /// Reads an output, and cuts off what is no whole result of `lines` lines.
-    pub fn read(file: &mut File, name: &str, packing: Packing, lines: u64) -> anyhow::Result<Written> {
+    pub fn read(
+        file: &mut File,
+        name: &str,
+        packing: Packing,
+        lines: u64,
+    ) -> anyhow::Result<Written> {
         file.seek(SeekFrom::Start(0))?;
         let mut scan = Scan { lines, count: 0, bytes: 0, kept: 0, written: Written::default() };
         let mut reader = BufReader::with_capacity(1 << 20, &*file);
         match packing {
-            Packing::None => drop(scan.lines_of(&mut reader, true).with_context(|| format!("{name}: cannot read"))?),
-            _ => scan.parts(&mut reader, packing).with_context(|| format!("{name}: cannot read"))?,
+            Packing::None => drop(
+                scan.lines_of(&mut reader, true).with_context(|| format!("{name}: cannot read"))?,
+            ),
+            _ => {
+                scan.parts(&mut reader, packing).with_context(|| format!("{name}: cannot read"))?
+            }
         }
         drop(reader);
         file.set_len(scan.kept).with_context(|| format!("{name}: cannot write"))?;
@@ -138,7 +149,8 @@ struct Scan {
 }
 
 impl Scan {
-    /// Counts lines up to the end; `false` if the last one has none. In a plain file every whole result may be kept.
+    /// Counts lines up to the end; `false` if the last one has none. In a plain file every whole
+    /// result may be kept.
     fn lines_of(&mut self, reader: &mut dyn BufRead, plain: bool) -> std::io::Result<bool> {
         loop {
             let mut line = Vec::new();
@@ -168,8 +180,9 @@ impl Scan {
                     let mut part = BufReader::new(flate2::bufread::GzDecoder::new(&mut *reader));
                     self.lines_of(&mut part, false)
                 }
-                _ => zstd::stream::read::Decoder::with_buffer(&mut *reader)
-                    .and_then(|part| self.lines_of(&mut BufReader::new(part.single_frame()), false)),
+                _ => zstd::stream::read::Decoder::with_buffer(&mut *reader).and_then(|part| {
+                    self.lines_of(&mut BufReader::new(part.single_frame()), false)
+                }),
             };
             let ends = self.count.is_multiple_of(self.lines);
             // parts are written whole, so what does not read as one was cut while it was written
@@ -197,7 +210,9 @@ mod tests {
         let mut out = Vec::new();
         match packing {
             Packing::None => out.extend_from_slice(bytes),
-            Packing::Gzip => drop(flate2::read::MultiGzDecoder::new(bytes).read_to_end(&mut out).unwrap()),
+            Packing::Gzip => {
+                drop(flate2::read::MultiGzDecoder::new(bytes).read_to_end(&mut out).unwrap())
+            }
             Packing::Zstd => out = zstd::decode_all(bytes).unwrap(),
         }
         out
@@ -210,7 +225,10 @@ mod tests {
         let path = f.path().join("out");
         let results: Vec<String> = (0..6).map(|i| format!("result {i}\nand more\n")).collect();
         for packing in [Packing::None, Packing::Gzip, Packing::Zstd] {
-            let whole: Vec<u8> = results.chunks(2).flat_map(|p| packing.pack(p.concat().as_bytes()).unwrap()).collect();
+            let whole: Vec<u8> = results
+                .chunks(2)
+                .flat_map(|p| packing.pack(p.concat().as_bytes()).unwrap())
+                .collect();
             let mut most = 0;
             for cut in 0..=whole.len() {
                 std::fs::write(&path, &whole[..cut]).unwrap();
@@ -220,9 +238,14 @@ mod tests {
                 assert!(kept >= most && kept <= 6, "{packing:?} cut at {cut}: {kept}");
                 most = kept;
                 assert_eq!(written.last, if kept > 0 { b"and more\n".to_vec() } else { vec![] });
-                file.write_all(&packing.pack(results[kept..].concat().as_bytes()).unwrap()).unwrap();
+                file.write_all(&packing.pack(results[kept..].concat().as_bytes()).unwrap())
+                    .unwrap();
                 let bytes = unpacked(&std::fs::read(&path).unwrap(), packing);
-                assert_eq!(String::from_utf8(bytes).unwrap(), results.concat(), "{packing:?} cut at {cut}");
+                assert_eq!(
+                    String::from_utf8(bytes).unwrap(),
+                    results.concat(),
+                    "{packing:?} cut at {cut}"
+                );
             }
             assert_eq!(most, 6);
         }

@@ -1,4 +1,5 @@
-//! How far a run is: a line that is kept up to date on a terminal, or one now and then where there is none.
+//! How far a run is: a line that is kept up to date on a terminal, or one now and then where there
+//! is none.
 
 use crate::cli::print::note;
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
@@ -20,7 +21,8 @@ pub struct Progress {
 impl Progress {
     pub fn new(before: u64, total: Option<u64>) -> Progress {
         let style = ProgressStyle::with_template("{spinner} {msg}").expect("a fixed template");
-        let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new_spinner().with_style(style));
+        let bar =
+            std::io::stderr().is_terminal().then(|| ProgressBar::new_spinner().with_style(style));
         Progress { bar, started: Instant::now(), said: Instant::now(), before, total }
     }
 
@@ -53,7 +55,10 @@ impl Progress {
         }
         if let (Some(total), true) = (self.total, finished > 0) {
             let left = total.saturating_sub(done) as f64 / rate(finished);
-            line += &format!(", {} left", HumanDuration(Duration::try_from_secs_f64(left).unwrap_or(Duration::MAX)));
+            line += &format!(
+                ", {} left",
+                HumanDuration(Duration::try_from_secs_f64(left).unwrap_or(Duration::MAX))
+            );
         }
         line
     }

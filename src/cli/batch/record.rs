@@ -82,7 +82,8 @@ impl Common<'_> {
             s.top_k = k.max(0) as usize;
         }
         if let Some(seed) = fields.get("seed") {
-            s.seed = seed.as_u64().with_context(|| wrong("seed", seed, "a whole number, 0 or more"))?;
+            s.seed =
+                seed.as_u64().with_context(|| wrong("seed", seed, "a whole number, 0 or more"))?;
         }
         check_sampling(s, |name| format!("\"{name}\""))?;
         if let Some(n) = fields.whole("n", 1)? {
@@ -90,7 +91,8 @@ impl Common<'_> {
             let same = !self.same_candidates || n == i64::from(self.options.candidates);
             ensure!(
                 same,
-                "has its own \"n\", but text has equally many lines for each prompt; write JSON lines instead"
+                "has its own \"n\", but text has equally many lines for each prompt; write JSON \
+                lines instead"
             );
             options.candidates = n as u32;
         }
@@ -141,14 +143,16 @@ pub fn object(text: &str, kind: LineKind) -> anyhow::Result<Option<Map<String, V
                 _ => "constant",
             };
             bail!(
-                "is a JSON {what}; expected an object such as {{\"prompt\": \"a cat\"}} (--format text takes lines as they are)"
+                "is a JSON {what}; expected an object such as {{\"prompt\": \"a cat\"}} (--format \
+                text takes lines as they are)"
             )
         }
         (Err(e), LineKind::Either) if looks => Err(e).context("is not JSON"),
         (Err(_), LineKind::Either) => Ok(None),
-        (Err(e), LineKind::Record) => {
-            Err(e).context("is not JSON, as its file's name says; expected an object such as {\"prompt\": \"a cat\"}")
-        }
+        (Err(e), LineKind::Record) => Err(e).context(
+            "is not JSON, as its file's name says; expected an object such as \
+                {\"prompt\": \"a cat\"}",
+        ),
     }
 }
 
@@ -162,14 +166,19 @@ pub fn check_length(prompt: &str, longest: usize) -> anyhow::Result<()> {
 pub fn check_lengths(file: &Path, prompts: &[String], longest: usize) -> anyhow::Result<()> {
     let mut numbered = prompts.iter().enumerate();
     numbered.try_for_each(|(i, prompt)| {
-        check_length(prompt, longest).with_context(|| format!("{}, prompt {}", file.display(), i + 1))
+        check_length(prompt, longest)
+            .with_context(|| format!("{}, prompt {}", file.display(), i + 1))
     })
 }
 
 fn too_long(longest: usize, found: Option<usize>) -> String {
     match found {
-        Some(bytes) => format!("has a prompt of {bytes} bytes; --max-prompt-bytes allows {longest}"),
-        None => format!("is far longer than the {longest} bytes that --max-prompt-bytes allows a prompt"),
+        Some(bytes) => {
+            format!("has a prompt of {bytes} bytes; --max-prompt-bytes allows {longest}")
+        }
+        None => format!(
+            "is far longer than the {longest} bytes that --max-prompt-bytes allows a prompt"
+        ),
     }
 }
 
@@ -199,7 +208,11 @@ impl<'a> Fields<'a> {
     fn whole(&self, name: &str, least: i64) -> anyhow::Result<Option<i64>> {
         let Some(value) = self.get(name) else { return Ok(None) };
         let number = value.as_i64().filter(|n| *n >= least);
-        Ok(Some(number.with_context(|| wrong(name, value, &format!("a whole number of at least {least}")))?))
+        Ok(Some(
+            number.with_context(|| {
+                wrong(name, value, &format!("a whole number of at least {least}"))
+            })?,
+        ))
     }
 
     /// One text or a list of them.
@@ -215,7 +228,8 @@ impl<'a> Fields<'a> {
 
     /// A list of phrases, or one text with commas between them.
     fn phrases(&self, name: &str) -> anyhow::Result<Option<Vec<String>>> {
-        let split = |text: &String| text.split(',').map(str::trim).map(str::to_owned).collect::<Vec<_>>();
+        let split =
+            |text: &String| text.split(',').map(str::trim).map(str::to_owned).collect::<Vec<_>>();
         let texts = self.texts(name)?;
         Ok(texts.map(|t| if self.0[name].is_string() { split(&t[0]) } else { t }))
     }
@@ -227,8 +241,20 @@ mod tests {
 
     fn parse(text: &[u8], kind: LineKind) -> Result<Line, String> {
         let (options, guard) = Default::default();
-        let common = Common { options: &options, guard: &guard, longest: 40, same_candidates: false, alone: false };
-        let raw = RawLine { number: 5, place: "in, line 5".into(), kind, bytes: text.to_vec(), too_long: false };
+        let common = Common {
+            options: &options,
+            guard: &guard,
+            longest: 40,
+            same_candidates: false,
+            alone: false,
+        };
+        let raw = RawLine {
+            number: 5,
+            place: "in, line 5".into(),
+            kind,
+            bytes: text.to_vec(),
+            too_long: false,
+        };
         common.parse(raw).map_err(|e| format!("{e:#}"))
     }
 
@@ -238,10 +264,16 @@ mod tests {
         let prompt = |text: &str, kind| parse(text.as_bytes(), kind).map(|l| l.prompt);
         for kind in [Either, Record, Text] {
             assert_eq!(prompt(r#"{"prompt": "a cat", "other": [1]}"#, kind), Ok("a cat".into()));
-            assert!(prompt(r#"{"other": 1}"#, kind).unwrap_err().contains("no text under \"prompt\""));
+            assert!(
+                prompt(r#"{"other": 1}"#, kind).unwrap_err().contains("no text under \"prompt\"")
+            );
         }
-        for (text, what) in [("[\"a cat\"]", "array"), ("\"a cat\"", "string"), ("42", "number"), ("null", "constant")]
-        {
+        for (text, what) in [
+            ("[\"a cat\"]", "array"),
+            ("\"a cat\"", "string"),
+            ("42", "number"),
+            ("null", "constant"),
+        ] {
             assert!(prompt(text, Either).unwrap_err().contains(what));
             assert!(prompt(text, Record).unwrap_err().contains("expected an object"));
             assert_eq!(prompt(text, Text), Ok(text.into()), "text is text");
@@ -259,7 +291,10 @@ mod tests {
             (b"\xff\xfea\0", "UTF-16"),
             (b"a\0cat", "NUL"),
             (br#"{"prompt": "a\u0000cat"}"#, "NUL"),
-            (b"0123456789012345678901234567890123456789x", "41 bytes; --max-prompt-bytes allows 40"),
+            (
+                b"0123456789012345678901234567890123456789x",
+                "41 bytes; --max-prompt-bytes allows 40",
+            ),
         ] {
             let message = parse(bytes, LineKind::Either).unwrap_err();
             assert!(message.contains(word) && message.lines().count() == 1, "{message}");
@@ -295,7 +330,8 @@ mod tests {
             (r#""presence_penalty": 3"#, "\"presence_penalty\""),
         ] {
             let message =
-                parse(format!("{{\"prompt\": \"a cat\", {field}}}").as_bytes(), LineKind::Record).unwrap_err();
+                parse(format!("{{\"prompt\": \"a cat\", {field}}}").as_bytes(), LineKind::Record)
+                    .unwrap_err();
             assert!(message.contains(word) && message.lines().count() == 1, "{message}");
         }
     }

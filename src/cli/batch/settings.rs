@@ -1,4 +1,5 @@
-//! The settings that an output was made with, kept beside it as `NAME.settings.json`, so that `--resume` mixes nothing.
+//! The settings that an output was made with, kept beside it as `NAME.settings.json`, so that
+//! `--resume` mixes nothing.
 
 use super::target::beside;
 use crate::checkpoint::write_atomic;
@@ -25,9 +26,12 @@ impl Settings {
         if !path.exists() {
             return Ok(None);
         }
-        let text = std::fs::read(&path).with_context(|| format!("{}: cannot read", path.display()))?;
+        let text =
+            std::fs::read(&path).with_context(|| format!("{}: cannot read", path.display()))?;
         let values = serde_json::from_slice(&text);
-        Ok(Some(Settings(values.with_context(|| format!("{}: expected a JSON object", path.display()))?)))
+        Ok(Some(Settings(
+            values.with_context(|| format!("{}: expected a JSON object", path.display()))?,
+        )))
     }
 
     pub fn write(&self, output: &Path) -> anyhow::Result<()> {
@@ -59,8 +63,8 @@ impl Settings {
         self.0.get(flag).unwrap_or(&Value::Null)
     }
 
-    /// Refuses to go on with an output that was begun with other settings, and names the first of them. Inputs may have become
-    /// more.
+    /// Refuses to go on with an output that was begun with other settings, and names the first of
+    /// them. Inputs may have become more.
     pub fn check(&self, begun: &Settings, output: &str) -> anyhow::Result<()> {
         let flags = self.0.keys().chain(begun.0.keys().filter(|k| !self.0.contains_key(*k)));
         for flag in flags {
@@ -71,7 +75,8 @@ impl Settings {
             };
             if before != now && !more_inputs() {
                 bail!(
-                    "{output}: was begun with other settings: --{flag} {} then, {} now; give it as it was, or begin anew \
+                    "{output}: was begun with other settings: --{flag} {} then, {} now; give it as \
+                    it was, or begin anew \
                      with --force",
                     shown(before),
                     shown(now)
@@ -104,13 +109,18 @@ mod tests {
         let of = |value: Value| Settings(value.as_object().unwrap().clone());
         let begun = of(json!({ "seed": 3, "stop": [], "input": [{ "name": "a" }] }));
         begun.check(&begun, "out").unwrap();
-        of(json!({ "seed": 3, "stop": [], "input": [{ "name": "a" }, { "name": "b" }] })).check(&begun, "out").unwrap();
+        of(json!({ "seed": 3, "stop": [], "input": [{ "name": "a" }, { "name": "b" }] }))
+            .check(&begun, "out")
+            .unwrap();
         for (now, flag) in [
             (json!({ "seed": 4, "stop": [], "input": [{ "name": "a" }] }), "--seed 3 then, 4 now"),
             (json!({ "seed": 3, "stop": ["x"], "input": [{ "name": "a" }] }), "--stop"),
             (json!({ "seed": 3, "stop": [], "input": [{ "name": "b" }] }), "--input"),
             (json!({ "seed": 3, "input": [{ "name": "a" }] }), "--stop [] then, not set now"),
-            (json!({ "seed": 3, "stop": [], "input": [{ "name": "a" }], "style": "photo" }), "--style not set"),
+            (
+                json!({ "seed": 3, "stop": [], "input": [{ "name": "a" }], "style": "photo" }),
+                "--style not set",
+            ),
         ] {
             let message = of(now).check(&begun, "out").unwrap_err().to_string();
             assert!(message.contains(flag) && message.lines().count() == 1, "{message}");

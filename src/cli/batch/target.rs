@@ -1,8 +1,8 @@
 //! Where results go: a file that nobody else may write meanwhile, standard output, or a pipe.
 //!
-//! A file that exists keeps its content until the results that replace it are whole: they are written beside it, to
-//! `NAME.partial`, which takes its place in the end. What an interrupted run leaves is whole results, in the output itself or in
-//! that file, and `--resume` goes on there.
+//! A file that exists keeps its content until the results that replace it are whole: they are
+//! written beside it, to `NAME.partial`, which takes its place in the end. What an interrupted run
+//! leaves is whole results, in the output itself or in that file, and `--resume` goes on there.
 
 use crate::cli::files::{is_at, is_stdout};
 use crate::cli::print;
@@ -43,7 +43,8 @@ struct LockedFile {
     /// The file that is written, and the name that it gets in the end.
     path: PathBuf,
     place: PathBuf,
-    /// Whether the file goes again if nothing is written: this run made it, and did not come to its end.
+    /// Whether the file goes again if nothing is written: this run made it, and did not come to its
+    /// end.
     is_new: bool,
     /// The lock on the file that is to be replaced.
     _replaced: Option<File>,
@@ -68,14 +69,19 @@ pub fn partial(output: &Path) -> PathBuf {
 }
 
 impl Target {
-    /// Opens and locks an output, so that no other process can write to it meanwhile; `-` is standard output.
+    /// Opens and locks an output, so that no other process can write to it meanwhile; `-` is
+    /// standard output.
     pub fn open(path: &Path, begin: Begin) -> anyhow::Result<Target> {
         let packing = match path.extension() {
             Some(e) if e.eq_ignore_ascii_case("gz") => Packing::Gzip,
             Some(e) if e.eq_ignore_ascii_case("zst") => Packing::Zstd,
             _ => Packing::None,
         };
-        let name = if path.as_os_str() == "-" { "standard output".into() } else { path.display().to_string() };
+        let name = if path.as_os_str() == "-" {
+            "standard output".into()
+        } else {
+            path.display().to_string()
+        };
         ensure!(!path.is_dir(), "{name}: is a folder; expected the name of a file");
         let is_stream = path.exists() && !path.is_file();
         let place = if is_stdout(path) || is_stream {
@@ -103,7 +109,11 @@ impl Target {
         let out = self.writer();
         let written = out.write_all(bytes).and_then(|()| out.flush());
         // standard output names itself
-        if is_stdout { Ok(written?) } else { written.with_context(|| format!("{}: cannot write", self.name)) }
+        if is_stdout {
+            Ok(written?)
+        } else {
+            written.with_context(|| format!("{}: cannot write", self.name))
+        }
     }
 
     fn writer(&mut self) -> &mut dyn Write {
@@ -137,9 +147,11 @@ impl Target {
         let _ = locked.file.sync_all();
         if locked.path != locked.place {
             let cannot = || format!("{}: cannot replace it", self.name);
-            // the settings first: where it ends between the two, --resume still goes on with the partial file
+            // the settings first: where it ends between the two, --resume still goes on with the
+            // partial file
             let settings = |path| super::settings::path(path);
-            std::fs::rename(settings(&locked.path), settings(&locked.place)).with_context(cannot)?;
+            std::fs::rename(settings(&locked.path), settings(&locked.place))
+                .with_context(cannot)?;
             std::fs::rename(&locked.path, &locked.place).with_context(cannot)?;
         }
         locked.is_new = false;
@@ -150,7 +162,10 @@ impl Target {
 impl Drop for LockedFile {
     /// A run that came to nothing leaves nothing.
     fn drop(&mut self) {
-        if self.is_new && self.file.metadata().is_ok_and(|m| m.len() == 0) && is_at(&self.file, &self.path) {
+        if self.is_new
+            && self.file.metadata().is_ok_and(|m| m.len() == 0)
+            && is_at(&self.file, &self.path)
+        {
             let _ = std::fs::remove_file(super::settings::path(&self.path));
             let _ = std::fs::remove_file(&self.path);
         }
@@ -170,10 +185,14 @@ impl LockedFile {
         let holds_something = std::fs::metadata(&place).is_ok_and(|m| m.len() > 0);
         let name = path.display();
         if begin == Begin::New {
-            ensure!(!holds_something, "{name}: exists already; --resume goes on with it, --force replaces it");
+            ensure!(
+                !holds_something,
+                "{name}: exists already; --resume goes on with it, --force replaces it"
+            );
             ensure!(
                 !partial.exists(),
-                "{}: holds an interrupted run's results; --resume goes on with it, --force begins anew",
+                "{}: holds an interrupted run's results; --resume goes on with it, --force begins \
+                anew",
                 partial.display()
             );
         }
@@ -190,7 +209,10 @@ impl LockedFile {
             file.set_len(0).with_context(|| format!("{}: cannot write", path.display()))?;
         }
         let length = file.metadata().map_or(0, |m| m.len());
-        ensure!(begin != Begin::New || length == 0, "{name}: was begun by another process in this moment");
+        ensure!(
+            begin != Begin::New || length == 0,
+            "{name}: was begun by another process in this moment"
+        );
         Ok(LockedFile { file, path, place, is_new, _replaced: replaced })
     }
 }
@@ -203,12 +225,18 @@ fn lock(path: &Path) -> anyhow::Result<File> {
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            bail!("{name}: another process is writing to it; wait until it is done, or choose another output")
+            bail!(
+                "{name}: another process is writing to it; wait until it is done, or choose \
+                another output"
+            )
         }
         // some network file systems have no locks
         Err(TryLockError::Error(_)) => {}
     }
-    ensure!(is_at(&file, path), "{name}: another process put a file in its place in this moment; try again");
+    ensure!(
+        is_at(&file, path),
+        "{name}: another process put a file in its place in this moment; try again"
+    );
     Ok(file)
 }
 
@@ -223,7 +251,9 @@ mod tests {
         let partial = f.path().join("out.jsonl.partial");
         let read = |p: &Path| std::fs::read_to_string(p).unwrap();
         std::fs::write(&out, "good\n").unwrap();
-        assert!(Target::open(&out, Begin::New).err().unwrap().to_string().contains("exists already"));
+        assert!(
+            Target::open(&out, Begin::New).err().unwrap().to_string().contains("exists already")
+        );
 
         // nothing came of it
         drop(Target::open(&out, Begin::Replace).unwrap());

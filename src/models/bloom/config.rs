@@ -49,8 +49,8 @@ impl Parameter {
     }
 }
 
-/// Largest values accepted in `config.json`: far above every model, and small enough that no count of parameters or bytes
-/// overflows and the list of all tensors stays short.
+/// Largest values accepted in `config.json`: far above every model, and small enough that no count
+/// of parameters or bytes overflows and the list of all tensors stays short.
 pub const MOST_VOCABULARY: usize = 1 << 24;
 pub const MOST_HIDDEN: usize = 1 << 18;
 pub const MOST_LAYERS: usize = 1 << 12;
@@ -101,7 +101,10 @@ impl BloomConfig {
 
     /// Reads and checks `config.json`.
     pub fn read(path: &Path) -> Result<BloomConfig> {
-        let text = files::read(path, "does not exist; a model folder holds config.json beside its weights")?;
+        let text = files::read(
+            path,
+            "does not exist; a model folder holds config.json beside its weights",
+        )?;
         BloomConfig::parse(&text).map_err(|e| Error::file(path, e))
     }
 
@@ -113,7 +116,8 @@ impl BloomConfig {
             Some(Value::String(t)) if t == "bloom" => {}
             Some(other) => return Err(format!("model_type is {other}, expected \"bloom\"")),
             None => {
-                let bloom = object.get("architectures").is_some_and(|a| a.to_string().contains("Bloom"));
+                let bloom =
+                    object.get("architectures").is_some_and(|a| a.to_string().contains("Bloom"));
                 if !bloom {
                     return Err("no model_type, expected \"bloom\"".into());
                 }
@@ -129,23 +133,43 @@ impl BloomConfig {
                 None => 1e-5,
                 Some(v) => match v.as_f64() {
                     Some(e) if e > 0.0 && e < 1.0 => e as f32,
-                    _ => return Err(format!("layer_norm_epsilon is {v}, expected a number in (0, 1)")),
+                    _ => {
+                        return Err(format!(
+                            "layer_norm_epsilon is {v}, expected a number in (0, 1)"
+                        ));
+                    }
                 },
             },
-            residual_post_layer_norm: flag(object, "apply_residual_connection_post_layernorm", false)?,
+            residual_post_layer_norm: flag(
+                object,
+                "apply_residual_connection_post_layernorm",
+                false,
+            )?,
             tied: flag(object, "tie_word_embeddings", true)?,
-            context: size(object, &["seq_length", "n_positions", "max_position_embeddings"], Some(2048), MOST_CONTEXT)?,
+            context: size(
+                object,
+                &["seq_length", "n_positions", "max_position_embeddings"],
+                Some(2048),
+                MOST_CONTEXT,
+            )?,
             bos_token_id: id(object, "bos_token_id", 1)?,
             eos_token_id: id(object, "eos_token_id", 2)?,
             pad_token_id: id(object, "pad_token_id", 3)?,
-            stored_dtype: ["dtype", "torch_dtype"].iter().find_map(|k| object.get(*k)?.as_str().map(str::to_owned)),
+            stored_dtype: ["dtype", "torch_dtype"]
+                .iter()
+                .find_map(|k| object.get(*k)?.as_str().map(str::to_owned)),
         };
         if !config.hidden_size.is_multiple_of(config.heads) {
-            return Err(format!("hidden_size {} is not divisible by n_head {}", config.hidden_size, config.heads));
+            return Err(format!(
+                "hidden_size {} is not divisible by n_head {}",
+                config.hidden_size, config.heads
+            ));
         }
         if config.head_size() > MOST_HEAD_SIZE {
             let size = config.head_size();
-            return Err(format!("hidden_size over n_head gives heads of {size}, expected at most {MOST_HEAD_SIZE}"));
+            return Err(format!(
+                "hidden_size over n_head gives heads of {size}, expected at most {MOST_HEAD_SIZE}"
+            ));
         }
         if config.eos_token_id as usize >= config.vocab_size {
             return Err(format!(
@@ -185,7 +209,8 @@ impl BloomConfig {
     pub fn parameters(&self) -> Vec<Parameter> {
         let h = self.hidden_size;
         let mut list = Vec::new();
-        let mut add = |name: String, shape: &[usize]| list.push(Parameter { name, shape: shape.to_vec() });
+        let mut add =
+            |name: String, shape: &[usize]| list.push(Parameter { name, shape: shape.to_vec() });
         let norm = |add: &mut dyn FnMut(String, &[usize]), name: &str| {
             add(format!("{name}.weight"), &[h]);
             add(format!("{name}.bias"), &[h]);
@@ -195,12 +220,16 @@ impl BloomConfig {
         for i in 0..self.layers {
             let layer = format!("transformer.h.{i}");
             norm(&mut add, &format!("{layer}.input_layernorm"));
-            for (name, rows, cols) in [("self_attention.query_key_value", 3 * h, h), ("self_attention.dense", h, h)] {
+            for (name, rows, cols) in
+                [("self_attention.query_key_value", 3 * h, h), ("self_attention.dense", h, h)]
+            {
                 add(format!("{layer}.{name}.weight"), &[rows, cols]);
                 add(format!("{layer}.{name}.bias"), &[rows]);
             }
             norm(&mut add, &format!("{layer}.post_attention_layernorm"));
-            for (name, rows, cols) in [("mlp.dense_h_to_4h", 4 * h, h), ("mlp.dense_4h_to_h", h, 4 * h)] {
+            for (name, rows, cols) in
+                [("mlp.dense_h_to_4h", 4 * h, h), ("mlp.dense_4h_to_h", h, 4 * h)]
+            {
                 add(format!("{layer}.{name}.weight"), &[rows, cols]);
                 add(format!("{layer}.{name}.bias"), &[rows]);
             }
@@ -240,7 +269,11 @@ fn size(
     default.ok_or_else(|| format!("{} is missing", keys.join(" or ")))
 }
 
-fn flag(object: &Map<String, Value>, key: &str, default: bool) -> std::result::Result<bool, String> {
+fn flag(
+    object: &Map<String, Value>,
+    key: &str,
+    default: bool,
+) -> std::result::Result<bool, String> {
     match object.get(key) {
         None | Some(Value::Null) => Ok(default),
         Some(Value::Bool(b)) => Ok(*b),
@@ -258,8 +291,8 @@ fn id(object: &Map<String, Value>, key: &str, default: u32) -> std::result::Resu
     }
 }
 
-/// ALiBi slopes, one a head (arXiv 2108.12409; for head counts that are no power of two BLOOM takes the
-/// slopes of the power below, then every other slope of the power above).
+/// ALiBi slopes, one a head (arXiv 2108.12409; for head counts that are no power of two BLOOM takes
+/// the slopes of the power below, then every other slope of the power above).
 pub fn alibi_slopes(heads: usize) -> Vec<f32> {
     let below = 1usize << heads.ilog2();
     let base = 2f64.powf(-8.0 / below as f64);
@@ -310,9 +343,18 @@ mod tests {
             (br#"{"model_type":"bloom","hidden_size":0}"#, "hidden_size"),
             (br#"{"model_type":"bloom","hidden_size":64}"#, "vocab_size"),
             (br#"{"model_type":"bloom","hidden_size":64,"vocab_size":1e30}"#, "vocab_size"),
-            (br#"{"model_type":"bloom","hidden_size":64,"vocab_size":9,"n_layer":1000000000}"#, "n_layer"),
-            (br#"{"model_type":"bloom","hidden_size":64,"vocab_size":9,"n_layer":1,"n_head":0}"#, "n_head"),
-            (br#"{"model_type":"bloom","hidden_size":64,"vocab_size":2,"n_layer":1,"n_head":1}"#, "eos_token_id"),
+            (
+                br#"{"model_type":"bloom","hidden_size":64,"vocab_size":9,"n_layer":1000000000}"#,
+                "n_layer",
+            ),
+            (
+                br#"{"model_type":"bloom","hidden_size":64,"vocab_size":9,"n_layer":1,"n_head":0}"#,
+                "n_head",
+            ),
+            (
+                br#"{"model_type":"bloom","hidden_size":64,"vocab_size":2,"n_layer":1,"n_head":1}"#,
+                "eos_token_id",
+            ),
         ] {
             let e = BloomConfig::parse(text).unwrap_err();
             assert!(e.contains(word), "{e}");

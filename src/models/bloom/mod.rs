@@ -6,6 +6,7 @@ pub mod train;
 
 pub use crate::ops::Scratch;
 pub use config::{
-    BloomConfig, MOST_CONTEXT, MOST_HEADS, MOST_HIDDEN, MOST_LAYERS, MOST_VOCABULARY, Parameter, alibi_slopes,
+    BloomConfig, MOST_CONTEXT, MOST_HEADS, MOST_HIDDEN, MOST_LAYERS, MOST_VOCABULARY, Parameter,
+    alibi_slopes,
 };
 pub use model::Bloom;

@@ -25,24 +25,32 @@ pub struct Bloom<B: Backend> {
 }
 
 impl<B: Backend> Bloom<B> {
-    /// Prepares the weights of a checkpoint in `dtype`; `None` keeps what is stored. A tensor that holds NaN or infinity, or does so after
-    /// its conversion, is named.
+    /// Prepares the weights of a checkpoint in `dtype`; `None` keeps what is stored. A tensor that
+    /// holds NaN or infinity, or does so after its conversion, is named.
     pub fn load(backend: &B, checkpoint: Checkpoint, dtype: Option<DType>) -> Result<Bloom<B>> {
         let config = checkpoint.config.clone();
         let checkpoint = RefCell::new(checkpoint);
         let tensor = |name: &str, shape: &[usize]| {
-            checkpoint.borrow_mut().take(&Parameter { name: name.to_owned(), shape: shape.to_vec() })
+            checkpoint
+                .borrow_mut()
+                .take(&Parameter { name: name.to_owned(), shape: shape.to_vec() })
         };
         let h = config.hidden_size;
         let path = checkpoint.borrow().path.clone();
         let vector = |name: String, len: usize| {
             let tensor = tensor(&name, &[len])?;
-            let checked = finite::check(Isa::detect(), &tensor).and_then(|()| backend.vector(&tensor));
+            let checked =
+                finite::check(Isa::detect(), &tensor).and_then(|()| backend.vector(&tensor));
             checked.map_err(|e| e.of_tensor(&path, &name))
         };
-        let matrix = |name: &str, tensor: Tensor| backend.matrix(tensor, dtype).map_err(|e| e.of_tensor(&path, name));
+        let matrix = |name: &str, tensor: Tensor| {
+            backend.matrix(tensor, dtype).map_err(|e| e.of_tensor(&path, name))
+        };
         let norm = |name: &str| -> Result<_> {
-            Ok(LayerNorm { weight: vector(format!("{name}.weight"), h)?, bias: vector(format!("{name}.bias"), h)? })
+            Ok(LayerNorm {
+                weight: vector(format!("{name}.weight"), h)?,
+                bias: vector(format!("{name}.bias"), h)?,
+            })
         };
         let linear = |name: String, rows: usize, cols: usize| -> Result<_> {
             let weight = format!("{name}.weight");
@@ -114,8 +122,20 @@ impl<B: Backend> Bloom<B> {
     }
 
     /// Logits `[rows.len(), vocabulary]` of chosen tokens of the last forward pass.
-    pub fn logits(&self, backend: &B, rows: &[usize], s: &mut Scratch<B>, out: &mut Vec<f32>) -> Result<()> {
-        backend.gather_norm(&s.x, rows, &self.final_norm, self.config.layer_norm_epsilon, &mut s.normed);
+    pub fn logits(
+        &self,
+        backend: &B,
+        rows: &[usize],
+        s: &mut Scratch<B>,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        backend.gather_norm(
+            &s.x,
+            rows,
+            &self.final_norm,
+            self.config.layer_norm_epsilon,
+            &mut s.normed,
+        );
         backend.logits(&s.normed, self.head(), out)
     }
 
@@ -135,7 +155,12 @@ impl<B: Backend> Bloom<B> {
     }
 
     /// [`Bloom::sample`] that does not wait; see [`Backend::start_sample`].
-    pub fn start_sample(&self, backend: &B, rows: &[SampleRow], s: &mut Scratch<B>) -> Result<B::Choosing> {
+    pub fn start_sample(
+        &self,
+        backend: &B,
+        rows: &[SampleRow],
+        s: &mut Scratch<B>,
+    ) -> Result<B::Choosing> {
         let rows = self.gather(backend, rows, s);
         backend.start_sample(&s.normed, self.head(), &rows)
     }
@@ -152,7 +177,13 @@ impl<B: Backend> Bloom<B> {
         tokens.sort_unstable();
         tokens.dedup();
         let at = |r: &SampleRow| tokens.binary_search(&r.row).expect("taken from the rows above");
-        backend.gather_norm(&s.x, &tokens, &self.final_norm, self.config.layer_norm_epsilon, &mut s.normed);
+        backend.gather_norm(
+            &s.x,
+            &tokens,
+            &self.final_norm,
+            self.config.layer_norm_epsilon,
+            &mut s.normed,
+        );
         rows.iter().map(|r| (at(r), r)).collect()
     }
 }

@@ -137,7 +137,8 @@ pub struct Workspace {
     dattention: Vec<f32>,
 }
 
-/// Bytes that training takes for each token of a pass: what [`Workspace`] keeps of every layer, and what one layer needs at a time.
+/// Bytes that training takes for each token of a pass: what [`Workspace`] keeps of every layer, and
+/// what one layer needs at a time.
 pub fn training_bytes_per_token(config: &BloomConfig) -> f64 {
     let (h, heads, layers) = (config.hidden_size as f64, config.heads as f64, config.layers as f64);
     let norm = h + 2.0;
@@ -166,7 +167,11 @@ impl Normed {
 }
 
 /// Two mutable ranges of a buffer, the first before the second.
-fn pair_mut<'a>(v: &'a mut [f32], a: &Range<usize>, b: &Range<usize>) -> (&'a mut [f32], &'a mut [f32]) {
+fn pair_mut<'a>(
+    v: &'a mut [f32],
+    a: &Range<usize>,
+    b: &Range<usize>,
+) -> (&'a mut [f32], &'a mut [f32]) {
     let (low, high) = v.split_at_mut(b.start);
     (&mut low[a.clone()], &mut high[..b.len()])
 }
@@ -200,8 +205,8 @@ impl TrainModel {
         TrainModel::new(config, values)
     }
 
-    /// Summed cross-entropy over the labels of `batch`. With `gradients`, adds `scale` times the gradient of
-    /// that sum to them (same layout as `values`).
+    /// Summed cross-entropy over the labels of `batch`. With `gradients`, adds `scale` times the
+    /// gradient of that sum to them (same layout as `values`).
     pub fn loss(
         &self,
         cpu: &Cpu,
@@ -222,12 +227,21 @@ impl TrainModel {
         let targets: Vec<u32> = labels.iter().map(|l| l.1).collect();
         let head = &w[self.layout.head.clone()];
         let Some((scale, grads)) = gradients else {
-            return ops::cross_entropy(cpu, precision, labelled, head, &targets, &mut space.logits, None);
+            return ops::cross_entropy(
+                cpu,
+                precision,
+                labelled,
+                head,
+                &targets,
+                &mut space.logits,
+                None,
+            );
         };
         let dlabelled = sized(&mut space.dlabelled, labels.len() * h);
         let dhead = &mut grads[self.layout.head.clone()];
         let out = Some((scale, &mut *dlabelled, dhead));
-        let loss = ops::cross_entropy(cpu, precision, labelled, head, &targets, &mut space.logits, out);
+        let loss =
+            ops::cross_entropy(cpu, precision, labelled, head, &targets, &mut space.logits, out);
         // the final norm's output gradient is zero but at labelled positions
         let dnorm = sized(&mut space.dnorm, batch.ids.len() * h);
         dnorm.fill(0.0);
@@ -257,7 +271,15 @@ impl TrainModel {
             sized(&mut s.x, tokens * h).copy_from_slice(input);
             s.norm1.forward(cpu, &s.x, get(&l.input_norm.weight), get(&l.input_norm.bias), eps);
             let qkv = sized(&mut s.qkv, tokens * 3 * h);
-            ops::linear(cpu, precision, &s.norm1.y, get(&l.qkv.weight), get(&l.qkv.bias), None, qkv);
+            ops::linear(
+                cpu,
+                precision,
+                &s.norm1.y,
+                get(&l.qkv.weight),
+                get(&l.qkv.bias),
+                None,
+                qkv,
+            );
             let lse = sized(&mut s.lse, tokens * c.heads);
             attention.forward(cpu, qkv, sized(&mut s.attention, tokens * h), lse);
             let residual = if c.residual_post_layer_norm { &s.norm1.y } else { &s.x };
@@ -289,7 +311,14 @@ impl TrainModel {
     }
 
     /// From the gradient of the final norm's output in `space.dnorm`.
-    fn backward(&self, cpu: &Cpu, precision: Precision, batch: &Batch, space: &mut Workspace, grads: &mut [f32]) {
+    fn backward(
+        &self,
+        cpu: &Cpu,
+        precision: Precision,
+        batch: &Batch,
+        space: &mut Workspace,
+        grads: &mut [f32],
+    ) {
         let (c, w, l) = (&self.config, &self.values, &self.layout);
         let (h, tokens) = (c.hidden_size, batch.ids.len());
         let get = |r: &Range<usize>| &w[r.clone()];
@@ -300,15 +329,22 @@ impl TrainModel {
         let dwide = sized(dwide, tokens * 4 * h);
         let dqkv = sized(dqkv, tokens * 3 * h);
         let dattention = sized(dattention, tokens * h);
-        // The gradient of a norm's input is added to `dx`, which holds what comes along the residual branch.
-        let norm_backward = |norm: &Norm, n: &Normed, x: &[f32], dy: &[f32], dx: &mut [f32], grads: &mut [f32]| {
+        // The gradient of a norm's input is added to `dx`, which holds what comes along the
+        // residual branch.
+        let norm_backward = |norm: &Norm,
+                             n: &Normed,
+                             x: &[f32],
+                             dy: &[f32],
+                             dx: &mut [f32],
+                             grads: &mut [f32]| {
             let (dw, db) = pair_mut(grads, &norm.weight, &norm.bias);
             ops::layer_norm_backward(cpu, dy, x, get(&norm.weight), &n.mean, &n.rstd, dx, dw, db);
         };
-        let linear_backward = |lin: &Linear, x: &[f32], dy: &[f32], dx: &mut [f32], grads: &mut [f32]| {
-            let (dw, db) = pair_mut(grads, &lin.weight, &lin.bias);
-            ops::linear_backward(cpu, precision, dy, x, get(&lin.weight), dx, dw, db);
-        };
+        let linear_backward =
+            |lin: &Linear, x: &[f32], dy: &[f32], dx: &mut [f32], grads: &mut [f32]| {
+                let (dw, db) = pair_mut(grads, &lin.weight, &lin.bias);
+                ops::linear_backward(cpu, precision, dy, x, get(&lin.weight), dx, dw, db);
+            };
         dx.fill(0.0);
         norm_backward(&l.final_norm, &space.final_norm, &space.x, dnorm, dx, grads);
         for (s, l) in space.layers.iter().zip(&l.layers).rev() {

@@ -1,8 +1,9 @@
 //! Attention over the paged KV cache with ALiBi.
 //!
-//! Per layer, keys and values lie as `[block, head, position in block, head size]`. A query walks its blocks with an
-//! online softmax: sixteen scores at once (one block is one vector), then sixteen rows of values. The order of
-//! sums depends on absolute positions alone, so chunked prefill, decoding and any batch give the same bits.
+//! Per layer, keys and values lie as `[block, head, position in block, head size]`. A query walks
+//! its blocks with an online softmax: sixteen scores at once (one block is one vector), then
+//! sixteen rows of values. The order of sums depends on absolute positions alone, so chunked
+//! prefill, decoding and any batch give the same bits.
 
 use super::Cpu;
 use super::product::{Element, prefetch};
@@ -40,23 +41,32 @@ pub struct Blocks<E> {
 }
 
 impl Cache {
-    /// Memory for `blocks` blocks; pages that are never written take none. 8-bit models cache in bf16.
+    /// Memory for `blocks` blocks; pages that are never written take none. 8-bit models cache in
+    /// bf16.
     pub fn new(dtype: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<Cache> {
         if heads.size > MAX_HEAD {
-            return Err(Error::invalid(format!("head size {} is too large; at most {MAX_HEAD}", heads.size)));
+            return Err(Error::invalid(format!(
+                "head size {} is too large; at most {MAX_HEAD}",
+                heads.size
+            )));
         }
-        fn make<E: bytemuck::Zeroable + Clone>(layers: usize, block: usize, blocks: usize) -> Result<Blocks<E>> {
+        fn make<E: bytemuck::Zeroable + Clone>(
+            layers: usize,
+            block: usize,
+            blocks: usize,
+        ) -> Result<Blocks<E>> {
             let one = || -> Result<Vec<E>> {
                 // zeroed by the system, page by page as they are used
-                blocks.checked_mul(block).and_then(|len| bytemuck::allocation::try_zeroed_vec(len).ok()).ok_or_else(
-                    || {
+                blocks
+                    .checked_mul(block)
+                    .and_then(|len| bytemuck::allocation::try_zeroed_vec(len).ok())
+                    .ok_or_else(|| {
                         let bytes = blocks as f64 * block as f64 * size_of::<E>() as f64;
                         Error::invalid(format!(
                             "no memory for a KV cache of {:.1} GB a layer; lower --cache-tokens",
                             2.0 * bytes / 1e9
                         ))
-                    },
-                )
+                    })
             };
             let data = (0..layers).map(|_| Ok([one()?, one()?])).collect::<Result<_>>()?;
             Ok(Blocks { data, block })
@@ -93,7 +103,15 @@ impl Cache {
     }
 
     /// Attention of the queries of `qkv`; see [`crate::ops::Backend::attention`].
-    pub fn attend(&self, cpu: &Cpu, batch: &Batch, layer: usize, heads: &Heads, qkv: &[f32], out: &mut [f32]) {
+    pub fn attend(
+        &self,
+        cpu: &Cpu,
+        batch: &Batch,
+        layer: usize,
+        heads: &Heads,
+        qkv: &[f32],
+        out: &mut [f32],
+    ) {
         match self {
             Cache::F32(b) => b.attend(cpu, batch, layer, heads, qkv, out),
             Cache::F16(b) => b.attend(cpu, batch, layer, heads, qkv, out),
@@ -109,15 +127,18 @@ impl<E: Attend> Blocks<E> {
         let block = self.block;
         let [keys, values] = &mut self.data[layer];
         let (k, v) = (Disjoint::new(keys), Disjoint::new(values));
-        // a decoding batch has one token a span: spans are the tasks; a long prefill has few spans: tasks are heads
+        // a decoding batch has one token a span: spans are the tasks; a long prefill has few spans:
+        // tasks are heads
         cpu.threads.run(batch.spans.len() * n, |task| {
             let (span, head) = (&batch.spans[task / n], task % n);
             for i in 0..span.len {
                 let position = span.past + i;
-                let at = span.blocks[position / BLOCK] as usize * block + (head * BLOCK + position % BLOCK) * size;
+                let at = span.blocks[position / BLOCK] as usize * block
+                    + (head * BLOCK + position % BLOCK) * size;
                 let from = ((span.start + i) * n + head) * 3 * size;
                 for (to, part) in [(&k, 1), (&v, 2)] {
-                    // SAFETY: a position of a head belongs to one span: blocks being written are never shared.
+                    // SAFETY: a position of a head belongs to one span: blocks being written are
+                    // never shared.
                     let to = unsafe { to.slice(at..at + size) };
                     let from = &qkv[from + part * size..from + (part + 1) * size];
                     E::narrow(cpu.isa, from, to);
@@ -126,7 +147,15 @@ impl<E: Attend> Blocks<E> {
         });
     }
 
-    fn attend(&self, cpu: &Cpu, batch: &Batch, layer: usize, heads: &Heads, qkv: &[f32], out: &mut [f32]) {
+    fn attend(
+        &self,
+        cpu: &Cpu,
+        batch: &Batch,
+        layer: usize,
+        heads: &Heads,
+        qkv: &[f32],
+        out: &mut [f32],
+    ) {
         let (n, size, block) = (heads.count, heads.size, self.block);
         let [keys, values] = &self.data[layer];
         // some queries of a sequence, and some heads
@@ -134,12 +163,21 @@ impl<E: Attend> Blocks<E> {
         for span in &batch.spans {
             let together = if span.len == 1 { HEADS } else { 1 };
             for first in (0..span.len).step_by(QUERIES) {
-                tasks.extend((0..n).step_by(together).map(|h| (span, first, h..(h + together).min(n))));
+                tasks.extend(
+                    (0..n).step_by(together).map(|h| (span, first, h..(h + together).min(n))),
+                );
             }
         }
         let out = Disjoint::new(out);
         let attend = |span: &Span, first: usize, head: usize| {
-            let view = View { keys, values, blocks: &span.blocks, stride: block, head: head * BLOCK * size, size };
+            let view = View {
+                keys,
+                values,
+                blocks: &span.blocks,
+                stride: block,
+                head: head * BLOCK * size,
+                size,
+            };
             let end = (first + QUERIES).min(span.len);
             let mut i = first;
             while i < end {
@@ -150,7 +188,8 @@ impl<E: Attend> Blocks<E> {
                 let stride = n * size;
                 let at = token * stride + head * size;
                 let q = &qkv[(token * n + head) * 3 * size..][..((count - 1) * n * 3 + 1) * size];
-                // SAFETY: one task writes this head of these tokens, and nothing of what lies between.
+                // SAFETY: one task writes this head of these tokens, and nothing of what lies
+                // between.
                 let out: [&mut [f32]; TOGETHER] = std::array::from_fn(|j| {
                     let at = at + j * stride;
                     if j < count { unsafe { out.slice(at..at + size) } } else { &mut [] }
@@ -229,7 +268,12 @@ struct Softmax<S: Simd> {
 /// # Safety
 /// Needs the instruction set of `S`.
 #[inline(always)]
-unsafe fn attend<S: Simd, E: Element>(queries: &Queries, slope: f32, view: &View<E>, mut out: Outputs) {
+unsafe fn attend<S: Simd, E: Element>(
+    queries: &Queries,
+    slope: f32,
+    view: &View<E>,
+    mut out: Outputs,
+) {
     unsafe {
         let Queries { q, stride, count, position } = *queries;
         let mut state = [Softmax::<S> { most: f32::NEG_INFINITY, sum: S::splat(0.0) }; TOGETHER];
@@ -243,7 +287,8 @@ unsafe fn attend<S: Simd, E: Element>(queries: &Queries, slope: f32, view: &View
             let keys = view.keys[at..at + BLOCK * view.size].as_ptr();
             let values = view.values[at..at + BLOCK * view.size].as_ptr();
             if count == 1 {
-                // a decoding query reads each of them once: they come from memory while the keys before are at work
+                // a decoding query reads each of them once: they come from memory while the keys
+                // before are at work
                 let next = view.blocks.get(b + 1).filter(|_| b < whole);
                 let next = next.map_or(keys.wrapping_add(BLOCK * view.size), |&index| {
                     view.keys.as_ptr().wrapping_add(index as usize * view.stride + view.head)
@@ -301,7 +346,12 @@ impl Place {
 /// # Safety
 /// Needs the instruction set of `S`, a query of `size` and keys of `[16, size]` elements.
 #[inline(always)]
-unsafe fn dots<S: Simd, E: Element>(q: *const f32, keys: *const E, size: usize, scores: &mut [f32; BLOCK]) {
+unsafe fn dots<S: Simd, E: Element>(
+    q: *const f32,
+    keys: *const E,
+    size: usize,
+    scores: &mut [f32; BLOCK],
+) {
     unsafe {
         let full = size / 16 * 16;
         let rest = size - full;
@@ -322,7 +372,8 @@ unsafe fn dots<S: Simd, E: Element>(q: *const f32, keys: *const E, size: usize, 
     }
 }
 
-/// [`dots`] for [`TOGETHER`] queries; each key is read once. Every sum has the order that it has in [`dots`].
+/// [`dots`] for [`TOGETHER`] queries; each key is read once. Every sum has the order that it has in
+/// [`dots`].
 ///
 /// # Safety
 /// As for [`dots`], with queries `stride` elements apart.
@@ -358,7 +409,8 @@ unsafe fn dots_together<S: Simd, E: Element>(
                 for (j, dots) in dots.chunks_exact_mut(4).enumerate() {
                     let q = S::load_partial(q.add(j * stride + full), rest);
                     for (k, dot) in dots.iter_mut().enumerate() {
-                        *dot = S::fma(q, E::load_partial::<S>(keys.add(k * size + full), rest), *dot);
+                        *dot =
+                            S::fma(q, E::load_partial::<S>(keys.add(k * size + full), rest), *dot);
                     }
                 }
             }
@@ -371,8 +423,8 @@ unsafe fn dots_together<S: Simd, E: Element>(
     }
 }
 
-/// Turns a block's products into weights of its values, and shrinks what was summed before if a score is larger than all
-/// earlier ones.
+/// Turns a block's products into weights of its values, and shrinks what was summed before if a
+/// score is larger than all earlier ones.
 ///
 /// # Safety
 /// Needs the instruction set of `S`.
@@ -383,7 +435,8 @@ unsafe fn weigh<S: Simd>(
     state: &mut Softmax<S>,
     out: &mut [f32],
 ) -> [f32; BLOCK] {
-    const LANE: [f32; BLOCK] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+    const LANE: [f32; BLOCK] =
+        [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
     unsafe {
         let scale = 1.0 / (place.size as f32).sqrt();
         let valid = place.valid();
@@ -418,7 +471,12 @@ unsafe fn weigh<S: Simd>(
 /// # Safety
 /// Needs the instruction set of `S` and values of `[16, size]` elements.
 #[inline(always)]
-unsafe fn add_values<S: Simd, E: Element>(weights: &[f32], values: *const E, size: usize, out: &mut [f32]) {
+unsafe fn add_values<S: Simd, E: Element>(
+    weights: &[f32],
+    values: *const E,
+    size: usize,
+    out: &mut [f32],
+) {
     unsafe {
         let full = size / 16 * 16;
         let rest = size - full;
@@ -432,7 +490,11 @@ unsafe fn add_values<S: Simd, E: Element>(weights: &[f32], values: *const E, siz
         if rest > 0 {
             let mut o = S::load_partial(out.as_ptr().add(full), rest);
             for (j, w) in weights.iter().enumerate() {
-                o = S::fma(S::splat(*w), E::load_partial::<S>(values.add(j * size + full), rest), o);
+                o = S::fma(
+                    S::splat(*w),
+                    E::load_partial::<S>(values.add(j * size + full), rest),
+                    o,
+                );
             }
             S::store_partial(out.as_mut_ptr().add(full), o, rest);
         }
@@ -472,7 +534,11 @@ unsafe fn values_together<S: Simd, E: Element>(
             for (weights, out) in weights.iter().zip(out.iter_mut()) {
                 let mut o = S::load_partial(out.as_ptr().add(full), rest);
                 for (j, w) in weights.iter().enumerate() {
-                    o = S::fma(S::splat(*w), E::load_partial::<S>(values.add(j * size + full), rest), o);
+                    o = S::fma(
+                        S::splat(*w),
+                        E::load_partial::<S>(values.add(j * size + full), rest),
+                        o,
+                    );
                 }
                 S::store_partial(out.as_mut_ptr().add(full), o, rest);
             }

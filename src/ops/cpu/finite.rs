@@ -1,6 +1,8 @@
-//! Weights that are no numbers: one NaN makes every logit one, so they are found while weights are brought in.
+//! Weights that are no numbers: one NaN makes every logit one, so they are found while weights are
+//! brought in.
 //!
-//! The check runs over bytes that are about to be copied, or have just been written, and so are in a cache.
+//! The check runs over bytes that are about to be copied, or have just been written, and so are in
+//! a cache.
 
 use super::Cpu;
 use super::simd::Isa;
@@ -26,7 +28,8 @@ impl Default for NotFinite {
 }
 
 impl NotFinite {
-    /// Looks through elements of a floating-point `dtype`, the first of which is the tensor's element `at`.
+    /// Looks through elements of a floating-point `dtype`, the first of which is the tensor's
+    /// element `at`.
     pub fn look(&self, isa: Isa, dtype: DType, at: usize, bytes: &[u8]) {
         for (i, part) in bytes.chunks(PART).enumerate() {
             let any = match dtype {
@@ -57,7 +60,8 @@ impl NotFinite {
         }
     }
 
-    /// An error if anything was found in a tensor of this shape; `what` says what it is, such as "NaN or infinite".
+    /// An error if anything was found in a tensor of this shape; `what` says what it is, such as
+    /// "NaN or infinite".
     pub fn result(&self, shape: &[usize], what: &str) -> Result<()> {
         let count = self.count.load(Relaxed);
         if count == 0 {
@@ -135,9 +139,13 @@ mod tests {
                         values[0] = f32::MIN_POSITIVE;
                         values[at] = special;
                         let f32s: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-                        let f16s: Vec<u8> = values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
-                        let bf16s: Vec<u8> = values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
-                        for (dtype, bytes) in [(DType::F32, f32s), (DType::F16, f16s), (DType::Bf16, bf16s)] {
+                        let f16s: Vec<u8> =
+                            values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
+                        let bf16s: Vec<u8> =
+                            values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+                        for (dtype, bytes) in
+                            [(DType::F32, f32s), (DType::F16, f16s), (DType::Bf16, bf16s)]
+                        {
                             let found = NotFinite::default();
                             found.look(isa, dtype, 0, &bytes);
                             assert_eq!(
@@ -157,6 +165,10 @@ mod tests {
         let found = NotFinite::default();
         found.look(Isa::Portable, DType::Bf16, 70, &[0x80, 0x7f, 0xff, 0xff]);
         let e = found.result(&[10, 16], STORED).unwrap_err().to_string();
-        assert!(e.contains("holds 2 numbers that are NaN or infinite") && e.ends_with("first at [4, 6]"), "{e}");
+        assert!(
+            e.contains("holds 2 numbers that are NaN or infinite")
+                && e.ends_with("first at [4, 6]"),
+            "{e}"
+        );
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Two ways to compute: f32 (crate `gemm` on blocks of C), and bf16 with f32 accumulation
 //! ([`super::matmul_bf16`]) where the machine has BF16 dot products. Each element of C is summed in
-//! an order that depends on the shapes alone, so that runs repeat bit for bit on any number of threads.
+//! an order that depends on the shapes alone, so that runs repeat bit for bit on any number of
+//! threads.
 
 use super::Cpu;
 use super::threads::Disjoint;
@@ -39,7 +40,13 @@ impl<'a> View<'a> {
 
     /// The transposed matrix.
     pub fn t(self) -> Self {
-        View { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+        View {
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..self
+        }
     }
 }
 
@@ -47,7 +54,15 @@ impl<'a> View<'a> {
 const BLOCK: (usize, usize) = (256, 512);
 
 /// C = A B, or C += A B with `accumulate`. `c` is row-major with `c_stride` elements a row.
-pub fn matmul(cpu: &Cpu, precision: Precision, c: &mut [f32], c_stride: usize, a: View, b: View, accumulate: bool) {
+pub fn matmul(
+    cpu: &Cpu,
+    precision: Precision,
+    c: &mut [f32],
+    c_stride: usize,
+    a: View,
+    b: View,
+    accumulate: bool,
+) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     assert_eq!(k, b.rows, "inner sizes differ");
     if m == 0 || n == 0 {
@@ -82,7 +97,8 @@ pub fn matmul_small(c: &mut [f32], c_stride: usize, a: View, b: View, accumulate
 /// [`matmul_small`] into a tile of a larger matrix.
 ///
 /// # Safety
-/// `c` must be valid for `a.rows` rows of `b.cols` elements, `c_stride` apart, that no other thread uses.
+/// `c` must be valid for `a.rows` rows of `b.cols` elements, `c_stride` apart, that no other thread
+/// uses.
 pub unsafe fn matmul_tile(c: *mut f32, c_stride: usize, a: View, b: View, accumulate: bool) {
     assert_eq!(a.cols, b.rows, "inner sizes differ");
     if a.rows == 0 || b.cols == 0 || a.cols == 0 {

@@ -2,8 +2,8 @@
 //!
 //! Both operands are rounded to bf16 while they are packed: A to rows with the inner dimension
 //! contiguous, B to panels of 64 columns in which each 32-bit word holds two neighbours along the
-//! inner dimension. The micro-kernel keeps 6 x 64 sums in 24 registers; for each pair of inner steps
-//! it loads 4 registers of B and broadcasts 6 words of A for 24 dot products of 2 x 16 lanes,
+//! inner dimension. The micro-kernel keeps 6 x 64 sums in 24 registers; for each pair of inner
+//! steps it loads 4 registers of B and broadcasts 6 words of A for 24 dot products of 2 x 16 lanes,
 //! which keeps the dot-product port busy (64 FLOP a cycle).
 
 use super::Cpu;
@@ -63,7 +63,8 @@ pub fn matmul(cpu: &Cpu, c: &mut [f32], c_stride: usize, a: View, b: View, accum
                     let mut i = rows.start;
                     while i < rows.end {
                         let height = MR.min(rows.end - i);
-                        let c = out.tile(i * c_stride + panel * NR, (height - 1) * c_stride + width);
+                        let c =
+                            out.tile(i * c_stride + panel * NR, (height - 1) * c_stride + width);
                         // SAFETY: tiles of C are disjoint; `pa` and `b` hold `kn` pairs a row.
                         unsafe {
                             let a = pa.as_ptr().add(i * pairs + kp);
@@ -107,10 +108,12 @@ unsafe fn tile<const M: usize>(
         let mut sums = [[_mm512_setzero_ps(); 4]; M];
         let mut b = b;
         for p in 0..pairs {
-            let bs: [__m512bh; 4] =
-                std::array::from_fn(|j| std::mem::transmute(_mm512_loadu_si512(b.add(j * 16).cast())));
+            let bs: [__m512bh; 4] = std::array::from_fn(|j| {
+                std::mem::transmute(_mm512_loadu_si512(b.add(j * 16).cast()))
+            });
             for (i, row) in sums.iter_mut().enumerate() {
-                let x: __m512bh = std::mem::transmute(_mm512_set1_epi32(*a.add(i * a_stride + p) as i32));
+                let x: __m512bh =
+                    std::mem::transmute(_mm512_set1_epi32(*a.add(i * a_stride + p) as i32));
                 for (sum, b) in row.iter_mut().zip(bs) {
                     *sum = _mm512_dpbf16_ps(*sum, x, b);
                 }
@@ -195,10 +198,15 @@ unsafe fn load_words(v: View, first: usize, rows: usize, k: usize) -> [__m512i; 
             let order = _mm512_loadu_si512(order.as_ptr().cast());
             for (i, w) in words.iter_mut().enumerate() {
                 let load = |step: usize| {
-                    if step < inner { _mm512_maskz_loadu_ps(lanes, at(first, k + step)) } else { _mm512_setzero_ps() }
+                    if step < inner {
+                        _mm512_maskz_loadu_ps(lanes, at(first, k + step))
+                    } else {
+                        _mm512_setzero_ps()
+                    }
                 };
                 let both = _mm512_cvtne2ps_pbh(load(2 * i + 1), load(2 * i));
-                *w = _mm512_permutexvar_epi16(order, std::mem::transmute::<__m512bh, __m512i>(both));
+                *w =
+                    _mm512_permutexvar_epi16(order, std::mem::transmute::<__m512bh, __m512i>(both));
             }
         }
     }

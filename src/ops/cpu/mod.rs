@@ -27,8 +27,8 @@ use threads::{Disjoint, Threads};
 pub struct Cpu {
     pub threads: Threads,
     pub isa: Isa,
-    /// Whether weights of a mapped file are copied to where they are read fastest: a pause at the start for whoever reads
-    /// them many times. Results are the same.
+    /// Whether weights of a mapped file are copied to where they are read fastest: a pause at the
+    /// start for whoever reads them many times. Results are the same.
     pub resident: bool,
 }
 
@@ -128,7 +128,9 @@ impl Backend for Cpu {
             match epilogue {
                 Epilogue::Bias => add_bias(self.isa, sums, bias, out),
                 Epilogue::BiasGelu => add_bias_gelu(self.isa, sums, bias, out),
-                Epilogue::BiasResidual(residual) => add_bias_residual(self.isa, sums, bias, &residual[at], out),
+                Epilogue::BiasResidual(residual) => {
+                    add_bias_residual(self.isa, sums, bias, &residual[at], out)
+                }
             }
         });
     }
@@ -175,11 +177,25 @@ impl Backend for Cpu {
         cache.attend(self, batch, layer, heads, queries, out);
     }
 
-    fn gather_norm(&self, x: &Vec<f32>, rows: &[usize], norm: &LayerNorm<Vec<f32>>, eps: f32, out: &mut Vec<f32>) {
+    fn gather_norm(
+        &self,
+        x: &Vec<f32>,
+        rows: &[usize],
+        norm: &LayerNorm<Vec<f32>>,
+        eps: f32,
+        out: &mut Vec<f32>,
+    ) {
         let h = norm.weight.len();
         out.resize(rows.len() * h, 0.0);
         for (&row, out) in rows.iter().zip(out.chunks_exact_mut(h)) {
-            rows::layer_norm_row(self.isa, &x[row * h..(row + 1) * h], &norm.weight, &norm.bias, eps, out);
+            rows::layer_norm_row(
+                self.isa,
+                &x[row * h..(row + 1) * h],
+                &norm.weight,
+                &norm.bias,
+                eps,
+                out,
+            );
         }
     }
 
@@ -189,7 +205,8 @@ impl Backend for Cpu {
         let rows = Disjoint::new(out);
         product::product(self, x, head, &|token, first, sums| {
             // SAFETY: every output is finished once.
-            unsafe { rows.slice(token * n + first..token * n + first + sums.len()) }.copy_from_slice(sums);
+            unsafe { rows.slice(token * n + first..token * n + first + sums.len()) }
+                .copy_from_slice(sums);
         });
         Ok(())
     }
@@ -205,8 +222,9 @@ impl Backend for Cpu {
         let vocab = head.rows();
         let mut chosen = vec![Chosen::default(); rows.len()];
         // rows of one token stand together where a prompt has just split; each group is one task
-        let groups: Vec<Vec<usize>> =
-            (0..scratch.len() / vocab).map(|g| (0..rows.len()).filter(|&i| rows[i].0 == g).collect()).collect();
+        let groups: Vec<Vec<usize>> = (0..scratch.len() / vocab)
+            .map(|g| (0..rows.len()).filter(|&i| rows[i].0 == g).collect())
+            .collect();
         let (logits, out) = (Disjoint::new(scratch), Disjoint::new(&mut chosen));
         self.threads.run(groups.len(), |g| {
             // SAFETY: a group's logits and choices are one task's.
@@ -225,7 +243,12 @@ impl Backend for Cpu {
         false
     }
 
-    fn start_sample(&self, x: &Vec<f32>, head: &Matrix, rows: &[(usize, &SampleRow)]) -> Result<Vec<Chosen>> {
+    fn start_sample(
+        &self,
+        x: &Vec<f32>,
+        head: &Matrix,
+        rows: &[(usize, &SampleRow)],
+    ) -> Result<Vec<Chosen>> {
         self.sample(x, head, rows, &mut Vec::new())
     }
 

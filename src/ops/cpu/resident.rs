@@ -14,9 +14,10 @@ thread_local! {
     static BEFORE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Moves `bytes` to memory of large pages, where `write` puts them part by part, each of `part` bytes (the last one may have
-/// fewer); it gets a part's place among the bytes, the part, and where to. They never take memory twice: of a mapped file, pages are given back on the way; what is in such memory already
-/// and nobody else's is written over.
+/// Moves `bytes` to memory of large pages, where `write` puts them part by part, each of `part`
+/// bytes (the last one may have fewer); it gets a part's place among the bytes, the part, and where
+/// to. They never take memory twice: of a mapped file, pages are given back on the way; what is in
+/// such memory already and nobody else's is written over.
 pub fn into_resident(
     cpu: &Cpu,
     bytes: Bytes,
@@ -34,7 +35,8 @@ pub fn into_resident(
                 cpu.threads.run(len.div_ceil(task), |i| {
                     BEFORE.with_borrow_mut(|before| {
                         // SAFETY: every task has its own range.
-                        for (n, to) in unsafe { out.slice(ranges(i)) }.chunks_mut(part).enumerate() {
+                        for (n, to) in unsafe { out.slice(ranges(i)) }.chunks_mut(part).enumerate()
+                        {
                             before.clear();
                             before.extend_from_slice(to);
                             write(i * task + n * part, before, to);
@@ -53,7 +55,9 @@ pub fn into_resident(
             let range = ranges(i);
             // SAFETY: every task has its own range.
             let to = unsafe { out.slice(range.clone()) };
-            for (n, (from, to)) in shared[range.clone()].chunks(part).zip(to.chunks_mut(part)).enumerate() {
+            for (n, (from, to)) in
+                shared[range.clone()].chunks(part).zip(to.chunks_mut(part)).enumerate()
+            {
                 write(i * task + n * part, from, to);
             }
             shared.give_back(range);

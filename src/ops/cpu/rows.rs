@@ -44,7 +44,8 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// The largest element and the sum of exp(x - largest); with `keep`, the row becomes those exponentials.
+    /// The largest element and the sum of exp(x - largest); with `keep`, the row becomes those
+    /// exponentials.
     pub fn exp_sum<S>(row: &mut [f32], keep: bool) -> (f32, f32) {
         let full = row.len() / 16 * 16;
         let mut m = S::splat(f32::NEG_INFINITY);

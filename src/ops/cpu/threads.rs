@@ -23,8 +23,8 @@ struct Job {
 }
 
 struct Shared {
-    /// Number of the loop in the high half, next index in the low half: a worker that comes late cannot take an
-    /// index of a loop it has not seen.
+    /// Number of the loop in the high half, next index in the low half: a worker that comes late
+    /// cannot take an index of a loop it has not seen.
     ticket: AtomicU64,
     finished: AtomicUsize,
     stop: AtomicBool,
@@ -34,8 +34,8 @@ struct Shared {
     wake: Condvar,
 }
 
-// SAFETY: `Job::body` is only called for an index taken from `ticket`, and the caller of `Threads::run` waits until
-// every index that was taken is finished.
+// SAFETY: `Job::body` is only called for an index taken from `ticket`, and the caller of
+// `Threads::run` waits until every index that was taken is finished.
 unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 
@@ -89,7 +89,9 @@ impl Threads {
             let mut job = shared.job.lock().unwrap_or_else(|e| e.into_inner());
             *job = Job {
                 // SAFETY: only the lifetime is erased; see `Shared`.
-                body: unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Body>(erased) },
+                body: unsafe {
+                    std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Body>(erased)
+                },
                 count: u32::try_from(count).expect("a loop of fewer than 2^32 turns"),
                 epoch: job.epoch.wrapping_add(1),
             };
@@ -101,11 +103,16 @@ impl Threads {
             shared.wake.notify_all();
         }
         take(shared, job);
-        // a worker that lost its core in the middle of an index needs it back more than this loop does
+        // a worker that lost its core in the middle of an index needs it back more than this loop
+        // does
         let mut turns = 0u32;
         while shared.finished.load(Acquire) != count {
             turns += 1;
-            if turns.is_multiple_of(2048) { std::thread::yield_now() } else { std::hint::spin_loop() }
+            if turns.is_multiple_of(2048) {
+                std::thread::yield_now()
+            } else {
+                std::hint::spin_loop()
+            }
         }
         self.busy.store(false, Release);
         assert!(!shared.panicked.swap(false, Relaxed), "a task of a parallel loop panicked");
@@ -113,7 +120,12 @@ impl Threads {
 
     /// [`Threads::run`] over contiguous ranges of `0..total`, each at least `grain` long and as
     /// many as keep the threads evenly loaded.
-    pub fn run_ranges(&self, total: usize, grain: usize, body: impl Fn(std::ops::Range<usize>) + Sync) {
+    pub fn run_ranges(
+        &self,
+        total: usize,
+        grain: usize,
+        body: impl Fn(std::ops::Range<usize>) + Sync,
+    ) {
         let parts = (total / grain.max(1)).clamp(1, 4 * self.count());
         self.run(parts, |i| body(total * i / parts..total * (i + 1) / parts));
     }

@@ -1,7 +1,8 @@
 //! Forward and backward passes of the single operations of BLOOM, for training in f32.
 //!
-//! Tokens of all sequences of a batch are packed: activations are `[tokens, width]`, row-major. Sums over
-//! tokens run in the order of the tokens whatever the number of threads, so gradients repeat bit for bit.
+//! Tokens of all sequences of a batch are packed: activations are `[tokens, width]`, row-major.
+//! Sums over tokens run in the order of the tokens whatever the number of threads, so gradients
+//! repeat bit for bit.
 
 use super::Cpu;
 use super::matmul::{Precision, View, matmul, matmul_small, matmul_tile};
@@ -34,7 +35,9 @@ pub fn layer_norm(
     cpu.threads.run_ranges(tokens, 16, |r| {
         for t in r {
             // SAFETY: every token's row is written once.
-            let (y, m, s) = unsafe { (y.slice(t * h..(t + 1) * h), mean.slice(t..t + 1), rstd.slice(t..t + 1)) };
+            let (y, m, s) = unsafe {
+                (y.slice(t * h..(t + 1) * h), mean.slice(t..t + 1), rstd.slice(t..t + 1))
+            };
             (m[0], s[0]) = layer_norm_row(cpu.isa, &x[t * h..(t + 1) * h], weight, bias, eps, y);
         }
     });
@@ -61,7 +64,15 @@ pub fn layer_norm_backward(
             let row = t * h..(t + 1) * h;
             // SAFETY: every token's row is written once.
             let dx = unsafe { out.slice(row.clone()) };
-            layer_norm_row_backward(cpu.isa, &dy[row.clone()], &x[row], weight, mean[t], rstd[t], dx);
+            layer_norm_row_backward(
+                cpu.isa,
+                &dy[row.clone()],
+                &x[row],
+                weight,
+                mean[t],
+                rstd[t],
+                dx,
+            );
         }
     });
     let (dw, db) = (Disjoint::new(dw), Disjoint::new(db));
@@ -72,7 +83,9 @@ pub fn layer_norm_backward(
         for t in 0..tokens {
             let row = t * h + columns.start..t * h + columns.end;
             let (m, r) = (mean[t], rstd[t]);
-            for (((dw, db), g), x) in dw.iter_mut().zip(db.iter_mut()).zip(&dy[row.clone()]).zip(&x[row]) {
+            for (((dw, db), g), x) in
+                dw.iter_mut().zip(db.iter_mut()).zip(&dy[row.clone()]).zip(&x[row])
+            {
                 *dw += g * ((x - m) * r);
                 *db += g;
             }
@@ -238,7 +251,14 @@ impl Attention<'_> {
     }
 
     /// Query, key or value (`part` 0, 1, 2) of a head over `rows` tokens from `first`.
-    fn part<'a>(&self, qkv: &'a [f32], part: usize, first: usize, rows: usize, head: usize) -> View<'a> {
+    fn part<'a>(
+        &self,
+        qkv: &'a [f32],
+        part: usize,
+        first: usize,
+        rows: usize,
+        head: usize,
+    ) -> View<'a> {
         let width = 3 * self.heads * self.head_size;
         let start = first * width + (head * 3 + part) * self.head_size;
         let end = if rows == 0 { start } else { start + (rows - 1) * width + self.head_size };
@@ -249,11 +269,16 @@ impl Attention<'_> {
     fn output<'a>(&self, x: &'a [f32], first: usize, rows: usize, head: usize) -> View<'a> {
         let width = self.heads * self.head_size;
         let start = first * width + head * self.head_size;
-        View::strided(&x[start..start + (rows - 1) * width + self.head_size], rows, self.head_size, width)
+        View::strided(
+            &x[start..start + (rows - 1) * width + self.head_size],
+            rows,
+            self.head_size,
+            width,
+        )
     }
 
-    /// Causal attention with ALiBi. `qkv` is `[tokens, head, 3, head size]`, `out` `[tokens, head, head size]`,
-    /// `lse` (log-sum-exp of the scores) `[tokens, head]`.
+    /// Causal attention with ALiBi. `qkv` is `[tokens, head, 3, head size]`, `out` `[tokens, head,
+    /// head size]`, `lse` (log-sum-exp of the scores) `[tokens, head]`.
     pub fn forward(&self, cpu: &Cpu, qkv: &[f32], out: &mut [f32], lse: &mut [f32]) {
         let width = self.heads * self.head_size;
         let (out, lse) = (Disjoint::new(out), Disjoint::new(lse));
@@ -266,7 +291,8 @@ impl Attention<'_> {
                 self.scores(qkv, first, i, rows, head, &mut scores);
                 for r in 0..rows {
                     let row = &mut scores[r * keys..(r + 1) * keys];
-                    let value = softmax_causal(cpu.isa, row, i + r, self.scale(), self.slopes[head]);
+                    let value =
+                        softmax_causal(cpu.isa, row, i + r, self.scale(), self.slopes[head]);
                     let at = (first + i + r) * self.heads + head;
                     // SAFETY: one task writes this token and head.
                     unsafe { lse.slice(at..at + 1)[0] = value };
@@ -285,15 +311,32 @@ impl Attention<'_> {
     }
 
     /// Unscaled q k^T of `rows` queries from `i` against all keys up to the last of them.
-    fn scores(&self, qkv: &[f32], first: usize, i: usize, rows: usize, head: usize, scores: &mut [f32]) {
+    fn scores(
+        &self,
+        qkv: &[f32],
+        first: usize,
+        i: usize,
+        rows: usize,
+        head: usize,
+        scores: &mut [f32],
+    ) {
         let keys = i + rows;
         let q = self.part(qkv, 0, first + i, rows, head);
         let k = self.part(qkv, 1, first, keys, head);
         matmul_small(&mut scores[..rows * keys], keys, q, k.t(), false);
     }
 
-    /// Writes the gradient of `qkv` to `dqkv`, given `out` and `lse` of the forward pass and the gradient `dout`.
-    pub fn backward(&self, cpu: &Cpu, qkv: &[f32], out: &[f32], lse: &[f32], dout: &[f32], dqkv: &mut [f32]) {
+    /// Writes the gradient of `qkv` to `dqkv`, given `out` and `lse` of the forward pass and the
+    /// gradient `dout`.
+    pub fn backward(
+        &self,
+        cpu: &Cpu,
+        qkv: &[f32],
+        out: &[f32],
+        lse: &[f32],
+        dout: &[f32],
+        dqkv: &mut [f32],
+    ) {
         let width = 3 * self.heads * self.head_size;
         let d = Disjoint::new(dqkv);
         cpu.threads.run(self.tasks(), |task| {
@@ -306,14 +349,30 @@ impl Attention<'_> {
                 self.scores(qkv, first, i, rows, head, &mut p);
                 let o = self.output(out, first + i, rows, head);
                 let g = self.output(dout, first + i, rows, head);
-                matmul_small(&mut ds[..rows * keys], keys, g, self.part(qkv, 2, first, keys, head).t(), false);
+                matmul_small(
+                    &mut ds[..rows * keys],
+                    keys,
+                    g,
+                    self.part(qkv, 2, first, keys, head).t(),
+                    false,
+                );
                 for r in 0..rows {
                     let at = r * o.row_stride..r * o.row_stride + self.head_size;
-                    let dot: f32 = o.data[at.clone()].iter().zip(&g.data[at]).map(|(a, b)| a * b).sum();
+                    let dot: f32 =
+                        o.data[at.clone()].iter().zip(&g.data[at]).map(|(a, b)| a * b).sum();
                     let lse = lse[(first + i + r) * self.heads + head];
                     let row = r * keys..(r + 1) * keys;
                     let (p, ds) = (&mut p[row.clone()], &mut ds[row]);
-                    softmax_causal_backward(cpu.isa, p, ds, i + r, self.scale(), self.slopes[head], lse, dot);
+                    softmax_causal_backward(
+                        cpu.isa,
+                        p,
+                        ds,
+                        i + r,
+                        self.scale(),
+                        self.slopes[head],
+                        lse,
+                        dot,
+                    );
                 }
                 let p = View::new(&p[..rows * keys], rows, keys);
                 let ds = View::new(&ds[..rows * keys], rows, keys);
@@ -326,7 +385,9 @@ impl Attention<'_> {
                     let k = self.part(qkv, 1, first, keys, head);
                     matmul_tile(part(0, i, rows), width, ds, k, false);
                     // keys before this block have a sum already; the block's own rows start one
-                    for (which, weights, x) in [(1, ds, self.part(qkv, 0, first + i, rows, head)), (2, p, g)] {
+                    for (which, weights, x) in
+                        [(1, ds, self.part(qkv, 0, first + i, rows, head)), (2, p, g)]
+                    {
                         if i > 0 {
                             let before = View { cols: i, ..weights };
                             matmul_tile(part(which, 0, i), width, before.t(), x, true);
@@ -421,9 +482,10 @@ pub fn embed_backward(cpu: &Cpu, ids: &[u32], dx: &[f32], dtable: &mut [f32]) {
     });
 }
 
-/// Cross-entropy of `rows` of the hidden states against `targets` through the head `[vocabulary, hidden]`,
-/// in chunks that never hold more than [`LOGITS`] logits. Returns the summed loss. With `gradients`,
-/// writes `scale` * d loss / d x into rows of `dx` and adds that of the head. `logits` is scratch.
+/// Cross-entropy of `rows` of the hidden states against `targets` through the head `[vocabulary,
+/// hidden]`, in chunks that never hold more than [`LOGITS`] logits. Returns the summed loss. With
+/// `gradients`, writes `scale` * d loss / d x into rows of `dx` and adds that of the head. `logits`
+/// is scratch.
 pub fn cross_entropy(
     cpu: &Cpu,
     precision: Precision,
@@ -450,10 +512,12 @@ pub fn cross_entropy(
         let x = View::new(&x[start * h..(start + n) * h], n, h);
         matmul(cpu, precision, logits, vocab, x, head_view.t(), false);
         let scale = gradients.as_ref().map(|g| g.0);
-        let (rows_of, loss_of) = (Disjoint::new(logits), Disjoint::new(&mut losses[start..start + n]));
+        let (rows_of, loss_of) =
+            (Disjoint::new(logits), Disjoint::new(&mut losses[start..start + n]));
         cpu.threads.run(n, |r| {
             // SAFETY: every row is one task's.
-            let (row, loss) = unsafe { (rows_of.slice(r * vocab..(r + 1) * vocab), loss_of.slice(r..r + 1)) };
+            let (row, loss) =
+                unsafe { (rows_of.slice(r * vocab..(r + 1) * vocab), loss_of.slice(r..r + 1)) };
             let target = targets[start + r] as usize;
             let logit = row[target];
             let (most, sum) = exp_sum(cpu.isa, row, scale.is_some());

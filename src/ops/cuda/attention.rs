@@ -18,7 +18,8 @@ const MOST_ROWS: usize = 32768;
 /// As in `kernels/attention_prefill.cu`: queries of a tile, and positions of a step.
 const QUERIES: usize = 64;
 const STEP: usize = 64;
-/// As in `kernels/attention_hopper.cu`: queries of a tile, threads, stages of a step, columns of a tile in shared memory.
+/// As in `kernels/attention_hopper.cu`: queries of a tile, threads, stages of a step, columns of a
+/// tile in shared memory.
 const HOPPER_QUERIES: usize = 128;
 const HOPPER_THREADS: u32 = 384;
 const HOPPER_STAGES: usize = 4;
@@ -26,7 +27,8 @@ const HOPPER_COLUMNS: usize = 64;
 /// Spans of at least so many tokens are cut into tiles, others go one query at a time.
 pub(super) const TILED: usize = 16;
 
-/// Keys and values of all layers: `[layer][keys or values][block, head, position, head size]` in 16 bits.
+/// Keys and values of all layers: `[layer][keys or values][block, head, position, head size]` in 16
+/// bits.
 pub struct Cache<L: Launcher> {
     pub(super) memory: Memory<L>,
     pub(super) layers: usize,
@@ -34,7 +36,8 @@ pub struct Cache<L: Launcher> {
     /// Bytes of a block's keys in one layer.
     pub(super) block_bytes: usize,
     slopes: Memory<L>,
-    /// Of long sequences that several blocks of threads share: partial results, and how many are there.
+    /// Of long sequences that several blocks of threads share: partial results, and how many are
+    /// there.
     partials: RefCell<Option<Memory<L>>>,
     counters: RefCell<Option<Memory<L>>>,
 }
@@ -69,7 +72,12 @@ impl Attention {
 }
 
 impl<L: Launcher> Cache<L> {
-    pub(super) fn new(launcher: &Rc<L>, layers: usize, heads: &Heads, blocks: usize) -> Result<Cache<L>> {
+    pub(super) fn new(
+        launcher: &Rc<L>,
+        layers: usize,
+        heads: &Heads,
+        blocks: usize,
+    ) -> Result<Cache<L>> {
         assert!(SIZES.contains(&heads.size), "see `Cuda::supports`");
         let block_bytes = heads.count * BLOCK * heads.size * 2;
         Ok(Cache {
@@ -103,7 +111,8 @@ pub(super) fn splits(positions: usize) -> usize {
 }
 
 impl<L: Launcher> Cuda<L> {
-    /// What the kernels are told, of the cache as a whole and of sequences that no two blocks of threads share.
+    /// What the kernels are told, of the cache as a whole and of sequences that no two blocks of
+    /// threads share.
     pub(super) fn attention_args(
         &self,
         pass: &Pass<L>,
@@ -131,7 +140,8 @@ impl<L: Launcher> Cuda<L> {
         }
     }
 
-    /// Where blocks of threads that share sequences leave what they have: partial results, and how many are there.
+    /// Where blocks of threads that share sequences leave what they have: partial results, and how
+    /// many are there.
     pub(super) fn shared_sums(
         &self,
         cache: &Cache<L>,
@@ -139,7 +149,8 @@ impl<L: Launcher> Cuda<L> {
         queries: usize,
         splits: usize,
     ) -> Result<(u64, u64)> {
-        let (mut partials, mut counters) = (cache.partials.borrow_mut(), cache.counters.borrow_mut());
+        let (mut partials, mut counters) =
+            (cache.partials.borrow_mut(), cache.counters.borrow_mut());
         if splits > 1 {
             let pairs = queries * heads.count;
             self.grow(&mut partials, pairs * splits * (heads.size + 2) * 4)?;
@@ -171,7 +182,12 @@ impl<L: Launcher> Cuda<L> {
                 let kernel = format!("attend_hopper_{}_{size}", self.suffix());
                 // all of the cache is one matrix, of which blocks of positions are copied
                 let row = |at: u64| ((at - cache.memory.at) / (2 * size as u64)) as u32;
-                let map = self.launcher.tensor_map(cache.memory.at, cache.memory.bytes / (2 * size), size, BLOCK)?;
+                let map = self.launcher.tensor_map(
+                    cache.memory.at,
+                    cache.memory.bytes / (2 * size),
+                    size,
+                    BLOCK,
+                )?;
                 let args = Args::new().with(map).with(row(keys)).with(row(values)).with(part);
                 let tile = STEP * HOPPER_COLUMNS * 2;
                 let shared = HOPPER_STAGES * (2 * size.div_ceil(HOPPER_COLUMNS) * tile + 2 * 8);

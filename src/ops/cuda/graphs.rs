@@ -1,10 +1,11 @@
 //! Forward passes that are launched as a whole.
 //!
-//! A decoding step is some hundred launches of a few microseconds each, as much time on the host as the GPU needs for the work.
-//! Steps of one shape differ in nothing but what lies in device memory: the second one is recorded (a CUDA graph), the
-//! others repeat the recording with a single launch. A recording holds addresses, so any change of the device's memory
-//! ends all of them. Where a pass can be one kernel as well (`persistent.rs`), both ways are timed then, their results
-//! compared, and the faster one is taken.
+//! A decoding step is some hundred launches of a few microseconds each, as much time on the host as
+//! the GPU needs for the work. Steps of one shape differ in nothing but what lies in device memory:
+//! the second one is recorded (a CUDA graph), the others repeat the recording with a single launch.
+//! A recording holds addresses, so any change of the device's memory ends all of them. Where a pass
+//! can be one kernel as well (`persistent.rs`), both ways are timed then, their results compared,
+//! and the faster one is taken.
 
 use super::{Cuda, Persistent, attention};
 use crate::device::Launcher;
@@ -22,7 +23,8 @@ const MOST: usize = 128;
 struct Key {
     /// See [`Forward::owners`].
     owners: [usize; 3],
-    /// Where the batch's arrays begin and end says how long they are; and where tokens are taken from.
+    /// Where the batch's arrays begin and end says how long they are; and where tokens are taken
+    /// from.
     arrays: [u64; 3],
     tokens: usize,
     table_width: usize,
@@ -69,13 +71,20 @@ impl Comparison {
 
 impl<L: Launcher> Default for Graphs<L> {
     fn default() -> Self {
-        Graphs { changes: 0, known: HashMap::new(), faster: HashMap::new(), comparisons: vec![], off: false }
+        Graphs {
+            changes: 0,
+            known: HashMap::new(),
+            faster: HashMap::new(),
+            comparisons: vec![],
+            off: false,
+        }
     }
 }
 
 /// Times that each of two ways is tried.
 const TRIES: usize = 3;
-/// Largest difference of two ways' results, over the largest magnitude: both round to 16 bits on the way, in other places.
+/// Largest difference of two ways' results, over the largest magnitude: both round to 16 bits on
+/// the way, in other places.
 const TOLERANCE: f32 = 0.1;
 
 impl<L: Launcher> Cuda<L> {
@@ -104,11 +113,14 @@ impl<L: Launcher> Cuda<L> {
             splits: attention::splits(pass.longest_single),
         };
         match graphs.known.get(&key) {
-            Some(Way::Recorded(recording)) => return self.attempt(|| self.launcher.replay(recording)),
+            Some(Way::Recorded(recording)) => {
+                return self.attempt(|| self.launcher.replay(recording));
+            }
             Some(Way::Persistent) => return self.attempt(|| self.persist(&mut f)),
             Some(Way::Once) => {
                 let class = (key.owners[0], key.tokens, key.splits);
-                let way = match graphs.faster.get(&class).copied().filter(|_| self.can_persist(&f)) {
+                let way = match graphs.faster.get(&class).copied().filter(|_| self.can_persist(&f))
+                {
                     Some(true) => {
                         self.attempt(|| self.persist(&mut f));
                         Way::Persistent
@@ -122,7 +134,11 @@ impl<L: Launcher> Cuda<L> {
                                 faster.map(|f| graphs.faster.insert(class, f));
                                 self.attempt(|| self.launcher.replay(&recording));
                                 // the next pass takes the faster way
-                                if faster == Some(true) { Way::Persistent } else { Way::Recorded(recording) }
+                                if faster == Some(true) {
+                                    Way::Persistent
+                                } else {
+                                    Way::Recorded(recording)
+                                }
                             }
                             Err(e) => {
                                 tracing::warn!("steps are launched kernel by kernel: {e}");
@@ -152,7 +168,11 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// Records a pass. If it is to be compared, also does it as one kernel.
-    fn record(&self, f: &mut Forward<Self>, compare: bool) -> Result<(L::Recording, Option<Comparison>)> {
+    fn record(
+        &self,
+        f: &mut Forward<Self>,
+        compare: bool,
+    ) -> Result<(L::Recording, Option<Comparison>)> {
         let recording = self.launcher.record(&mut || {
             f.operations(self);
             self.check()
@@ -178,7 +198,8 @@ impl<L: Launcher> Cuda<L> {
         }
         let most = results[0].iter().fold(0f32, |m, v| m.max(v.abs()));
         // written so that what is no number is off
-        let close = results[0].iter().zip(&results[1]).all(|(a, b)| (a - b).abs() <= TOLERANCE * most);
+        let close =
+            results[0].iter().zip(&results[1]).all(|(a, b)| (a - b).abs() <= TOLERANCE * most);
         if !close {
             tracing::warn!("steps are not done in one kernel: its results are off");
         }

@@ -1,7 +1,10 @@
 //! The head's products: what is chosen from them, or they themselves, leaves the kernel.
 
 use super::linear::Input;
-use super::ways::{OUTPUTS, SLICE, THREADS, TILE, TILE_THREADS, TOKENS, Way, large_shared, tile_shared, tile_tokens};
+use super::ways::{
+    OUTPUTS, SLICE, THREADS, TILE, TILE_THREADS, TOKENS, Way, large_shared, tile_shared,
+    tile_tokens,
+};
 use super::{Buffer, Cuda, Matrix};
 use crate::device::{Args, Launcher};
 use crate::error::Result;
@@ -19,7 +22,8 @@ impl<L: Launcher> Cuda<L> {
         head.rows.div_ceil(outputs)
     }
 
-    /// A kernel of the head, `head_choice` or `head_logits`: `x` is `[tokens, width]` in 16 bits, `rest` follows the weights.
+    /// A kernel of the head, `head_choice` or `head_logits`: `x` is `[tokens, width]` in 16 bits,
+    /// `rest` follows the weights.
     pub(super) fn head(
         &self,
         family: &str,
@@ -50,11 +54,19 @@ impl<L: Launcher> Cuda<L> {
             Way::Skinny => self.skinny(family, head, input, rest),
             Way::Large => {
                 let kernel = self.kernel(&format!("{family}_large"), head);
-                self.launch(&kernel, grid(TILE), THREADS, large_shared(head), rest(self.plain_args(input, head)))
+                self.launch(
+                    &kernel,
+                    grid(TILE),
+                    THREADS,
+                    large_shared(head),
+                    rest(self.plain_args(input, head)),
+                )
             }
             Way::Cluster { .. } | Way::Hopper => {
                 let tile = tile_tokens(tokens);
-                let args = self.tile_args(x, tokens, head, tile, TILE)?.with(head.cols.div_ceil(SLICE) as u32);
+                let args = self
+                    .tile_args(x, tokens, head, tile, TILE)?
+                    .with(head.cols.div_ceil(SLICE) as u32);
                 let kernel = format!("{family}_hopper_{}_{tile}", self.suffix());
                 self.launch(&kernel, grid(tile), TILE_THREADS, tile_shared(tile), rest(args))
             }

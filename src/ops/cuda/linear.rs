@@ -1,8 +1,9 @@
 //! Products and their epilogues.
 
 use super::ways::{
-    DEEP, FEW_TOKENS, HOPPER_M, HOPPER_N, HOPPER_SHARED, HOPPER_THREADS, OUTPUTS, SHALLOW, SLICE, THREADS, TILE,
-    TILE_THREADS, TOKENS, WARPS, Way, large_shared, skinny_shared, stages_rows, tile_shared, tiles,
+    DEEP, FEW_TOKENS, HOPPER_M, HOPPER_N, HOPPER_SHARED, HOPPER_THREADS, OUTPUTS, SHALLOW, SLICE,
+    THREADS, TILE, TILE_THREADS, TOKENS, WARPS, Way, large_shared, skinny_shared, stages_rows,
+    tile_shared, tiles,
 };
 use super::{Buffer, Cuda, Matrix, Pass, Vector, Written};
 use crate::device::{Args, Launcher, Memory, Shape};
@@ -67,8 +68,8 @@ const RESIDUAL: u32 = 2;
 const QKV: u32 = 3;
 
 impl<L: Launcher> Cuda<L> {
-    /// `linear` with its epilogue, of `x` in 16 bits or of the normalized rows of `x` in f32; with the norm that comes `next` if that
-    /// is a launch less.
+    /// `linear` with its epilogue, of `x` in 16 bits or of the normalized rows of `x` in f32; with
+    /// the norm that comes `next` if that is a launch less.
     pub(super) fn product(
         &self,
         x: &Buffer<L>,
@@ -79,7 +80,9 @@ impl<L: Launcher> Cuda<L> {
         next: Option<Norm<Self>>,
     ) -> Result<()> {
         let finish = self.result(x.rows, linear, epilogue, out)?;
-        let next = next.map_or(Ok(NextNorm::zeroed()), |next| self.next_norm(x.rows, linear, out.written(), next))?;
+        let next = next.map_or(Ok(NextNorm::zeroed()), |next| {
+            self.next_norm(x.rows, linear, out.written(), next)
+        })?;
         self.run(x, norm, &linear.weight, finish, next)
     }
 
@@ -93,13 +96,18 @@ impl<L: Launcher> Cuda<L> {
     ) -> Result<NextNorm> {
         match self.way(tokens, &linear.weight) {
             // a cluster has enough warps for the rows
-            Way::Cluster { tokens: tile, blocks } if tile <= 4 * blocks * TILE_THREADS as usize / 32 => {
+            Way::Cluster { tokens: tile, blocks }
+                if tile <= 4 * blocks * TILE_THREADS as usize / 32 =>
+            {
                 self.reserve(next.normed, tokens, linear.weight.rows, true)?;
                 next.normed.normed_of = Some(out);
                 let mut counters = self.tile_counters.borrow_mut();
                 let tiles = tokens.div_ceil(tile);
                 if counters.as_ref().is_none_or(|m| m.bytes < tiles * 4) {
-                    *counters = Some(Memory::zeroed(&self.launcher, tiles.next_power_of_two().max(64) * 4)?);
+                    *counters = Some(Memory::zeroed(
+                        &self.launcher,
+                        tiles.next_power_of_two().max(64) * 4,
+                    )?);
                 }
                 Ok(NextNorm {
                     weight: next.norm.weight.at,
@@ -212,31 +220,59 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// A product of 16-bit rows, or with [`Way::Skinny`] of few rows to normalize, in a given way.
-    fn run_as(&self, way: Way, input: Input, weight: &Matrix<L>, finish: Finish, next: NextNorm) -> Result<()> {
+    fn run_as(
+        &self,
+        way: Way,
+        input: Input,
+        weight: &Matrix<L>,
+        finish: Finish,
+        next: NextNorm,
+    ) -> Result<()> {
         let tokens = input.tokens as usize;
         match way {
             Way::Skinny => self.skinny_parts(input, weight, finish),
             Way::Large => {
                 let grid = [weight.rows.div_ceil(TILE), tokens.div_ceil(TILE), 1];
                 let args = self.plain_args(input, weight).with(finish);
-                self.launch(&self.kernel("linear_large", weight), grid, THREADS, large_shared(weight), args)
+                self.launch(
+                    &self.kernel("linear_large", weight),
+                    grid,
+                    THREADS,
+                    large_shared(weight),
+                    args,
+                )
             }
             Way::Cluster { tokens: tile, blocks } => {
                 let grid = [blocks * tokens.div_ceil(tile), weight.rows.div_ceil(TILE), 1];
                 let args = self.tile_args(input.x, tokens, weight, tile, TILE)?;
                 let args = args.with(weight.cols.div_ceil(SLICE) as u32).with(finish).with(next);
-                let shape = Shape { cluster: blocks as u32, ..Shape::new(grid, TILE_THREADS, tile_shared(tile)) };
-                self.launcher.launch(&format!("linear_cluster_{}_{tile}", self.suffix()), shape, &args)
+                let shape = Shape {
+                    cluster: blocks as u32,
+                    ..Shape::new(grid, TILE_THREADS, tile_shared(tile))
+                };
+                self.launcher.launch(
+                    &format!("linear_cluster_{}_{tile}", self.suffix()),
+                    shape,
+                    &args,
+                )
             }
             Way::Hopper => {
                 let rows = tokens.div_ceil(HOPPER_M);
-                // two blocks share weights, unless much of the second one's work would be beyond the tokens
+                // two blocks share weights, unless much of the second one's work would be beyond
+                // the tokens
                 let cluster = if rows.is_multiple_of(2) || rows > 8 { 2 } else { 1 };
                 let tiles = rows.div_ceil(cluster) * weight.rows.div_ceil(HOPPER_N);
-                let grid = [cluster * tiles.min(self.launcher.limits().processors as usize / cluster), 1, 1];
+                let grid = [
+                    cluster * tiles.min(self.launcher.limits().processors as usize / cluster),
+                    1,
+                    1,
+                ];
                 let args = self.tile_args(input.x, tokens, weight, HOPPER_M, HOPPER_N / 2)?;
                 let args = args.with(weight.cols as u32).with(finish);
-                let shape = Shape { cluster: cluster as u32, ..Shape::new(grid, HOPPER_THREADS, HOPPER_SHARED) };
+                let shape = Shape {
+                    cluster: cluster as u32,
+                    ..Shape::new(grid, HOPPER_THREADS, HOPPER_SHARED)
+                };
                 self.launcher.launch(&format!("linear_hopper_{}", self.suffix()), shape, &args)
             }
         }
@@ -252,7 +288,8 @@ impl<L: Launcher> Cuda<L> {
         Args::new().with(input).with(weight.data.at).with(weight.scales())
     }
 
-    /// The first arguments of Hopper's: maps of tiles of so many rows of `x` and the weights, and the tokens.
+    /// The first arguments of Hopper's: maps of tiles of so many rows of `x` and the weights, and
+    /// the tokens.
     pub(super) fn tile_args(
         &self,
         x: u64,
@@ -262,7 +299,11 @@ impl<L: Launcher> Cuda<L> {
         w_rows: usize,
     ) -> Result<Args> {
         let map = |at, rows, tile_rows| self.launcher.tensor_map(at, rows, weight.cols, tile_rows);
-        let args = Args::new().with(map(x, tokens, x_rows)?).with(map(weight.data.at, weight.rows, w_rows)?);
+        let args = Args::new().with(map(x, tokens, x_rows)?).with(map(
+            weight.data.at,
+            weight.rows,
+            w_rows,
+        )?);
         Ok(args.with(tokens as u32))
     }
 
@@ -272,7 +313,8 @@ impl<L: Launcher> Cuda<L> {
         for first in (0..tokens).step_by(TOKENS) {
             let count = TOKENS.min(tokens - first);
             let (f, w) = (first as u64, finish.width as u64);
-            let part = Input { x: input.x + f * input.inputs as u64 * 2, tokens: count as u32, ..input };
+            let part =
+                Input { x: input.x + f * input.inputs as u64 * 2, tokens: count as u32, ..input };
             let narrow_out = matches!(finish.mode, GELU | QKV);
             let row = if finish.mode == QKV { w / 3 } else { w };
             let finish = Finish {
@@ -286,7 +328,8 @@ impl<L: Launcher> Cuda<L> {
         Ok(())
     }
 
-    /// Launches a kernel of the skinny family over all outputs of `weight`; `rest` follows the weights.
+    /// Launches a kernel of the skinny family over all outputs of `weight`; `rest` follows the
+    /// weights.
     pub(super) fn skinny(
         &self,
         family: &str,
@@ -300,7 +343,8 @@ impl<L: Launcher> Cuda<L> {
         let blocks = weight.rows.div_ceil(OUTPUTS);
         let norm = input.weight != 0;
         let limits = self.launcher.limits();
-        let shared = |depth| skinny_shared(depth, tokens, inputs, weight.int8(), norm, staged || norm);
+        let shared =
+            |depth| skinny_shared(depth, tokens, inputs, weight.int8(), norm, staged || norm);
         // few blocks with long rows have to keep as much on its way as many
         let round = WARPS * 64 / if weight.int8() { 1 } else { 2 };
         let deep = family == "linear_skinny"
@@ -310,6 +354,12 @@ impl<L: Launcher> Cuda<L> {
             && shared(DEEP) <= limits.shared_bytes as usize;
         let (depth, suffix) = if deep { (DEEP, "_deep") } else { (SHALLOW, "") };
         let kernel = format!("{}_{}{suffix}", self.kernel(family, weight), tiles(tokens));
-        self.launch(&kernel, [blocks, 1, 1], THREADS, shared(depth), rest(self.plain_args(input, weight)))
+        self.launch(
+            &kernel,
+            [blocks, 1, 1],
+            THREADS,
+            shared(depth),
+            rest(self.plain_args(input, weight)),
+        )
     }
 }

@@ -9,8 +9,8 @@ use std::time::Instant;
 const THREADS: usize = 256;
 
 impl<L: Launcher> Cuda<L> {
-    /// Bytes a second that the device reads from its memory: the best of several passes over `bytes`, much more than its
-    /// second-level cache holds.
+    /// Bytes a second that the device reads from its memory: the best of several passes over
+    /// `bytes`, much more than its second-level cache holds.
     pub fn read_bandwidth(&self, bytes: usize, passes: usize) -> Result<f64> {
         let data = Memory::zeroed(&self.launcher, bytes)?;
         let out = Memory::zeroed(&self.launcher, 4)?;
@@ -21,19 +21,27 @@ impl<L: Launcher> Cuda<L> {
         })
     }
 
-    /// FLOP/s of the tensor cores in the 16-bit type, from registers, by the instructions of every GPU since Ampere.
+    /// FLOP/s of the tensor cores in the 16-bit type, from registers, by the instructions of every
+    /// GPU since Ampere.
     pub fn peak(&self, steps: u32, passes: usize) -> Result<f64> {
         let blocks = 4 * self.launcher.limits().processors as usize;
         let out = Memory::zeroed(&self.launcher, blocks * THREADS * 4)?;
         let flops = blocks as f64 * (THREADS / 32) as f64 * 8.0 * steps as f64 * 4096.0;
         self.best(passes, flops, &out, || {
             let args = Args::new().with(out.at).with(steps);
-            self.launch(&format!("measure_multiply_{}", self.suffix()), [blocks, 1, 1], THREADS as u32, 0, args)
+            self.launch(
+                &format!("measure_multiply_{}", self.suffix()),
+                [blocks, 1, 1],
+                THREADS as u32,
+                0,
+                args,
+            )
         })
     }
 
-    /// Seconds of the device's own time that one of `calls` calls of `work` takes, by its clock; the best of three runs. Calls that
-    /// only launch are recorded, so that the host's time does not count.
+    /// Seconds of the device's own time that one of `calls` calls of `work` takes, by its clock;
+    /// the best of three runs. Calls that only launch are recorded, so that the host's time does
+    /// not count.
     pub fn seconds(&self, calls: usize, work: &mut dyn FnMut(usize) -> Result<()>) -> Result<f64> {
         let mut all = || {
             (0..calls).try_for_each(&mut *work)?;
@@ -53,7 +61,13 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// `amount` a second at the best of several launches, each of which is waited for.
-    fn best(&self, passes: usize, amount: f64, out: &Memory<L>, launch: impl Fn() -> Result<()>) -> Result<f64> {
+    fn best(
+        &self,
+        passes: usize,
+        amount: f64,
+        out: &Memory<L>,
+        launch: impl Fn() -> Result<()>,
+    ) -> Result<f64> {
         let mut word = [0; 4];
         launch()?;
         self.launcher.read(out.at, &mut word)?;

@@ -1,8 +1,10 @@
 //! The CUDA backend: decides which kernel runs with what; written against [`Launcher`].
 //!
-//! Activations: the residual stream is f32, what products read is 16 bits wide (bf16, or f16 for models stored so).
-//! A layer of a decoding step is five launches: norm + queries, keys, values into the cache; attention; dense + residual; norm + up + GELU;
-//! down + residual. Beyond 16 tokens the norms are the ends of the products before them on Hopper, and launches of their own elsewhere.
+//! Activations: the residual stream is f32, what products read is 16 bits wide (bf16, or f16 for
+//! models stored so). A layer of a decoding step is five launches: norm + queries, keys, values
+//! into the cache; attention; dense + residual; norm + up + GELU; down + residual. Beyond 16 tokens
+//! the norms are the ends of the products before them on Hopper, and launches of their own
+//! elsewhere.
 
 mod attention;
 mod graphs;
@@ -62,8 +64,8 @@ pub struct Cuda<L: Launcher> {
     launcher: Rc<L>,
     /// The 16-bit type of activations, weights and cache.
     half: DType,
-    /// Whether products of any number of tokens sum in one order, so that a sequence's results do not depend on its neighbours
-    /// in their last bits. Many tokens take longer then.
+    /// Whether products of any number of tokens sum in one order, so that a sequence's results do
+    /// not depend on its neighbours in their last bits. Many tokens take longer then.
     batch_invariant: bool,
     /// Whether kernels with Hopper's own instructions are left alone, though the GPU has them.
     without_hopper: Cell<bool>,
@@ -111,7 +113,8 @@ impl<L: Launcher> Buffer<L> {
     }
 }
 
-/// Something that the host tells the device, most of the time the same: a copy is a good part of a decoding step's time.
+/// Something that the host tells the device, most of the time the same: a copy is a good part of a
+/// decoding step's time.
 struct Sent<L: Launcher> {
     memory: Option<Memory<L>>,
     /// What is there.
@@ -127,12 +130,14 @@ impl<L: Launcher> Default for Sent<L> {
 /// A batch on the device.
 pub struct Pass<L: Launcher> {
     memory: Option<Memory<L>>,
-    /// Of each token: id, slot in the cache, span, position, choice that it is; then the spans' tables.
+    /// Of each token: id, slot in the cache, span, position, choice that it is; then the spans'
+    /// tables.
     ids: u64,
     slots: u64,
     spans: u64,
     positions: u64,
-    /// Which choice of the step before each token is, and where those choices are; 0 if no token is one.
+    /// Which choice of the step before each token is, and where those choices are; 0 if no token is
+    /// one.
     fed: u64,
     choices: u64,
     tables: u64,
@@ -210,7 +215,8 @@ impl<L: Launcher> Cuda<L> {
         }
         if !config.hidden_size.is_multiple_of(16) {
             return Err(Error::invalid(format!(
-                "the CUDA kernels take hidden sizes that are multiples of 16, this one is {}; use --device cpu",
+                "the CUDA kernels take hidden sizes that are multiples of 16, this one is {}; use \
+                --device cpu",
                 config.hidden_size
             )));
         }
@@ -221,7 +227,8 @@ impl<L: Launcher> Cuda<L> {
     pub fn upload(&self, x: &[f32], width: usize, narrow: bool) -> Result<Buffer<L>> {
         let mut buffer = Buffer::default();
         self.reserve(&mut buffer, x.len() / width, width, narrow)?;
-        let bytes = if narrow { weights::narrow(x, self.half) } else { bytemuck::cast_slice(x).to_vec() };
+        let bytes =
+            if narrow { weights::narrow(x, self.half) } else { bytemuck::cast_slice(x).to_vec() };
         self.launcher.write(buffer.at(), &bytes)?;
         Ok(buffer)
     }
@@ -233,7 +240,12 @@ impl<L: Launcher> Cuda<L> {
         let mut bytes = vec![0; buffer.rows * width * dtype.size()];
         self.launcher.read(buffer.at(), &mut bytes)?;
         let range = 0..bytes.len();
-        Ok(Tensor { dtype, shape: vec![buffer.rows, width], bytes: Bytes::Owned(Arc::new(bytes), range) }.to_f32())
+        Ok(Tensor {
+            dtype,
+            shape: vec![buffer.rows, width],
+            bytes: Bytes::Owned(Arc::new(bytes), range),
+        }
+        .to_f32())
     }
 
     /// The type's name in kernels.
@@ -256,12 +268,25 @@ impl<L: Launcher> Cuda<L> {
         self.failed.borrow_mut().take().map_or(Ok(()), Err)
     }
 
-    fn launch(&self, kernel: &str, grid: [usize; 3], threads: u32, shared_bytes: usize, args: Args) -> Result<()> {
+    fn launch(
+        &self,
+        kernel: &str,
+        grid: [usize; 3],
+        threads: u32,
+        shared_bytes: usize,
+        args: Args,
+    ) -> Result<()> {
         self.launcher.launch(kernel, Shape::new(grid, threads, shared_bytes), &args)
     }
 
     /// Makes room for `rows` rows of `width` elements.
-    fn reserve(&self, buffer: &mut Buffer<L>, rows: usize, width: usize, narrow: bool) -> Result<()> {
+    fn reserve(
+        &self,
+        buffer: &mut Buffer<L>,
+        rows: usize,
+        width: usize,
+        narrow: bool,
+    ) -> Result<()> {
         let bytes = rows * width * if narrow { 2 } else { 4 };
         (buffer.narrow, buffer.rows, buffer.normed_of) = (narrow, rows, None);
         buffer.writes += 1;
@@ -306,7 +331,12 @@ impl<L: Launcher> Cuda<L> {
     ) -> Result<()> {
         let width = norm.weight.bytes / 4;
         self.reserve(out, count, width, true)?;
-        let args = Args::new().with(out.at()).with(x.at()).with(rows).with(norm.weight.at).with(norm.bias.at);
+        let args = Args::new()
+            .with(out.at())
+            .with(x.at())
+            .with(rows)
+            .with(norm.weight.at)
+            .with(norm.bias.at);
         let args = args.with(count as u32).with(width as u32).with(eps);
         let grid = [count.div_ceil(ROWS_PER_BLOCK), 1, 1];
         self.launch(&format!("layer_norm_{}", self.suffix()), grid, ROW_THREADS, 0, args)
@@ -352,7 +382,8 @@ impl<L: Launcher> Backend for Cuda<L> {
     fn begin(&self, batch: &Batch, pass: &mut Pass<L>) {
         self.attempt(|| {
             let n = batch.ids.len();
-            let width = batch.spans.iter().map(|s| s.blocks.len()).max().unwrap_or(0).next_power_of_two();
+            let width =
+                batch.spans.iter().map(|s| s.blocks.len()).max().unwrap_or(0).next_power_of_two();
             // five arrays of the tokens, the tables, tiles and single queries
             let mut words = batch.ids.clone();
             words.resize(4 * n, 0);
@@ -365,7 +396,8 @@ impl<L: Launcher> Backend for Cuda<L> {
             for (number, span) in batch.spans.iter().enumerate() {
                 for i in 0..span.len {
                     let (token, position) = (span.start + i, span.past + i);
-                    words[n + token] = span.blocks[position / BLOCK] * BLOCK as u32 + (position % BLOCK) as u32;
+                    words[n + token] =
+                        span.blocks[position / BLOCK] * BLOCK as u32 + (position % BLOCK) as u32;
                     words[2 * n + token] = number as u32;
                     words[3 * n + token] = position as u32;
                 }
@@ -387,12 +419,15 @@ impl<L: Launcher> Backend for Cuda<L> {
             let at = pass.memory.as_ref().map_or(0, |m| m.at);
             self.launcher.write(at, bytemuck::cast_slice(&words))?;
             let array = |i: usize| at + (i * n * 4) as u64;
-            (pass.ids, pass.slots, pass.spans, pass.positions) = (array(0), array(1), array(2), array(3));
+            (pass.ids, pass.slots, pass.spans, pass.positions) =
+                (array(0), array(1), array(2), array(3));
             pass.fed = array(4);
-            pass.choices = if batch.fed.is_empty() { 0 } else { self.scratch.borrow().last_chosen() };
+            pass.choices =
+                if batch.fed.is_empty() { 0 } else { self.scratch.borrow().last_chosen() };
             (pass.tables, pass.table_width, pass.tokens) = (array(5), width, n);
             (pass.tiles, pass.tile_count) = (at + 4 * tables_end as u64, tiles.len() / 2);
-            (pass.singles, pass.single_count) = (pass.tiles + 4 * tiles.len() as u64, singles.len());
+            (pass.singles, pass.single_count) =
+                (pass.tiles + 4 * tiles.len() as u64, singles.len());
             Ok(())
         });
     }
@@ -412,11 +447,15 @@ impl<L: Launcher> Backend for Cuda<L> {
     ) {
         self.attempt(|| {
             self.reserve(out, pass.tokens, table.cols, false)?;
-            let args =
-                Args::new().with(out.at()).with(Ids::of(pass, table.rows)).with(table.data.at).with(table.scales());
+            let args = Args::new()
+                .with(out.at())
+                .with(Ids::of(pass, table.rows))
+                .with(table.data.at)
+                .with(table.scales());
             let args = args.with(norm.weight.at).with(norm.bias.at);
             let args = args.with(pass.tokens as u32).with(table.cols as u32).with(eps);
-            let kernel = format!("embed_norm_{}", if table.int8() { "int8" } else { self.suffix() });
+            let kernel =
+                format!("embed_norm_{}", if table.int8() { "int8" } else { self.suffix() });
             self.launch(&kernel, [pass.tokens.div_ceil(ROWS_PER_BLOCK), 1, 1], ROW_THREADS, 0, args)
         });
     }
@@ -481,7 +520,14 @@ impl<L: Launcher> Backend for Cuda<L> {
         self.attempt(|| self.attend(pass, heads, queries, cache, layer, out));
     }
 
-    fn gather_norm(&self, x: &Buffer<L>, rows: &[usize], norm: &LayerNorm<Vector<L>>, eps: f32, out: &mut Buffer<L>) {
+    fn gather_norm(
+        &self,
+        x: &Buffer<L>,
+        rows: &[usize],
+        norm: &LayerNorm<Vector<L>>,
+        eps: f32,
+        out: &mut Buffer<L>,
+    ) {
         self.attempt(|| {
             let words: Vec<u32> = rows.iter().map(|r| *r as u32).collect();
             let mut scratch = self.scratch.borrow_mut();
@@ -510,7 +556,12 @@ impl<L: Launcher> Backend for Cuda<L> {
         Self::alone(row)
     }
 
-    fn start_sample(&self, x: &Buffer<L>, head: &Matrix<L>, rows: &[(usize, &SampleRow)]) -> Result<L::Reading> {
+    fn start_sample(
+        &self,
+        x: &Buffer<L>,
+        head: &Matrix<L>,
+        rows: &[(usize, &SampleRow)],
+    ) -> Result<L::Reading> {
         self.check()?;
         self.start(x, head, rows)
     }

@@ -1,7 +1,8 @@
-//! Decoding steps of few sequences as one kernel, whose blocks stay on their multiprocessors from the first layer to the last.
+//! Decoding steps of few sequences as one kernel, whose blocks stay on their multiprocessors from
+//! the first layer to the last.
 //!
-//! What it saves are launches and the pauses between them, what it costs are barriers of the whole device: which is faster
-//! depends on the model and the GPU, so it is measured (see `graphs.rs`).
+//! What it saves are launches and the pauses between them, what it costs are barriers of the whole
+//! device: which is faster depends on the model and the GPU, so it is measured (see `graphs.rs`).
 
 use super::{Cuda, Ids, Matrix, Vector};
 use crate::device::{Args, Launcher, Memory, Shape};
@@ -105,19 +106,25 @@ fn norm<L: Launcher>(norm: &LayerNorm<Vector<L>>) -> [u64; 2] {
 }
 
 fn shared_bytes(depth: usize, width: usize) -> usize {
-    WARPS * depth * PIECE_BYTES + WARPS * TOKENS * GROUP_ROWS * 4 + TOKENS * (width + STRIDE_MORE) * 2
+    WARPS * depth * PIECE_BYTES
+        + WARPS * TOKENS * GROUP_ROWS * 4
+        + TOKENS * (width + STRIDE_MORE) * 2
 }
 
 impl<L: Launcher> Cuda<L> {
-    /// The most weights on their way with which there is room for a pass, if the kernel can do it at all.
+    /// The most weights on their way with which there is room for a pass, if the kernel can do it
+    /// at all.
     fn depth(&self, f: &Forward<Self>) -> Option<usize> {
         let pass = &f.scratch.pass;
         let int8 = f.embedding.int8();
         let same = |l: &Linear<Matrix<L>, Vector<L>>| l.weight.int8() == int8;
-        let alike = |l: &Layer<Self>| same(&l.qkv) && same(&l.dense) && same(&l.up) && same(&l.down);
-        let fits =
-            |depth: &usize| shared_bytes(*depth, f.embedding.cols) <= self.launcher.limits().shared_bytes as usize;
-        let few = pass.tokens <= TOKENS && pass.single_count == pass.tokens && !self.batch_invariant;
+        let alike =
+            |l: &Layer<Self>| same(&l.qkv) && same(&l.dense) && same(&l.up) && same(&l.down);
+        let fits = |depth: &usize| {
+            shared_bytes(*depth, f.embedding.cols) <= self.launcher.limits().shared_bytes as usize
+        };
+        let few =
+            pass.tokens <= TOKENS && pass.single_count == pass.tokens && !self.batch_invariant;
         if few && f.layers.iter().all(alike) { DEPTHS.into_iter().find(fits) } else { None }
     }
 
@@ -138,7 +145,12 @@ impl<L: Launcher> Cuda<L> {
         ] {
             self.reserve(buffer, tokens, width, narrow)?;
         }
-        let sums = self.shared_sums(f.cache, f.heads, tokens, f.scratch.pass.longest_single.div_ceil(SPLIT))?;
+        let sums = self.shared_sums(
+            f.cache,
+            f.heads,
+            tokens,
+            f.scratch.pass.longest_single.div_ceil(SPLIT),
+        )?;
         let mut models = self.models.borrow_mut();
         if models.barrier.is_none() {
             models.barrier = Some(Memory::zeroed(&self.launcher, 4)?);
@@ -161,7 +173,8 @@ impl<L: Launcher> Cuda<L> {
 
     /// Does a pass that [`Cuda::can_persist`] is true of.
     pub(super) fn persist(&self, f: &mut Forward<Self>) -> Result<()> {
-        let depth = self.depth(f).ok_or_else(|| Error::invalid("no room for a step in one kernel"))?;
+        let depth =
+            self.depth(f).ok_or_else(|| Error::invalid("no room for a step in one kernel"))?;
         let sums = self.prepare_persistent(f)?;
         let models = self.models.borrow();
         let at = |m: &Option<Memory<L>>| m.as_ref().map_or(0, |m| m.at);
@@ -198,8 +211,18 @@ impl<L: Launcher> Cuda<L> {
         let int8 = if f.embedding.int8() { "_int8" } else { "" };
         let kernel = format!("decode_step_{}{int8}_{depth}", self.suffix());
         let shared_bytes = shared_bytes(depth, f.embedding.cols) as u32;
-        let shape = Shape { grid: [blocks, 1, 1], threads: THREADS, shared_bytes, cooperative: true, cluster: 1 };
-        self.launcher.launch(&kernel, shape, &Args::new().with(model).with(step).with(ids).with(attention))?;
+        let shape = Shape {
+            grid: [blocks, 1, 1],
+            threads: THREADS,
+            shared_bytes,
+            cooperative: true,
+            cluster: 1,
+        };
+        self.launcher.launch(
+            &kernel,
+            shape,
+            &Args::new().with(model).with(step).with(ids).with(attention),
+        )?;
         // each block comes to five barriers a layer; the first has one more, the last one less
         models.arrived.set(arrived.wrapping_add(blocks * 5 * f.layers.len() as u32));
         Ok(())

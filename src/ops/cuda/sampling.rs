@@ -9,8 +9,8 @@ use bytemuck::{Pod, Zeroable};
 
 /// As in `kernels/sampling.cu`.
 const MERGE_THREADS: u32 = 256;
-/// As in `kernels/sampling_filtered.cu`: threads, shared memory before the bits of seen tokens, the largest top-k (half of the
-/// list there), and the token of an entry that is left to the host.
+/// As in `kernels/sampling_filtered.cu`: threads, shared memory before the bits of seen tokens, the
+/// largest top-k (half of the list there), and the token of an entry that is left to the host.
 const LISTED_THREADS: u32 = 512;
 const LISTED_SHARED: usize = 2048 * 16 + 16 * 256 * 4 + 16 * 8 + 16 * PARTIAL + 8 + 16 + 8;
 const MOST_LISTED: usize = 1024;
@@ -102,7 +102,8 @@ struct Change {
 const SEEN: u32 = 0x8000_0000;
 const NONE: u32 = u32::MAX;
 
-/// Told of the first row whose logits are in scratch memory, and of the choices from there that want a list of likely tokens.
+/// Told of the first row whose logits are in scratch memory, and of the choices from there that
+/// want a list of likely tokens.
 type Topped<'t, L> = &'t mut dyn FnMut(&mut Scratch<L>, usize, &[usize]) -> Result<()>;
 
 /// Where a choice is made.
@@ -120,7 +121,10 @@ impl Way {
         let top_k = s.top_k > 0 && s.top_k < vocabulary;
         if row.top > MOST_LISTED {
             Way::Host
-        } else if row.forced.is_some() || s.temperature <= 0.0 || !(top_k || s.top_p < 1.0 || s.min_p > 0.0) {
+        } else if row.forced.is_some()
+            || s.temperature <= 0.0
+            || !(top_k || s.top_p < 1.0 || s.min_p > 0.0)
+        {
             Way::Fused
         } else {
             Way::Listed
@@ -130,7 +134,8 @@ impl Way {
 
 /// Tokens whose logits a choice changes, in order, each once.
 fn changed(row: &SampleRow) -> Vec<Change> {
-    let mut list: Vec<Change> = row.bias.iter().map(|&(token, bias)| Change { token, bias }).collect();
+    let mut list: Vec<Change> =
+        row.bias.iter().map(|&(token, bias)| Change { token, bias }).collect();
     if row.sampling.repetition_penalty != 1.0 {
         list.extend(row.seen.iter().map(|&token| Change { token: token | SEEN, bias: 0.0 }));
     }
@@ -148,7 +153,12 @@ fn changed(row: &SampleRow) -> Vec<Change> {
 
 impl<L: Launcher> Cuda<L> {
     /// Products of all rows of `x` with the head, on the host.
-    pub(super) fn head_logits(&self, x: &Buffer<L>, head: &Matrix<L>, out: &mut Vec<f32>) -> Result<()> {
+    pub(super) fn head_logits(
+        &self,
+        x: &Buffer<L>,
+        head: &Matrix<L>,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
         let mut scratch = self.scratch.borrow_mut();
         out.resize(x.rows * head.rows, 0.0);
         let most = self.head_rows();
@@ -167,8 +177,9 @@ impl<L: Launcher> Cuda<L> {
         row.top == 0 && row.forced.is_none() && !matches!(Way::of(row, usize::MAX), Way::Host)
     }
 
-    /// See [`crate::ops::Backend::sample`]. Choices over the whole vocabulary are made where the products are; those by rank
-    /// or probability, and lists of likely tokens, from logits in device memory; lists of more than 1024 likely tokens are the host's.
+    /// See [`crate::ops::Backend::sample`]. Choices over the whole vocabulary are made where the
+    /// products are; those by rank or probability, and lists of likely tokens, from logits in
+    /// device memory; lists of more than 1024 likely tokens are the host's.
     pub(super) fn choose(
         &self,
         x: &Buffer<L>,
@@ -177,8 +188,9 @@ impl<L: Launcher> Cuda<L> {
         logits: &mut Vec<f32>,
     ) -> Result<Vec<Chosen>> {
         let mut chosen = vec![Chosen::default(); rows.len()];
-        let mut on_host: Vec<usize> =
-            (0..rows.len()).filter(|&i| matches!(Way::of(rows[i].1, head.rows), Way::Host)).collect();
+        let mut on_host: Vec<usize> = (0..rows.len())
+            .filter(|&i| matches!(Way::of(rows[i].1, head.rows), Way::Host))
+            .collect();
         let at = self.launch_choices(x, head, rows, &mut |scratch, first_row, part| {
             on_host.extend(self.list_top(scratch, head, first_row, rows, part, &mut chosen)?);
             Ok(())
@@ -203,7 +215,12 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// See [`crate::ops::Backend::start_sample`].
-    pub(super) fn start(&self, x: &Buffer<L>, head: &Matrix<L>, rows: &[(usize, &SampleRow)]) -> Result<L::Reading> {
+    pub(super) fn start(
+        &self,
+        x: &Buffer<L>,
+        head: &Matrix<L>,
+        rows: &[(usize, &SampleRow)],
+    ) -> Result<L::Reading> {
         let at = self.launch_choices(x, head, rows, &mut |_, _, _| Ok(()))?;
         self.launcher.read_later(at, rows.len() * 8)
     }
@@ -212,12 +229,17 @@ impl<L: Launcher> Cuda<L> {
     pub(super) fn finish(&self, choosing: L::Reading) -> Result<Vec<Chosen>> {
         let bytes = self.launcher.finish_read(choosing)?;
         let word = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-        let chosen = |b: &[u8]| Chosen { token: word(b), logprob: f32::from_bits(word(&b[4..])), ..Chosen::default() };
+        let chosen = |b: &[u8]| Chosen {
+            token: word(b),
+            logprob: f32::from_bits(word(&b[4..])),
+            ..Chosen::default()
+        };
         Ok(bytes.chunks_exact(8).map(chosen).collect())
     }
 
-    /// Launches all choices that the device makes, and has `topped` list likely tokens where they are wanted, from the logits in
-    /// scratch memory. Returns where the results will be, those of the host's choices not written.
+    /// Launches all choices that the device makes, and has `topped` list likely tokens where they
+    /// are wanted, from the logits in scratch memory. Returns where the results will be, those of
+    /// the host's choices not written.
     fn launch_choices(
         &self,
         x: &Buffer<L>,
@@ -257,17 +279,33 @@ impl<L: Launcher> Cuda<L> {
                 let args = Args::new().with(choices).with(at);
                 self.launch("merge_choices", [fused.len(), 1, 1], MERGE_THREADS, shared, args)?;
             }
-            let wanted: Vec<usize> = fused.iter().chain(&listed).copied().filter(|&i| rows[i].1.top > 0).collect();
+            let wanted: Vec<usize> =
+                fused.iter().chain(&listed).copied().filter(|&i| rows[i].1.top > 0).collect();
             if !listed.is_empty() || !wanted.is_empty() {
                 let logits = self.place(&mut scratch.logits, range.len() * head.rows * 4)?;
-                let moments = self.place(&mut scratch.moments, range.len() * moments_blocks(head.rows) * 8)?;
-                self.head("head_logits", x, range.clone(), head, |args| args.with(logits).with(moments))?;
+                let moments =
+                    self.place(&mut scratch.moments, range.len() * moments_blocks(head.rows) * 8)?;
+                self.head("head_logits", x, range.clone(), head, |args| {
+                    args.with(logits).with(moments)
+                })?;
                 if !listed.is_empty() {
                     let (list, changes) = self.send_choices(scratch, range.start, rows, &listed)?;
-                    let args = Args::new().with(at).with(logits).with(moments).with(list).with(changes).with(previous);
+                    let args = Args::new()
+                        .with(at)
+                        .with(logits)
+                        .with(moments)
+                        .with(list)
+                        .with(changes)
+                        .with(previous);
                     let shared = LISTED_SHARED + head.rows.div_ceil(32) * 4;
                     let grid = [listed.len(), 1, 1];
-                    self.launch("choose_filtered", grid, LISTED_THREADS, shared, args.with(head.rows as u32))?;
+                    self.launch(
+                        "choose_filtered",
+                        grid,
+                        LISTED_THREADS,
+                        shared,
+                        args.with(head.rows as u32),
+                    )?;
                 }
                 topped(scratch, range.start, &wanted)?;
             }
@@ -275,7 +313,8 @@ impl<L: Launcher> Cuda<L> {
         Ok(at)
     }
 
-    /// Lists the likeliest tokens from the logits in scratch memory; returns what the host has to list.
+    /// Lists the likeliest tokens from the logits in scratch memory; returns what the host has to
+    /// list.
     fn list_top(
         &self,
         scratch: &mut Scratch<L>,
@@ -286,7 +325,8 @@ impl<L: Launcher> Cuda<L> {
         chosen: &mut [Chosen],
     ) -> Result<Vec<usize>> {
         // `Top` of the kernel
-        let wanted = |&i: &usize| [(rows[i].0 - first_row) as u32, rows[i].1.top.min(head.rows) as u32];
+        let wanted =
+            |&i: &usize| [(rows[i].0 - first_row) as u32, rows[i].1.top.min(head.rows) as u32];
         let tops: Vec<[u32; 2]> = part.iter().map(wanted).collect();
         let Some(most) = tops.iter().map(|t| t[1] as usize).max() else { return Ok(vec![]) };
         let list = self.send(&mut scratch.choices, bytemuck::cast_slice(&tops))?;
@@ -294,7 +334,13 @@ impl<L: Launcher> Cuda<L> {
         let out = self.place(&mut scratch.tops, part.len() * most * 8)?;
         let moments = scratch.moments.as_ref().map_or(0, |m| m.at);
         let args = Args::new().with(out).with(logits).with(moments).with(list).with(most as u32);
-        self.launch("list_top", [part.len(), 1, 1], LISTED_THREADS, LISTED_SHARED, args.with(head.rows as u32))?;
+        self.launch(
+            "list_top",
+            [part.len(), 1, 1],
+            LISTED_THREADS,
+            LISTED_SHARED,
+            args.with(head.rows as u32),
+        )?;
         let mut results = vec![[0u32; 2]; part.len() * most];
         self.launcher.read(out, bytemuck::cast_slice_mut(&mut results))?;
         let mut left = Vec::new();
@@ -328,7 +374,11 @@ impl<L: Launcher> Cuda<L> {
                 changes.push(Change { token: NONE, bias: 0.0 }); // ends the list for the kernel's search
                 Choice {
                     row: (row - first_row) as u32,
-                    inverse_temperature: if s.temperature > 0.0 { 1.0 / s.temperature } else { 0.0 },
+                    inverse_temperature: if s.temperature > 0.0 {
+                        1.0 / s.temperature
+                    } else {
+                        0.0
+                    },
                     penalty: s.repetition_penalty,
                     changes_start: start as u32,
                     changes_count: count as u32,

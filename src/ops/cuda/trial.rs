@@ -1,5 +1,5 @@
-//! Whether the kernels with Hopper's own instructions (TMA, wgmma, clusters) do on this GPU what the others do: tried on small
-//! numbers before a model uses them.
+//! Whether the kernels with Hopper's own instructions (TMA, wgmma, clusters) do on this GPU what
+//! the others do: tried on small numbers before a model uses them.
 
 use super::ways::{TOKENS as SKINNY_TOKENS, Way, tile_tokens};
 use super::{Buffer, Cuda, Pass};
@@ -25,8 +25,8 @@ fn differ(a: &[f32], b: &[f32]) -> bool {
 }
 
 impl<L: Launcher> Cuda<L> {
-    /// Tries the kernels that Hopper alone has, if they are to be used, beside those that every GPU has; leaves them alone from then on and
-    /// names what is wrong if results differ.
+    /// Tries the kernels that Hopper alone has, if they are to be used, beside those that every GPU
+    /// has; leaves them alone from then on and names what is wrong if results differ.
     ///
     /// # Errors
     /// When a kernel fails: the device can do nothing more in this process then.
@@ -40,7 +40,8 @@ impl<L: Launcher> Cuda<L> {
         });
         let wrong = tried.map_err(|e| {
             Error::invalid(format!(
-                "{e}, in the kernels with Hopper's own instructions; BPROMPT_HOPPER=0 goes without them"
+                "{e}, in the kernels with Hopper's own instructions; BPROMPT_HOPPER=0 goes without \
+                them"
             ))
         })?;
         self.without_hopper.set(wrong.is_some());
@@ -49,14 +50,21 @@ impl<L: Launcher> Cuda<L> {
 
     fn wrong_products(&self) -> Result<Option<&'static str>> {
         let mut words = Words::new(1, 3);
-        let weight = self.matrix(Tensor::of_rows(&noise(&mut words, OUTPUTS * INPUTS), INPUTS), None)?;
-        let linear = Linear { weight, bias: self.vector(&Tensor::of_rows(&noise(&mut words, OUTPUTS), OUTPUTS))? };
+        let weight =
+            self.matrix(Tensor::of_rows(&noise(&mut words, OUTPUTS * INPUTS), INPUTS), None)?;
+        let linear = Linear {
+            weight,
+            bias: self.vector(&Tensor::of_rows(&noise(&mut words, OUTPUTS), OUTPUTS))?,
+        };
         let (mut ours, mut theirs) = (Buffer::default(), Buffer::default());
         for tokens in TOKENS {
             let x = self.upload(&noise(&mut words, tokens * INPUTS), INPUTS, true)?;
             let tile = tile_tokens(tokens);
-            for way in [Way::Cluster { tokens: tile, blocks: 1 }, Way::Cluster { tokens: tile, blocks: 2 }, Way::Hopper]
-            {
+            for way in [
+                Way::Cluster { tokens: tile, blocks: 1 },
+                Way::Cluster { tokens: tile, blocks: 2 },
+                Way::Hopper,
+            ] {
                 for gelu in [false, true] {
                     let epilogue = || if gelu { Epilogue::BiasGelu } else { Epilogue::Bias };
                     self.product_as(Way::Skinny, &x, &linear, epilogue(), &mut theirs)?;
@@ -73,7 +81,9 @@ impl<L: Launcher> Cuda<L> {
                 for first in (0..tokens).step_by(most) {
                     let rows = first..tokens.min(first + most);
                     let at = out.at + (rows.start * OUTPUTS * 4) as u64;
-                    self.head_as(way, "head_logits", &x, rows, &linear.weight, |a| a.with(at).with(0u64))?;
+                    self.head_as(way, "head_logits", &x, rows, &linear.weight, |a| {
+                        a.with(at).with(0u64)
+                    })?;
                 }
                 self.launcher.read(out.at, bytemuck::cast_slice_mut(&mut read))?;
                 Ok(read)
@@ -89,9 +99,11 @@ impl<L: Launcher> Cuda<L> {
     fn wrong_attention(&self, heads: &Heads) -> Result<Option<&'static str>> {
         let heads = Heads { count: 2, size: heads.size, slopes: heads.slopes[..1].repeat(2) };
         let (width, lengths) = (2 * heads.size, [70usize, 150]);
-        let blocks: Vec<u32> = (0..(lengths[0] + lengths[1]).div_ceil(BLOCK) as u32).rev().collect();
+        let blocks: Vec<u32> =
+            (0..(lengths[0] + lengths[1]).div_ceil(BLOCK) as u32).rev().collect();
         let mut words = Words::new(1, 4);
-        let weight = self.matrix(Tensor::of_rows(&noise(&mut words, 3 * width * width), width), None)?;
+        let weight =
+            self.matrix(Tensor::of_rows(&noise(&mut words, 3 * width * width), width), None)?;
         let bias = self.vector(&Tensor::of_rows(&noise(&mut words, 3 * width), width))?;
         let qkv = Linear { weight, bias };
         // scores of about one
@@ -116,7 +128,17 @@ impl<L: Launcher> Cuda<L> {
                 self.begin(&batch, &mut pass);
                 if without {
                     let norm = Norm { norm: &norm, eps: 1e-5, keep: false, normed: &mut normed };
-                    self.norm_qkv(&batch, &pass, 0, &x, norm, &qkv, &heads, &mut cache, &mut queries);
+                    self.norm_qkv(
+                        &batch,
+                        &pass,
+                        0,
+                        &x,
+                        norm,
+                        &qkv,
+                        &heads,
+                        &mut cache,
+                        &mut queries,
+                    );
                 }
                 self.attention(&batch, &pass, 0, &heads, &queries, &cache, &mut out);
                 results.push(self.download(&out, width)?);

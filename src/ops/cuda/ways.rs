@@ -11,20 +11,22 @@ pub(super) const OUTPUTS: usize = 16;
 pub(super) const TILE: usize = 128;
 pub(super) const SLICE: usize = 64;
 const STAGES: usize = 3;
-/// As in `kernels/linear_hopper.cu`: tokens and outputs of a tile, threads, shared memory of four stages, of their barriers, and of
-/// eight warps' results.
+/// As in `kernels/linear_hopper.cu`: tokens and outputs of a tile, threads, shared memory of four
+/// stages, of their barriers, and of eight warps' results.
 pub(super) const HOPPER_M: usize = 128;
 pub(super) const HOPPER_N: usize = 256;
 pub(super) const HOPPER_THREADS: u32 = 384;
-pub(super) const HOPPER_SHARED: usize = 4 * (HOPPER_M + HOPPER_N) * SLICE * 2 + 4 * 2 * 8 + 8 * 16 * (32 * 4 + 32);
+pub(super) const HOPPER_SHARED: usize =
+    4 * (HOPPER_M + HOPPER_N) * SLICE * 2 + 4 * 2 * 8 + 8 * 16 * (32 * 4 + 32);
 /// As in `kernels/include/tiles_hopper.cuh`.
 pub(super) const TILE_THREADS: u32 = 288;
 /// Most blocks of a cluster that every Hopper GPU has.
 const CLUSTER: usize = 8;
 /// Most tokens of one launch of the skinny kernels; more go to the tiles.
 pub(super) const TOKENS: usize = 64;
-/// Most tokens that every block normalizes for itself; beyond, a launch of its own costs less. On Hopper also the most tokens of the
-/// skinny kernels: they read activations once for 16 outputs, which beyond is more than the weights.
+/// Most tokens that every block normalizes for itself; beyond, a launch of its own costs less. On
+/// Hopper also the most tokens of the skinny kernels: they read activations once for 16 outputs,
+/// which beyond is more than the weights.
 pub(super) const FEW_TOKENS: usize = 16;
 
 /// The kernel of a product.
@@ -74,7 +76,8 @@ impl<L: Launcher> Cuda<L> {
         let most = weight.cols.div_ceil(SLICE);
         let blocks = if wanted > most { (most + 1).next_power_of_two() / 2 } else { wanted };
         // what the busiest multiprocessor has to do, in units of the smaller tile
-        let large = 2 * (tokens.div_ceil(HOPPER_M) * weight.rows.div_ceil(HOPPER_N)).div_ceil(processors);
+        let large =
+            2 * (tokens.div_ceil(HOPPER_M) * weight.rows.div_ceil(HOPPER_N)).div_ceil(processors);
         if tokens > TOKENS && large * blocks <= (tiles * blocks).div_ceil(processors) {
             Way::Hopper
         } else {
@@ -93,22 +96,33 @@ pub(super) fn large_shared<L: Launcher>(weight: &Matrix<L>) -> usize {
     STAGES * TILE * (2 * SLICE + if weight.int8() { SLICE + 16 } else { 2 * SLICE })
 }
 
-/// Rounds of weights that a warp of `kernels/linear_skinny.cu` keeps on their way, and where a block has a multiprocessor to itself.
+/// Rounds of weights that a warp of `kernels/linear_skinny.cu` keeps on their way, and where a
+/// block has a multiprocessor to itself.
 pub(super) const SHALLOW: usize = 6;
 pub(super) const DEEP: usize = 12;
 
-/// Shared memory of `kernels/linear_skinny.cu`: the warps' rings of weights, a norm's gain and shift, and rows that are normalized or
-/// staged.
-pub(super) fn skinny_shared(depth: usize, tokens: usize, inputs: usize, int8: bool, norm: bool, rows: bool) -> usize {
+/// Shared memory of `kernels/linear_skinny.cu`: the warps' rings of weights, a norm's gain and
+/// shift, and rows that are normalized or staged.
+pub(super) fn skinny_shared(
+    depth: usize,
+    tokens: usize,
+    inputs: usize,
+    int8: bool,
+    norm: bool,
+    rows: bool,
+) -> usize {
     let parameters = if norm { 2 * inputs * 4 } else { 0 };
-    WARPS * depth * 2 * 16 * 32 + parameters + if rows { rows_shared(tokens, inputs, int8) } else { 0 }
+    WARPS * depth * 2 * 16 * 32
+        + parameters
+        + if rows { rows_shared(tokens, inputs, int8) } else { 0 }
 }
 
 fn rows_shared(tokens: usize, inputs: usize, int8: bool) -> usize {
     tokens * (inputs + if int8 { 8 } else { 32 }) * 2
 }
 
-/// Whether the skinny kernels bring rows without a norm to shared memory: as long as two blocks share a multiprocessor.
+/// Whether the skinny kernels bring rows without a norm to shared memory: as long as two blocks
+/// share a multiprocessor.
 pub(super) fn stages_rows(tokens: usize, inputs: usize, int8: bool) -> bool {
     rows_shared(tokens, inputs, int8) <= 50 << 10
 }

@@ -21,12 +21,20 @@ pub struct Matrix<L: Launcher> {
 impl<L: Launcher> Matrix<L> {
     pub fn new(launcher: &Rc<L>, tensor: &Tensor, half: DType, int8: bool) -> Result<Matrix<L>> {
         let [rows, cols] = tensor.shape[..] else {
-            return Err(Error::invalid(format!("a weight has shape {:?}, expected two dimensions", tensor.shape)));
+            return Err(Error::invalid(format!(
+                "a weight has shape {:?}, expected two dimensions",
+                tensor.shape
+            )));
         };
         assert!(cols.is_multiple_of(16), "see `Cuda::supports`");
         finite::check(Isa::detect(), tensor)?;
         if !int8 && tensor.dtype == half {
-            return Ok(Matrix { data: Memory::from_bytes(launcher, &tensor.bytes)?, scales: None, rows, cols });
+            return Ok(Matrix {
+                data: Memory::from_bytes(launcher, &tensor.bytes)?,
+                scales: None,
+                rows,
+                cols,
+            });
         }
         // converted and sent in parts, so that a large matrix never exists twice on the host
         let size = if int8 { 1 } else { 2 };
@@ -38,15 +46,21 @@ impl<L: Launcher> Matrix<L> {
             let range = first..(first + part_rows).min(rows);
             let width = cols * tensor.dtype.size();
             let bytes = tensor.bytes.slice(range.start * width..range.end * width);
-            let part = Tensor { dtype: tensor.dtype, shape: vec![range.len(), cols], bytes }.to_f32();
-            let converted = if int8 { quantize(&part, cols, &mut scales) } else { narrow(&part, half) };
+            let part =
+                Tensor { dtype: tensor.dtype, shape: vec![range.len(), cols], bytes }.to_f32();
+            let converted =
+                if int8 { quantize(&part, cols, &mut scales) } else { narrow(&part, half) };
             if !int8 {
                 overflow.look(Isa::detect(), half, first * cols, &converted);
             }
             launcher.write(data.at + (first * cols * size) as u64, &converted)?;
         }
         overflow.result(&tensor.shape, &finite::overflowed(half))?;
-        let scales = if int8 { Some(Memory::from_bytes(launcher, bytemuck::cast_slice(&scales))?) } else { None };
+        let scales = if int8 {
+            Some(Memory::from_bytes(launcher, bytemuck::cast_slice(&scales))?)
+        } else {
+            None
+        };
         Ok(Matrix { data, scales, rows, cols })
     }
 

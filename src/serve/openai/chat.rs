@@ -1,6 +1,8 @@
 //! `/v1/chat/completions`: the last user message is a plain prompt, the answer its rewrite.
 
-use super::{SamplingParams, StreamOptions, Usage, finite, now, token_text, top_logprobs, with_top};
+use super::{
+    SamplingParams, StreamOptions, Usage, finite, now, token_text, top_logprobs, with_top,
+};
 use crate::engine::Finish;
 use crate::engine::session::{Completed, GenerateOptions};
 use crate::engine::text::Token;
@@ -149,12 +151,16 @@ fn logprobs(shared: &Shared, tokens: &[Token]) -> ChatLogprobs {
 /// The plain prompt of a conversation.
 fn plain_prompt(messages: &[Message]) -> Result<String, ApiError> {
     let last = messages.iter().rev().find(|m| m.role == "user");
-    let last = last.ok_or_else(|| ApiError::field("messages", "there is no message of the role \"user\""))?;
+    let last = last
+        .ok_or_else(|| ApiError::field("messages", "there is no message of the role \"user\""))?;
     match &last.content {
         Some(Content::Text(text)) => Ok(text.clone()),
         Some(Content::Parts(parts)) => {
             if let Some(other) = parts.iter().find(|p| p.r#type != "text") {
-                let message = format!("a part of the type \"{}\" cannot be read; expected \"text\"", other.r#type);
+                let message = format!(
+                    "a part of the type \"{}\" cannot be read; expected \"text\"",
+                    other.r#type
+                );
                 return Err(ApiError::field("messages", message));
             }
             Ok(parts.iter().filter_map(|p| p.text.as_deref()).collect::<Vec<_>>().join(" "))
@@ -170,7 +176,8 @@ fn plain_prompt(messages: &[Message]) -> Result<String, ApiError> {
     tag = "OpenAI",
     request_body = ChatRequest,
     responses(
-        (status = 200, description = "The rewrite, or with `stream` server-sent events of pieces", content(
+        (status = 200, description = "The rewrite, or with `stream` server-sent events of \
+            pieces", content(
             (ChatCompletion = "application/json"), (sse::StreamEvent = "text/event-stream")
         )),
         (status = "4XX", description = "The request cannot be served", body = ErrorBody),
@@ -185,7 +192,10 @@ pub async fn chat_completions(
     shared.check_model(r.model.as_deref())?;
     let wanted = r.logprobs.unwrap_or(false);
     if r.top_logprobs.is_some_and(|n| n > 0) && !wanted {
-        return Err(ApiError::field("top_logprobs", "top_logprobs makes sense with logprobs alone"));
+        return Err(ApiError::field(
+            "top_logprobs",
+            "top_logprobs makes sense with logprobs alone",
+        ));
     }
     let top = top_logprobs(r.top_logprobs, "top_logprobs")?;
     let streams = r.stream.unwrap_or(false);
@@ -194,8 +204,13 @@ pub async fn chat_completions(
     let (ids, mut options) = shared.texts.run(bytes, move || prepare(&own, r)).await??;
     options.top_logprobs = top;
     let candidates = options.candidates as usize;
-    let mut generations = shared.engine.submit(vec![(ids, options)], &shared.engine.owner(request_id)).await?;
-    let form = Form { id: format!("chatcmpl-{}", uuid::Uuid::new_v4().simple()), created: now(), logprobs: wanted };
+    let mut generations =
+        shared.engine.submit(vec![(ids, options)], &shared.engine.owner(request_id)).await?;
+    let form = Form {
+        id: format!("chatcmpl-{}", uuid::Uuid::new_v4().simple()),
+        created: now(),
+        logprobs: wanted,
+    };
     if streams {
         return Ok(streamed(shared, generations, candidates, form, include_usage));
     }
@@ -217,7 +232,8 @@ struct Form {
 fn prepare(shared: &Shared, r: ChatRequest) -> Result<(Vec<u32>, GenerateOptions), ApiError> {
     let prompt = plain_prompt(&r.messages)?;
     shared.check_length("messages", &prompt)?;
-    let options = r.sampling.options(&shared.defaults, r.max_completion_tokens.or(r.max_tokens), shared)?;
+    let options =
+        r.sampling.options(&shared.defaults, r.max_completion_tokens.or(r.max_tokens), shared)?;
     let ids = shared.encode(&prompt).map_err(|e| ApiError::field("messages", e))?;
     Ok((ids, options))
 }
@@ -249,7 +265,14 @@ fn streamed(
     sse::respond(generations, move |item| {
         let chunk = |choices, usage| {
             let (id, created, model) = (form.id.as_str(), form.created, shared.name.as_str());
-            sse::data(&Chunk { id, object: "chat.completion.chunk", created, model, choices, usage })
+            sse::data(&Chunk {
+                id,
+                object: "chat.completion.chunk",
+                created,
+                model,
+                choices,
+                usage,
+            })
         };
         Ok(match item {
             Item::Text { candidate, text, tokens, finish, .. } => {
@@ -260,7 +283,8 @@ fn streamed(
                 if text.is_empty() && finish.is_none() && !form.logprobs && role_given[index] {
                     return Ok(vec![]);
                 }
-                let role = (!std::mem::replace(&mut role_given[index], true)).then_some("assistant");
+                let role =
+                    (!std::mem::replace(&mut role_given[index], true)).then_some("assistant");
                 vec![chunk(
                     vec![ChunkChoice {
                         index,

@@ -45,7 +45,10 @@ impl RequestBody for CompletionRequest {
 
 /// A text, texts, token ids, or lists of those.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(untagged, expecting = "expected a text, a list of texts, a list of token ids, or a list of such lists")]
+#[serde(
+    untagged,
+    expecting = "expected a text, a list of texts, a list of token ids, or a list of such lists"
+)]
 pub enum Prompt {
     Text(String),
     Texts(Vec<String>),
@@ -83,7 +86,13 @@ pub struct CompletionLogprobs {
 
 impl CompletionLogprobs {
     /// A token that begins at the `offset`-th character, with `wanted` likely ones beside it.
-    fn push(&mut self, shared: &Shared, token: (u32, Option<f32>, &[(u32, f32)]), wanted: usize, offset: usize) {
+    fn push(
+        &mut self,
+        shared: &Shared,
+        token: (u32, Option<f32>, &[(u32, f32)]),
+        wanted: usize,
+        offset: usize,
+    ) {
         let (id, logprob, top) = token;
         let text = token_text(shared, id);
         self.text_offset.push(offset);
@@ -101,8 +110,8 @@ impl CompletionLogprobs {
     }
 }
 
-/// Turns the bytes at which a choice's tokens end into the characters at which they begin. A token that only begins a character,
-/// and one that is no text, end where they begin.
+/// Turns the bytes at which a choice's tokens end into the characters at which they begin. A token
+/// that only begins a character, and one that is no text, end where they begin.
 #[derive(Default)]
 struct Offsets {
     text: String,
@@ -116,7 +125,8 @@ impl Offsets {
     fn next(&mut self, end: usize) -> usize {
         let begin = self.character;
         // a stop text that was left out takes tokens' ends with it
-        let end = (self.byte..=end.min(self.text.len())).rev().find(|b| self.text.is_char_boundary(*b));
+        let end =
+            (self.byte..=end.min(self.text.len())).rev().find(|b| self.text.is_char_boundary(*b));
         if let Some(end) = end {
             self.character += self.text[self.byte..end].chars().count();
             self.byte = end;
@@ -159,7 +169,8 @@ impl Form {
     tag = "OpenAI",
     request_body = CompletionRequest,
     responses(
-        (status = 200, description = "The completion, or with `stream` server-sent events of pieces", content(
+        (status = 200, description = "The completion, or with `stream` server-sent events of \
+            pieces", content(
             (Completion = "application/json"), (sse::StreamEvent = "text/event-stream")
         )),
         (status = "4XX", description = "The request cannot be served", body = ErrorBody),
@@ -180,7 +191,10 @@ pub async fn completions(
         only_prompt: r.max_tokens == Some(0),
     };
     if form.only_prompt && !form.echo {
-        return Err(ApiError::field("max_tokens", "max_tokens is 0, which makes sense with echo alone"));
+        return Err(ApiError::field(
+            "max_tokens",
+            "max_tokens is 0, which makes sense with echo alone",
+        ));
     }
     let streams = r.stream.unwrap_or(false);
     let include_usage = r.stream_options.as_ref().and_then(|o| o.include_usage).unwrap_or(false);
@@ -189,7 +203,14 @@ pub async fn completions(
     let work = prompts.iter().map(|ids| (ids.clone(), options.clone())).collect();
     let generations = shared.engine.submit(work, &shared.engine.owner(request_id)).await?;
     if streams {
-        return Ok(stream(shared, generations, prompts, options.candidates as usize, form, include_usage));
+        return Ok(stream(
+            shared,
+            generations,
+            prompts,
+            options.candidates as usize,
+            form,
+            include_usage,
+        ));
     }
     let mut all = Vec::with_capacity(generations.len());
     for generation in generations {
@@ -201,7 +222,11 @@ pub async fn completions(
 }
 
 /// Token ids of the prompts, and how to continue them.
-fn prepare(shared: &Shared, r: CompletionRequest, form: &Form) -> Result<(Vec<Vec<u32>>, GenerateOptions), ApiError> {
+fn prepare(
+    shared: &Shared,
+    r: CompletionRequest,
+    form: &Form,
+) -> Result<(Vec<Vec<u32>>, GenerateOptions), ApiError> {
     // a plain interface: the model's distribution as it is
     let defaults = GenerationDefaults {
         sampling: Sampling { temperature: 1.0, ..Sampling::default() },
@@ -254,7 +279,8 @@ fn whole(shared: &Shared, all: &[Completed], form: Form) -> Result<Completion, A
     let mut choices = Vec::new();
     for completed in all {
         form.usage(&mut usage, completed);
-        let prompt = if form.echo { echoed(shared, &completed.prompt_ids)? } else { Default::default() };
+        let prompt =
+            if form.echo { echoed(shared, &completed.prompt_ids)? } else { Default::default() };
         for c in &completed.candidates {
             choices.push(whole_choice(shared, completed, c, choices.len(), (&form, &prompt)));
         }
@@ -287,12 +313,22 @@ fn whole_choice(
         }
         if !form.only_prompt {
             for t in &c.tokens {
-                l.push(shared, (t.id, Some(t.logprob), &t.top), wanted, offsets.next(prompt.0.len() + t.end));
+                l.push(
+                    shared,
+                    (t.id, Some(t.logprob), &t.top),
+                    wanted,
+                    offsets.next(prompt.0.len() + t.end),
+                );
             }
         }
         l
     });
-    CompletionChoice { text: offsets.text, index, logprobs, finish_reason: Some(form.finish(c.finish)) }
+    CompletionChoice {
+        text: offsets.text,
+        index,
+        logprobs,
+        finish_reason: Some(form.finish(c.finish)),
+    }
 }
 
 /// Pieces of all choices as they come.
@@ -324,7 +360,8 @@ fn stream(
                         let (text, _) = echoed(&shared, &prompts[at])?;
                         offsets.text.push_str(&text);
                         offsets.next(text.len());
-                        let choice = CompletionChoice { text, index, logprobs: None, finish_reason: None };
+                        let choice =
+                            CompletionChoice { text, index, logprobs: None, finish_reason: None };
                         events.push(chunk(vec![choice], None));
                     }
                     let prompt = offsets.text.len();
@@ -338,15 +375,26 @@ fn stream(
                         offsets.text.push_str(&text);
                         let mut l = CompletionLogprobs::default();
                         for t in &tokens {
-                            l.push(&shared, (t.id, Some(t.logprob), &t.top), wanted, offsets.next(*prompt + t.end));
+                            l.push(
+                                &shared,
+                                (t.id, Some(t.logprob), &t.top),
+                                wanted,
+                                offsets.next(*prompt + t.end),
+                            );
                         }
                         Some(l)
                     }
                     _ => None,
                 };
-                if !text.is_empty() || finish.is_some() || logprobs.as_ref().is_some_and(|l| !l.tokens.is_empty()) {
+                if !text.is_empty()
+                    || finish.is_some()
+                    || logprobs.as_ref().is_some_and(|l| !l.tokens.is_empty())
+                {
                     let finish_reason = finish.map(|f| form.finish(f));
-                    events.push(chunk(vec![CompletionChoice { text, index, logprobs, finish_reason }], None));
+                    events.push(chunk(
+                        vec![CompletionChoice { text, index, logprobs, finish_reason }],
+                        None,
+                    ));
                 }
                 events
             }
@@ -366,7 +414,8 @@ mod tests {
 
     #[test]
     fn offsets_count_characters_and_may_stand_still() {
-        // two tokens for one character, one without text, an end behind the text and one within a character
+        // two tokens for one character, one without text, an end behind the text and one within a
+        // character
         let mut offsets = Offsets { text: "a東b京".into(), ..Offsets::default() };
         let starts: Vec<usize> = [1, 1, 4, 4, 5, 6, 8, 99].map(|end| offsets.next(end)).into();
         assert_eq!(starts, [0, 1, 1, 2, 2, 3, 3, 4]);

@@ -24,8 +24,8 @@ use utoipa::ToSchema;
 const MOST_CANDIDATES: u32 = 128;
 const MOST_LOGPROBS: usize = 20;
 
-/// Most texts and tokens that end a candidate, most phrases to ban and to keep, most tokens with a bias. Each costs time with every
-/// token.
+/// Most texts and tokens that end a candidate, most phrases to ban and to keep, most tokens with a
+/// bias. Each costs time with every token.
 const MOST_STOPS: usize = 16;
 const MOST_STOP_TOKENS: usize = 256;
 const MOST_BANS: usize = 10_000;
@@ -35,7 +35,8 @@ const MOST_BIASES: usize = 1024;
 /// Most bytes of a stop text, and of a phrase.
 const MOST_PHRASE_BYTES: usize = 1024;
 
-/// Below this temperature the likeliest token is as good as certain, and logits divided by it could overflow.
+/// Below this temperature the likeliest token is as good as certain, and logits divided by it could
+/// overflow.
 const GREEDY: f32 = 1e-5;
 
 /// One text or several.
@@ -115,10 +116,18 @@ impl SamplingParams {
                 None => Ok(default),
                 // a double's least numbers are none for the engine
                 Some(v) if v > 0.0 && v <= to => Ok((v as f32).max(f32::MIN_POSITIVE)),
-                Some(v) => Err(ApiError::field(name, format!("{name} is {v}, expected above 0, at most {to}"))),
+                Some(v) => Err(ApiError::field(
+                    name,
+                    format!("{name} is {v}, expected above 0, at most {to}"),
+                )),
             }
         }
-        fn within<T: PartialOrd + std::fmt::Display>(name: &str, v: T, from: T, to: T) -> Result<T, ApiError> {
+        fn within<T: PartialOrd + std::fmt::Display>(
+            name: &str,
+            v: T,
+            from: T,
+            to: T,
+        ) -> Result<T, ApiError> {
             if v >= from && v <= to {
                 return Ok(v);
             }
@@ -126,22 +135,39 @@ impl SamplingParams {
         }
         let d = defaults.sampling;
         let top_k = within("top_k", self.top_k.unwrap_or(d.top_k as i64), -1, i64::MAX)?;
-        let temperature = within("temperature", self.temperature.unwrap_or(d.temperature), 0.0, 100.0)?;
+        let temperature =
+            within("temperature", self.temperature.unwrap_or(d.temperature), 0.0, 100.0)?;
         let sampling = Sampling {
             temperature: if temperature < GREEDY { 0.0 } else { temperature },
             top_k: top_k.max(0) as usize,
             top_p: above_zero("top_p", self.top_p, d.top_p, 1.0)?,
             min_p: within("min_p", self.min_p.unwrap_or(d.min_p), 0.0, 1.0)?,
-            repetition_penalty: above_zero("repetition_penalty", self.repetition_penalty, d.repetition_penalty, 100.0)?,
+            repetition_penalty: above_zero(
+                "repetition_penalty",
+                self.repetition_penalty,
+                d.repetition_penalty,
+                100.0,
+            )?,
             penalize_prompt: self.penalize_prompt.unwrap_or(d.penalize_prompt),
-            presence_penalty: within("presence_penalty", self.presence_penalty.unwrap_or(0.0), -2.0, 2.0)?,
-            frequency_penalty: within("frequency_penalty", self.frequency_penalty.unwrap_or(0.0), -2.0, 2.0)?,
+            presence_penalty: within(
+                "presence_penalty",
+                self.presence_penalty.unwrap_or(0.0),
+                -2.0,
+                2.0,
+            )?,
+            frequency_penalty: within(
+                "frequency_penalty",
+                self.frequency_penalty.unwrap_or(0.0),
+                -2.0,
+                2.0,
+            )?,
             seed: self.seed.map_or_else(crate::random::seed, |s| s as u64),
         };
         let mut bias = Vec::new();
         most("logit_bias", self.logit_bias.as_ref().map_or(0, BTreeMap::len), MOST_BIASES)?;
         for (token, value) in self.logit_bias.unwrap_or_default() {
-            let id = token.parse::<u32>().ok().filter(|&id| (id as usize) < shared.config.vocab_size);
+            let id =
+                token.parse::<u32>().ok().filter(|&id| (id as usize) < shared.config.vocab_size);
             let id = id.ok_or_else(|| {
                 ApiError::field(
                     "logit_bias",
@@ -155,15 +181,21 @@ impl SamplingParams {
         let ban = banned("bad_words", self.bad_words.unwrap_or_default())?;
         let stop_token_ids = self.stop_token_ids.unwrap_or_default();
         most("stop_token_ids", stop_token_ids.len(), MOST_STOP_TOKENS)?;
-        if let Some(id) = stop_token_ids.iter().find(|id| **id as usize >= shared.config.vocab_size) {
+        if let Some(id) = stop_token_ids.iter().find(|id| **id as usize >= shared.config.vocab_size)
+        {
             let message = format!("stop_token_ids names {id}, which is no token id of this model");
             return Err(ApiError::field("stop_token_ids", message));
         }
-        let own = self.timeout.map(|t| above_zero("timeout", Some(t), 0.0, 86_400.0)).transpose()?;
+        let own =
+            self.timeout.map(|t| above_zero("timeout", Some(t), 0.0, 86_400.0)).transpose()?;
         let limit = shared.request_timeout;
-        let timeout = own.map(Duration::from_secs_f32).map_or(limit, |own| Some(limit.map_or(own, |l| own.min(l))));
+        let timeout = own
+            .map(Duration::from_secs_f32)
+            .map_or(limit, |own| Some(limit.map_or(own, |l| own.min(l))));
         let length = match max_tokens {
-            Some(0) => return Err(ApiError::field("max_tokens", "max_tokens is 0, expected at least 1")),
+            Some(0) => {
+                return Err(ApiError::field("max_tokens", "max_tokens is 0, expected at least 1"));
+            }
             Some(n) => Length::New(n as usize),
             None => defaults.length,
         };
@@ -189,7 +221,8 @@ impl SamplingParams {
     }
 }
 
-/// Reads the sampling parameters of a body on their own, so that an error names the field, and refuses what is not supported.
+/// Reads the sampling parameters of a body on their own, so that an error names the field, and
+/// refuses what is not supported.
 pub fn check(body: &Value) -> Result<(), ApiError> {
     read::<SamplingParams>(body)?;
     unsupported::check(body)
@@ -199,7 +232,9 @@ pub fn check(body: &Value) -> Result<(), ApiError> {
 fn most(field: &str, count: usize, limit: usize) -> Result<(), ApiError> {
     match count <= limit {
         true => Ok(()),
-        false => Err(ApiError::field(field, format!("{field} has {count} entries; {limit} at most"))),
+        false => {
+            Err(ApiError::field(field, format!("{field} has {count} entries; {limit} at most")))
+        }
     }
 }
 
@@ -209,7 +244,10 @@ fn check_phrases(field: &str, phrases: &[String], limit: usize) -> Result<(), Ap
     match phrases.iter().find(|p| p.len() > MOST_PHRASE_BYTES) {
         None => Ok(()),
         Some(long) => {
-            let message = format!("{field} has an entry of {} bytes; {MOST_PHRASE_BYTES} at most", long.len());
+            let message = format!(
+                "{field} has an entry of {} bytes; {MOST_PHRASE_BYTES} at most",
+                long.len()
+            );
             Err(ApiError::field(field, message))
         }
     }
@@ -218,7 +256,8 @@ fn check_phrases(field: &str, phrases: &[String], limit: usize) -> Result<(), Ap
 /// The phrases of a field that no candidate may hold.
 fn banned(field: &str, list: Vec<String>) -> Result<Arc<Phrases>, ApiError> {
     check_phrases(field, &list, MOST_BANS)?;
-    let phrases = Phrases::checked(list).map_err(|e| ApiError::field(field, format!("{field} {e}")))?;
+    let phrases =
+        Phrases::checked(list).map_err(|e| ApiError::field(field, format!("{field} {e}")))?;
     Ok(Arc::new(phrases))
 }
 
@@ -257,7 +296,8 @@ pub struct PromptTokensDetails {
 impl Usage {
     pub fn add(&mut self, completed: &Completed) {
         self.prompt_tokens += completed.prompt_ids.len();
-        self.completion_tokens += completed.candidates.iter().map(|c| c.tokens.len()).sum::<usize>();
+        self.completion_tokens +=
+            completed.candidates.iter().map(|c| c.tokens.len()).sum::<usize>();
         self.total_tokens = self.prompt_tokens + self.completion_tokens;
         self.prompt_tokens_details.cached_tokens += completed.cached;
     }

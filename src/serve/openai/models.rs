@@ -52,7 +52,10 @@ pub async fn models(State(shared): StateArc) -> Json<ModelList> {
     params(("model" = String, Path, description = "Its name")),
     responses((status = 200, body = Model), (status = "4XX", body = ErrorBody))
 )]
-pub async fn model_by_name(State(shared): StateArc, Path(name): Path<String>) -> Result<Json<Model>, ApiError> {
+pub async fn model_by_name(
+    State(shared): StateArc,
+    Path(name): Path<String>,
+) -> Result<Json<Model>, ApiError> {
     shared.check_model(Some(&name))?;
     Ok(Json(model(&shared)))
 }

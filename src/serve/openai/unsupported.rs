@@ -1,6 +1,6 @@
-//! Fields that other servers know and this one does not. To ignore one that changes the result would be a wrong answer, so each
-//! is refused by its name, unless its value asks for nothing. What changes no result (`user`, `metadata`, `store`, ...) is let
-//! pass.
+//! Fields that other servers know and this one does not. To ignore one that changes the result
+//! would be a wrong answer, so each is refused by its name, unless its value asks for nothing. What
+//! changes no result (`user`, `metadata`, `store`, ...) is let pass.
 
 use crate::serve::errors::ApiError;
 use serde_json::{Map, Value, json};
@@ -80,7 +80,8 @@ pub fn check(body: &Value) -> Result<(), ApiError> {
                 shown.truncate((0..=40).rev().find(|n| shown.is_char_boundary(*n)).unwrap_or(0));
                 shown.push('…');
             }
-            let message = format!("{name} is not supported by this server (it is {shown}); leave it out");
+            let message =
+                format!("{name} is not supported by this server (it is {shown}); leave it out");
             return Err(ApiError::field(name, message));
         }
     }
@@ -142,7 +143,11 @@ mod tests {
             (json!({ "modalities": ["text", "audio"] }), "modalities"),
         ] {
             let error = check(&body).unwrap_err();
-            assert_eq!((error.status.as_u16(), error.detail.param.as_deref()), (400, Some(field)), "{body}");
+            assert_eq!(
+                (error.status.as_u16(), error.detail.param.as_deref()),
+                (400, Some(field)),
+                "{body}"
+            );
             assert!(error.detail.message.contains(field) && error.detail.message.len() < 200);
         }
     }

@@ -1,8 +1,9 @@
-//! y = x W^T with bf16 weights on AVX-512 BF16: [`super::lanes`] with words of two inner elements, for `vdpbf16ps`.
+//! y = x W^T with bf16 weights on AVX-512 BF16: [`super::lanes`] with words of two inner elements,
+//! for `vdpbf16ps`.
 //!
-//! Weights are laid out once, at load, in memory of large pages. The pause (0.2 s for BLOOM-1b1 on two cores of Zen 5) comes back
-//! within some sixty tokens; laid out as they are used, from where they lie in the file, one sequence decoded at a third of the
-//! speed.
+//! Weights are laid out once, at load, in memory of large pages. The pause (0.2 s for BLOOM-1b1 on
+//! two cores of Zen 5) comes back within some sixty tokens; laid out as they are used, from where
+//! they lie in the file, one sequence decoded at a third of the speed.
 
 use super::super::Cpu;
 use super::super::finite::NotFinite;
@@ -29,8 +30,14 @@ fn group_bytes(cols: usize) -> usize {
 }
 
 impl Packed {
-    /// Lays out a row-major matrix, in place where it is nobody else's, and looks for what is no number. `cpu` must have AVX-512 BF16.
-    pub fn new(cpu: &Cpu, source: Bytes, [rows, cols]: [usize; 2], found: &NotFinite) -> std::io::Result<Packed> {
+    /// Lays out a row-major matrix, in place where it is nobody else's, and looks for what is no
+    /// number. `cpu` must have AVX-512 BF16.
+    pub fn new(
+        cpu: &Cpu,
+        source: Bytes,
+        [rows, cols]: [usize; 2],
+        found: &NotFinite,
+    ) -> std::io::Result<Packed> {
         let group = group_bytes(cols);
         let pack = |at: usize, from: &[u8], to: &mut [u8]| {
             found.look(cpu.isa, DType::Bf16, at / 2, from);
@@ -42,7 +49,9 @@ impl Packed {
         } else {
             Bytes::resident(rows.div_ceil(GROUP) * group, |out| {
                 let width = GROUP * cols * 2;
-                for (i, (from, to)) in source.chunks(width).zip(out.chunks_exact_mut(group)).enumerate() {
+                for (i, (from, to)) in
+                    source.chunks(width).zip(out.chunks_exact_mut(group)).enumerate()
+                {
                     pack(i * width, from, to);
                 }
             })?
@@ -73,15 +82,21 @@ pub fn product(cpu: &Cpu, x: &[f32], w: &Packed, finish: &Finish) {
     let (rows, cols, bytes) = (w.rows, w.cols, group_bytes(w.cols));
     let narrow = |x: &[f32], row: &mut [bf16], _| narrow_bf16(cpu.isa, x, row);
     lanes::prepare(cpu, x, cols, narrow, |a| {
-        lanes::tasks(cpu, rows.div_ceil(GROUP), x.len() / cols, |first, count, tokens, sums: &mut [f32]| {
-            let at = w.data[first * bytes..(first + count) * bytes].as_ptr();
-            // SAFETY: such a matrix is only made where the instruction set is there; the panel has so many groups.
-            unsafe { panel_bf16(Groups { at, bytes, count }, a, tokens.clone(), sums) };
-            let real = (count * GROUP).min(rows - first * GROUP);
-            for (t, sums) in tokens.zip(sums.chunks_exact_mut(count * GROUP)) {
-                finish(t, first * GROUP, &mut sums[..real]);
-            }
-        });
+        lanes::tasks(
+            cpu,
+            rows.div_ceil(GROUP),
+            x.len() / cols,
+            |first, count, tokens, sums: &mut [f32]| {
+                let at = w.data[first * bytes..(first + count) * bytes].as_ptr();
+                // SAFETY: such a matrix is only made where the instruction set is there; the panel
+                // has so many groups.
+                unsafe { panel_bf16(Groups { at, bytes, count }, a, tokens.clone(), sums) };
+                let real = (count * GROUP).min(rows - first * GROUP);
+                for (t, sums) in tokens.zip(sums.chunks_exact_mut(count * GROUP)) {
+                    finish(t, first * GROUP, &mut sums[..real]);
+                }
+            },
+        );
     });
 }
 
@@ -192,7 +207,8 @@ mod tests {
                     let exact: f64 = x.iter().zip(&w[r * cols..]).map(|(x, w)| *x as f64 * w.to_f64()).sum();
                     // a quarter is the largest term; each addition rounds the sum so far
                     let most = cols as f64 * 0.25 * cols as f64 * f32::EPSILON as f64;
-                    prop_assert!((*ours as f64 - exact).abs() <= most, "row {} of token {}: {} {}", r, t, ours, exact);
+                    prop_assert!((*ours as f64 - exact).abs() <= most, "row {} of token {}: {} \
+                        {}", r, t, ours, exact);
                 }
             }
         }

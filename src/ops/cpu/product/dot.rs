@@ -7,7 +7,8 @@ use std::marker::PhantomData;
 /// One way to multiply and add; lanes run along the inner dimension.
 ///
 /// # Safety
-/// Every function needs the instruction set of the implementing type and pointers valid for the elements it reads.
+/// Every function needs the instruction set of the implementing type and pointers valid for the
+/// elements it reads.
 #[allow(clippy::missing_safety_doc)] // one contract for the whole trait, stated above
 pub trait Dot {
     /// Stored weight and prepared activation.

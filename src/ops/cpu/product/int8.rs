@@ -1,5 +1,6 @@
-//! y = x W^T with 8-bit weights, quantized at load and laid out for the instructions that multiply them: [`super::lanes`] with
-//! words of four inner elements, for `vpdpbusd`. The products are integers and exact.
+//! y = x W^T with 8-bit weights, quantized at load and laid out for the instructions that multiply
+//! them: [`super::lanes`] with words of four inner elements, for `vpdpbusd`. The products are
+//! integers and exact.
 
 use super::super::Cpu;
 use super::super::simd::Isa;
@@ -22,11 +23,17 @@ pub struct Int8 {
 
 impl Int8 {
     /// Quantizes rows of `cols` elements that `row` makes.
-    pub fn new(cpu: &Cpu, rows: usize, cols: usize, row: impl Fn(usize) -> Vec<f32> + Sync) -> std::io::Result<Int8> {
+    pub fn new(
+        cpu: &Cpu,
+        rows: usize,
+        cols: usize,
+        row: impl Fn(usize) -> Vec<f32> + Sync,
+    ) -> std::io::Result<Int8> {
         let (words, count) = (cols.div_ceil(INNER), rows.div_ceil(GROUP));
         let (mut scales, mut sums) = (vec![0.0; rows], vec![0; rows]);
         let data = Bytes::resident(count * words * GROUP * INNER, |data| {
-            let (data, scales, sums) = (Disjoint::new(data), Disjoint::new(&mut scales), Disjoint::new(&mut sums));
+            let (data, scales, sums) =
+                (Disjoint::new(data), Disjoint::new(&mut scales), Disjoint::new(&mut sums));
             cpu.threads.run_ranges(count, 4, |groups| {
                 let mut quantized = vec![0u32; words];
                 for i in groups.start * GROUP..(groups.end * GROUP).min(rows) {
@@ -34,12 +41,18 @@ impl Int8 {
                     let group = i / GROUP * words * GROUP * INNER;
                     // SAFETY: every group is one task's.
                     let (scale, sum, group) = unsafe {
-                        (scales.slice(i..i + 1), sums.slice(i..i + 1), data.slice(group..group + words * GROUP * INNER))
+                        (
+                            scales.slice(i..i + 1),
+                            sums.slice(i..i + 1),
+                            data.slice(group..group + words * GROUP * INNER),
+                        )
                     };
                     scale[0] = quantize_offset(cpu.isa, &row(i), bytes);
-                    // the offset goes, here and below, and what is behind the row becomes zero with it
+                    // the offset goes, here and below, and what is behind the row becomes zero with
+                    // it
                     bytes[cols..].fill(128);
-                    sum[0] = bytes.iter().map(|&q| q as i32).sum::<i32>() - 128 * bytes.len() as i32;
+                    sum[0] =
+                        bytes.iter().map(|&q| q as i32).sum::<i32>() - 128 * bytes.len() as i32;
                     let lanes = bytemuck::cast_slice_mut::<u8, [u32; GROUP]>(group);
                     for (lanes, word) in lanes.iter_mut().zip(&quantized) {
                         lanes[i % GROUP] = word ^ 0x8080_8080;
@@ -80,7 +93,8 @@ thread_local! {
     static OUTPUTS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Computes x W^T for `x` = `[tokens, inputs]`, and hands every token's outputs to `finish`, panel by panel.
+/// Computes x W^T for `x` = `[tokens, inputs]`, and hands every token's outputs to `finish`, panel
+/// by panel.
 pub fn product(cpu: &Cpu, x: &[f32], w: &Int8, finish: &Finish) {
     let (rows, inputs) = (w.rows(), w.cols);
     let tokens = x.len() / inputs;
@@ -101,27 +115,40 @@ pub fn product(cpu: &Cpu, x: &[f32], w: &Int8, finish: &Finish) {
     lanes::prepare(cpu, x, inputs, quantize, |a| {
         // SAFETY: all scales are written, and nobody writes them now.
         let scales = unsafe { &*scales_out.slice(0..tokens) };
-        lanes::tasks(cpu, rows.div_ceil(GROUP), tokens, |group, count, tokens, sums: &mut [i32]| {
-            let first = group * GROUP;
-            let real = (count * GROUP).min(rows - first);
-            // SAFETY: the instruction set was matched above; the panel lies inside the weights.
-            unsafe {
-                let at = w.data.as_ptr().add(group * w.group());
-                panel(Groups { at, bytes: w.group(), count }, a, tokens.clone(), sums);
-            }
-            OUTPUTS.with_borrow_mut(|outputs| {
-                outputs.resize(real, 0.0);
-                for (t, sums) in tokens.zip(sums.chunks_exact(count * GROUP)) {
-                    scale_sums(cpu.isa, sums, &w.sums[first..], &w.scales[first..], scales[t], outputs);
-                    finish(t, first, outputs);
+        lanes::tasks(
+            cpu,
+            rows.div_ceil(GROUP),
+            tokens,
+            |group, count, tokens, sums: &mut [i32]| {
+                let first = group * GROUP;
+                let real = (count * GROUP).min(rows - first);
+                // SAFETY: the instruction set was matched above; the panel lies inside the weights.
+                unsafe {
+                    let at = w.data.as_ptr().add(group * w.group());
+                    panel(Groups { at, bytes: w.group(), count }, a, tokens.clone(), sums);
                 }
-            });
-        });
+                OUTPUTS.with_borrow_mut(|outputs| {
+                    outputs.resize(real, 0.0);
+                    for (t, sums) in tokens.zip(sums.chunks_exact(count * GROUP)) {
+                        scale_sums(
+                            cpu.isa,
+                            sums,
+                            &w.sums[first..],
+                            &w.scales[first..],
+                            scales[t],
+                            outputs,
+                        );
+                        finish(t, first, outputs);
+                    }
+                });
+            },
+        );
     });
 }
 
 simd_fn! {
-    /// Rounds `x` to whole multiples, at most 127, of the returned scale (its largest element over 127), and adds 128.
+    /// Rounds `x` to whole multiples, at most 127, of the returned scale (its largest element over
+    /// 127), and adds 128.
     pub fn quantize_offset<S>(x: &[f32], out: &mut [u8]) -> f32 {
         let full = x.len() / 16 * 16;
         assert!(x.len() <= out.len());
@@ -178,7 +205,9 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn dot(acc: Self::Acc, w: Self::W, a: *const u8) -> Self::Acc {
         let a = unsafe { a.cast::<[u8; INNER]>().read_unaligned() };
-        std::array::from_fn(|i| (0..INNER).fold(acc[i], |sum, k| sum + w[i][k] as i32 * a[k] as i32))
+        std::array::from_fn(|i| {
+            (0..INNER).fold(acc[i], |sum, k| sum + w[i][k] as i32 * a[k] as i32)
+        })
     }
     #[inline(always)]
     unsafe fn end(acc: Self::Acc, out: *mut i32) {
@@ -217,7 +246,9 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn dot(acc: __m512i, w: __m512i, a: *const u8) -> __m512i {
-            unsafe { _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(a.cast::<i32>().read_unaligned()), w) }
+            unsafe {
+                _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(a.cast::<i32>().read_unaligned()), w)
+            }
         }
         #[inline(always)]
         unsafe fn end(acc: __m512i, out: *mut i32) {
@@ -272,7 +303,8 @@ mod x86 {
         unsafe fn end(acc: Self::Acc, out: *mut i32) {
             for half in 0..2 {
                 unsafe {
-                    // halves of 128 bits hold rows 0 1 4 5 and 2 3 6 7 after the addition of neighbours
+                    // halves of 128 bits hold rows 0 1 4 5 and 2 3 6 7 after the addition of
+                    // neighbours
                     let sums = _mm256_hadd_epi32(acc[2 * half], acc[2 * half + 1]);
                     let sums = _mm256_permute4x64_epi64::<0b11_01_10_00>(sums);
                     let out = out.add(8 * half).cast::<__m256i>();
@@ -282,6 +314,10 @@ mod x86 {
         }
     }
 
-    panel_instance!(panel_vnni, Vnni, "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c");
+    panel_instance!(
+        panel_vnni,
+        Vnni,
+        "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"
+    );
     panel_instance!(panel_avx2, Avx2, "avx2,fma,f16c");
 }

@@ -1,10 +1,11 @@
 //! Products whose vector lanes are outputs: nothing is summed across lanes.
 //!
-//! Groups of 16 rows of weights lie as `[words][16 rows]`, a word being 4 bytes along the inner dimension (4 int8, 2 bf16):
-//! 64 bytes are one operand of a dot-product instruction, whose other operand is one word of activations for all lanes.
-//! Groups follow each other, so that a panel is one stretch of memory. Activations lie in quads of tokens, `[words][4 tokens]`.
-//! An output is summed word by word from the first to the last, whatever the tiles: a token's result is the same in every
-//! batch.
+//! Groups of 16 rows of weights lie as `[words][16 rows]`, a word being 4 bytes along the inner
+//! dimension (4 int8, 2 bf16): 64 bytes are one operand of a dot-product instruction, whose other
+//! operand is one word of activations for all lanes. Groups follow each other, so that a panel is
+//! one stretch of memory. Activations lie in quads of tokens, `[words][4 tokens]`. An output is
+//! summed word by word from the first to the last, whatever the tiles: a token's result is the same
+//! in every batch.
 
 use super::{Line, prefetch};
 use crate::ops::cpu::Cpu;
@@ -24,7 +25,8 @@ const TOKENS: usize = 192;
 const CHUNK: usize = 512;
 /// Most tokens of a single tile, whose groups stream by.
 const FEW: usize = 16;
-/// Of more than 12 such tokens, the bytes of their rows that stay in the first-level cache meanwhile.
+/// Of more than 12 such tokens, the bytes of their rows that stay in the first-level cache
+/// meanwhile.
 const TALL_CHUNK: usize = 1024;
 /// Bytes ahead of use that streaming weights are asked for.
 const AHEAD: usize = 8192;
@@ -32,7 +34,8 @@ const AHEAD: usize = 8192;
 /// How one group's 16 sums are kept and added to.
 ///
 /// # Safety
-/// Every function needs the instruction set of the implementing type, 64 bytes of weights, 4 of activations and 16 sums.
+/// Every function needs the instruction set of the implementing type, 64 bytes of weights, 4 of
+/// activations and 16 sums.
 #[allow(clippy::missing_safety_doc)] // one contract for the whole trait, stated above
 pub trait Lanes {
     type Acc: Copy;
@@ -72,7 +75,8 @@ thread_local! {
     static ROWS: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Has `convert` write each token's activations, of `inputs` elements in f32, as elements `A`, and hands them on as quads.
+/// Has `convert` write each token's activations, of `inputs` elements in f32, as elements `A`, and
+/// hands them on as quads.
 pub fn prepare<A: bytemuck::Pod>(
     cpu: &Cpu,
     x: &[f32],
@@ -97,14 +101,17 @@ pub fn prepare<A: bytemuck::Pod>(
                 rows.resize(4 * words, 0);
                 for quad in quads {
                     let first = quad * 4;
-                    for (t, row) in (first..tokens.min(first + 4)).zip(rows.chunks_exact_mut(words)) {
+                    for (t, row) in (first..tokens.min(first + 4)).zip(rows.chunks_exact_mut(words))
+                    {
                         let row = &mut bytemuck::cast_slice_mut::<u32, A>(row)[..inputs];
                         convert(&x[t * inputs..(t + 1) * inputs], row, t);
                     }
                     // SAFETY: every quad is one task's.
                     let out = unsafe { out.slice(quad * bytes..quad * bytes + words * 4 * WORD) };
                     let [a, b, c, d] = [0, 1, 2, 3].map(|i| &rows[i * words..(i + 1) * words]);
-                    for (i, out) in bytemuck::cast_slice_mut::<u8, [u32; 4]>(out).iter_mut().enumerate() {
+                    for (i, out) in
+                        bytemuck::cast_slice_mut::<u8, [u32; 4]>(out).iter_mut().enumerate()
+                    {
                         *out = [a[i], b[i], c[i], d[i]];
                     }
                 }
@@ -119,8 +126,8 @@ thread_local! {
     static SUMS: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Cuts a product into tasks of a panel each. `body` gets the first group, how many there are, the tokens, and room for
-/// their sums `[tokens, groups, 16]`, zeroed.
+/// Cuts a product into tasks of a panel each. `body` gets the first group, how many there are, the
+/// tokens, and room for their sums `[tokens, groups, 16]`, zeroed.
 pub fn tasks<S: bytemuck::Pod>(
     cpu: &Cpu,
     groups: usize,
@@ -148,13 +155,15 @@ pub type Panel<Sum> = unsafe fn(Groups, Quads, Range<usize>, &mut [Sum]);
 /// See [`Panel`].
 ///
 /// # Safety
-/// Needs the instruction set of `L`; the groups and `tokens` lie inside the weights and activations.
+/// Needs the instruction set of `L`; the groups and `tokens` lie inside the weights and
+/// activations.
 #[inline(always)]
 pub unsafe fn panel<L: Lanes>(w: Groups, a: Quads, tokens: Range<usize>, sums: &mut [L::Sum]) {
     let inner = w.bytes / GROUP; // bytes of a row
     let count = tokens.len();
-    // Where one tile takes all tokens, memory is the limit, and a few long streams are what it delivers fastest. Else
-    // a chunk of two groups stays in the first-level cache while all tokens use it, and the next is asked for meanwhile.
+    // Where one tile takes all tokens, memory is the limit, and a few long streams are what it
+    // delivers fastest. Else a chunk of two groups stays in the first-level cache while all tokens
+    // use it, and the next is asked for meanwhile.
     let (tile_m, height) = if L::WIDE { (12, 2) } else { (4, 1) };
     let tall = L::WIDE && count > tile_m && count <= FEW;
     let plan = if tall {
@@ -189,7 +198,8 @@ pub unsafe fn panel<L: Lanes>(w: Groups, a: Quads, tokens: Range<usize>, sums: &
                         stride: step * w.bytes,
                         streaming: plan.streaming,
                         next: if plan.streaming {
-                            // where the stream goes on: the next group, or the first one's next chunk
+                            // where the stream goes on: the next group, or the first one's next
+                            // chunk
                             match (first + 1 < step, k + kn < inner) {
                                 (true, _) => at.wrapping_add(w.bytes),
                                 (false, true) => w.at.wrapping_add((k + kn) * GROUP),
@@ -284,13 +294,17 @@ impl<S: Copy> Tile<S> {
                 let cut = self.kn.saturating_sub(AHEAD / GROUP);
                 for i in (0..cut).step_by(WORD) {
                     for n in 0..N {
-                        prefetch::<_, true>(self.w.wrapping_add(n * self.stride + i * GROUP + AHEAD));
+                        prefetch::<_, true>(
+                            self.w.wrapping_add(n * self.stride + i * GROUP + AHEAD),
+                        );
                     }
                     self.step::<L, M, N>(&mut acc, i);
                 }
                 for i in (cut..self.kn).step_by(WORD) {
                     for n in 0..N {
-                        prefetch::<_, true>(self.next.wrapping_add(n * self.stride + (i - cut) * GROUP));
+                        prefetch::<_, true>(
+                            self.next.wrapping_add(n * self.stride + (i - cut) * GROUP),
+                        );
                     }
                     self.step::<L, M, N>(&mut acc, i);
                 }
@@ -313,9 +327,14 @@ impl<S: Copy> Tile<S> {
     /// # Safety
     /// As for [`panel`].
     #[inline(always)]
-    unsafe fn step<L: Lanes<Sum = S>, const M: usize, const N: usize>(&self, acc: &mut [[L::Acc; N]; M], i: usize) {
+    unsafe fn step<L: Lanes<Sum = S>, const M: usize, const N: usize>(
+        &self,
+        acc: &mut [[L::Acc; N]; M],
+        i: usize,
+    ) {
         unsafe {
-            let ws: [L::W; N] = std::array::from_fn(|n| L::load(self.w.add(n * self.stride + i * GROUP)));
+            let ws: [L::W; N] =
+                std::array::from_fn(|n| L::load(self.w.add(n * self.stride + i * GROUP)));
             let a = self.a.add(i * 4);
             for (m, row) in acc.iter_mut().enumerate() {
                 let a = a.add(m / 4 * self.quad + m % 4 * WORD);

@@ -1,11 +1,13 @@
-//! y = x W^T for inference: weights `[outputs, inputs]` in the type and place they are stored in. Those that instructions for
-//! dot products take ([`bf16`], [`int8`]) go ways of their own, [`lanes`].
+//! y = x W^T for inference: weights `[outputs, inputs]` in the type and place they are stored in.
+//! Those that instructions for dot products take ([`bf16`], [`int8`]) go ways of their own,
+//! [`lanes`].
 //!
-//! The others in dot-product form: lanes run along the inner dimension, so that mapped files are read as they lie. A tile
-//! is 4 tokens by 6 rows of weights (24 vector sums in registers, 10 loads for 24 multiply-adds). A task
-//! takes a panel of rows, whose chunk of [`CHUNK`] inner elements stays in the first-level cache while all tokens
-//! pass by it from the second: each weight is read from memory once a call. An output's sum runs over lanes,
-//! then chunks, in an order that depends on the inner size alone: a token's result is the same in every batch.
+//! The others in dot-product form: lanes run along the inner dimension, so that mapped files are
+//! read as they lie. A tile is 4 tokens by 6 rows of weights (24 vector sums in registers, 10 loads
+//! for 24 multiply-adds). A task takes a panel of rows, whose chunk of [`CHUNK`] inner elements
+//! stays in the first-level cache while all tokens pass by it from the second: each weight is read
+//! from memory once a call. An output's sum runs over lanes, then chunks, in an order that depends
+//! on the inner size alone: a token's result is the same in every batch.
 
 #[cfg(target_arch = "x86_64")]
 mod bf16;
@@ -25,15 +27,17 @@ use dot::{Dot, Float};
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Inner elements that are summed before the next chunk begins: six rows of it fit the first-level cache.
+/// Inner elements that are summed before the next chunk begins: six rows of it fit the first-level
+/// cache.
 const CHUNK: usize = 2048;
-/// Most weights of one task, and most of its rows: longer tasks would leave a thread waiting at the end.
+/// Most weights of one task, and most of its rows: longer tasks would leave a thread waiting at the
+/// end.
 const PANEL: usize = 96 * 2048;
 const PANEL_ROWS: usize = 96;
 /// Most tokens that pass a panel at once: their activations stay in the second-level cache.
 const TOKENS: usize = 192;
-/// Streams of weights of a pass of few tokens, and how many bytes ahead of use they are asked for. Measured on
-/// Zen 4: one stream 85 % of the read bandwidth, two 98 %, six neighbouring rows 60 %.
+/// Streams of weights of a pass of few tokens, and how many bytes ahead of use they are asked for.
+/// Measured on Zen 4: one stream 85 % of the read bandwidth, two 98 %, six neighbouring rows 60 %.
 const STREAMS: usize = 2;
 const AHEAD: usize = 1024;
 /// Activations are padded with zeros to a multiple of this many elements.
@@ -42,7 +46,8 @@ const PAD: usize = 64;
 /// Receives finished outputs: the token, the first row of the panel, and its sums.
 pub type Finish<'a> = dyn Fn(usize, usize, &mut [f32]) + Sync + 'a;
 
-/// Computes x W^T for `x` = `[tokens, inputs]`, and hands every token's outputs to `finish`, panel by panel.
+/// Computes x W^T for `x` = `[tokens, inputs]`, and hands every token's outputs to `finish`, panel
+/// by panel.
 pub fn product(cpu: &Cpu, x: &[f32], weights: &Matrix, finish: &Finish) {
     match weights {
         Matrix::F32(w) => float(cpu, x, w, weights, finish),
@@ -54,21 +59,51 @@ pub fn product(cpu: &Cpu, x: &[f32], weights: &Matrix, finish: &Finish) {
     }
 }
 
-fn float<E: Element + bytemuck::Pod>(cpu: &Cpu, x: &[f32], w: &weights::Plain<E>, shape: &Matrix, finish: &Finish) {
+fn float<E: Element + bytemuck::Pod>(
+    cpu: &Cpu,
+    x: &[f32],
+    w: &weights::Plain<E>,
+    shape: &Matrix,
+    finish: &Finish,
+) {
     prepare(cpu, x, shape.cols(), |a, width| match cpu.isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Avx512Bf16 => {
             use super::simd::Avx512;
-            run::<Float<Avx512, E>>(cpu, panel_avx512::<Float<Avx512, E>>, a, width, &w.data, shape, finish)
+            run::<Float<Avx512, E>>(
+                cpu,
+                panel_avx512::<Float<Avx512, E>>,
+                a,
+                width,
+                &w.data,
+                shape,
+                finish,
+            )
         }
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => {
             use super::simd::Avx2;
-            run::<Float<Avx2, E>>(cpu, panel_avx2::<Float<Avx2, E>>, a, width, &w.data, shape, finish)
+            run::<Float<Avx2, E>>(
+                cpu,
+                panel_avx2::<Float<Avx2, E>>,
+                a,
+                width,
+                &w.data,
+                shape,
+                finish,
+            )
         }
         _ => {
             use super::simd::Portable;
-            run::<Float<Portable, E>>(cpu, panel::<Float<Portable, E>>, a, width, &w.data, shape, finish)
+            run::<Float<Portable, E>>(
+                cpu,
+                panel::<Float<Portable, E>>,
+                a,
+                width,
+                &w.data,
+                shape,
+                finish,
+            )
         }
     });
 }
@@ -109,8 +144,17 @@ fn prepare(cpu: &Cpu, x: &[f32], inputs: usize, then: impl FnOnce(&[f32], usize)
     });
 }
 
-/// A panel's computation: `(weights, inputs, rows, activations, their width, tokens, sums [tokens, rows])`.
-type Panel<D> = unsafe fn(&[<D as Dot>::W], usize, Range<usize>, &[<D as Dot>::A], usize, Range<usize>, &mut [f32]);
+/// A panel's computation: `(weights, inputs, rows, activations, their width, tokens, sums [tokens,
+/// rows])`.
+type Panel<D> = unsafe fn(
+    &[<D as Dot>::W],
+    usize,
+    Range<usize>,
+    &[<D as Dot>::A],
+    usize,
+    Range<usize>,
+    &mut [f32],
+);
 
 thread_local! {
     /// Sums of a panel, kept from call to call.
@@ -118,7 +162,15 @@ thread_local! {
 }
 
 #[allow(clippy::too_many_arguments)]
-fn run<D: Dot>(cpu: &Cpu, panel: Panel<D>, a: &[D::A], width: usize, w: &[D::W], shape: &Matrix, finish: &Finish) {
+fn run<D: Dot>(
+    cpu: &Cpu,
+    panel: Panel<D>,
+    a: &[D::A],
+    width: usize,
+    w: &[D::W],
+    shape: &Matrix,
+    finish: &Finish,
+) {
     let (rows, inputs) = (shape.rows(), shape.cols());
     let tokens = a.len() / width;
     assert_eq!(w.len(), rows * inputs);
@@ -157,9 +209,9 @@ unsafe fn panel<D: Dot>(
 ) {
     let n = rows.len();
     let (tile_m, tile_n) = if D::WIDE { (4, 6) } else { (2, 2) };
-    // Where each row is read by one tile only, memory is the limit: few streams, each of consecutive rows, are what
-    // it delivers fastest. Else a group of rows stays in the first-level cache while all tiles use it, and they ask
-    // for the next group meanwhile.
+    // Where each row is read by one tile only, memory is the limit: few streams, each of
+    // consecutive rows, are what it delivers fastest. Else a group of rows stays in the first-level
+    // cache while all tiles use it, and they ask for the next group meanwhile.
     let one_tile = tokens.len() <= tile_m;
     let (height, step) = if one_tile { (STREAMS, n / STREAMS) } else { (tile_n, 1) };
     let groups = n / height;
@@ -206,13 +258,21 @@ struct Call<'a, D: Dot> {
 }
 
 impl<D: Dot> Call<'_, D> {
-    /// All tokens with `height` rows from row `i` of the panel, `step` apart, over the chunk that begins at `k`. `next`
-    /// is the row and chunk that will be wanted after these.
+    /// All tokens with `height` rows from row `i` of the panel, `step` apart, over the chunk that
+    /// begins at `k`. `next` is the row and chunk that will be wanted after these.
     ///
     /// # Safety
     /// As for [`panel`].
     #[inline(always)]
-    unsafe fn group(&self, i: usize, height: usize, step: usize, k: usize, next: (usize, usize), sums: &mut [f32]) {
+    unsafe fn group(
+        &self,
+        i: usize,
+        height: usize,
+        step: usize,
+        k: usize,
+        next: (usize, usize),
+        sums: &mut [f32],
+    ) {
         unsafe {
             let kn = CHUNK.min(self.inputs - k);
             let at = self.w.as_ptr().add((self.first + i) * self.inputs + k);
@@ -232,7 +292,8 @@ impl<D: Dot> Call<'_, D> {
                         false => {
                             let from = number * height * next_kn / parts;
                             Ahead::Lines {
-                                at: next.wrapping_add(from / next_kn * self.inputs + from % next_kn),
+                                at: next
+                                    .wrapping_add(from / next_kn * self.inputs + from % next_kn),
                                 row: next_kn,
                                 left: next_kn - from % next_kn,
                                 skip: self.inputs - next_kn,
@@ -256,7 +317,15 @@ impl<D: Dot> Call<'_, D> {
 /// # Safety
 /// As for [`panel`].
 #[inline(always)]
-unsafe fn tiles<D: Dot>(m: usize, n: usize, w: Rows<D::W>, a: *const D::A, width: usize, k: usize, out: Sums) {
+unsafe fn tiles<D: Dot>(
+    m: usize,
+    n: usize,
+    w: Rows<D::W>,
+    a: *const D::A,
+    width: usize,
+    k: usize,
+    out: Sums,
+) {
     unsafe {
         match (m, n) {
             (4, 6) => tile::<D, 4, 6>(w, a, width, k, out),
@@ -293,8 +362,8 @@ struct Rows<W> {
 enum Ahead<W> {
     /// Every row, so many bytes ahead.
     Bytes(usize),
-    /// At every step so many lines (at most 3) of other rows from `at` on, of which `left` elements are in the first
-    /// row; the next rows have `row` elements each, `skip` elements lie between.
+    /// At every step so many lines (at most 3) of other rows from `at` on, of which `left` elements
+    /// are in the first row; the next rows have `row` elements each, `skip` elements lie between.
     Lines { at: *const W, left: usize, row: usize, skip: usize, lines: usize },
 }
 
@@ -305,7 +374,11 @@ pub(super) fn prefetch<T, const FIRST: bool>(p: *const T) {
     // SAFETY: a prefetch never faults.
     unsafe {
         use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
-        if FIRST { _mm_prefetch::<_MM_HINT_T0>(p.cast()) } else { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+        if FIRST {
+            _mm_prefetch::<_MM_HINT_T0>(p.cast())
+        } else {
+            _mm_prefetch::<_MM_HINT_T1>(p.cast())
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = p;
@@ -330,7 +403,9 @@ unsafe fn tile<D: Dot, const M: usize, const N: usize>(
             Ahead::Bytes(ahead) => {
                 for i in (0..full).step_by(D::STEP) {
                     for n in 0..N {
-                        prefetch::<u8, true>(w.at.add(n * w.stride + i).cast::<u8>().wrapping_add(ahead));
+                        prefetch::<u8, true>(
+                            w.at.add(n * w.stride + i).cast::<u8>().wrapping_add(ahead),
+                        );
                     }
                     step::<D, M, N>(
                         &mut acc,
@@ -343,7 +418,8 @@ unsafe fn tile<D: Dot, const M: usize, const N: usize>(
             Ahead::Lines { mut at, mut left, row, skip, lines } => {
                 let line = 64 / size_of::<D::W>();
                 // asking for a line twice costs less than a branch
-                let (second, third) = (line * (lines > 1) as usize, line * 2 * (lines > 2) as usize);
+                let (second, third) =
+                    (line * (lines > 1) as usize, line * 2 * (lines > 2) as usize);
                 for i in (0..full).step_by(D::STEP) {
                     prefetch::<_, true>(at);
                     prefetch::<_, true>(at.wrapping_add(second));
@@ -364,11 +440,12 @@ unsafe fn tile<D: Dot, const M: usize, const N: usize>(
             }
         }
         if full < k {
-            let ws = std::array::from_fn(|n| D::load_w_partial(w.at.add(n * w.stride + full), k - full));
+            let ws =
+                std::array::from_fn(|n| D::load_w_partial(w.at.add(n * w.stride + full), k - full));
             step::<D, M, N>(&mut acc, ws, a.add(full), a_stride);
         }
-        // Groups of 16 and 8, the rest one by one. The groups' bounds are constants of M and N: indexing `acc` with
-        // variables would keep it in memory all along.
+        // Groups of 16 and 8, the rest one by one. The groups' bounds are constants of M and N:
+        // indexing `acc` with variables would keep it in memory all along.
         let count = M * N;
         let sixteen = if count >= 16 { 16 } else { 0 };
         let eight = if count - sixteen >= 8 { 8 } else { 0 };
@@ -379,7 +456,8 @@ unsafe fn tile<D: Dot, const M: usize, const N: usize>(
             }
         }
         if eight > 0 {
-            let sums = D::sum8(&std::array::from_fn(|j| acc[(sixteen + j) / N % M][(sixteen + j) % N]));
+            let sums =
+                D::sum8(&std::array::from_fn(|j| acc[(sixteen + j) / N % M][(sixteen + j) % N]));
             for (j, sum) in sums.into_iter().enumerate() {
                 let j = sixteen + j;
                 *out.at.add(j / N * out.token + j % N * out.row) += sum;

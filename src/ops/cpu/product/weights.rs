@@ -34,11 +34,15 @@ pub enum Matrix {
 }
 
 impl Matrix {
-    /// Prepares a tensor for products, and fails with [`Error::Weights`] if it holds what is no number. One that is stored in `dtype` already (or if that is `None`) and lies in a mapped file
-    /// stays there, unless [`Cpu::resident`] or its layout says otherwise.
+    /// Prepares a tensor for products, and fails with [`Error::Weights`] if it holds what is no
+    /// number. One that is stored in `dtype` already (or if that is `None`) and lies in a mapped
+    /// file stays there, unless [`Cpu::resident`] or its layout says otherwise.
     pub fn new(cpu: &Cpu, tensor: Tensor, dtype: Option<DType>) -> Result<Matrix> {
         let [rows, cols] = tensor.shape[..] else {
-            return Err(Error::invalid(format!("a weight has shape {:?}, expected two dimensions", tensor.shape)));
+            return Err(Error::invalid(format!(
+                "a weight has shape {:?}, expected two dimensions",
+                tensor.shape
+            )));
         };
         let dtype = dtype.unwrap_or(tensor.dtype);
         let reserved = |r: std::io::Result<Bytes>| r.map_err(Error::io("memory", "reserve"));
@@ -57,7 +61,8 @@ impl Matrix {
                 Tensor { dtype: tensor.dtype, shape: vec![cols], bytes }.to_f32()
             };
             if dtype == DType::Int8 {
-                let matrix = Int8::new(cpu, rows, cols, row).map_err(Error::io("memory", "reserve"))?;
+                let matrix =
+                    Int8::new(cpu, rows, cols, row).map_err(Error::io("memory", "reserve"))?;
                 found.result(&tensor.shape, finite::STORED)?;
                 return Ok(Matrix::Int8(matrix));
             }
@@ -77,15 +82,18 @@ impl Matrix {
         if dtype == DType::Bf16 && cpu.isa == Isa::Avx512Bf16 {
             // nobody else's any more, so that it is laid out where it lies
             drop(tensor.bytes);
-            let packed = Packed::new(cpu, bytes, [rows, cols], &found).map_err(Error::io("memory", "reserve"))?;
+            let packed = Packed::new(cpu, bytes, [rows, cols], &found)
+                .map_err(Error::io("memory", "reserve"))?;
             found.result(&tensor.shape, finite::STORED)?;
             return Ok(Matrix::Bf16Packed(packed));
         }
         let bytes = match bytes {
-            Bytes::Mapped(..) if cpu.resident => reserved(into_resident(cpu, bytes, 1 << 20, |at, from, to| {
-                found.look(cpu.isa, dtype, at / dtype.size(), from);
-                to.copy_from_slice(from);
-            }))?,
+            Bytes::Mapped(..) if cpu.resident => {
+                reserved(into_resident(cpu, bytes, 1 << 20, |at, from, to| {
+                    found.look(cpu.isa, dtype, at / dtype.size(), from);
+                    to.copy_from_slice(from);
+                }))?
+            }
             bytes if converted => bytes,
             bytes => {
                 let stored = Tensor { dtype, shape: tensor.shape.clone(), bytes };

@@ -50,8 +50,9 @@ impl Isa {
     /// Whether this machine has it.
     #[cfg(target_arch = "x86_64")]
     pub fn available(self) -> bool {
-        let avx2 =
-            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        let avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
         let avx512 = avx2
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -62,7 +63,9 @@ impl Isa {
             Isa::Avx2 => avx2,
             Isa::Avx512 => avx512,
             Isa::Avx512Bf16 => {
-                avx512 && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni")
+                avx512
+                    && is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512vnni")
             }
         }
     }
@@ -225,7 +228,10 @@ pub trait Simd: Copy + 'static {
             let u2 = Self::mul(Self::mul(x, inner), Self::splat(-2.0 * GELU_SCALE));
             let s = Self::div(one, Self::add(one, Self::exp(u2)));
             // gelu = x s(2u): derivative s + x s (1 - s) 2 u'
-            let du = Self::mul(Self::fma(x2, Self::splat(3.0 * 0.044715), one), Self::splat(2.0 * GELU_SCALE));
+            let du = Self::mul(
+                Self::fma(x2, Self::splat(3.0 * 0.044715), one),
+                Self::splat(2.0 * GELU_SCALE),
+            );
             let t = Self::mul(Self::mul(x, Self::sub(one, s)), du);
             Self::mul(g, Self::fma(s, t, s))
         }
@@ -242,7 +248,8 @@ macro_rules! simd_fn {
     ($(#[$meta:meta])* $vis:vis fn $name:ident<$S:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
         $vis fn $name(isa: $crate::ops::cpu::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
-            // a plain loop needs no vocabulary: compiled with the instruction set, it is vectorized all the same
+            // a plain loop needs no vocabulary: compiled with the instruction set, it is vectorized
+            // all the same
             #[allow(clippy::extra_unused_type_parameters)]
             #[inline(always)]
             unsafe fn generic<$S: $crate::ops::cpu::simd::Simd>($($arg: $ty),*) $(-> $ret)? {

@@ -12,8 +12,10 @@ fn lane_mask(n: usize) -> __mmask16 {
     ((1u32 << n) - 1) as __mmask16
 }
 
-/// Adds up the lanes of sixteen vectors: each step adds the halves of two vectors and keeps both sums side by side, so
-/// that 16 vectors become 8, 4, 2, 1. (Written out: a closure would not be compiled with the instruction set.) Order within a sum: lane + 8, + 4, + 2, + 1, as in [`Simd::sum`].
+/// Adds up the lanes of sixteen vectors: each step adds the halves of two vectors and keeps both
+/// sums side by side, so that 16 vectors become 8, 4, 2, 1. (Written out: a closure would not be
+/// compiled with the instruction set.) Order within a sum: lane + 8, + 4, + 2, + 1, as in
+/// [`Simd::sum`].
 macro_rules! fold16 {
     ($v:expr, $add:ident) => {{
         let v: &[__m512; 16] = $v;
@@ -67,13 +69,19 @@ macro_rules! fold8 {
 
 macro_rules! halves {
     ($x:expr, $y:expr, $add:ident) => {
-        $add(_mm512_shuffle_f32x4::<0b01_00_01_00>($x, $y), _mm512_shuffle_f32x4::<0b11_10_11_10>($x, $y))
+        $add(
+            _mm512_shuffle_f32x4::<0b01_00_01_00>($x, $y),
+            _mm512_shuffle_f32x4::<0b11_10_11_10>($x, $y),
+        )
     };
 }
 
 macro_rules! quarters {
     ($x:expr, $y:expr, $add:ident) => {
-        $add(_mm512_shuffle_f32x4::<0b10_00_10_00>($x, $y), _mm512_shuffle_f32x4::<0b11_01_11_01>($x, $y))
+        $add(
+            _mm512_shuffle_f32x4::<0b10_00_10_00>($x, $y),
+            _mm512_shuffle_f32x4::<0b11_01_11_01>($x, $y),
+        )
     };
 }
 
@@ -290,12 +298,18 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const f16) -> V2 {
-        unsafe { V2(_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))) }
+        unsafe {
+            V2(
+                _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())),
+            )
+        }
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const bf16) -> V2 {
         unsafe {
-            let expand = |v: __m128i| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(v)));
+            let expand =
+                |v: __m128i| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(v)));
             V2(expand(_mm_loadu_si128(p.cast())), expand(_mm_loadu_si128(p.add(8).cast())))
         }
     }
