@@ -1,14 +1,15 @@
 //! Criterion benches of the CPU operations: products by type and rows, attention, sampling,
 //! training products.
 
-use beautiful_prompt::engine::{SampleRow, Sampling, choose};
 use beautiful_prompt::models::bloom::alibi_slopes;
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::matmul::{Precision, View, matmul};
 use beautiful_prompt::ops::cpu::product::{Matrix, product};
+use beautiful_prompt::ops::cpu::sampling::sample_token;
 use beautiful_prompt::ops::cpu::simd::Isa;
-use beautiful_prompt::ops::{Backend, Batch, Heads};
-use beautiful_prompt::tensor::{Bytes, DType, Tensor};
+use beautiful_prompt::ops::sampling::{Sampling, SamplingRow};
+use beautiful_prompt::ops::{Batch, DecodeBackend, Heads, Tensor};
+use beautiful_prompt::tensor::{Bytes, DType, HostTensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::sync::Arc;
 
@@ -20,7 +21,7 @@ fn noise(n: usize) -> Vec<f32> {
 fn matrix(cpu: &Cpu, rows: usize, cols: usize, dtype: DType) -> Matrix {
     let bytes: Vec<u8> = noise(rows * cols).into_iter().flat_map(f32::to_le_bytes).collect();
     let len = bytes.len();
-    let tensor = Tensor {
+    let tensor = HostTensor {
         dtype: DType::F32,
         shape: vec![rows, cols],
         bytes: Bytes::Owned(Arc::new(bytes), 0..len),
@@ -60,11 +61,11 @@ fn attention(c: &mut Criterion) {
         let mut cache = cpu.cache(DType::Bf16, 1, &heads, table.len()).expect("memory");
         let mut batch = Batch::default();
         batch.push(&vec![0; span], past, &table);
-        let qkv = noise(span * 3 * 16 * 96);
-        cache.write(&cpu, &batch, 0, &heads, &qkv);
-        let mut out = Vec::new();
+        let qkv = cpu.upload(&noise(span * 3 * 16 * 96), 3 * 16 * 96);
+        cache.write(&cpu, &batch, 0, qkv.buffer());
+        let mut out = Tensor::default();
         group.bench_function(name, |b| {
-            b.iter(|| cpu.attention(&batch, &(), 0, &heads, &qkv, &cache, &mut out))
+            b.iter(|| cpu.paged_attention(&mut out, &qkv, &batch, (&cache, 0)))
         });
     }
 }
@@ -79,8 +80,8 @@ fn sampling(c: &mut Criterion) {
         ("top-k 50, top-p 0.95", Sampling { top_k: 50, top_p: 0.95, ..plain }),
         ("top-p 0.95", Sampling { top_p: 0.95, ..plain }),
     ] {
-        let row = SampleRow { seen: &[5, 6, 7], ..SampleRow::new(0, &sampling, 0, 9) };
-        group.bench_function(name, |b| b.iter(|| choose(&mut logits, 0.0, &row)));
+        let row = SamplingRow { seen: &[5, 6, 7], ..SamplingRow::new(0, &sampling, 0, 9) };
+        group.bench_function(name, |b| b.iter(|| sample_token(&mut logits, 0.0, &row)));
     }
 }
 

@@ -4,17 +4,18 @@
 //! left is the order of sums, and the rounding of what a kernel stores in 16 bits itself.
 
 use crate::device::Launcher;
-use crate::engine::{SampleRow, Sampling};
 use crate::error::Result;
 use crate::models::bloom::alibi_slopes;
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::simd::Isa;
-use crate::ops::cuda::{Cuda, Persistent};
+use crate::ops::cuda::{Cuda, LinearInput, Persistent};
+use crate::ops::sampling::{SampledToken, Sampling, SamplingRow};
 use crate::ops::{
-    BLOCK, Backend, Batch, Epilogue, Forward, Heads, Layer, LayerNorm, Linear, Norm, Scratch,
+    BLOCK, Backend, Batch, DecodeBackend, Decoder, DecoderActivations, DecoderLayer, Epilogue,
+    Heads, LayerNorm, Linear, NormInput, Tensor,
 };
 use crate::random::Words;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, HostTensor};
 use half::{bf16, f16};
 use std::rc::Rc;
 
@@ -120,7 +121,11 @@ impl Outcome {
 }
 
 /// The same matrix of both backends.
-type Matrices<L> = (<Cuda<L> as Backend>::Matrix, <Cpu as Backend>::Matrix);
+type Weights<L> = (<Cuda<L> as Backend>::Weight, <Cpu as Backend>::Weight);
+/// The same layer norm.
+type Norms<L> = (LayerNorm<Cuda<L>>, LayerNorm<Cpu>);
+/// The same linear layer.
+type Linears<L> = (Linear<Cuda<L>>, Linear<Cpu>);
 
 struct Test<'a, L: Launcher> {
     cuda: Cuda<L>,
@@ -211,7 +216,7 @@ impl<L: Launcher> Test<'_, L> {
 
     /// The same numbers as a matrix of both backends. In 8 bits the rows are whole multiples of
     /// their scales, so that nothing is lost.
-    fn matrix(&mut self, rows: usize, cols: usize, int8: bool) -> Result<Matrices<L>> {
+    fn matrix(&mut self, rows: usize, cols: usize, int8: bool) -> Result<Weights<L>> {
         let mut x = self.noise(rows * cols);
         if int8 {
             for row in x.chunks_exact_mut(cols) {
@@ -219,23 +224,28 @@ impl<L: Launcher> Test<'_, L> {
                 row[0] = 127.0 / 64.0;
             }
         }
-        let t = Tensor::of_rows(&x, cols);
-        let ours = self.cuda.matrix(t.clone(), int8.then_some(DType::Int8))?;
-        Ok((ours, self.cpu.matrix(t, Some(DType::F32))?))
+        let t = HostTensor::of_rows(&x, cols);
+        let ours = self.cuda.weight(t.clone(), int8.then_some(DType::Int8))?;
+        Ok((ours, self.cpu.weight(t, Some(DType::F32))?))
     }
 
-    #[allow(clippy::type_complexity)]
-    fn norm(
-        &mut self,
-        width: usize,
-    ) -> Result<(LayerNorm<<Cuda<L> as Backend>::Vector>, LayerNorm<Vec<f32>>)> {
-        let weight: Vec<f32> = self.noise(width).iter().map(|v| 1.0 + 0.3 * v).collect();
-        let bias = self.noise(width);
+    /// The same layer norm of both backends, of numbers near `scale` and up to it.
+    fn norm(&mut self, width: usize, scale: f32) -> Result<Norms<L>> {
+        let weight: Vec<f32> = self.noise(width).iter().map(|v| (1.0 + 0.3 * v) * scale).collect();
+        let bias: Vec<f32> = self.noise(width).iter().map(|v| v * scale).collect();
         let ours = LayerNorm {
-            weight: self.cuda.vector(&Tensor::of_rows(&weight, width))?,
-            bias: self.cuda.vector(&Tensor::of_rows(&bias, width))?,
+            weight: self.cuda.vector(&HostTensor::of_rows(&weight, width))?,
+            bias: self.cuda.vector(&HostTensor::of_rows(&bias, width))?,
+            eps: EPS,
         };
-        Ok((ours, LayerNorm { weight, bias }))
+        Ok((ours, LayerNorm { weight, bias, eps: EPS }))
+    }
+
+    /// The same linear layer of both backends.
+    fn linear(&mut self, (weight, cpu_weight): Weights<L>, outputs: usize) -> Result<Linears<L>> {
+        let bias = self.noise(outputs);
+        let ours = self.cuda.vector(&HostTensor::of_rows(&bias, outputs))?;
+        Ok((Linear { weight, bias: ours }, Linear { weight: cpu_weight, bias }))
     }
 
     /// Error of one rounding to the 16-bit type.
@@ -251,28 +261,82 @@ impl<L: Launcher> Test<'_, L> {
     /// Embedding and layer norm.
     fn rows(
         &mut self,
-        (table, cpu_table): &Matrices<L>,
+        (table, cpu_table): &Weights<L>,
         (outputs, inputs): (usize, usize),
         int8: bool,
     ) -> Result<()> {
-        let (norm, cpu_norm) = self.norm(inputs)?;
+        let (norm, cpu_norm) = self.norm(inputs, 1.0)?;
         let mut batch = Batch::default();
         let ids: Vec<u32> = (0..9).map(|_| self.words.below(outputs) as u32).collect();
         batch.push(&ids, 0, &[0]);
-        let (mut pass, mut out, mut expected) = Default::default();
-        self.cuda.begin(&batch, &mut pass);
-        self.cuda.embed_norm(&batch, &pass, table, &norm, EPS, &mut out);
-        self.cpu.embed_norm(&batch, &(), cpu_table, &cpu_norm, EPS, &mut expected);
+        let (mut on_device, mut out, mut expected) = Default::default();
+        self.cuda.upload_batch(&batch, &mut on_device);
+        self.cuda.embedding_norm(&mut out, &on_device, table, &norm);
+        self.cpu.embedding_norm(&mut expected, &batch, cpu_table, &cpu_norm);
         let case = format!("{inputs} wide{}", if int8 { ", int8" } else { "" });
-        let e = error(&self.cuda.download(&out, inputs)?, &expected);
+        let e = error(&self.cuda.download(&out)?, expected.buffer());
         self.report("embed_norm", case.clone(), e, 1e-5);
         let rows = [8, 0, 3, 3];
         let (mut gathered, mut expected_rows) = Default::default();
-        self.cuda.gather_norm(&out, &rows, &norm, EPS, &mut gathered);
-        self.cpu.gather_norm(&expected, &rows, &cpu_norm, EPS, &mut expected_rows);
-        let e = error(&self.cuda.download(&gathered, inputs)?, &expected_rows);
+        self.cuda.layer_norm_rows(&mut gathered, &out, &rows, &norm);
+        self.cpu.layer_norm_rows(&mut expected_rows, &expected, &rows, &cpu_norm);
+        let e = error(&self.cuda.download(&gathered)?, expected_rows.buffer());
         self.report("layer_norm", case, e, self.rounding());
         Ok(())
+    }
+
+    /// The same small decoder of both backends.
+    fn decoders(
+        &mut self,
+        heads: &Heads,
+        [layers, vocabulary]: [usize; 2],
+        int8: bool,
+        residual_post_norm: bool,
+    ) -> Result<(Decoder<Cuda<L>>, Decoder<Cpu>)> {
+        let width = heads.width();
+        let (embedding, cpu_embedding) = self.matrix(vocabulary, width, int8)?;
+        let (embedding_norm, cpu_embedding_norm) = self.norm(width, 1.0)?;
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for _ in 0..layers {
+            let mut linear = |outputs: usize, inputs: usize| -> Result<_> {
+                let weights = self.matrix(outputs, inputs, int8)?;
+                self.linear(weights, outputs)
+            };
+            let (qkv, cpu_qkv) = linear(3 * width, width)?;
+            let (dense, cpu_dense) = linear(width, width)?;
+            let (up, cpu_up) = linear(4 * width, width)?;
+            let (down, cpu_down) = linear(width, 4 * width)?;
+            // small numbers after the norms, so that no softmax is all on one position
+            let scale = 0.5 / (width as f32).sqrt();
+            let (input_norm, cpu_input_norm) = self.norm(width, scale)?;
+            let (post_norm, cpu_post_norm) = self.norm(width, scale)?;
+            ours.push(DecoderLayer { input_norm, qkv, dense, post_norm, up, down });
+            theirs.push(DecoderLayer {
+                input_norm: cpu_input_norm,
+                qkv: cpu_qkv,
+                dense: cpu_dense,
+                post_norm: cpu_post_norm,
+                up: cpu_up,
+                down: cpu_down,
+            });
+        }
+        let ours = Decoder {
+            id: Default::default(),
+            embedding,
+            embedding_norm,
+            layers: ours,
+            heads: heads.clone(),
+            residual_post_norm,
+        };
+        let theirs = Decoder {
+            id: Default::default(),
+            embedding: cpu_embedding,
+            embedding_norm: cpu_embedding_norm,
+            layers: theirs,
+            heads: heads.clone(),
+            residual_post_norm,
+        };
+        Ok((ours, theirs))
     }
 
     /// Decoding steps of a small model: operation by operation, recorded and repeated, and in one
@@ -287,47 +351,9 @@ impl<L: Launcher> Test<'_, L> {
     ) -> Result<()> {
         const LAYERS: usize = 2;
         const VOCABULARY: usize = 50;
-        let width = count * size;
         let heads = Heads { count, size, slopes: alibi_slopes(count) };
-        let (embedding, cpu_embedding) = self.matrix(VOCABULARY, width, int8)?;
-        let (embedding_norm, cpu_embedding_norm) = self.norm(width)?;
-        let (mut layers, mut cpu_layers) = (Vec::new(), Vec::new());
-        for _ in 0..LAYERS {
-            let mut linear = |outputs: usize, inputs: usize| -> Result<_> {
-                let (weight, cpu_weight) = self.matrix(outputs, inputs, int8)?;
-                let bias = self.noise(outputs);
-                let ours =
-                    Linear { weight, bias: self.cuda.vector(&Tensor::of_rows(&bias, outputs))? };
-                Ok((ours, Linear { weight: cpu_weight, bias }))
-            };
-            let (qkv, cpu_qkv) = linear(3 * width, width)?;
-            let (dense, cpu_dense) = linear(width, width)?;
-            let (up, cpu_up) = linear(4 * width, width)?;
-            let (down, cpu_down) = linear(width, 4 * width)?;
-            // small numbers after the norms, so that no softmax is all on one position
-            let mut norm = || -> Result<_> {
-                let (mut ours, mut theirs) = self.norm(width)?;
-                theirs
-                    .weight
-                    .iter_mut()
-                    .chain(&mut theirs.bias)
-                    .for_each(|v| *v *= 0.5 / (width as f32).sqrt());
-                ours.weight = self.cuda.vector(&Tensor::of_rows(&theirs.weight, width))?;
-                ours.bias = self.cuda.vector(&Tensor::of_rows(&theirs.bias, width))?;
-                Ok((ours, theirs))
-            };
-            let (input_norm, cpu_input_norm) = norm()?;
-            let (post_norm, cpu_post_norm) = norm()?;
-            layers.push(Layer { input_norm, qkv, dense, post_norm, up, down });
-            cpu_layers.push(Layer {
-                input_norm: cpu_input_norm,
-                qkv: cpu_qkv,
-                dense: cpu_dense,
-                post_norm: cpu_post_norm,
-                up: cpu_up,
-                down: cpu_down,
-            });
-        }
+        let (decoder, cpu_decoder) =
+            self.decoders(&heads, [LAYERS, VOCABULARY], int8, residual_post_norm)?;
         // the first sequences are longer than one block of threads takes
         let steps = 3;
         let start = |s: usize| [160, 0, 14][s % 3];
@@ -353,42 +379,23 @@ impl<L: Launcher> Test<'_, L> {
         for &(records, persistent) in ways {
             (self.cuda.records, self.cuda.persistent) = (records, persistent);
             let mut cache = self.cuda.cache(self.half, LAYERS, &heads, 11 * sequences)?;
-            let mut scratch = Scratch::default();
+            let mut a = DecoderActivations::default();
             let mut result = Vec::new();
             for batch in &batches {
-                self.cuda.begin(batch, &mut scratch.pass);
-                self.cuda.forward(Forward {
-                    batch,
-                    embedding: &embedding,
-                    embedding_norm: &embedding_norm,
-                    layers: &layers,
-                    heads: &heads,
-                    eps: EPS,
-                    residual_post_norm,
-                    cache: &mut cache,
-                    scratch: &mut scratch,
-                });
-                result.extend(self.cuda.download(&scratch.x, width)?);
+                self.cuda.upload_batch(batch, &mut a.batch);
+                self.cuda.decoder(&decoder, &mut cache, &mut a);
+                result.extend(self.cuda.download(&a.x)?);
             }
             results.push(result);
         }
         (self.cuda.records, self.cuda.persistent) = (true, Persistent::Never);
         let mut expected = Vec::new();
         let mut cache = self.cpu.cache(DType::F32, LAYERS, &heads, 11 * sequences)?;
-        let mut scratch = Scratch::default();
+        let mut a = DecoderActivations::default();
         for batch in &batches {
-            self.cpu.forward(Forward {
-                batch,
-                embedding: &cpu_embedding,
-                embedding_norm: &cpu_embedding_norm,
-                layers: &cpu_layers,
-                heads: &heads,
-                eps: EPS,
-                residual_post_norm,
-                cache: &mut cache,
-                scratch: &mut scratch,
-            });
-            expected.extend_from_slice(&scratch.x);
+            self.cpu.upload_batch(batch, &mut a.batch);
+            self.cpu.decoder(&cpu_decoder, &mut cache, &mut a);
+            expected.extend_from_slice(a.x.buffer());
         }
         let int8 = if int8 { ", int8" } else { "" };
         let case = format!("{sequences} sequences, {LAYERS} layers of {count} x {size}{int8}");
@@ -407,60 +414,60 @@ impl<L: Launcher> Test<'_, L> {
     /// Products with every epilogue but that of attention, with and without a norm before.
     fn products(
         &mut self,
-        (weight, cpu_weight): Matrices<L>,
+        weights: Weights<L>,
         (outputs, inputs): (usize, usize),
         tokens: &[usize],
         int8: bool,
     ) -> Result<()> {
-        let bias = self.noise(outputs);
-        let linear = Linear { weight, bias: self.cuda.vector(&Tensor::of_rows(&bias, outputs))? };
-        let cpu_linear = Linear { weight: cpu_weight, bias };
-        tokens.iter().try_for_each(|&tokens| {
-            self.products_of(&linear, &cpu_linear, (outputs, inputs), tokens, int8)
-        })
+        let linears = self.linear(weights, outputs)?;
+        tokens
+            .iter()
+            .try_for_each(|&tokens| self.products_of(&linears, (outputs, inputs), tokens, int8))
     }
 
     fn products_of(
         &mut self,
-        linear: &Linear<<Cuda<L> as Backend>::Matrix, <Cuda<L> as Backend>::Vector>,
-        cpu_linear: &Linear<<Cpu as Backend>::Matrix, Vec<f32>>,
+        (linear, cpu_linear): &Linears<L>,
         (outputs, inputs): (usize, usize),
         tokens: usize,
         int8: bool,
     ) -> Result<()> {
         let x = self.noise(tokens * inputs);
         let residual = self.noise(tokens * outputs);
-        let narrow = self.cuda.upload(&x, inputs, true)?;
-        let wide = self.cuda.upload(&x, inputs, false)?;
+        let half = self.cuda.upload(&x, inputs, self.half)?;
+        let full = self.cuda.upload(&x, inputs, DType::F32)?;
+        let cpu_x = self.cpu.upload(&x, inputs);
         let our_residuals = [
-            self.cuda.upload(&residual, outputs, false)?,
-            self.cuda.upload(&residual, outputs, true)?,
+            self.cuda.upload(&residual, outputs, DType::F32)?,
+            self.cuda.upload(&residual, outputs, self.half)?,
         ];
-        let (norm, cpu_norm) = self.norm(inputs)?;
+        let cpu_residual = self.cpu.upload(&residual, outputs);
+        let (norm, cpu_norm) = self.norm(inputs, 1.0)?;
         let case = format!("{tokens} x {inputs} to {outputs}{}", if int8 { ", int8" } else { "" });
         let (mut out, mut expected) = Default::default();
         // sums of the same products in another order
         let sums = 3e-6 * (inputs as f32).sqrt();
-        self.cuda.linear(&narrow, linear, Epilogue::Bias, &mut out);
-        self.cpu.linear(&x, cpu_linear, Epilogue::Bias, &mut expected);
-        let e = error(&self.cuda.download(&out, outputs)?, &expected);
+        self.cuda.linear(&mut out, &half, linear, Epilogue::Bias);
+        self.cpu.linear(&mut expected, &cpu_x, cpu_linear, Epilogue::Bias);
+        let e = error(&self.cuda.download(&out)?, expected.buffer());
         self.report("linear", case.clone(), e, sums);
-        self.cpu.linear(&x, cpu_linear, Epilogue::BiasResidual(&residual), &mut expected);
+        let epilogue = Epilogue::BiasResidual(&cpu_residual);
+        self.cpu.linear(&mut expected, &cpu_x, cpu_linear, epilogue);
         for r in &our_residuals {
-            self.cuda.linear(&narrow, linear, Epilogue::BiasResidual(r), &mut out);
-            let e = error(&self.cuda.download(&out, outputs)?, &expected);
+            self.cuda.linear(&mut out, &half, linear, Epilogue::BiasResidual(r));
+            let e = error(&self.cuda.download(&out)?, expected.buffer());
             self.report("linear + residual", case.clone(), e, sums);
         }
-        let (mut normed, mut expected_normed) = Default::default();
-        let mut gelu = Default::default();
-        let of = |normed| Norm { norm: &norm, eps: EPS, keep: true, normed };
-        self.cuda.norm_linear(&wide, of(&mut normed), linear, Epilogue::BiasGelu, &mut gelu);
-        let norm = Norm { norm: &cpu_norm, eps: EPS, keep: true, normed: &mut expected_normed };
-        self.cpu.norm_linear(&x, norm, cpu_linear, Epilogue::BiasGelu, &mut expected);
-        let e = error(&self.cuda.download(&gelu, outputs)?, &expected);
+        let (mut normed, mut expected_normed, mut gelu) = Default::default();
+        let input =
+            LinearInput::Normalized { x: &full, norm: &norm, normed: &mut normed, keep: true };
+        self.cuda.launch_linear(&mut gelu, input, linear, Epilogue::BiasGelu)?;
+        let input = NormInput { x: &cpu_x, norm: &cpu_norm, normed: &mut expected_normed };
+        self.cpu.layer_norm_linear(&mut expected, input, cpu_linear, Epilogue::BiasGelu);
+        let e = error(&self.cuda.download(&gelu)?, expected.buffer());
         // the normalized rows and the result are rounded
         self.report("norm + linear + GELU", case.clone(), e, 3.0 * self.rounding());
-        let e = error(&self.cuda.download(&normed, inputs)?, &expected_normed);
+        let e = error(&self.cuda.download(&normed)?, expected_normed.buffer());
         self.report("norm before a linear", case, e, self.rounding());
         Ok(())
     }
@@ -470,19 +477,10 @@ impl<L: Launcher> Test<'_, L> {
     fn attention(&mut self, count: usize, size: usize, spans: &[(usize, usize)]) -> Result<()> {
         let width = count * size;
         let heads = Heads { count, size, slopes: alibi_slopes(count) };
-        let (weight, cpu_weight) = self.matrix(3 * width, width, false)?;
-        let bias = self.noise(3 * width);
-        let linear = Linear { weight, bias: self.cuda.vector(&Tensor::of_rows(&bias, 3 * width))? };
-        let cpu_linear = Linear { weight: cpu_weight, bias };
+        let weights = self.matrix(3 * width, width, false)?;
+        let (linear, cpu_linear) = self.linear(weights, 3 * width)?;
         // scores of about one: softmax over many positions, not one
-        let (mut norm, mut cpu_norm) = self.norm(width)?;
-        cpu_norm
-            .weight
-            .iter_mut()
-            .chain(&mut cpu_norm.bias)
-            .for_each(|v| *v *= 0.5 / (width as f32).sqrt());
-        norm.weight = self.cuda.vector(&Tensor::of_rows(&cpu_norm.weight, width))?;
-        norm.bias = self.cuda.vector(&Tensor::of_rows(&cpu_norm.bias, width))?;
+        let (norm, cpu_norm) = self.norm(width, 0.5 / (width as f32).sqrt())?;
         let needed: usize = spans.iter().map(|s| (s.0 + s.1).div_ceil(BLOCK)).sum();
         let mut order: Vec<u32> = (0..needed as u32).collect();
         self.words.shuffle(&mut order);
@@ -507,28 +505,21 @@ impl<L: Launcher> Test<'_, L> {
             }
             let tokens = batch.ids.len();
             let x = self.noise(tokens * width);
-            let wide = self.cuda.upload(&x, width, false)?;
-            let (mut pass, mut normed, mut q, mut out) = Default::default();
-            self.cuda.begin(&batch, &mut pass);
-            let of = Norm { norm: &norm, eps: EPS, keep: false, normed: &mut normed };
-            self.cuda.norm_qkv(&batch, &pass, 1, &wide, of, &linear, &heads, &mut cache, &mut q);
+            let full = self.cuda.upload(&x, width, DType::F32)?;
+            let (mut on_device, mut normed, mut q, mut out) = Default::default();
+            self.cuda.upload_batch(&batch, &mut on_device);
+            let input = NormInput { x: &full, norm: &norm, normed: &mut normed };
+            let at = (&mut cache, 1);
+            self.cuda.layer_norm_qkv_to_cache(&mut q, input, &linear, &on_device, at);
             let (mut cpu_normed, mut qkv, mut expected) = Default::default();
-            let of = Norm { norm: &cpu_norm, eps: EPS, keep: false, normed: &mut cpu_normed };
-            self.cpu.norm_qkv(
-                &batch,
-                &(),
-                1,
-                &x,
-                of,
-                &cpu_linear,
-                &heads,
-                &mut cpu_cache,
-                &mut qkv,
-            );
+            let cpu_x = self.cpu.upload(&x, width);
+            let input = NormInput { x: &cpu_x, norm: &cpu_norm, normed: &mut cpu_normed };
+            let at = (&mut cpu_cache, 1);
+            self.cpu.layer_norm_qkv_to_cache(&mut qkv, input, &cpu_linear, &batch, at);
             if stage == 1 {
-                self.cuda.attention(&batch, &pass, 1, &heads, &q, &cache, &mut out);
-                self.cpu.attention(&batch, &(), 1, &heads, &qkv, &cpu_cache, &mut expected);
-                let e = error(&self.cuda.download(&out, width)?, &expected);
+                self.cuda.paged_attention(&mut out, &q, &on_device, (&cache, 1));
+                self.cpu.paged_attention(&mut expected, &qkv, &batch, (&cpu_cache, 1));
+                let e = error(&self.cuda.download(&out)?, expected.buffer());
                 let case = format!("{count} x {size}, {} spans, {tokens} tokens", spans.len());
                 // the normalized rows, queries, keys, values and the result are rounded
                 self.report("attention", case, e, 4.0 * self.rounding());
@@ -537,7 +528,7 @@ impl<L: Launcher> Test<'_, L> {
         // whole blocks are copied in every layer
         if needed > 1 {
             self.cuda.copy_block(&mut cache, tables[0][0], tables[spans.len() - 1][0]);
-            self.cuda.download(&self.cuda.upload(&[0.0; 16], 16, false)?, 16)?;
+            self.cuda.download(&self.cuda.upload(&[0.0; 16], 16, DType::F32)?)?;
         }
         Ok(())
     }
@@ -545,7 +536,7 @@ impl<L: Launcher> Test<'_, L> {
     /// Tokens chosen from the head, in every way.
     fn sampling(
         &mut self,
-        (head, cpu_head): (&<Cuda<L> as Backend>::Matrix, &<Cpu as Backend>::Matrix),
+        (head, cpu_head): (&<Cuda<L> as Backend>::Weight, &<Cpu as Backend>::Weight),
         (vocabulary, width): (usize, usize),
         rows: usize,
         int8: bool,
@@ -555,7 +546,8 @@ impl<L: Launcher> Test<'_, L> {
         // a power of two keeps the numbers exact
         let scale = scale.log2().round().exp2();
         let x: Vec<f32> = x.iter().map(|v| v * scale).collect();
-        let narrow = self.cuda.upload(&x, width, true)?;
+        let ours_x = self.cuda.upload(&x, width, self.half)?;
+        let x = self.cpu.upload(&x, width);
         let seen: Vec<u32> = (0..vocabulary as u32).step_by(5).take(40).collect();
         let plain = Sampling { seed: 11, ..Sampling::default() };
         let penalty = Sampling { repetition_penalty: 1.7, ..plain };
@@ -578,7 +570,7 @@ impl<L: Launcher> Test<'_, L> {
             .collect();
         // several choices of the first rows, then one of each
         let count = 5 * settings.len();
-        let list: Vec<(usize, SampleRow)> = (0..count + rows - 5)
+        let list: Vec<(usize, SamplingRow)> = (0..count + rows - 5)
             .map(|i| {
                 let row = if i < count { i / settings.len() } else { i - count + 5 };
                 // of the others only some are filtered, which takes long in the emulator
@@ -587,40 +579,39 @@ impl<L: Launcher> Test<'_, L> {
                     5 => &ranked,
                     n => &settings[n % 4],
                 };
-                let plain = SampleRow {
+                let plain = SamplingRow {
                     seen: &seen,
-                    ..SampleRow::new(row, sampling, i as u32, 77 + i as u32)
+                    ..SamplingRow::new(row, sampling, i as u32, 77 + i as u32)
                 };
                 let row_of = match i % 4 {
-                    1 => SampleRow { bias: &bias, ..plain },
+                    1 => SamplingRow { bias: &bias, ..plain },
                     2 if i % 5 == 0 => {
-                        SampleRow { forced: Some(i as u32 % vocabulary as u32), ..plain }
+                        SamplingRow { forced: Some(i as u32 % vocabulary as u32), ..plain }
                     }
-                    3 if i % 5 == 0 => SampleRow { top: 3, ..plain },
+                    3 if i % 5 == 0 => SamplingRow { top: 3, ..plain },
                     _ => plain,
                 };
                 (row, row_of)
             })
             .collect();
-        let list: Vec<(usize, &SampleRow)> = list.iter().map(|(row, r)| (*row, r)).collect();
+        let list: Vec<(usize, &SamplingRow)> = list.iter().map(|(row, r)| (*row, r)).collect();
         let (mut logits, mut expected_logits) = (Vec::new(), Vec::new());
-        let ours = self.cuda.sample(&narrow, head, &list, &mut logits)?;
+        let ours = self.cuda.sample(&ours_x, head, &list, &mut logits)?;
         let theirs = self.cpu.sample(&x, cpu_head, &list, &mut expected_logits)?;
-        let tokens =
-            |c: &crate::engine::Chosen| (c.token, c.top.iter().map(|t| t.0).collect::<Vec<_>>());
+        let tokens = |c: &SampledToken| (c.token, c.top.iter().map(|t| t.0).collect::<Vec<_>>());
         let different = ours.iter().zip(&theirs).filter(|(a, b)| tokens(a) != tokens(b)).count();
         let case =
             format!("{rows} x {width} to {vocabulary} tokens{}", if int8 { ", int8" } else { "" });
         self.report("sampled tokens that differ", case.clone(), different as f32, 0.0);
-        let get = |c: &[crate::engine::Chosen]| -> Vec<f32> {
+        let get = |c: &[SampledToken]| -> Vec<f32> {
             c.iter()
                 .flat_map(|c| [c.logprob].into_iter().chain(c.top.iter().map(|t| t.1)))
                 .collect()
         };
         let e = error(&get(&ours), &get(&theirs));
         self.report("log-probabilities", case.clone(), e, 1e-5);
-        self.fed_tokens(&narrow, &x, (head, cpu_head), &list, case.clone())?;
-        self.cuda.logits(&narrow, head, &mut logits)?;
+        self.pending_tokens(&ours_x, &x, (head, cpu_head), &list, case.clone())?;
+        self.cuda.logits(&ours_x, head, &mut logits)?;
         self.cpu.logits(&x, cpu_head, &mut expected_logits)?;
         let e = error(&logits, &expected_logits);
         self.report("logits", case, e, 3e-6 * (width as f32).sqrt());
@@ -629,35 +620,35 @@ impl<L: Launcher> Test<'_, L> {
 
     /// Choices whose tokens go on to the next embedding, and count as seen in the next choices,
     /// before the host has read them.
-    fn fed_tokens(
+    fn pending_tokens(
         &mut self,
-        x: &<Cuda<L> as Backend>::Buffer,
-        cpu_x: &Vec<f32>,
-        (head, cpu_head): (&<Cuda<L> as Backend>::Matrix, &<Cpu as Backend>::Matrix),
-        list: &[(usize, &SampleRow)],
+        x: &Tensor<Cuda<L>>,
+        cpu_x: &Tensor<Cpu>,
+        (head, cpu_head): (&<Cuda<L> as Backend>::Weight, &<Cpu as Backend>::Weight),
+        list: &[(usize, &SamplingRow)],
         case: String,
     ) -> Result<()> {
-        let list: Vec<_> = list.iter().copied().filter(|r| self.cuda.chooses_alone(r.1)).collect();
-        let width = cpu_x.len() / (1 + list.iter().map(|r| r.0).max().unwrap_or(0));
-        let (norm, cpu_norm) = self.norm(width)?;
-        let first = self.cuda.start_sample(x, head, &list)?;
+        let list: Vec<_> =
+            list.iter().copied().filter(|r| self.cuda.samples_on_device(r.1)).collect();
+        let (norm, cpu_norm) = self.norm(cpu_x.shape()[1], 1.0)?;
+        let first = self.cuda.sample_async(x, head, &list)?;
         let mut batch = Batch::default();
         for i in 0..list.len() {
             batch.push(&[0], 0, &[0]);
-            batch.fed.push((i, i));
+            batch.pending.push((i, i));
         }
-        let (mut pass, mut out, mut expected, mut scratch) = Default::default();
-        self.cuda.begin(&batch, &mut pass);
-        self.cuda.embed_norm(&batch, &pass, head, &norm, EPS, &mut out);
-        let next: Vec<SampleRow> = (0..list.len())
-            .map(|i| SampleRow { fed: Some(i), position: 500, ..*list[i].1 })
+        let (mut on_device, mut out, mut expected, mut scratch) = Default::default();
+        self.cuda.upload_batch(&batch, &mut on_device);
+        self.cuda.embedding_norm(&mut out, &on_device, head, &norm);
+        let next: Vec<SamplingRow> = (0..list.len())
+            .map(|i| SamplingRow { pending: Some(i), position: 500, ..*list[i].1 })
             .collect();
         let next: Vec<_> = list.iter().zip(&next).map(|(r, n)| (r.0, n)).collect();
-        let second = self.cuda.start_sample(x, head, &next)?;
-        let (first, second) = (self.cuda.finish_sample(first)?, self.cuda.finish_sample(second)?);
+        let second = self.cuda.sample_async(x, head, &next)?;
+        let (first, second) = (self.cuda.wait(first)?, self.cuda.wait(second)?);
         batch.ids = first.iter().map(|c| c.token).collect();
-        self.cpu.embed_norm(&batch, &(), cpu_head, &cpu_norm, EPS, &mut expected);
-        let e = error(&self.cuda.download(&out, width)?, &expected);
+        self.cpu.embedding_norm(&mut expected, &batch, cpu_head, &cpu_norm);
+        let e = error(&self.cuda.download(&out)?, expected.buffer());
         self.report("embedding of fed tokens", case.clone(), e, 1e-5);
         let seen: Vec<Vec<u32>> = next
             .iter()
@@ -666,10 +657,10 @@ impl<L: Launcher> Test<'_, L> {
                 r.seen.iter().copied().filter(|t| t != token).chain([*token]).collect()
             })
             .collect();
-        let known: Vec<SampleRow> = next
+        let known: Vec<SamplingRow> = next
             .iter()
             .zip(&seen)
-            .map(|((_, r), seen)| SampleRow { fed: None, seen, ..**r })
+            .map(|((_, r), seen)| SamplingRow { pending: None, seen, ..**r })
             .collect();
         let known: Vec<_> = next.iter().zip(&known).map(|(r, k)| (r.0, k)).collect();
         let theirs = self.cpu.sample(cpu_x, cpu_head, &known, &mut scratch)?;

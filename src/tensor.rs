@@ -116,18 +116,18 @@ impl Bytes {
 
 /// A dense row-major tensor as a checkpoint stores it.
 #[derive(Clone)]
-pub struct Tensor {
+pub struct HostTensor {
     pub dtype: DType,
     pub shape: Vec<usize>,
     pub bytes: Bytes,
 }
 
-impl Tensor {
+impl HostTensor {
     /// Rows of `cols` numbers in f32.
-    pub fn of_rows(x: &[f32], cols: usize) -> Tensor {
+    pub fn of_rows(x: &[f32], cols: usize) -> HostTensor {
         let bytes: Vec<u8> = bytemuck::cast_slice(x).to_vec();
         let len = bytes.len();
-        Tensor {
+        HostTensor {
             dtype: DType::F32,
             shape: vec![x.len() / cols, cols],
             bytes: Bytes::Owned(Arc::new(bytes), 0..len),
@@ -160,32 +160,32 @@ impl Tensor {
 
 /// Elements of a plain type, either our own or inside [`Bytes`].
 #[derive(Clone)]
-pub enum Buffer<T: bytemuck::Pod> {
+pub enum Elements<T: bytemuck::Pod> {
     Owned(Arc<Vec<T>>),
     Shared(Bytes, std::marker::PhantomData<T>),
 }
 
-impl<T: bytemuck::Pod> Buffer<T> {
+impl<T: bytemuck::Pod> Elements<T> {
     pub fn owned(v: Vec<T>) -> Self {
-        Buffer::Owned(Arc::new(v))
+        Elements::Owned(Arc::new(v))
     }
 
     /// A view of `bytes` where they are aligned for `T`, else a copy.
     pub fn from_bytes(bytes: Bytes) -> Self {
         match bytemuck::try_cast_slice::<u8, T>(&bytes) {
-            Ok(_) => Buffer::Shared(bytes, std::marker::PhantomData),
-            Err(_) => Buffer::owned(bytemuck::pod_collect_to_vec(&bytes)),
+            Ok(_) => Elements::Shared(bytes, std::marker::PhantomData),
+            Err(_) => Elements::owned(bytemuck::pod_collect_to_vec(&bytes)),
         }
     }
 }
 
-impl<T: bytemuck::Pod> std::ops::Deref for Buffer<T> {
+impl<T: bytemuck::Pod> std::ops::Deref for Elements<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
         match self {
-            Buffer::Owned(v) => v,
-            Buffer::Shared(bytes, _) => bytemuck::cast_slice(bytes),
+            Elements::Owned(v) => v,
+            Elements::Shared(bytes, _) => bytemuck::cast_slice(bytes),
         }
     }
 }

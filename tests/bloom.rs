@@ -3,8 +3,9 @@
 
 mod golden_models;
 
-use beautiful_prompt::models::bloom::{Bloom, Scratch};
+use beautiful_prompt::models::bloom::Bloom;
 use beautiful_prompt::ops::Batch;
+use beautiful_prompt::ops::DecoderActivations;
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::tensor::DType;
@@ -63,7 +64,7 @@ fn chunks_neighbours_and_threads_leave_the_bits_alone() {
                 // the same sequence between two others, on three threads
                 let cpu = Cpu::new(3, isa);
                 let mut cache = model.cache(&cpu, 20).unwrap();
-                let mut scratch = Scratch::default();
+                let mut scratch = DecoderActivations::default();
                 let mut batch = Batch::default();
                 batch.push(&ids[3..10], 0, &[0]);
                 let start = batch.ids.len();

@@ -1,8 +1,8 @@
 //! Checkpoints: what good folders hold, and what damaged ones get.
 
-use beautiful_prompt::checkpoint::{Checkpoint, save_model};
-use beautiful_prompt::models::bloom::train::TrainModel;
+use beautiful_prompt::models::bloom::training::TrainModel;
 use beautiful_prompt::models::bloom::{Bloom, BloomConfig};
+use beautiful_prompt::models::bloom::{BloomCheckpoint, save_model};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::tensor::DType;
@@ -25,7 +25,7 @@ fn copy(name: &str) -> tempfile::TempDir {
 }
 
 fn error(folder: &Path) -> String {
-    match Checkpoint::open(folder) {
+    match BloomCheckpoint::open(folder) {
         Ok(_) => panic!("{} opened", folder.display()),
         Err(e) => e.to_string(),
     }
@@ -37,10 +37,10 @@ fn saved_models_read_back_bit_for_bit() {
     let model = TrainModel::random(config, 5);
     let folder = tempfile::tempdir().unwrap();
     save_model(folder.path(), &model.config, &model.values, DType::F32).unwrap();
-    let back = Checkpoint::open(folder.path()).unwrap();
+    let back = BloomCheckpoint::open(folder.path()).unwrap();
     assert_eq!(back.to_f32().unwrap(), model.values);
     save_model(folder.path(), &model.config, &model.values, DType::Bf16).unwrap();
-    let back = Checkpoint::open(folder.path()).unwrap();
+    let back = BloomCheckpoint::open(folder.path()).unwrap();
     assert_eq!(back.config.stored_dtype.as_deref(), Some("bfloat16"));
     let rounded: Vec<f32> =
         model.values.iter().map(|&v| half::bf16::from_f32(v).to_f32()).collect();
@@ -109,7 +109,7 @@ fn a_pickle_that_calls_anything_is_refused() {
 }
 
 /// All that can be done with a checkpoint that opens: it works, or says what is wrong.
-fn use_up(checkpoint: Checkpoint) {
+fn use_up(checkpoint: BloomCheckpoint) {
     let _ = checkpoint.to_f32();
     let cpu = Cpu::new(1, Isa::detect());
     for dtype in [None, Some(DType::F16), Some(DType::Int8)] {
@@ -176,7 +176,7 @@ fn numbers_that_are_none_stop_the_loading_and_name_their_tensor() {
         .collect();
     let dtypes = [None, Some(DType::F32), Some(DType::F16), Some(DType::Bf16), Some(DType::Int8)];
     let load = |cpu: &Cpu, folder: &Path, dtype| {
-        let loaded = Bloom::load(cpu, Checkpoint::open(folder).unwrap(), dtype);
+        let loaded = Bloom::load(cpu, BloomCheckpoint::open(folder).unwrap(), dtype);
         loaded.err().map(|e| e.to_string()).unwrap_or_default()
     };
     // [576, 192]; its element at row 5, column 7
@@ -203,7 +203,7 @@ fn numbers_that_are_none_stop_the_loading_and_name_their_tensor() {
                     );
                 }
             }
-            let checkpoint = Checkpoint::open(f.path()).unwrap();
+            let checkpoint = BloomCheckpoint::open(f.path()).unwrap();
             assert!(checkpoint.to_f32().unwrap_err().to_string().contains(tensor));
             assert!(checkpoint.check_finite(&cpus[0]).unwrap_err().to_string().contains(tensor));
         }
@@ -326,7 +326,7 @@ proptest! {
         let mut bytes = std::fs::read(&path).unwrap();
         mutate(&mut bytes, &edits);
         std::fs::write(&path, bytes).unwrap();
-        if let Ok(checkpoint) = Checkpoint::open(folder.path()) {
+        if let Ok(checkpoint) = BloomCheckpoint::open(folder.path()) {
             use_up(checkpoint);
         }
     }
@@ -351,7 +351,7 @@ proptest! {
             std::io::Write::write_all(&mut out, &bytes).unwrap();
         }
         out.finish().unwrap();
-        if let Ok(checkpoint) = Checkpoint::open(folder.path()) {
+        if let Ok(checkpoint) = BloomCheckpoint::open(folder.path()) {
             use_up(checkpoint);
         }
     }

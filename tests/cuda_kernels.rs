@@ -3,13 +3,13 @@
 
 mod emulated;
 
-use beautiful_prompt::engine::{Chosen, SampleRow, Sampling};
+use beautiful_prompt::engine::{SampledToken, Sampling, SamplingRow};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::cuda::Cuda;
-use beautiful_prompt::ops::{Backend, Heads};
+use beautiful_prompt::ops::{Backend, DecodeBackend, Heads};
 use beautiful_prompt::selftest::{Shapes, run};
-use beautiful_prompt::tensor::{DType, Tensor};
+use beautiful_prompt::tensor::{DType, HostTensor};
 use emulated::Emulated;
 use kernel_emulator::Emulator;
 use std::collections::BTreeSet;
@@ -163,11 +163,12 @@ fn equal_logits_are_cut_as_on_the_cpu() {
         let head: Vec<f32> = (0..vocabulary)
             .flat_map(|t| [t * 7 % levels, 1, 0, 2].map(|v| v as f32 / 4.0).repeat(4))
             .collect();
-        let head = Tensor::of_rows(&head, 16);
+        let head = HostTensor::of_rows(&head, 16);
         let (ours, theirs) =
-            (cuda.matrix(head.clone(), None).unwrap(), cpu.matrix(head, Some(DType::F32)).unwrap());
+            (cuda.weight(head.clone(), None).unwrap(), cpu.weight(head, Some(DType::F32)).unwrap());
         let x = vec![0.25; 16];
-        let narrow = cuda.upload(&x, 16, true).unwrap();
+        let ours_x = cuda.upload(&x, 16, DType::F16).unwrap();
+        let x = cpu.upload(&x, 16);
         let plain = Sampling { temperature: 1.0, ..Sampling::default() };
         let filters =
             [(0, 0.3), (0, 0.5), (0, 0.999), (7, 1.0), (700, 0.9), (1100, 0.2), (0, 1e-9)];
@@ -175,11 +176,12 @@ fn equal_logits_are_cut_as_on_the_cpu() {
             .map(|i| (i, filters[i % filters.len()]))
             .map(|(i, (top_k, top_p))| Sampling { top_k, top_p, seed: i as u64, ..plain })
             .collect();
-        let rows: Vec<SampleRow> = samplings.iter().map(|s| SampleRow::new(0, s, 0, 3)).collect();
-        let rows: Vec<(usize, &SampleRow)> = rows.iter().map(|r| (0, r)).collect();
-        let tokens = |chosen: Vec<Chosen>| chosen.iter().map(|c| c.token).collect::<Vec<_>>();
+        let rows: Vec<SamplingRow> =
+            samplings.iter().map(|s| SamplingRow::new(0, s, 0, 3)).collect();
+        let rows: Vec<(usize, &SamplingRow)> = rows.iter().map(|r| (0, r)).collect();
+        let tokens = |chosen: Vec<SampledToken>| chosen.iter().map(|c| c.token).collect::<Vec<_>>();
         let expected = tokens(cpu.sample(&x, &theirs, &rows, &mut Vec::new()).unwrap());
-        assert_eq!(tokens(cuda.sample(&narrow, &ours, &rows, &mut Vec::new()).unwrap()), expected);
+        assert_eq!(tokens(cuda.sample(&ours_x, &ours, &rows, &mut Vec::new()).unwrap()), expected);
     }
 }
 
@@ -194,14 +196,14 @@ fn kernels_of_hopper_that_compute_something_else_are_left_alone() {
             let cuda = Cuda::new(device.clone(), half, false);
             let wrong = match broken {
                 None => None,
-                Some("linear_cluster") => Some("products"),
-                Some(_) => Some("the head's products"),
+                Some("linear_cluster") => Some("linear layers"),
+                Some(_) => Some("the LM head"),
             };
             assert_eq!(cuda.try_hopper(&heads).unwrap(), wrong, "{broken:?}");
             device.launched.borrow_mut().clear();
-            let x = cuda.upload(&vec![0.5; 40 * 64], 64, true).unwrap();
-            let head = Tensor::of_rows(&[0.25; 100 * 64], 64);
-            cuda.logits(&x, &cuda.matrix(head, None).unwrap(), &mut Vec::new()).unwrap();
+            let x = cuda.upload(&vec![0.5; 40 * 64], 64, half).unwrap();
+            let head = HostTensor::of_rows(&[0.25; 100 * 64], 64);
+            cuda.logits(&x, &cuda.weight(head, None).unwrap(), &mut Vec::new()).unwrap();
             let used = device.launched.borrow().keys().any(|k| k.contains("hopper"));
             assert_eq!(used, broken.is_none(), "{broken:?}");
         }

@@ -6,13 +6,13 @@ mod golden_models;
 
 use beautiful_prompt::bench::llm::random_checkpoint;
 use beautiful_prompt::engine::{
-    Counters, Engine, EngineOptions, Event, Request, SampleRow, Sampling, Verdict,
+    Counters, Engine, EngineOptions, Event, Request, Sampling, SamplingRow, Verdict,
 };
-use beautiful_prompt::models::bloom::{Bloom, BloomConfig, Scratch};
+use beautiful_prompt::models::bloom::{Bloom, BloomConfig};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::cuda::{Cuda, Persistent};
-use beautiful_prompt::ops::{Backend, Batch};
+use beautiful_prompt::ops::{Batch, DecodeBackend, DecoderActivations};
 use beautiful_prompt::tensor::DType;
 use emulated::{Emulated, gpu};
 use golden_models::{MODELS, error, logits, open};
@@ -85,7 +85,7 @@ fn requests(prompt: &[u32]) -> Vec<Request> {
 type Tokens = BTreeMap<(u64, u32), Vec<(u32, u32)>>;
 
 /// Tokens and the bits of their log-probabilities.
-fn generate<B: Backend>(
+fn generate<B: DecodeBackend>(
     backend: &B,
     model: &Bloom<B>,
     requests: &[Request],
@@ -95,7 +95,7 @@ fn generate<B: Backend>(
     generate_counting(backend, model, requests, options).0
 }
 
-fn generate_counting<B: Backend>(
+fn generate_counting<B: DecodeBackend>(
     backend: &B,
     model: &Bloom<B>,
     requests: &[Request],
@@ -297,7 +297,8 @@ fn recordings_end_when_memory_moves() {
         let mut cuda = Cuda::new(launcher.clone(), DType::Bf16, false);
         cuda.records = records;
         let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
-        let (mut cache, mut scratch) = (model.cache(&cuda, 9).unwrap(), Scratch::default());
+        let (mut cache, mut scratch) =
+            (model.cache(&cuda, 9).unwrap(), DecoderActivations::default());
         let mut logits = Vec::new();
         let mut pass = |ids: &[u32], past: usize, blocks: &[u32]| {
             let mut batch = Batch::default();
@@ -332,19 +333,19 @@ fn all_work_can_be_timed() {
     let cuda = Cuda::new(launcher.clone(), DType::Bf16, false);
     let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
     let (mut cache, mut scratch, mut logits) =
-        (model.cache(&cuda, 1).unwrap(), Scratch::default(), Vec::new());
+        (model.cache(&cuda, 1).unwrap(), DecoderActivations::default(), Vec::new());
     let mut batch = Batch::default();
     batch.push(&ids[..2], 0, &[0]);
     model.forward(&cuda, &batch, &mut cache, &mut scratch);
     let sampling = Sampling::default();
-    let rows = [SampleRow::new(1, &sampling, 0, 2)];
+    let rows = [SamplingRow::new(1, &sampling, 0, 2)];
     let mut choose = |_| model.sample(&cuda, &rows, &mut scratch, &mut logits).map(drop);
     assert!(cuda.seconds(2, &mut choose).unwrap() > 0.0);
     assert_eq!(launcher.replayed.get(), 0, "a copy is no launch");
-    let x = cuda.upload(&[1.0; 64], 16, true).unwrap();
-    let y = cuda.upload(&[2.0; 64], 16, true).unwrap();
-    assert!(cuda.seconds(2, &mut |_| cuda.download(&x, 16).map(drop)).is_ok());
-    assert_eq!(cuda.download(&y, 16).unwrap(), [2.0; 64]);
+    let x = cuda.upload(&[1.0; 64], 16, DType::Bf16).unwrap();
+    let y = cuda.upload(&[2.0; 64], 16, DType::Bf16).unwrap();
+    assert!(cuda.seconds(2, &mut |_| cuda.download(&x).map(drop)).is_ok());
+    assert_eq!(cuda.download(&y).unwrap(), [2.0; 64]);
 }
 
 /// What a sink answers to the `n`-th token of a request.
@@ -381,7 +382,7 @@ fn steps_begin_before_the_tokens_are_known() {
             ..Request::new(i as u64, vec![4, 5, 6 + i as u32], 9 + i, 2)
         })
         .collect();
-    fn run<B: Backend>(
+    fn run<B: DecodeBackend>(
         backend: &B,
         model: &Bloom<B>,
         requests: &[Request],

@@ -1,10 +1,10 @@
 //! The engine: transformers' tokens, and the same tokens whatever the company.
 
-use beautiful_prompt::checkpoint::Checkpoint;
 use beautiful_prompt::engine::{
     Counters, Engine, EngineOptions, Event, Finish, Request, Sampling, Verdict,
 };
 use beautiful_prompt::models::bloom::Bloom;
+use beautiful_prompt::models::bloom::BloomCheckpoint;
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::tensor::DType;
@@ -22,11 +22,11 @@ struct Expected {
     greedy_penalty: Vec<u32>,
 }
 
-fn open(name: &str) -> (Checkpoint, Expected) {
+fn open(name: &str) -> (BloomCheckpoint, Expected) {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bloom").join(name);
     let expected =
         serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
-    (Checkpoint::open(&folder).unwrap(), expected)
+    (BloomCheckpoint::open(&folder).unwrap(), expected)
 }
 
 fn request(id: u64, prompt: &[u32], sampling: Sampling, max_new: usize) -> Request {
@@ -160,7 +160,7 @@ fn impossible_requests_are_refused_with_a_reason() {
 }
 
 /// A model, and requests that together need more blocks than there are.
-fn crowd(candidates: u32) -> (Checkpoint, Vec<Request>) {
+fn crowd(candidates: u32) -> (BloomCheckpoint, Vec<Request>) {
     let (checkpoint, _) = open("bf16_sharded");
     let warm = Sampling { temperature: 1.0, seed: 5, ..Sampling::default() };
     let requests = (0..4).map(|i| Request {

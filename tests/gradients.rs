@@ -1,7 +1,7 @@
 //! Loss, gradients and AdamW steps against PyTorch's (tests/golden/make_bloom.py, model `train`).
 
-use beautiful_prompt::checkpoint::Checkpoint;
-use beautiful_prompt::models::bloom::train::{Batch, TrainModel, Workspace};
+use beautiful_prompt::models::bloom::BloomCheckpoint;
+use beautiful_prompt::models::bloom::training::{Batch, TrainModel, Workspace};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::matmul::Precision;
 use beautiful_prompt::ops::cpu::simd::Isa;
@@ -22,9 +22,9 @@ struct Expected {
     losses: Vec<f64>,
 }
 
-fn golden() -> (Checkpoint, Expected, Batch) {
+fn golden() -> (BloomCheckpoint, Expected, Batch) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bloom/train");
-    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let checkpoint = BloomCheckpoint::open(&folder).unwrap();
     let expected: Expected =
         serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
     let mut batch = Batch::new();

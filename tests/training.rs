@@ -1,8 +1,9 @@
 //! Fine-tuning runs: they learn, repeat, resume bit for bit, and stop at nonsense.
 
-use beautiful_prompt::checkpoint::{Checkpoint, Companions};
+use beautiful_prompt::checkpoint::Companions;
+use beautiful_prompt::models::bloom::BloomCheckpoint;
 use beautiful_prompt::models::bloom::BloomConfig;
-use beautiful_prompt::models::bloom::train::{Batch, TrainModel, Workspace};
+use beautiful_prompt::models::bloom::training::{Batch, TrainModel, Workspace};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::matmul::Precision;
 use beautiful_prompt::ops::cpu::simd::Isa;
@@ -201,7 +202,9 @@ fn nonsense_stops_the_run_and_leaves_the_last_good_checkpoint() {
     assert!(e.contains("step 6") && e.contains("step-0000004"), "{e}");
     let kept = state::list(&folder.path().join("checkpoints")).unwrap();
     assert_eq!(kept, good);
-    assert!(Checkpoint::open(&kept[0].1).unwrap().to_f32().unwrap().iter().all(|v| v.is_finite()));
+    assert!(
+        BloomCheckpoint::open(&kept[0].1).unwrap().to_f32().unwrap().iter().all(|v| v.is_finite())
+    );
 }
 
 #[test]

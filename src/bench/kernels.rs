@@ -6,13 +6,13 @@
 use super::floor::{Compared, Gauge, Least, Peaks};
 use super::llm::random_checkpoint;
 use super::machine::{Machine, probe_bytes};
-use crate::engine::{SampleRow, Sampling};
+use crate::engine::{Sampling, SamplingRow};
 use crate::error::Result;
 use crate::memory::MemoryPlan;
-use crate::models::bloom::{BloomConfig, Parameter};
-use crate::ops::{BLOCK, Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
+use crate::models::bloom::{Bloom, BloomConfig};
+use crate::ops::{BLOCK, Batch, DecodeBackend, Epilogue, LayerNorm, Linear, NormInput};
 use crate::random::Words;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, HostTensor};
 use serde::Serialize;
 use std::cell::RefCell;
 
@@ -60,20 +60,9 @@ pub struct KernelReport {
     pub rows: Vec<KernelRow>,
 }
 
-struct Layer<B: Backend> {
-    norm: LayerNorm<B::Vector>,
-    qkv: Linear<B::Matrix, B::Vector>,
-    dense: Linear<B::Matrix, B::Vector>,
-    up: Linear<B::Matrix, B::Vector>,
-    down: Linear<B::Matrix, B::Vector>,
-}
-
-struct Bench<'a, B: Backend + Machine> {
+struct Bench<'a, B: DecodeBackend + Machine> {
     backend: &'a B,
-    config: BloomConfig,
-    heads: Heads,
-    layers: Vec<Layer<B>>,
-    table: B::Matrix,
+    model: Bloom<B>,
     /// Bytes of a weight and of an element of the KV cache.
     weight: f64,
     cached: f64,
@@ -133,55 +122,28 @@ pub fn plan(config: &BloomConfig, dtype: DType, o: &KernelOptions) -> MemoryPlan
 }
 
 /// Measures all operations in `dtype`.
-pub fn run<B: Backend + Machine>(
+pub fn run<B: DecodeBackend + Machine>(
     backend: &B,
     config: BloomConfig,
     dtype: DType,
     options: &KernelOptions,
 ) -> Result<KernelReport> {
     backend.fits(&plan(&config, dtype, options))?;
-    let mut checkpoint = random_checkpoint(config.clone(), dtype)?;
-    let h = config.hidden_size;
-    let mut take =
-        |name: String, shape: &[usize]| checkpoint.take(&Parameter { name, shape: shape.to_vec() });
-    let mut layers = Vec::new();
-    for i in 0..config.layers {
-        let mut linear = |part: &str, rows: usize, cols: usize| -> Result<_> {
-            let at = format!("transformer.h.{i}.{part}");
-            let weight =
-                backend.matrix(take(format!("{at}.weight"), &[rows, cols])?, Some(dtype))?;
-            Ok(Linear { weight, bias: backend.vector(&take(format!("{at}.bias"), &[rows])?)? })
-        };
-        let (qkv, dense) = (
-            linear("self_attention.query_key_value", 3 * h, h)?,
-            linear("self_attention.dense", h, h)?,
-        );
-        let (up, down) =
-            (linear("mlp.dense_h_to_4h", 4 * h, h)?, linear("mlp.dense_4h_to_h", h, 4 * h)?);
-        let at = format!("transformer.h.{i}.input_layernorm");
-        let mut vector = |part: &str| backend.vector(&take(format!("{at}.{part}"), &[h])?);
-        let norm = LayerNorm { weight: vector("weight")?, bias: vector("bias")? };
-        layers.push(Layer { norm, qkv, dense, up, down });
-    }
-    let table = take("transformer.word_embeddings.weight".into(), &[config.vocab_size, h])?;
     let cache_dtype = if dtype == DType::Int8 { DType::Bf16 } else { dtype };
     let bench = Bench {
         backend,
-        heads: config.attention_heads(),
-        layers,
-        table: backend.matrix(table, Some(dtype))?,
+        model: Bloom::load(backend, random_checkpoint(config, dtype)?, Some(dtype))?,
         weight: dtype.size() as f64,
         cached: cache_dtype.size() as f64,
         gauge: RefCell::new(Gauge::new(backend, dtype)?),
         calls: options.calls.max(1),
         rows: RefCell::default(),
-        config,
     };
     for &sequences in &options.batches {
-        bench.case(Case { sequences, tokens: 1, positions: options.context }, cache_dtype)?;
+        bench.case(Case { sequences, tokens: 1, positions: options.context })?;
     }
     for &(sequences, tokens) in &options.prefills {
-        bench.case(Case { sequences, tokens, positions: tokens }, cache_dtype)?;
+        bench.case(Case { sequences, tokens, positions: tokens })?;
     }
     for &n in &options.squares {
         bench.square(n, dtype)?;
@@ -197,91 +159,75 @@ pub fn run<B: Backend + Machine>(
     })
 }
 
-impl<B: Backend + Machine> Bench<'_, B> {
+impl<B: DecodeBackend + Machine> Bench<'_, B> {
     /// All operations on one kind of batch.
-    fn case(&self, case: Case, cache_dtype: DType) -> Result<()> {
+    fn case(&self, case: Case) -> Result<()> {
         let per_sequence = case.positions.div_ceil(BLOCK);
         let blocks = case.sequences * per_sequence;
-        let mut cache = self.backend.cache(cache_dtype, self.config.layers, &self.heads, blocks)?;
+        let mut cache = self.model.cache(self.backend, blocks)?;
+        let (config, layers) = (&self.model.config, &self.model.decoder().layers);
         let mut words = Words::new(3, case.all() as u64);
         let mut batch = Batch::default();
         for s in 0..case.sequences {
             let ids: Vec<u32> =
-                (0..case.tokens).map(|_| words.below(self.config.vocab_size) as u32).collect();
+                (0..case.tokens).map(|_| words.below(config.vocab_size) as u32).collect();
             let table: Vec<u32> =
                 (0..per_sequence).map(|b| (s * per_sequence + b) as u32).collect();
             batch.push(&ids, case.positions - case.tokens, &table);
         }
-        let (b, eps) = (self.backend, 1e-5);
-        let (h, n) = (self.config.hidden_size as f64, case.all() as f64);
-        let mut pass = B::Pass::default();
-        b.begin(&batch, &mut pass);
-        let (mut x, mut normed, mut qkv, mut attended, mut x2, mut wide) = Default::default();
+        let b = self.backend;
+        let (h, n) = (config.hidden_size as f64, case.all() as f64);
+        let mut on_device = B::DeviceBatch::default();
+        b.upload_batch(&batch, &mut on_device);
+        let (mut x, mut normed, mut queries, mut attended, mut x2, mut wide) = Default::default();
         // queries see the positions before their own span, and on average half of that
         let seen = (case.positions - case.tokens) as f64 + (case.tokens as f64 + 1.0) / 2.0;
         let kv = 2.0 * case.sequences as f64 * case.positions as f64 * h * self.cached;
-        let layers = self.layers.len() as f64;
+        let count = layers.len() as f64;
         let product = |weight: f64, outputs: f64, inputs: f64| {
             let bytes = outputs * inputs * weight + 2.0 * n * (outputs + inputs);
             Least {
                 bytes,
                 flops: 2.0 * n * outputs * inputs,
-                working_set: layers * outputs * inputs * weight,
+                working_set: count * outputs * inputs * weight,
             }
         };
         let w = self.weight;
-        let layer = |i: usize| &self.layers[i % self.layers.len()];
+        let layer = |i: usize| &layers[i % layers.len()];
+        let norm = |i: usize| &layer(i).input_norm;
         self.time("embedding + norm", case, whole(n * h * (w + 4.0), 0.0), &mut |i| {
-            b.embed_norm(&batch, &pass, &self.table, &layer(i).norm, eps, &mut x);
+            b.embedding_norm(&mut x, &on_device, self.model.lm_head(), norm(i));
             Ok(())
         })?;
-        let norm = |i: usize| &layer(i).norm;
         self.time("norm + QKV into cache", case, product(w, 3.0 * h, h), &mut |i| {
-            let norm = Norm { norm: norm(i), eps, keep: false, normed: &mut normed };
-            b.norm_qkv(
-                &batch,
-                &pass,
-                i % self.layers.len(),
-                &x,
-                norm,
-                &layer(i).qkv,
-                &self.heads,
-                &mut cache,
-                &mut qkv,
-            );
+            let input = NormInput { x: &x, norm: norm(i), normed: &mut normed };
+            let cache = (&mut cache, i % layers.len());
+            b.layer_norm_qkv_to_cache(&mut queries, input, &layer(i).qkv, &on_device, cache);
             Ok(())
         })?;
         let read =
-            Least { bytes: kv + 4.0 * n * h, flops: 4.0 * n * seen * h, working_set: layers * kv };
+            Least { bytes: kv + 4.0 * n * h, flops: 4.0 * n * seen * h, working_set: count * kv };
         self.time("attention", case, read, &mut |i| {
-            b.attention(
-                &batch,
-                &pass,
-                i % self.layers.len(),
-                &self.heads,
-                &qkv,
-                &cache,
-                &mut attended,
-            );
+            b.paged_attention(&mut attended, &queries, &on_device, (&cache, i % layers.len()));
             Ok(())
         })?;
         self.time("dense + residual", case, product(w, h, h), &mut |i| {
-            b.linear(&attended, &layer(i).dense, Epilogue::BiasResidual(&x), &mut x2);
+            b.linear(&mut x2, &attended, &layer(i).dense, Epilogue::BiasResidual(&x));
             Ok(())
         })?;
         self.time("norm + up + GELU", case, product(w, 4.0 * h, h), &mut |i| {
-            let norm = Norm { norm: norm(i), eps, keep: false, normed: &mut normed };
-            b.norm_linear(&x2, norm, &layer(i).up, Epilogue::BiasGelu, &mut wide);
+            let input = NormInput { x: &x2, norm: norm(i), normed: &mut normed };
+            b.layer_norm_linear(&mut wide, input, &layer(i).up, Epilogue::BiasGelu);
             Ok(())
         })?;
         self.time("down + residual", case, product(w, h, 4.0 * h), &mut |i| {
-            b.linear(&wide, &layer(i).down, Epilogue::BiasResidual(&x2), &mut x);
+            b.linear(&mut x, &wide, &layer(i).down, Epilogue::BiasResidual(&x2));
             Ok(())
         })?;
         // the head sees each sequence's last token
         let rows: Vec<usize> = batch.spans.iter().map(|s| s.start + s.len - 1).collect();
-        b.gather_norm(&x, &rows, norm(0), eps, &mut normed);
-        let (vocabulary, r) = (self.config.vocab_size as f64, rows.len() as f64);
+        b.layer_norm_rows(&mut normed, &x, &rows, norm(0));
+        let (vocabulary, r) = (config.vocab_size as f64, rows.len() as f64);
         let counted = whole(vocabulary * h * w, 2.0 * r * vocabulary * h);
         let plain = Sampling { temperature: 1.0, seed: 5, ..Sampling::default() };
         let ways = [
@@ -291,11 +237,12 @@ impl<B: Backend + Machine> Bench<'_, B> {
         ];
         let mut scratch = Vec::new();
         for (name, sampling) in ways {
-            let choices: Vec<SampleRow> =
-                (0..rows.len()).map(|row| SampleRow::new(row, &sampling, row as u32, 1)).collect();
-            let choices: Vec<(usize, &SampleRow)> = choices.iter().enumerate().collect();
+            let choices: Vec<SamplingRow> = (0..rows.len())
+                .map(|row| SamplingRow::new(row, &sampling, row as u32, 1))
+                .collect();
+            let choices: Vec<(usize, &SamplingRow)> = choices.iter().enumerate().collect();
             self.time(name, case, counted, &mut |_| {
-                b.sample(&normed, &self.table, &choices, &mut scratch).map(drop)
+                b.sample(&normed, self.model.lm_head(), &choices, &mut scratch).map(drop)
             })?;
         }
         Ok(())
@@ -308,21 +255,21 @@ impl<B: Backend + Machine> Bench<'_, B> {
         let mut words = Words::new(4, n as u64);
         let mut matrix = || {
             let noise: Vec<f32> = (0..n * n).map(|_| words.uniform() - 0.5).collect();
-            b.matrix(Tensor::of_rows(&noise, n), Some(dtype))
+            b.weight(HostTensor::of_rows(&noise, n), Some(dtype))
         };
-        let vector = |value: f32| b.vector(&Tensor::of_rows(&vec![value; n], n));
+        let vector = |value: f32| b.vector(&HostTensor::of_rows(&vec![value; n], n));
         let linears = [
             Linear { weight: matrix()?, bias: vector(0.0)? },
             Linear { weight: matrix()?, bias: vector(0.0)? },
         ];
-        let norm = LayerNorm { weight: vector(1.0)?, bias: vector(0.0)? };
+        let norm = LayerNorm { weight: vector(1.0)?, bias: vector(0.0)?, eps: 1e-5 };
         let mut batch = Batch::default();
         let blocks: Vec<u32> = (0..n.div_ceil(BLOCK) as u32).collect();
         batch.push(&(0..n as u32).collect::<Vec<u32>>(), 0, &blocks);
-        let (mut pass, mut rows, mut x, mut out) = Default::default();
-        b.begin(&batch, &mut pass);
-        b.embed_norm(&batch, &pass, &linears[0].weight, &norm, 1e-5, &mut rows);
-        b.gather_norm(&rows, &(0..n).collect::<Vec<usize>>(), &norm, 1e-5, &mut x);
+        let (mut on_device, mut rows, mut x, mut out) = Default::default();
+        b.upload_batch(&batch, &mut on_device);
+        b.embedding_norm(&mut rows, &on_device, &linears[0].weight, &norm);
+        b.layer_norm(&mut x, &rows, &norm);
         let size = n as f64;
         // f32 out
         let counted = whole(size * size * (self.weight + 2.0 + 4.0), 2.0 * size * size * size);
@@ -331,7 +278,7 @@ impl<B: Backend + Machine> Bench<'_, B> {
             Case { sequences: 1, tokens: n, positions: n },
             counted,
             &mut |i| {
-                b.linear(&x, &linears[i % 2], Epilogue::Bias, &mut out);
+                b.linear(&mut out, &x, &linears[i % 2], Epilogue::Bias);
                 Ok(())
             },
         )

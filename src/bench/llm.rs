@@ -6,11 +6,11 @@ use crate::checkpoint::Checkpoint;
 use crate::engine::{Engine, EngineOptions, Event, Request, Verdict};
 use crate::error::{Error, Result};
 use crate::memory::MemoryPlan;
-use crate::models::bloom::{Bloom, BloomConfig};
-use crate::ops::Backend;
+use crate::models::bloom::{Bloom, BloomCheckpoint, BloomConfig};
 use crate::ops::cuda::Comparison;
+use crate::ops::{DecodeBackend, Weight as _};
 use crate::random::Words;
-use crate::tensor::{Bytes, DType, Tensor};
+use crate::tensor::{Bytes, DType, HostTensor};
 use half::{bf16, f16};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -66,7 +66,7 @@ pub struct LlmReport {
 }
 
 /// A checkpoint of random weights in `dtype` (int8 is quantized from bf16 at load).
-pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Result<Checkpoint> {
+pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Result<BloomCheckpoint> {
     let stored = if dtype == DType::Int8 { DType::Bf16 } else { dtype };
     let bytes = (config.parameter_count() * stored.size()) as f64;
     MemoryPlan::new()
@@ -93,13 +93,14 @@ pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Result<Checkpoint
             }
         });
         let bytes = filled.map_err(Error::io("memory", "reserve"))?;
-        tensors.insert(p.name, Tensor { dtype: stored, shape: p.shape, bytes });
+        tensors.insert(p.name, HostTensor { dtype: stored, shape: p.shape, bytes });
     }
-    Ok(Checkpoint { config, tensors, path: "random weights".into(), files: vec![] })
+    let weights = Checkpoint { tensors, path: "random weights".into(), files: vec![] };
+    BloomCheckpoint::new(config, weights)
 }
 
 /// What measuring a model takes beside its weights.
-pub fn plan<B: Backend>(model: &Bloom<B>, o: &LlmOptions) -> MemoryPlan {
+pub fn plan<B: DecodeBackend>(model: &Bloom<B>, o: &LlmOptions) -> MemoryPlan {
     let flags = "--batch or --prompt-tokens";
     let engine = crate::engine::plan(model, &o.engine());
     // ids of prompts, in requests and in sequences
@@ -126,7 +127,7 @@ impl LlmOptions {
 }
 
 /// A model's sequences, all of which go on together.
-struct Runner<'a, B: Backend> {
+struct Runner<'a, B: DecodeBackend> {
     engine: Engine<'a, B>,
     model: &'a Bloom<B>,
     o: LlmOptions,
@@ -134,7 +135,7 @@ struct Runner<'a, B: Backend> {
     next_id: u64,
 }
 
-impl<B: Backend> Runner<'_, B> {
+impl<B: DecodeBackend> Runner<'_, B> {
     /// Random prompts, one for each sequence.
     fn submit(&mut self, max_new: usize) -> Result<()> {
         let config = &self.model.config;
@@ -165,7 +166,7 @@ impl<B: Backend> Runner<'_, B> {
 }
 
 /// Measures `model`.
-pub fn run<B: Backend + Machine>(
+pub fn run<B: DecodeBackend + Machine>(
     backend: &B,
     model: &Bloom<B>,
     options: LlmOptions,
@@ -179,7 +180,7 @@ pub fn run<B: Backend + Machine>(
         )));
     }
     backend.fits(&plan(model, &o))?;
-    let dtype = backend.stored(model.head());
+    let dtype = model.lm_head().dtype();
     let before_probe = machine::peak_memory();
     let mut gauge = Gauge::new(backend, dtype)?;
     let (mut prefill_times, mut prefill_peaks) = (Vec::new(), Peaks::default());
@@ -260,7 +261,7 @@ struct Counted {
 }
 
 impl Counted {
-    fn new<B: Backend>(model: &Bloom<B>, dtype: DType) -> Counted {
+    fn new<B: DecodeBackend>(model: &Bloom<B>, dtype: DType) -> Counted {
         let c = &model.config;
         let h = c.hidden_size as f64;
         Counted {

@@ -8,7 +8,7 @@ use crate::ops::cpu::Cpu;
 use crate::ops::cpu::simd::Isa;
 use crate::ops::cuda::{Comparison, Cuda};
 use crate::simd_fn;
-use crate::tensor::{Buffer, Bytes, DType};
+use crate::tensor::{Bytes, DType, Elements};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -44,17 +44,17 @@ impl Machine for Cpu {
     fn threads(&self) -> usize {
         self.threads.count()
     }
-    type Probe = Buffer<f32>;
+    type Probe = Elements<f32>;
     /// In as large pages as weights are.
-    fn probe(&self) -> Result<Buffer<f32>> {
+    fn probe(&self) -> Result<Elements<f32>> {
         let data = Bytes::resident(probe_bytes(), |data| data.fill(1))
             .map_err(Error::io("memory", "reserve"))?;
-        Ok(Buffer::from_bytes(data))
+        Ok(Elements::from_bytes(data))
     }
-    fn probe_bytes(&self, probe: &Buffer<f32>) -> u64 {
+    fn probe_bytes(&self, probe: &Elements<f32>) -> u64 {
         4 * probe.len() as u64
     }
-    fn bandwidth(&self, probe: &Buffer<f32>) -> Result<f64> {
+    fn bandwidth(&self, probe: &Elements<f32>) -> Result<f64> {
         Ok(read_bandwidth(self, probe, 2))
     }
     fn last_cache(&self) -> Option<usize> {

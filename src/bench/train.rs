@@ -5,7 +5,7 @@ use super::machine;
 use crate::error::Result;
 use crate::memory::MemoryPlan;
 use crate::models::bloom::BloomConfig;
-use crate::models::bloom::train::{Batch, TrainModel, Workspace, training_bytes_per_token};
+use crate::models::bloom::training::{Batch, TrainModel, Workspace, training_bytes_per_token};
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::matmul::Precision;
 use crate::random::Words;

@@ -1,35 +1,32 @@
-//! Model folders as Hugging Face writes them, memory-mapped.
+//! Tensors by name, of model folders as Hugging Face writes them, memory-mapped. Knows no model.
 
 mod atomic;
 mod companions;
+mod parameter;
 mod pytorch;
 mod safetensors;
 mod save;
 
 pub use atomic::{write_atomic, write_atomic_at, write_folder};
 pub use companions::{Companions, MODEL_FILES, TOKENIZER_FILES};
-pub use save::save_model;
+pub use parameter::Parameter;
+pub use save::save_tensors;
 
 use crate::error::{Error, Result};
 use crate::files;
-use crate::models::bloom::{BloomConfig, Parameter};
-use crate::ops::cpu::Cpu;
-use crate::ops::cpu::finite;
-use crate::ops::cpu::simd::Isa;
-use crate::tensor::{Bytes, Tensor};
+use crate::tensor::{Bytes, HostTensor};
 use memmap2::Mmap;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// A checkpoint, cheap to copy: its configuration and its tensors by name (always with the
-/// `transformer.` prefix).
+/// The tensors of a checkpoint by name, cheap to copy.
 #[derive(Clone)]
 pub struct Checkpoint {
-    pub config: BloomConfig,
-    pub tensors: BTreeMap<String, Tensor>,
-    /// What errors name: the folder, or the embedded model.
+    /// By the names that the files have.
+    pub tensors: BTreeMap<String, HostTensor>,
+    /// What errors name: the file of tensors, or the embedded model.
     pub path: PathBuf,
     /// Tensor files that were read.
     pub files: Vec<PathBuf>,
@@ -43,17 +40,28 @@ const LAYOUTS: [(&str, bool); 4] = [
     ("pytorch_model.bin.index.json", true),
 ];
 
+/// Fails if `folder` is no folder.
+///
+/// # Errors
+/// Names what it is instead.
+pub fn expect_folder(folder: &Path) -> Result<()> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    let found = if folder.exists() { "is a file" } else { "does not exist" };
+    Err(Error::file(
+        folder,
+        format!("{found}; expected a model folder with config.json and model.safetensors"),
+    ))
+}
+
 impl Checkpoint {
-    /// Opens a folder; nothing is copied, and every tensor's name and shape is checked.
+    /// Opens the tensors of a folder; nothing is copied.
+    ///
+    /// # Errors
+    /// If there are none, or a file is not what it should be.
     pub fn open(folder: &Path) -> Result<Checkpoint> {
-        if !folder.is_dir() {
-            let found = if folder.exists() { "is a file" } else { "does not exist" };
-            return Err(Error::file(
-                folder,
-                format!("{found}; expected a model folder with config.json and model.safetensors"),
-            ));
-        }
-        let config = BloomConfig::read(&folder.join("config.json"))?;
+        expect_folder(folder)?;
         let Some((name, sharded)) = LAYOUTS.iter().find(|(n, _)| folder.join(n).exists()) else {
             return Err(Error::file(
                 folder,
@@ -69,32 +77,27 @@ impl Checkpoint {
             files.push(path.clone());
             read_file(&path)?
         };
-        Checkpoint { config, tensors, path: path.clone(), files }.checked()
+        Ok(Checkpoint { tensors, path, files })
     }
 
-    /// The checkpoint whose parts are these bytes (a `config.json` and a safetensors file).
-    pub fn from_static(
-        config: &'static [u8],
-        weights: &'static [u8],
-        name: &str,
-    ) -> Result<Checkpoint> {
-        let config = BloomConfig::parse(config).map_err(|e| Error::file(name, e))?;
+    /// The tensors of a safetensors file that the program carries.
+    ///
+    /// # Errors
+    /// If it is none.
+    pub fn from_static(weights: &'static [u8], name: &str) -> Result<Checkpoint> {
         let tensors =
             safetensors::read(Bytes::Static(weights)).map_err(|e| Error::file(name, e))?;
-        Checkpoint { config, tensors: normalised(tensors), path: name.into(), files: vec![] }
-            .checked()
+        Ok(Checkpoint { tensors, path: name.into(), files: vec![] })
     }
 
-    /// Checks that every parameter is there with its shape.
-    fn checked(self) -> Result<Checkpoint> {
-        for p in self.config.parameters() {
-            self.parameter(&p)?;
-        }
-        Ok(self)
+    /// Gives tensors other names.
+    pub fn renamed(mut self, name: impl Fn(String) -> String) -> Checkpoint {
+        self.tensors = self.tensors.into_iter().map(|(k, v)| (name(k), v)).collect();
+        self
     }
 
     /// One tensor of the model.
-    pub fn parameter(&self, p: &Parameter) -> Result<&Tensor> {
+    pub fn parameter(&self, p: &Parameter) -> Result<&HostTensor> {
         let t = self.tensors.get(&p.name).ok_or_else(|| {
             Error::file(&self.path, format!("tensor {} is missing (shape {:?})", p.name, p.shape))
         })?;
@@ -112,36 +115,9 @@ impl Checkpoint {
 
     /// [`Checkpoint::parameter`], which is not in the checkpoint any more: whoever lays it out anew
     /// may be its only owner.
-    pub fn take(&mut self, p: &Parameter) -> Result<Tensor> {
+    pub fn take(&mut self, p: &Parameter) -> Result<HostTensor> {
         self.parameter(p)?;
         Ok(self.tensors.remove(&p.name).expect("it is there"))
-    }
-
-    /// All parameters in f32, one after the other in the order of the config; fails if one holds
-    /// NaN or infinity.
-    pub fn to_f32(&self) -> Result<Vec<f32>> {
-        let mut values = Vec::with_capacity(self.config.parameter_count());
-        for p in self.config.parameters() {
-            let tensor = self.parameter(&p)?;
-            finite::check(Isa::detect(), tensor).map_err(|e| e.of_tensor(&self.path, &p.name))?;
-            values.extend(tensor.to_f32());
-        }
-        Ok(values)
-    }
-
-    /// Reads all parameters and fails if one holds NaN or infinity.
-    pub fn check_finite(&self, cpu: &Cpu) -> Result<()> {
-        let check = |p: Parameter| {
-            finite::check_parallel(cpu, self.parameter(&p)?)
-                .map_err(|e| e.of_tensor(&self.path, &p.name))
-        };
-        self.config.parameters().into_iter().try_for_each(check)
-    }
-
-    /// Tensors that the model does not use.
-    pub fn unused(&self) -> Vec<&str> {
-        let used: BTreeSet<String> = self.config.parameters().into_iter().map(|p| p.name).collect();
-        self.tensors.keys().filter(|k| !used.contains(*k)).map(String::as_str).collect()
     }
 }
 
@@ -160,33 +136,21 @@ fn map(path: &Path) -> Result<Bytes> {
     }
 }
 
-fn read_file(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+fn read_file(path: &Path) -> Result<BTreeMap<String, HostTensor>> {
     let bytes = map(path)?;
     let tensors = if path.extension().is_some_and(|e| e == "bin") {
         pytorch::read(bytes)
     } else {
         safetensors::read(bytes)
     };
-    tensors.map(normalised).map_err(|e| Error::file(path, e))
-}
-
-/// Adds the `transformer.` prefix that some checkpoints leave out.
-fn normalised(tensors: BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
-    let name = |n: String| {
-        if n.starts_with("transformer.") || n.starts_with("lm_head.") {
-            n
-        } else {
-            format!("transformer.{n}")
-        }
-    };
-    tensors.into_iter().map(|(k, v)| (name(k), v)).collect()
+    tensors.map_err(|e| Error::file(path, e))
 }
 
 fn read_index(
     folder: &Path,
     path: &Path,
     files: &mut Vec<PathBuf>,
-) -> Result<BTreeMap<String, Tensor>> {
+) -> Result<BTreeMap<String, HostTensor>> {
     let text = files::read(path, "does not exist")?;
     let value: Value =
         serde_json::from_slice(&text).map_err(|e| Error::file(path, format!("not JSON: {e}")))?;
@@ -213,16 +177,13 @@ fn read_index(
         all.append(&mut read_file(&file)?);
         files.push(file);
     }
-    let present = normalised(all);
     for tensor in map.keys() {
-        let found =
-            present.contains_key(tensor) || present.contains_key(&format!("transformer.{tensor}"));
-        if !found {
+        if !all.contains_key(tensor) {
             return Err(Error::file(
                 path,
                 format!("lists {tensor}, which its shard does not hold"),
             ));
         }
     }
-    Ok(present)
+    Ok(all)
 }

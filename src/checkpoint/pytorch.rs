@@ -4,7 +4,7 @@
 //! of tensors. It calls nothing: a global is only a name, and a call is only recorded if it is one
 //! of the few that rebuild tensors. Everything else ends with an error.
 
-use crate::tensor::{Bytes, DType, Tensor};
+use crate::tensor::{Bytes, DType, HostTensor};
 use std::collections::{BTreeMap, HashMap};
 use std::io::Cursor;
 use std::rc::Rc;
@@ -15,7 +15,7 @@ const DEPTH: usize = 32;
 type Result<T> = std::result::Result<T, String>;
 
 /// All tensors of a file; the error says what is wrong with it.
-pub fn read(bytes: Bytes) -> Result<BTreeMap<String, Tensor>> {
+pub fn read(bytes: Bytes) -> Result<BTreeMap<String, HostTensor>> {
     if bytes.starts_with(&[0x80, 0x02, 0x8a, 0x0a]) {
         return Err(
             "is in PyTorch's format from before 1.6; load and save it with a newer PyTorch".into(),
@@ -73,7 +73,7 @@ struct TensorRef {
 }
 
 impl TensorRef {
-    fn resolve(&self, name: &str, storage: &Bytes) -> Result<Tensor> {
+    fn resolve(&self, name: &str, storage: &Bytes) -> Result<HostTensor> {
         let mut dense = 1usize;
         for (&size, &stride) in self.shape.iter().zip(&self.stride).rev() {
             if size > 1 && stride != dense {
@@ -93,7 +93,7 @@ impl TensorRef {
             )
         })?;
         let bytes = storage.slice(self.offset * element..end);
-        Ok(Tensor { dtype: self.storage.dtype, shape: self.shape.clone(), bytes })
+        Ok(HostTensor { dtype: self.storage.dtype, shape: self.shape.clone(), bytes })
     }
 }
 

@@ -1,11 +1,11 @@
 //! Files in the safetensors format.
 
-use crate::tensor::{Bytes, DType, Tensor};
+use crate::tensor::{Bytes, DType, HostTensor};
 use safetensors::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
 
 /// All tensors of a file; the error says what is wrong with it.
-pub fn read(bytes: Bytes) -> Result<BTreeMap<String, Tensor>, String> {
+pub fn read(bytes: Bytes) -> Result<BTreeMap<String, HostTensor>, String> {
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|e| format!("not a whole safetensors file: {e} (download or copy it again)"))?;
     let base = bytes.as_ptr() as usize;
@@ -23,7 +23,7 @@ pub fn read(bytes: Bytes) -> Result<BTreeMap<String, Tensor>, String> {
             };
             let start = view.data().as_ptr() as usize - base;
             let bytes = bytes.slice(start..start + view.data().len());
-            Ok((name.to_owned(), Tensor { dtype, shape: view.shape().to_vec(), bytes }))
+            Ok((name.to_owned(), HostTensor { dtype, shape: view.shape().to_vec(), bytes }))
         })
         .collect()
 }

@@ -1,8 +1,7 @@
-//! Saving a model as a folder that transformers loads.
+//! Saving a model's tensors as transformers loads them.
 
-use super::{write_atomic, write_atomic_at};
+use super::{Parameter, write_atomic_at};
 use crate::error::Result;
-use crate::models::bloom::BloomConfig;
 use crate::tensor::DType;
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, View};
@@ -45,13 +44,20 @@ impl View for Stored<'_> {
     }
 }
 
-/// Writes `config.json` and `model.safetensors` (in `dtype`: f32, f16 or bf16) into an existing
-/// folder. `values` holds all parameters in the order of [`BloomConfig::parameters`].
-pub fn save_model(folder: &Path, config: &BloomConfig, values: &[f32], dtype: DType) -> Result<()> {
-    assert_eq!(values.len(), config.parameter_count());
+/// Writes `model.safetensors` (in `dtype`: f32, f16 or bf16) into an existing folder. `values`
+/// holds all parameters, one after the other.
+///
+/// # Errors
+/// If the file cannot be written; nothing half-written is left.
+pub fn save_tensors(
+    folder: &Path,
+    parameters: Vec<Parameter>,
+    values: &[f32],
+    dtype: DType,
+) -> Result<()> {
+    assert_eq!(values.len(), parameters.iter().map(Parameter::len).sum::<usize>());
     let mut start = 0;
-    let tensors: Vec<(String, Stored)> = config
-        .parameters()
+    let tensors: Vec<(String, Stored)> = parameters
         .into_iter()
         .map(|p| {
             let values = &values[start..start + p.len()];
@@ -60,11 +66,7 @@ pub fn save_model(folder: &Path, config: &BloomConfig, values: &[f32], dtype: DT
         })
         .collect();
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let path = folder.join("model.safetensors");
-    write_atomic_at(&path, |file| {
+    write_atomic_at(&folder.join("model.safetensors"), |file| {
         safetensors::serialize_to_file(tensors, Some(metadata), file).map_err(std::io::Error::other)
-    })?;
-    let text = serde_json::to_string_pretty(&config.to_json(dtype.torch_name()))
-        .expect("JSON of numbers and strings");
-    write_atomic(&folder.join("config.json"), |w| writeln!(w, "{text}"))
+    })
 }

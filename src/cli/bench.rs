@@ -10,9 +10,9 @@ use crate::bench::floor::Bound;
 use crate::bench::kernels::{self, KernelOptions};
 use crate::bench::llm::{LlmOptions, LlmReport, Phase, random_checkpoint, run};
 use crate::bench::train::{self, TrainBenchOptions};
-use crate::checkpoint::Checkpoint;
+use crate::models::bloom::BloomCheckpoint;
 use crate::models::bloom::{
-    BloomConfig, MOST_CONTEXT, MOST_HEADS, MOST_HIDDEN, MOST_LAYERS, MOST_VOCABULARY,
+    BloomConfig, MAX_CONTEXT, MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_VOCABULARY,
 };
 use crate::models::embedded;
 use crate::tensor::DType;
@@ -137,11 +137,11 @@ impl KernelArgs {
         for &batch in &self.batch {
             within("--batch", batch, 1..=MOST_SEQUENCES, "[1, 1048576]")?;
         }
-        within("--context", self.context, 1..=MOST_CONTEXT, "[1, 16777216]")?;
+        within("--context", self.context, 1..=MAX_CONTEXT, "[1, 16777216]")?;
         within("--calls", self.calls, 1..=100_000, "[1, 100000]")?;
         for &(sequences, tokens) in &self.prefill {
             within("--prefill: sequences", sequences, 1..=MOST_SEQUENCES, "[1, 1048576]")?;
-            within("--prefill: tokens", tokens, 1..=MOST_CONTEXT, "[1, 16777216]")?;
+            within("--prefill: tokens", tokens, 1..=MAX_CONTEXT, "[1, 16777216]")?;
         }
         ensure!(
             self.squares.iter().all(|n| (1..=1 << 20).contains(n) && n.is_multiple_of(16)),
@@ -229,15 +229,15 @@ impl BenchCommand {
 
 impl TrainArgs {
     fn run(self) -> anyhow::Result<()> {
-        within("--hidden", self.hidden, 1..=MOST_HIDDEN, "[1, 262144]")?;
-        within("--layers", self.layers, 1..=MOST_LAYERS, "[1, 4096]")?;
-        within("--heads", self.heads, 1..=MOST_HEADS, "[1, 4096]")?;
-        within("--vocab", self.vocab, 1..=MOST_VOCABULARY, "[1, 16777216]")?;
+        within("--hidden", self.hidden, 1..=MAX_HIDDEN, "[1, 262144]")?;
+        within("--layers", self.layers, 1..=MAX_LAYERS, "[1, 4096]")?;
+        within("--heads", self.heads, 1..=MAX_HEADS, "[1, 4096]")?;
+        within("--vocab", self.vocab, 1..=MAX_VOCABULARY, "[1, 16777216]")?;
         within("--batch", self.batch, 1..=MOST_SEQUENCES, "[1, 1048576]")?;
         within(
             "--tokens",
             self.tokens,
-            2..=MOST_CONTEXT,
+            2..=MAX_CONTEXT,
             "[2, 16777216]: the first token is not predicted",
         )?;
         within("--repeats", self.repeats, 1..=MOST_REPEATS, "[1, 10000]")?;
@@ -288,14 +288,14 @@ impl TrainArgs {
 
 impl LlmArgs {
     fn run(self) -> anyhow::Result<()> {
-        within("--prompt-tokens", self.prompt_tokens, 1..=MOST_CONTEXT, "[1, 16777216]")?;
-        within("--new-tokens", self.new_tokens, 1..=MOST_CONTEXT, "[1, 16777216]")?;
+        within("--prompt-tokens", self.prompt_tokens, 1..=MAX_CONTEXT, "[1, 16777216]")?;
+        within("--new-tokens", self.new_tokens, 1..=MAX_CONTEXT, "[1, 16777216]")?;
         within("--batch", self.batch, 1..=MOST_SEQUENCES, "[1, 1048576]")?;
         within("--repeats", self.repeats, 1..=MOST_REPEATS, "[1, 10000]")?;
         let dtype = self.model.dtype.dtype();
         let checkpoint = match (&self.shape, &self.model.model) {
             (Some(shape), _) => random_checkpoint(published(shape)?, dtype.unwrap_or(DType::Bf16))?,
-            (None, Some(model)) => Checkpoint::open(&model_folder(model)?)?,
+            (None, Some(model)) => BloomCheckpoint::open(&model_folder(model)?)?,
             (None, None) => embedded::checkpoint(),
         };
         let dtype = if self.model.dtype == DTypeChoice::Auto { None } else { dtype };

@@ -7,7 +7,7 @@ use super::print::{self, print_line};
 use super::within;
 use crate::bench::serve::{Endpoint, Goodput, LoadOptions, Prompts, ServeReport, Server, run};
 use crate::data::records::read_prompts;
-use crate::models::bloom::{MOST_CONTEXT, MOST_VOCABULARY};
+use crate::models::bloom::{MAX_CONTEXT, MAX_VOCABULARY};
 use crate::serve::{HttpOptions, app, serve};
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
@@ -97,14 +97,9 @@ impl ServeBenchArgs {
     pub fn run(self) -> anyhow::Result<()> {
         super::ignore_broken_pipes();
         within("--num-prompts", self.num_prompts, 1..=10_000_000, "[1, 10000000]")?;
-        within("--output-len", self.output_len, 1..=MOST_CONTEXT, "[1, 16777216]")?;
-        within("--random-input-len", self.random_input_len, 1..=MOST_CONTEXT, "[1, 16777216]")?;
-        within(
-            "--random-vocabulary",
-            self.random_vocabulary,
-            2..=MOST_VOCABULARY,
-            "[2, 16777216]",
-        )?;
+        within("--output-len", self.output_len, 1..=MAX_CONTEXT, "[1, 16777216]")?;
+        within("--random-input-len", self.random_input_len, 1..=MAX_CONTEXT, "[1, 16777216]")?;
+        within("--random-vocabulary", self.random_vocabulary, 2..=MAX_VOCABULARY, "[2, 16777216]")?;
         within("--temperature", self.temperature, 0.0..=100.0, "[0, 100]")?;
         // a request in eleven days at the least
         within("--request-rate", self.request_rate.unwrap_or(1.0), 1e-6..=1e9, "[1e-6, 1e9]")?;

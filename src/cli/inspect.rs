@@ -39,7 +39,7 @@ impl InspectArgs {
         let mut dtypes: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
         let mut element = DType::F32;
         for p in c.parameters() {
-            let t = checkpoint.parameter(&p)?;
+            let t = checkpoint.weights.parameter(&p)?;
             element = t.dtype;
             let sum = dtypes.entry(t.dtype.name()).or_default();
             *sum = (sum.0 + p.len(), sum.1 + t.bytes.len());
@@ -47,6 +47,7 @@ impl InspectArgs {
         let bytes: usize = dtypes.values().map(|d| d.1).sum();
         let special = special_tokens(&folder)?;
         let files: Vec<String> = checkpoint
+            .weights
             .files
             .iter()
             .filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned()))

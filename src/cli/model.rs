@@ -3,12 +3,12 @@
 use super::DeviceArgs;
 use super::hub::model_folder;
 use super::print::note;
-use crate::checkpoint::Checkpoint;
 use crate::device::cuda::Driver;
 use crate::engine::session::{Generate, GenerateOptions, Length, Session};
 use crate::engine::{EngineOptions, Sampling};
 use crate::error::Error;
 use crate::memory::MemoryPlan;
+use crate::models::bloom::BloomCheckpoint;
 use crate::models::bloom::{Bloom, BloomConfig};
 use crate::models::embedded;
 use crate::models::generation_config::GenerationDefaults;
@@ -154,7 +154,7 @@ impl Loaded {
 
 /// What a model's folder holds, checked, on no device yet.
 pub struct ModelParts {
-    pub checkpoint: Checkpoint,
+    pub checkpoint: BloomCheckpoint,
     pub tokenizer: Tokenizer,
     /// The template that comes with the model.
     pub template: Option<Template>,
@@ -175,7 +175,7 @@ impl ModelParts {
             });
         };
         let folder = model_folder(model)?;
-        let checkpoint = Checkpoint::open(&folder)?;
+        let checkpoint = BloomCheckpoint::open(&folder)?;
         let path = folder.join("tokenizer.json");
         let tokenizer = Tokenizer::open(&path)?;
         tokenizer.check(checkpoint.config.vocab_size, &path)?;
@@ -205,13 +205,17 @@ impl ModelArgs {
 
     /// Prepares the weights of a checkpoint where they are to be used; `dtype` as for
     /// [`Bloom::load`].
-    pub fn place(&self, checkpoint: Checkpoint, dtype: Option<DType>) -> anyhow::Result<Placed> {
-        let stored = checkpoint.tensors.values().next().map(|t| t.dtype);
+    pub fn place(
+        &self,
+        checkpoint: BloomCheckpoint,
+        dtype: Option<DType>,
+    ) -> anyhow::Result<Placed> {
+        let stored = checkpoint.weights.tensors.values().next().map(|t| t.dtype);
         Ok(match self.device(&checkpoint.config)? {
             Device::Cpu(cpu) => {
                 weights_plan(&cpu, &checkpoint, dtype)
                     .check()
-                    .with_context(|| checkpoint.path.display().to_string())?;
+                    .with_context(|| checkpoint.weights.path.display().to_string())?;
                 let model = Bloom::load(&cpu, checkpoint, dtype)?;
                 Placed::Cpu(cpu, model)
             }
@@ -233,7 +237,7 @@ impl ModelArgs {
                     "the CUDA kernels hold weights in 16 or 8 bits; use --dtype bf16",
                 ));
             }
-            Cuda::<Driver>::supports(config)?;
+            Cuda::<Driver>::supports(config.hidden_size, config.heads)?;
             Driver::open()
         };
         let driver = match self.device {
@@ -281,11 +285,11 @@ impl ModelArgs {
 
 /// A checksum of every tensor's name, shape and type, and of parts of its values: all of them would
 /// take long to read.
-fn fingerprint(checkpoint: &Checkpoint) -> String {
+fn fingerprint(checkpoint: &BloomCheckpoint) -> String {
     /// Bytes of a tensor at either end.
     const PART: usize = 1024;
     let mut sum = crc32fast::Hasher::new();
-    for (name, tensor) in &checkpoint.tensors {
+    for (name, tensor) in &checkpoint.weights.tensors {
         sum.update(format!("{name} {:?} {}", tensor.shape, tensor.dtype.name()).as_bytes());
         let bytes: &[u8] = &tensor.bytes;
         sum.update(&bytes[..bytes.len().min(PART)]);
@@ -321,13 +325,13 @@ pub fn check_sampling(s: &Sampling, named: impl Fn(&str) -> String) -> anyhow::R
 
 /// What the CPU takes for weights beside the pages of mapped files, which the system takes back
 /// when it needs them.
-fn weights_plan(cpu: &Cpu, checkpoint: &Checkpoint, dtype: Option<DType>) -> MemoryPlan {
+fn weights_plan(cpu: &Cpu, checkpoint: &BloomCheckpoint, dtype: Option<DType>) -> MemoryPlan {
     let bytes: f64 = checkpoint
         .config
         .parameters()
         .iter()
         .filter_map(|p| {
-            let tensor = checkpoint.tensors.get(&p.name)?;
+            let tensor = checkpoint.weights.tensors.get(&p.name)?;
             let held = dtype.unwrap_or(tensor.dtype);
             let packed = held == DType::Bf16 && cpu.isa == Isa::Avx512Bf16;
             // what is in such memory already is laid out where it lies

@@ -5,11 +5,11 @@ use super::files::check_distinct;
 use super::hub::model_folder;
 use super::print::{note, print_line};
 use super::within;
-use crate::checkpoint::{Checkpoint, Companions, MODEL_FILES, TOKENIZER_FILES, save_model};
+use crate::checkpoint::{Companions, MODEL_FILES, TOKENIZER_FILES};
 use crate::data::records::{read_prompts, read_training_pairs};
 use crate::memory::MemoryPlan;
-use crate::models::bloom::BloomConfig;
-use crate::models::bloom::train::{TrainModel, training_bytes_per_token};
+use crate::models::bloom::training::{TrainModel, training_bytes_per_token};
+use crate::models::bloom::{BloomCheckpoint, BloomConfig, save_model};
 use crate::models::embedded;
 use crate::ops::cpu::matmul::Precision;
 use crate::tensor::DType;
@@ -83,7 +83,7 @@ pub struct SftArgs {
     /// Folder of the run: the trained model, checkpoints, metrics.jsonl, loss.svg.
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
-    /// Checkpoint to start from, a folder or org/name of one in Hugging Face's cache; the embedded
+    /// BloomCheckpoint to start from, a folder or org/name of one in Hugging Face's cache; the embedded
     /// model if neither this nor --config is given.
     #[arg(long, value_name = "DIR|NAME", conflicts_with = "config")]
     model: Option<PathBuf>,
@@ -239,7 +239,7 @@ impl SftArgs {
                 (TrainModel::random(config, self.seed), None)
             }
             (Some(folder), None) => {
-                let c = Checkpoint::open(folder)?;
+                let c = BloomCheckpoint::open(folder)?;
                 fits(&c.config).with_context(|| format!("{}", folder.display()))?;
                 let values = c.to_f32()?;
                 (TrainModel::new(c.config, values), Some(folder.join("tokenizer.json")))

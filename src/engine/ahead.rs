@@ -7,30 +7,30 @@
 //! if the sequence goes on.
 
 use super::{Choice, Engine, Sequence, Sink, sample_rows};
-use crate::engine::SampleRow;
+use crate::engine::SamplingRow;
 use crate::error::Result;
-use crate::ops::{Backend, Batch};
+use crate::ops::{Batch, DecodeBackend};
 
 /// A step whose tokens are being chosen.
-pub(super) struct Flight<B: Backend> {
-    choosing: B::Choosing,
+pub(super) struct Flight<B: DecodeBackend> {
+    choosing: B::PendingSamples,
     /// Request and candidate of each choice; `None` if it is not wanted any more.
     targets: Vec<Option<(u64, u32)>>,
 }
 
-impl<B: Backend> Flight<B> {
+impl<B: DecodeBackend> Flight<B> {
     pub fn new<'s>(
-        choosing: B::Choosing,
+        choosing: B::PendingSamples,
         sequences: impl Iterator<Item = &'s Sequence>,
     ) -> Flight<B> {
         Flight { choosing, targets: sequences.map(|s| Some((s.request.id, s.candidate))).collect() }
     }
 }
 
-impl<B: Backend> Engine<'_, B> {
+impl<B: DecodeBackend> Engine<'_, B> {
     /// Whether the next step can do without knowing what these choices, one for each running
     /// sequence, come to.
-    pub(super) fn may_fly(&self, rows: &[SampleRow]) -> bool {
+    pub(super) fn may_fly(&self, rows: &[SamplingRow]) -> bool {
         let plain = |s: &Sequence| {
             let sampling = &s.request.sampling;
             s.forced.is_empty()
@@ -40,7 +40,7 @@ impl<B: Backend> Engine<'_, B> {
         self.options.draft_tokens == 0
             && rows.len() == self.running.len()
             && self.running.iter().all(plain)
-            && rows.iter().all(|r| self.backend.chooses_alone(r))
+            && rows.iter().all(|r| self.backend.samples_on_device(r))
     }
 
     fn find(&self, target: Option<(u64, u32)>) -> Option<usize> {
@@ -76,7 +76,7 @@ impl<B: Backend> Engine<'_, B> {
             let s = &self.running[at];
             let row = batch.ids.len();
             batch.push(&[0], s.computed, &s.blocks);
-            batch.fed.push((row, choice));
+            batch.pending.push((row, choice));
             choices.push(self.choice(at, &[], Some(choice), row));
         }
         if choices.is_empty() {
@@ -86,14 +86,14 @@ impl<B: Backend> Engine<'_, B> {
         self.counters.steps += 1;
         self.counters.computed_tokens += batch.ids.len() as u64;
         let rows = sample_rows(&self.running, &choices);
-        let choosing = self.model.start_sample(self.backend, &rows, &mut self.scratch)?;
+        let choosing = self.model.sample_async(self.backend, &rows, &mut self.scratch)?;
         choices.iter().for_each(|c| self.running[c.at].computed += 1);
         Ok(Some(Flight::new(choosing, choices.iter().map(|c| &self.running[c.at]))))
     }
 
     /// Takes the tokens of `flight`, behind which another one may have begun.
     pub(super) fn land(&mut self, flight: Flight<B>, sink: Sink) -> Result<()> {
-        let chosen = self.backend.finish_sample(flight.choosing)?;
+        let chosen = self.backend.wait(flight.choosing)?;
         for (target, chosen) in flight.targets.into_iter().zip(chosen) {
             let Some(at) = self.find(target) else { continue };
             let goes_on = self.take(at, &[], &mut [chosen], sink);

@@ -5,10 +5,10 @@
 //! queue. Where all places are taken, or all memory, and an owner has none, one that has more than
 //! its share gives up the newest of its own.
 
-use super::{BLOCK, Backend, Engine};
+use super::{BLOCK, DecodeBackend, Engine};
 use std::collections::{HashMap, HashSet};
 
-impl<B: Backend> Engine<'_, B> {
+impl<B: DecodeBackend> Engine<'_, B> {
     /// Sequences that run, by owner.
     fn running_by_owner(&self) -> HashMap<u64, usize> {
         let mut counts = HashMap::new();

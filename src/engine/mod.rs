@@ -12,17 +12,17 @@ mod blocks;
 mod drafts;
 mod fairness;
 mod request;
-mod sampling;
 pub mod session;
 pub mod text;
 
+pub use crate::ops::sampling::{SampledToken, Sampling, SamplingRow, TopTokens};
 pub use request::{Event, Finish, Request, Verdict};
-pub use sampling::{Chosen, SampleRow, Sampling, Top, choose, log_sum_exp};
 
 use crate::error::{Error, Result};
 use crate::memory::MemoryPlan;
-use crate::models::bloom::{Bloom, Scratch};
-use crate::ops::{BLOCK, Backend, Batch};
+use crate::models::bloom::Bloom;
+use crate::ops::cpu::sampling::{log_sum_exp, top_tokens};
+use crate::ops::{BLOCK, Batch, DecodeBackend, DecoderActivations};
 use ahead::Flight;
 use blocks::Blocks;
 use drafts::Drafter;
@@ -73,7 +73,7 @@ pub struct Counters {
     pub accepted_tokens: u64,
 }
 
-pub struct Engine<'a, B: Backend> {
+pub struct Engine<'a, B: DecodeBackend> {
     backend: &'a B,
     model: &'a Bloom<B>,
     cache: B::Cache,
@@ -83,7 +83,7 @@ pub struct Engine<'a, B: Backend> {
     /// The oldest first.
     running: Vec<Sequence>,
     drafter: Drafter,
-    scratch: Scratch<B>,
+    scratch: DecoderActivations<B>,
     logits: Vec<f32>,
     /// A step whose tokens are not known yet.
     flight: Option<Flight<B>>,
@@ -115,14 +115,14 @@ struct Choice {
 }
 
 /// The choices as a backend takes them.
-fn sample_rows<'c>(running: &'c [Sequence], choices: &'c [Choice]) -> Vec<SampleRow<'c>> {
+fn sample_rows<'c>(running: &'c [Sequence], choices: &'c [Choice]) -> Vec<SamplingRow<'c>> {
     let row = |c: &'c Choice| {
         let s = &running[c.at];
-        SampleRow {
+        SamplingRow {
             row: c.row,
             sampling: &s.request.sampling,
             seen: c.seen.as_deref().unwrap_or(&s.seen),
-            fed: c.fed.filter(|_| s.request.sampling.repetition_penalty != 1.0),
+            pending: c.fed.filter(|_| s.request.sampling.repetition_penalty != 1.0),
             bias: &c.bias,
             forced: s.forced.get(c.ahead).copied(),
             top: s.request.top_logprobs,
@@ -134,7 +134,7 @@ fn sample_rows<'c>(running: &'c [Sequence], choices: &'c [Choice]) -> Vec<Sample
 }
 
 /// What an engine with these options takes beside the weights.
-pub fn plan<B: Backend>(model: &Bloom<B>, options: &EngineOptions) -> MemoryPlan {
+pub fn plan<B: DecodeBackend>(model: &Bloom<B>, options: &EngineOptions) -> MemoryPlan {
     let positions = options.cache_tokens as f64;
     // a pass never has more tokens than the cache has positions, nor rows of logits than there are
     // tokens
@@ -160,7 +160,7 @@ pub fn plan<B: Backend>(model: &Bloom<B>, options: &EngineOptions) -> MemoryPlan
 
 type Sink<'s> = &'s mut dyn FnMut(Event) -> Verdict;
 
-impl<'a, B: Backend> Engine<'a, B> {
+impl<'a, B: DecodeBackend> Engine<'a, B> {
     pub fn new(
         backend: &'a B,
         model: &'a Bloom<B>,
@@ -181,7 +181,7 @@ impl<'a, B: Backend> Engine<'a, B> {
             waiting: VecDeque::new(),
             running: Vec::new(),
             drafter: Drafter::new(options.draft_tokens),
-            scratch: Scratch::default(),
+            scratch: DecoderActivations::default(),
             logits: Vec::new(),
             flight: None,
             counters: Counters::default(),
@@ -483,7 +483,7 @@ impl<'a, B: Backend> Engine<'a, B> {
             let vocab = self.logits.len() / rows.len();
             for (row, p) in self.logits.chunks_exact(vocab).zip(part) {
                 let lse = log_sum_exp(row);
-                let top = sampling::top(row, lse, s.request.top_logprobs);
+                let top = top_tokens(row, lse, s.request.top_logprobs);
                 scores.push((row[s.tokens[p + 1] as usize] - lse, top));
             }
         }
@@ -532,7 +532,7 @@ impl<'a, B: Backend> Engine<'a, B> {
         homeless.into_iter().rev().for_each(|s| self.waiting.push_front(s));
         let rows = sample_rows(&self.running, &choices);
         if targets.iter().all(|t| t.1.is_empty()) && self.may_fly(&rows) {
-            let choosing = self.model.start_sample(self.backend, &rows, &mut self.scratch)?;
+            let choosing = self.model.sample_async(self.backend, &rows, &mut self.scratch)?;
             self.flight = Some(Flight::new(choosing, choices.iter().map(|c| &self.running[c.at])));
             return Ok(());
         }
@@ -584,7 +584,7 @@ impl<'a, B: Backend> Engine<'a, B> {
 
     /// Takes chosen tokens while they are what was guessed. Whether the sequence goes on behind the
     /// last of them.
-    fn take(&mut self, at: usize, ahead: &[u32], chosen: &mut [Chosen], sink: Sink) -> bool {
+    fn take(&mut self, at: usize, ahead: &[u32], chosen: &mut [SampledToken], sink: Sink) -> bool {
         let s = &mut self.running[at];
         let guessed = if s.forced.is_empty() { ahead.len() } else { 0 };
         let mut accepted = 0;

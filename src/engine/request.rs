@@ -1,7 +1,7 @@
 //! Requests, their running sequences, and what the engine tells about them.
 
 use super::blocks::{Node, ROOT};
-use super::{Sampling, Top};
+use super::{Sampling, TopTokens};
 use crate::ops::BLOCK;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -90,7 +90,7 @@ pub enum Event {
     Started { request: u64, cached: usize },
     /// Some of the prompt's tokens, in order over all such events of a request: log-probability and
     /// likely tokens.
-    Prompt { request: u64, scores: Vec<(f32, Top)> },
+    Prompt { request: u64, scores: Vec<(f32, TopTokens)> },
     /// The next token of a candidate. `logprob` is that of the model, before penalties and
     /// temperature.
     Token {
@@ -98,7 +98,7 @@ pub enum Event {
         candidate: u32,
         token: u32,
         logprob: f32,
-        top: Top,
+        top: TopTokens,
         finish: Option<Finish>,
     },
     /// A candidate ended without a token.

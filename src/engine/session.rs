@@ -1,10 +1,12 @@
 //! Prompts in, texts out: the engine with a tokenizer around it.
 
 use super::text::{Growing, Rules, Token};
-use super::{Counters, Engine, EngineOptions, Event, Finish, Request, Sampling, Top, Verdict};
+use super::{
+    Counters, Engine, EngineOptions, Event, Finish, Request, Sampling, TopTokens, Verdict,
+};
 use crate::error::{Error, Result};
 use crate::models::bloom::Bloom;
-use crate::ops::{BLOCK, Backend};
+use crate::ops::{BLOCK, DecodeBackend};
 use crate::text::Tokenizer;
 use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
@@ -110,7 +112,7 @@ pub struct Completed {
     pub prompt_ids: Vec<u32>,
     /// Log-probability and likely tokens for each of the prompt's tokens but the first, if asked
     /// for.
-    pub prompt_scores: Vec<(f32, Top)>,
+    pub prompt_scores: Vec<(f32, TopTokens)>,
     /// Tokens of the prompt that were computed before.
     pub cached: usize,
     pub candidates: Vec<Candidate>,
@@ -137,7 +139,7 @@ pub enum Update<'a> {
 
 struct Pending<'a> {
     prompt_ids: Vec<u32>,
-    prompt_scores: Vec<(f32, Top)>,
+    prompt_scores: Vec<(f32, TopTokens)>,
     cached: usize,
     candidates: Vec<Growing<'a>>,
 }
@@ -166,7 +168,7 @@ pub trait Generate {
     fn generated_tokens(&self) -> u64;
 }
 
-pub struct Session<'a, B: Backend> {
+pub struct Session<'a, B: DecodeBackend> {
     engine: Engine<'a, B>,
     tokenizer: &'a Tokenizer,
     context: usize,
@@ -175,7 +177,7 @@ pub struct Session<'a, B: Backend> {
     generated_tokens: u64,
 }
 
-impl<'a, B: Backend> Session<'a, B> {
+impl<'a, B: DecodeBackend> Session<'a, B> {
     pub fn new(
         backend: &'a B,
         model: &'a Bloom<B>,
@@ -207,7 +209,7 @@ impl<'a, B: Backend> Session<'a, B> {
     }
 }
 
-impl<B: Backend> Generate for Session<'_, B> {
+impl<B: DecodeBackend> Generate for Session<'_, B> {
     fn submit(&mut self, id: u64, prompt: Vec<u32>, options: &GenerateOptions) -> Result<()> {
         let request = request(id, prompt, options, self.eos, self.context)?;
         let rules = Rules {

@@ -1,7 +1,7 @@
 //! From tokens to text: incremental decoding, stop strings, and words that a candidate must or must
 //! not hold.
 
-use super::{Event, Finish, Top, Verdict};
+use super::{Event, Finish, TopTokens, Verdict};
 use crate::error::{Error, Result};
 use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
@@ -56,7 +56,7 @@ impl Rules {
 pub struct Token {
     pub id: u32,
     pub logprob: f32,
-    pub top: Top,
+    pub top: TopTokens,
     /// Bytes of the text up to its end; what it says may become certain only with a later one.
     pub end: usize,
 }
@@ -156,7 +156,7 @@ impl<'a> Growing<'a> {
         &mut self,
         id: u32,
         logprob: f32,
-        top: Top,
+        top: TopTokens,
         finish: Option<Finish>,
     ) -> Result<Verdict> {
         // the text of a token that ends the candidate is left out, as a stop text is

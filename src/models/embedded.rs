@@ -1,7 +1,7 @@
 //! The small demonstration model that the program carries (assets/model; how it was made:
 //! assets/model/README.md).
 
-use crate::checkpoint::Checkpoint;
+use crate::models::bloom::BloomCheckpoint;
 use crate::text::Tokenizer;
 use crate::text::template::Template;
 
@@ -20,8 +20,8 @@ pub const GENERATION_CONFIG: &[u8] = include_bytes!("../../assets/model/generati
 /// What messages call it.
 pub const NAME: &str = "the embedded model";
 
-pub fn checkpoint() -> Checkpoint {
-    Checkpoint::from_static(CONFIG, &WEIGHTS.0, NAME).expect("the embedded model is whole")
+pub fn checkpoint() -> BloomCheckpoint {
+    BloomCheckpoint::from_static(CONFIG, &WEIGHTS.0, NAME).expect("the embedded model is whole")
 }
 
 pub fn tokenizer() -> Tokenizer {

@@ -3,3 +3,4 @@
 pub mod bloom;
 pub mod embedded;
 pub mod generation_config;
+pub mod params;

@@ -2,7 +2,7 @@
 
 use crate::data::records::Pair;
 use crate::error::Result;
-use crate::models::bloom::train::Batch;
+use crate::models::bloom::training::Batch;
 use crate::random::Words;
 use crate::text::Tokenizer;
 use crate::text::template::Template;

@@ -8,7 +8,7 @@ use super::state::{self, RunState};
 use crate::checkpoint::Companions;
 use crate::error::{Error, Result};
 use crate::files::as_read;
-use crate::models::bloom::train::{TrainModel, Workspace};
+use crate::models::bloom::training::{TrainModel, Workspace};
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::matmul::Precision;
 use std::path::PathBuf;

@@ -2,11 +2,10 @@
 //! where the run stands. A folder appears whole or not at all.
 
 use super::optimizer::AdamW;
-use crate::checkpoint::{
-    Checkpoint, Companions, save_model, write_atomic, write_atomic_at, write_folder,
-};
+use crate::checkpoint::{Companions, write_atomic, write_atomic_at, write_folder};
 use crate::error::{Error, Result};
-use crate::models::bloom::train::TrainModel;
+use crate::models::bloom::training::TrainModel;
+use crate::models::bloom::{BloomCheckpoint, save_model};
 use crate::tensor::DType;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
@@ -80,7 +79,7 @@ pub fn load(folder: &Path, model: &mut TrainModel, optimizer: &mut AdamW) -> Res
     let text = std::fs::read(&path).map_err(Error::io(&path, "read"))?;
     let state: RunState = serde_json::from_slice(&text)
         .map_err(|e| Error::file(&path, format!("not a training state: {e}")))?;
-    let checkpoint = Checkpoint::open(folder)?;
+    let checkpoint = BloomCheckpoint::open(folder)?;
     let values = checkpoint.to_f32()?;
     if values.len() != model.values.len() {
         return Err(Error::file(folder, "holds a model of another size than this run's"));

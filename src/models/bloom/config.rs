@@ -1,5 +1,6 @@
 //! `config.json` of a BLOOM checkpoint.
 
+use crate::checkpoint::Parameter;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::ops::Heads;
@@ -27,36 +28,14 @@ pub struct BloomConfig {
     pub stored_dtype: Option<String>,
 }
 
-/// Name (with the `transformer.` prefix) and shape of one tensor of the model.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Parameter {
-    pub name: String,
-    pub shape: Vec<usize>,
-}
-
-impl Parameter {
-    pub fn len(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Matrices decay; biases and layer norms do not.
-    pub fn decays(&self) -> bool {
-        self.shape.len() > 1
-    }
-}
-
 /// Largest values accepted in `config.json`: far above every model, and small enough that no count
 /// of parameters or bytes overflows and the list of all tensors stays short.
-pub const MOST_VOCABULARY: usize = 1 << 24;
-pub const MOST_HIDDEN: usize = 1 << 18;
-pub const MOST_LAYERS: usize = 1 << 12;
-pub const MOST_HEADS: usize = 1 << 12;
-pub const MOST_CONTEXT: usize = 1 << 24;
-const MOST_HEAD_SIZE: usize = 512;
+pub const MAX_VOCABULARY: usize = 1 << 24;
+pub const MAX_HIDDEN: usize = 1 << 18;
+pub const MAX_LAYERS: usize = 1 << 12;
+pub const MAX_HEADS: usize = 1 << 12;
+pub const MAX_CONTEXT: usize = 1 << 24;
+const MAX_HEAD_SIZE: usize = 512;
 
 impl BloomConfig {
     /// A model of the given sizes with BLOOM's usual switches.
@@ -123,12 +102,12 @@ impl BloomConfig {
                 }
             }
         }
-        let hidden_size = size(object, &["hidden_size", "n_embed"], None, MOST_HIDDEN)?;
+        let hidden_size = size(object, &["hidden_size", "n_embed"], None, MAX_HIDDEN)?;
         let config = BloomConfig {
-            vocab_size: size(object, &["vocab_size"], None, MOST_VOCABULARY)?,
+            vocab_size: size(object, &["vocab_size"], None, MAX_VOCABULARY)?,
             hidden_size,
-            layers: size(object, &["n_layer", "num_hidden_layers"], None, MOST_LAYERS)?,
-            heads: size(object, &["n_head", "num_attention_heads"], None, MOST_HEADS)?,
+            layers: size(object, &["n_layer", "num_hidden_layers"], None, MAX_LAYERS)?,
+            heads: size(object, &["n_head", "num_attention_heads"], None, MAX_HEADS)?,
             layer_norm_epsilon: match object.get("layer_norm_epsilon") {
                 None => 1e-5,
                 Some(v) => match v.as_f64() {
@@ -150,7 +129,7 @@ impl BloomConfig {
                 object,
                 &["seq_length", "n_positions", "max_position_embeddings"],
                 Some(2048),
-                MOST_CONTEXT,
+                MAX_CONTEXT,
             )?,
             bos_token_id: id(object, "bos_token_id", 1)?,
             eos_token_id: id(object, "eos_token_id", 2)?,
@@ -165,10 +144,10 @@ impl BloomConfig {
                 config.hidden_size, config.heads
             ));
         }
-        if config.head_size() > MOST_HEAD_SIZE {
+        if config.head_size() > MAX_HEAD_SIZE {
             let size = config.head_size();
             return Err(format!(
-                "hidden_size over n_head gives heads of {size}, expected at most {MOST_HEAD_SIZE}"
+                "hidden_size over n_head gives heads of {size}, expected at most {MAX_HEAD_SIZE}"
             ));
         }
         if config.eos_token_id as usize >= config.vocab_size {
@@ -205,42 +184,7 @@ impl BloomConfig {
         })
     }
 
-    /// Every tensor, in the order of the forward pass.
-    pub fn parameters(&self) -> Vec<Parameter> {
-        let h = self.hidden_size;
-        let mut list = Vec::new();
-        let mut add =
-            |name: String, shape: &[usize]| list.push(Parameter { name, shape: shape.to_vec() });
-        let norm = |add: &mut dyn FnMut(String, &[usize]), name: &str| {
-            add(format!("{name}.weight"), &[h]);
-            add(format!("{name}.bias"), &[h]);
-        };
-        add("transformer.word_embeddings.weight".into(), &[self.vocab_size, h]);
-        norm(&mut add, "transformer.word_embeddings_layernorm");
-        for i in 0..self.layers {
-            let layer = format!("transformer.h.{i}");
-            norm(&mut add, &format!("{layer}.input_layernorm"));
-            for (name, rows, cols) in
-                [("self_attention.query_key_value", 3 * h, h), ("self_attention.dense", h, h)]
-            {
-                add(format!("{layer}.{name}.weight"), &[rows, cols]);
-                add(format!("{layer}.{name}.bias"), &[rows]);
-            }
-            norm(&mut add, &format!("{layer}.post_attention_layernorm"));
-            for (name, rows, cols) in
-                [("mlp.dense_h_to_4h", 4 * h, h), ("mlp.dense_4h_to_h", h, 4 * h)]
-            {
-                add(format!("{layer}.{name}.weight"), &[rows, cols]);
-                add(format!("{layer}.{name}.bias"), &[rows]);
-            }
-        }
-        norm(&mut add, "transformer.ln_f");
-        if !self.tied {
-            add("lm_head.weight".into(), &[self.vocab_size, h]);
-        }
-        list
-    }
-
+    /// Elements of all parameters.
     pub fn parameter_count(&self) -> usize {
         self.parameters().iter().map(Parameter::len).sum()
     }
@@ -285,7 +229,7 @@ fn id(object: &Map<String, Value>, key: &str, default: u32) -> std::result::Resu
     match object.get(key) {
         None | Some(Value::Null) => Ok(default),
         Some(v) => match v.as_u64() {
-            Some(n) if n <= MOST_VOCABULARY as u64 => Ok(n as u32),
+            Some(n) if n <= MAX_VOCABULARY as u64 => Ok(n as u32),
             _ => Err(format!("{key} is {v}, expected a token id")),
         },
     }

@@ -1,12 +1,14 @@
 //! BLOOM (arXiv 2211.05100): ALiBi attention, layer norm after the embedding, tanh GELU, tied head.
 
+mod checkpoint;
 mod config;
-mod model;
-pub mod train;
+mod inference;
+mod parameters;
+pub mod training;
 
-pub use crate::ops::Scratch;
+pub use checkpoint::{BloomCheckpoint, save_model};
 pub use config::{
-    BloomConfig, MOST_CONTEXT, MOST_HEADS, MOST_HIDDEN, MOST_LAYERS, MOST_VOCABULARY, Parameter,
-    alibi_slopes,
+    BloomConfig, MAX_CONTEXT, MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_VOCABULARY, alibi_slopes,
 };
-pub use model::Bloom;
+pub use inference::Bloom;
+pub use parameters::{BloomLayerParameters, BloomParameters};

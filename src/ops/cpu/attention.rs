@@ -27,7 +27,12 @@ const HEADS: usize = 4;
 const TOGETHER: usize = 4;
 
 /// Keys and values of all layers.
-pub enum Cache {
+pub struct Cache {
+    heads: Heads,
+    blocks: Stored,
+}
+
+enum Stored {
     F32(Blocks<f32>),
     F16(Blocks<f16>),
     Bf16(Blocks<bf16>),
@@ -72,11 +77,12 @@ impl Cache {
             Ok(Blocks { data, block })
         }
         let block = heads.count * BLOCK * heads.size;
-        Ok(match dtype {
-            DType::F32 => Cache::F32(make(layers, block, blocks)?),
-            DType::F16 => Cache::F16(make(layers, block, blocks)?),
-            DType::Bf16 | DType::Int8 => Cache::Bf16(make(layers, block, blocks)?),
-        })
+        let blocks = match dtype {
+            DType::F32 => Stored::F32(make(layers, block, blocks)?),
+            DType::F16 => Stored::F16(make(layers, block, blocks)?),
+            DType::Bf16 | DType::Int8 => Stored::Bf16(make(layers, block, blocks)?),
+        };
+        Ok(Cache { heads: heads.clone(), blocks })
     }
 
     pub fn copy_block(&mut self, from: u32, to: u32) {
@@ -86,38 +92,45 @@ impl Cache {
             }
         }
         let (from, to) = (from as usize, to as usize);
-        match self {
-            Cache::F32(b) => copy(b, from, to),
-            Cache::F16(b) => copy(b, from, to),
-            Cache::Bf16(b) => copy(b, from, to),
+        match &mut self.blocks {
+            Stored::F32(b) => copy(b, from, to),
+            Stored::F16(b) => copy(b, from, to),
+            Stored::Bf16(b) => copy(b, from, to),
         }
+    }
+
+    /// The heads of each layer.
+    pub fn heads(&self) -> &Heads {
+        &self.heads
     }
 
     /// Writes the keys and values of `qkv` = `[tokens, head, 3, head size]`.
-    pub fn write(&mut self, cpu: &Cpu, batch: &Batch, layer: usize, heads: &Heads, qkv: &[f32]) {
-        match self {
-            Cache::F32(b) => b.write(cpu, batch, layer, heads, qkv),
-            Cache::F16(b) => b.write(cpu, batch, layer, heads, qkv),
-            Cache::Bf16(b) => b.write(cpu, batch, layer, heads, qkv),
+    pub fn write(&mut self, cpu: &Cpu, batch: &Batch, layer: usize, qkv: &[f32]) {
+        let heads = &self.heads;
+        match &mut self.blocks {
+            Stored::F32(b) => b.write(cpu, batch, layer, heads, qkv),
+            Stored::F16(b) => b.write(cpu, batch, layer, heads, qkv),
+            Stored::Bf16(b) => b.write(cpu, batch, layer, heads, qkv),
         }
     }
 
-    /// Attention of the queries of `qkv`; see [`crate::ops::Backend::attention`].
-    pub fn attend(
-        &self,
-        cpu: &Cpu,
-        batch: &Batch,
-        layer: usize,
-        heads: &Heads,
-        qkv: &[f32],
-        out: &mut [f32],
-    ) {
-        match self {
-            Cache::F32(b) => b.attend(cpu, batch, layer, heads, qkv, out),
-            Cache::F16(b) => b.attend(cpu, batch, layer, heads, qkv, out),
-            Cache::Bf16(b) => b.attend(cpu, batch, layer, heads, qkv, out),
+    /// Attention of the queries of `qkv`; see [`crate::ops::DecodeBackend::paged_attention`].
+    pub fn attend(&self, cpu: &Cpu, batch: &Batch, layer: usize, qkv: &[f32], out: &mut [f32]) {
+        let inputs = AttentionInputs { batch, heads: &self.heads, qkv };
+        match &self.blocks {
+            Stored::F32(b) => b.attend(cpu, layer, &inputs, out),
+            Stored::F16(b) => b.attend(cpu, layer, &inputs, out),
+            Stored::Bf16(b) => b.attend(cpu, layer, &inputs, out),
         }
     }
+}
+
+/// Queries of a batch.
+struct AttentionInputs<'a> {
+    batch: &'a Batch,
+    heads: &'a Heads,
+    /// `[tokens, head, 3, head size]`.
+    qkv: &'a [f32],
 }
 
 impl<E: Attend> Blocks<E> {
@@ -147,15 +160,8 @@ impl<E: Attend> Blocks<E> {
         });
     }
 
-    fn attend(
-        &self,
-        cpu: &Cpu,
-        batch: &Batch,
-        layer: usize,
-        heads: &Heads,
-        qkv: &[f32],
-        out: &mut [f32],
-    ) {
+    fn attend(&self, cpu: &Cpu, layer: usize, inputs: &AttentionInputs, out: &mut [f32]) {
+        let AttentionInputs { batch, heads, qkv } = *inputs;
         let (n, size, block) = (heads.count, heads.size, self.block);
         let [keys, values] = &self.data[layer];
         // some queries of a sequence, and some heads

@@ -8,7 +8,7 @@ use super::Cpu;
 use super::simd::Isa;
 use crate::error::{Error, Result};
 use crate::simd_fn;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, HostTensor};
 use half::{bf16, f16};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
@@ -84,14 +84,14 @@ pub fn overflowed(dtype: DType) -> String {
 }
 
 /// Looks through a whole tensor on the calling thread.
-pub fn check(isa: Isa, tensor: &Tensor) -> Result<()> {
+pub fn check(isa: Isa, tensor: &HostTensor) -> Result<()> {
     let found = NotFinite::default();
     found.look(isa, tensor.dtype, 0, &tensor.bytes);
     found.result(&tensor.shape, STORED)
 }
 
 /// [`check`] on all threads.
-pub fn check_parallel(cpu: &Cpu, tensor: &Tensor) -> Result<()> {
+pub fn check_parallel(cpu: &Cpu, tensor: &HostTensor) -> Result<()> {
     let found = NotFinite::default();
     let parts = tensor.bytes.len().div_ceil(64 * PART);
     cpu.threads.run(parts, |i| {

@@ -8,18 +8,22 @@ mod matmul_bf16;
 pub mod product;
 mod resident;
 pub mod rows;
+pub mod sampling;
 pub mod simd;
 pub mod threads;
 pub mod training;
 
-use super::{Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
-use crate::engine::{Chosen, SampleRow, choose};
+use super::sampling::{SampledToken, SamplingRow};
+use super::{
+    Backend, Batch, DecodeBackend, Epilogue, Heads, LayerNorm, Linear, Tensor, Weight as _,
+};
 use crate::error::Result;
 use crate::memory::MemoryPlan;
 use crate::simd_fn;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, HostTensor};
 use attention::Cache;
 use product::Matrix;
+use sampling::sample_token;
 use simd::Isa;
 use threads::{Disjoint, Threads};
 
@@ -38,44 +42,107 @@ impl Cpu {
         Cpu { threads: Threads::new(threads), isa, resident: false }
     }
 
-    fn layer_norm(&self, x: &[f32], norm: &LayerNorm<Vec<f32>>, eps: f32, out: &mut Vec<f32>) {
-        let h = norm.weight.len();
-        out.resize(x.len(), 0.0);
-        let rows = Disjoint::new(out);
-        self.threads.run_ranges(x.len() / h, 8, |r| {
-            for t in r {
-                let row = t * h..(t + 1) * h;
-                // SAFETY: every token's row is written once.
-                let out = unsafe { rows.slice(row.clone()) };
-                rows::layer_norm_row(self.isa, &x[row], &norm.weight, &norm.bias, eps, out);
-            }
-        });
+    /// Activations from the host: rows of `width`.
+    pub fn upload(&self, x: &[f32], width: usize) -> Tensor<Cpu> {
+        let mut tensor = Tensor::default();
+        self.room(&mut tensor, [x.len() / width, width]).copy_from_slice(x);
+        tensor
+    }
+
+    /// Makes room for what an operation writes.
+    fn room<'t>(&self, y: &'t mut Tensor<Cpu>, shape: [usize; 2]) -> &'t mut Vec<f32> {
+        let buffer = y.set(shape, DType::F32);
+        buffer.resize(shape[0] * shape[1], 0.0);
+        buffer
     }
 }
 
 impl Backend for Cpu {
-    type Matrix = Matrix;
-    type Vector = Vec<f32>;
     type Buffer = Vec<f32>;
-    type Cache = Cache;
-    type Pass = ();
-    type Choosing = Vec<Chosen>;
+    type Weight = Matrix;
+    type Vector = Vec<f32>;
 
-    fn matrix(&self, tensor: Tensor, dtype: Option<DType>) -> Result<Matrix> {
+    fn weight(&self, tensor: HostTensor, dtype: Option<DType>) -> Result<Matrix> {
         Matrix::new(self, tensor, dtype)
     }
 
-    fn stored(&self, matrix: &Matrix) -> DType {
-        matrix.dtype()
-    }
-
-    fn vector(&self, tensor: &Tensor) -> Result<Vec<f32>> {
+    fn vector(&self, tensor: &HostTensor) -> Result<Vec<f32>> {
         Ok(tensor.to_f32())
     }
 
     fn fits(&self, plan: &MemoryPlan) -> Result<()> {
         plan.check()
     }
+
+    fn linear(
+        &self,
+        y: &mut Tensor<Cpu>,
+        x: &Tensor<Cpu>,
+        linear: &Linear<Cpu>,
+        epilogue: Epilogue<Cpu>,
+    ) {
+        let (n, k) = (linear.weight.rows(), linear.weight.cols());
+        let tokens = x.shape()[0];
+        x.expect("linear", [tokens, k], DType::F32);
+        if let Epilogue::BiasResidual(residual) = &epilogue {
+            residual.expect("linear's residual", [tokens, n], DType::F32);
+        }
+        let rows = Disjoint::new(self.room(y, [tokens, n]));
+        product::product(self, x.buffer(), &linear.weight, &|token, first, sums| {
+            let at = token * n + first..token * n + first + sums.len();
+            // SAFETY: every output is finished once.
+            let out = unsafe { rows.slice(at.clone()) };
+            let bias = &linear.bias[first..first + sums.len()];
+            match &epilogue {
+                Epilogue::Bias => add_bias(self.isa, sums, bias, out),
+                Epilogue::BiasGelu => add_bias_gelu(self.isa, sums, bias, out),
+                Epilogue::BiasResidual(residual) => {
+                    add_bias_residual(self.isa, sums, bias, &residual.buffer()[at], out)
+                }
+            }
+        });
+    }
+
+    fn layer_norm(&self, y: &mut Tensor<Cpu>, x: &Tensor<Cpu>, norm: &LayerNorm<Cpu>) {
+        let (tokens, h) = (x.shape()[0], norm.weight.len());
+        x.expect("layer_norm", [tokens, h], DType::F32);
+        let rows = Disjoint::new(self.room(y, [tokens, h]));
+        self.threads.run_ranges(tokens, 8, |r| {
+            for t in r {
+                let row = t * h..(t + 1) * h;
+                // SAFETY: every token's row is written once.
+                let out = unsafe { rows.slice(row.clone()) };
+                self.layer_norm_row(&x.buffer()[row], norm, out);
+            }
+        });
+    }
+
+    fn layer_norm_rows(
+        &self,
+        y: &mut Tensor<Cpu>,
+        x: &Tensor<Cpu>,
+        rows: &[usize],
+        norm: &LayerNorm<Cpu>,
+    ) {
+        let h = norm.weight.len();
+        x.expect("layer_norm_rows", [x.shape()[0], h], DType::F32);
+        let out = self.room(y, [rows.len(), h]);
+        for (&row, out) in rows.iter().zip(out.chunks_exact_mut(h)) {
+            self.layer_norm_row(&x.buffer()[row * h..(row + 1) * h], norm, out);
+        }
+    }
+}
+
+impl Cpu {
+    fn layer_norm_row(&self, x: &[f32], norm: &LayerNorm<Cpu>, out: &mut [f32]) {
+        rows::layer_norm_row(self.isa, x, &norm.weight, &norm.bias, norm.eps, out);
+    }
+}
+
+impl DecodeBackend for Cpu {
+    type Cache = Cache;
+    type DeviceBatch = Batch;
+    type PendingSamples = Vec<SampledToken>;
 
     fn cache(&self, dtype: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<Cache> {
         Cache::new(dtype, layers, heads, blocks)
@@ -85,175 +152,114 @@ impl Backend for Cpu {
         cache.copy_block(from, to);
     }
 
-    fn begin(&self, _: &Batch, _: &mut ()) {}
+    fn upload_batch(&self, batch: &Batch, to: &mut Batch) {
+        to.copy_from(batch);
+    }
 
-    fn embed_norm(
+    fn embedding_norm(
         &self,
+        y: &mut Tensor<Cpu>,
         batch: &Batch,
-        _: &(),
         table: &Matrix,
-        norm: &LayerNorm<Vec<f32>>,
-        eps: f32,
-        out: &mut Vec<f32>,
+        norm: &LayerNorm<Cpu>,
     ) {
         let (h, ids) = (table.cols(), &batch.ids);
-        out.resize(ids.len() * h, 0.0);
-        let rows = Disjoint::new(out);
+        let rows = Disjoint::new(self.room(y, [ids.len(), h]));
         self.threads.run_ranges(ids.len(), 8, |r| {
             let mut row = vec![0f32; h];
             for t in r {
                 table.read_row(ids[t] as usize, &mut row);
                 // SAFETY: every token's row is written once.
                 let out = unsafe { rows.slice(t * h..(t + 1) * h) };
-                rows::layer_norm_row(self.isa, &row, &norm.weight, &norm.bias, eps, out);
+                self.layer_norm_row(&row, norm, out);
             }
         });
     }
 
-    fn linear(
+    /// `queries` are `[tokens, head, 3, head size]`: keys and values are left where they came from.
+    fn qkv_to_cache(
         &self,
-        x: &Vec<f32>,
-        linear: &Linear<Matrix, Vec<f32>>,
-        epilogue: Epilogue<Vec<f32>>,
-        out: &mut Vec<f32>,
+        queries: &mut Tensor<Cpu>,
+        x: &Tensor<Cpu>,
+        qkv: &Linear<Cpu>,
+        batch: &Batch,
+        (cache, layer): (&mut Cache, usize),
     ) {
-        let n = linear.weight.rows();
-        out.resize(x.len() / linear.weight.cols() * n, 0.0);
+        self.linear(queries, x, qkv, Epilogue::Bias);
+        cache.write(self, batch, layer, queries.buffer());
+    }
+
+    fn paged_attention(
+        &self,
+        y: &mut Tensor<Cpu>,
+        queries: &Tensor<Cpu>,
+        batch: &Batch,
+        (cache, layer): (&Cache, usize),
+    ) {
+        let (tokens, width) = (batch.ids.len(), cache.heads().width());
+        queries.expect("paged_attention", [tokens, 3 * width], DType::F32);
+        let out = self.room(y, [tokens, width]);
+        cache.attend(self, batch, layer, queries.buffer(), out);
+    }
+
+    fn logits(&self, x: &Tensor<Cpu>, lm_head: &Matrix, out: &mut Vec<f32>) -> Result<()> {
+        let (n, tokens) = (lm_head.rows(), x.shape()[0]);
+        x.expect("logits", [tokens, lm_head.cols()], DType::F32);
+        out.resize(tokens * n, 0.0);
         let rows = Disjoint::new(out);
-        product::product(self, x, &linear.weight, &|token, first, sums| {
+        product::product(self, x.buffer(), lm_head, &|token, first, sums| {
             let at = token * n + first..token * n + first + sums.len();
             // SAFETY: every output is finished once.
-            let out = unsafe { rows.slice(at.clone()) };
-            let bias = &linear.bias[first..first + sums.len()];
-            match epilogue {
-                Epilogue::Bias => add_bias(self.isa, sums, bias, out),
-                Epilogue::BiasGelu => add_bias_gelu(self.isa, sums, bias, out),
-                Epilogue::BiasResidual(residual) => {
-                    add_bias_residual(self.isa, sums, bias, &residual[at], out)
-                }
-            }
-        });
-    }
-
-    fn norm_linear(
-        &self,
-        x: &Vec<f32>,
-        norm: Norm<Cpu>,
-        linear: &Linear<Matrix, Vec<f32>>,
-        epilogue: Epilogue<Vec<f32>>,
-        out: &mut Vec<f32>,
-    ) {
-        self.layer_norm(x, norm.norm, norm.eps, norm.normed);
-        self.linear(norm.normed, linear, epilogue, out);
-    }
-
-    fn norm_qkv(
-        &self,
-        batch: &Batch,
-        _: &(),
-        layer: usize,
-        x: &Vec<f32>,
-        norm: Norm<Cpu>,
-        linear: &Linear<Matrix, Vec<f32>>,
-        heads: &Heads,
-        cache: &mut Cache,
-        out: &mut Vec<f32>,
-    ) {
-        self.norm_linear(x, norm, linear, Epilogue::Bias, out);
-        cache.write(self, batch, layer, heads, out);
-    }
-
-    fn attention(
-        &self,
-        batch: &Batch,
-        _: &(),
-        layer: usize,
-        heads: &Heads,
-        queries: &Vec<f32>,
-        cache: &Cache,
-        out: &mut Vec<f32>,
-    ) {
-        out.resize(queries.len() / 3, 0.0);
-        cache.attend(self, batch, layer, heads, queries, out);
-    }
-
-    fn gather_norm(
-        &self,
-        x: &Vec<f32>,
-        rows: &[usize],
-        norm: &LayerNorm<Vec<f32>>,
-        eps: f32,
-        out: &mut Vec<f32>,
-    ) {
-        let h = norm.weight.len();
-        out.resize(rows.len() * h, 0.0);
-        for (&row, out) in rows.iter().zip(out.chunks_exact_mut(h)) {
-            rows::layer_norm_row(
-                self.isa,
-                &x[row * h..(row + 1) * h],
-                &norm.weight,
-                &norm.bias,
-                eps,
-                out,
-            );
-        }
-    }
-
-    fn logits(&self, x: &Vec<f32>, head: &Matrix, out: &mut Vec<f32>) -> Result<()> {
-        let n = head.rows();
-        out.resize(x.len() / head.cols() * n, 0.0);
-        let rows = Disjoint::new(out);
-        product::product(self, x, head, &|token, first, sums| {
-            // SAFETY: every output is finished once.
-            unsafe { rows.slice(token * n + first..token * n + first + sums.len()) }
-                .copy_from_slice(sums);
+            unsafe { rows.slice(at) }.copy_from_slice(sums);
         });
         Ok(())
     }
 
     fn sample(
         &self,
-        x: &Vec<f32>,
-        head: &Matrix,
-        rows: &[(usize, &SampleRow)],
+        x: &Tensor<Cpu>,
+        lm_head: &Matrix,
+        rows: &[(usize, &SamplingRow)],
         scratch: &mut Vec<f32>,
-    ) -> Result<Vec<Chosen>> {
-        self.logits(x, head, scratch)?;
-        let vocab = head.rows();
-        let mut chosen = vec![Chosen::default(); rows.len()];
+    ) -> Result<Vec<SampledToken>> {
+        self.logits(x, lm_head, scratch)?;
+        let vocab = lm_head.rows();
+        let mut sampled = vec![SampledToken::default(); rows.len()];
         // rows of one token stand together where a prompt has just split; each group is one task
         let groups: Vec<Vec<usize>> = (0..scratch.len() / vocab)
             .map(|g| (0..rows.len()).filter(|&i| rows[i].0 == g).collect())
             .collect();
-        let (logits, out) = (Disjoint::new(scratch), Disjoint::new(&mut chosen));
+        let (logits, out) = (Disjoint::new(scratch), Disjoint::new(&mut sampled));
         self.threads.run(groups.len(), |g| {
-            // SAFETY: a group's logits and choices are one task's.
+            // SAFETY: a group's logits are one task's.
             let logits = unsafe { logits.slice(g * vocab..(g + 1) * vocab) };
-            let (most, sum) = rows::exp_sum(self.isa, logits, false);
-            let lse = most + sum.ln();
+            let (max, sum) = rows::exp_sum(self.isa, logits, false);
+            let lse = max + sum.ln();
             for &i in &groups[g] {
-                unsafe { out.slice(i..i + 1)[0] = choose(logits, lse, rows[i].1) };
+                // SAFETY: each row is in one group.
+                let out = unsafe { out.slice(i..i + 1) };
+                out[0] = sample_token(logits, lse, rows[i].1);
             }
         });
-        Ok(chosen)
+        Ok(sampled)
     }
 
     /// Nothing is gained: the passes run on the processor that would go ahead.
-    fn chooses_alone(&self, _: &SampleRow) -> bool {
+    fn samples_on_device(&self, _: &SamplingRow) -> bool {
         false
     }
 
-    fn start_sample(
+    fn sample_async(
         &self,
-        x: &Vec<f32>,
-        head: &Matrix,
-        rows: &[(usize, &SampleRow)],
-    ) -> Result<Vec<Chosen>> {
-        self.sample(x, head, rows, &mut Vec::new())
+        x: &Tensor<Cpu>,
+        lm_head: &Matrix,
+        rows: &[(usize, &SamplingRow)],
+    ) -> Result<Vec<SampledToken>> {
+        self.sample(x, lm_head, rows, &mut Vec::new())
     }
 
-    fn finish_sample(&self, choosing: Vec<Chosen>) -> Result<Vec<Chosen>> {
-        Ok(choosing)
+    fn wait(&self, pending: Vec<SampledToken>) -> Result<Vec<SampledToken>> {
+        Ok(pending)
     }
 }
 

@@ -1,9 +1,9 @@
 //! The KV cache and attention.
 
-use super::{Buffer, Cuda, Pass};
+use super::{Cuda, DeviceBatch};
 use crate::device::{Args, Launcher, Memory};
 use crate::error::Result;
-use crate::ops::{BLOCK, Heads};
+use crate::ops::{BLOCK, Heads, ObjectId, Tensor};
 use bytemuck::{Pod, Zeroable};
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -30,11 +30,13 @@ pub(super) const TILED: usize = 16;
 /// Keys and values of all layers: `[layer][keys or values][block, head, position, head size]` in 16
 /// bits.
 pub struct Cache<L: Launcher> {
+    pub(super) id: ObjectId,
     pub(super) memory: Memory<L>,
     pub(super) layers: usize,
     pub(super) blocks: usize,
     /// Bytes of a block's keys in one layer.
     pub(super) block_bytes: usize,
+    heads: Heads,
     slopes: Memory<L>,
     /// Of long sequences that several blocks of threads share: partial results, and how many are
     /// there.
@@ -81,15 +83,22 @@ impl<L: Launcher> Cache<L> {
         assert!(SIZES.contains(&heads.size), "see `Cuda::supports`");
         let block_bytes = heads.count * BLOCK * heads.size * 2;
         Ok(Cache {
+            id: ObjectId::default(),
             // positions of a block that are not written yet are loaded with it
             memory: Memory::zeroed(launcher, layers * 2 * blocks * block_bytes)?,
             layers,
             blocks,
             block_bytes,
+            heads: heads.clone(),
             slopes: Memory::from_bytes(launcher, bytemuck::cast_slice(&heads.slopes))?,
             partials: RefCell::default(),
             counters: RefCell::default(),
         })
+    }
+
+    /// The heads of each layer.
+    pub(super) fn heads(&self) -> &Heads {
+        &self.heads
     }
 
     /// Where a layer's keys and values begin.
@@ -115,26 +124,25 @@ impl<L: Launcher> Cuda<L> {
     /// threads share.
     pub(super) fn attention_args(
         &self,
-        pass: &Pass<L>,
-        heads: &Heads,
-        queries: &Buffer<L>,
+        y: &Tensor<Self>,
+        queries: &Tensor<Self>,
+        batch: &DeviceBatch<L>,
         cache: &Cache<L>,
-        out: &Buffer<L>,
     ) -> Attention {
         let (keys, values) = cache.layer(0);
         Attention {
-            out: out.at(),
+            out: y.at(),
             q: queries.at(),
             keys,
             values,
-            tokens: pass.singles,
-            tiles: pass.tiles,
-            spans: pass.spans,
-            positions: pass.positions,
-            tables: pass.tables,
+            tokens: batch.singles,
+            tiles: batch.tiles,
+            spans: batch.spans,
+            positions: batch.positions,
+            tables: batch.tables,
             slopes: cache.slopes.at,
-            heads: heads.count as u32,
-            table_width: pass.table_width as u32,
+            heads: cache.heads.count as u32,
+            table_width: batch.table_width as u32,
             splits: 1,
             ..Attention::zeroed()
         }
@@ -145,10 +153,10 @@ impl<L: Launcher> Cuda<L> {
     pub(super) fn shared_sums(
         &self,
         cache: &Cache<L>,
-        heads: &Heads,
         queries: usize,
         splits: usize,
     ) -> Result<(u64, u64)> {
+        let heads = &cache.heads;
         let (mut partials, mut counters) =
             (cache.partials.borrow_mut(), cache.counters.borrow_mut());
         if splits > 1 {
@@ -161,23 +169,23 @@ impl<L: Launcher> Cuda<L> {
         Ok((partials.as_ref().map_or(0, |m| m.at), counters.as_ref().map_or(0, |m| m.at)))
     }
 
+    /// See [`crate::ops::DecodeBackend::paged_attention`].
     pub(super) fn attend(
         &self,
-        pass: &Pass<L>,
-        heads: &Heads,
-        queries: &Buffer<L>,
-        cache: &Cache<L>,
-        layer: usize,
-        out: &mut Buffer<L>,
+        y: &mut Tensor<Self>,
+        queries: &Tensor<Self>,
+        batch: &DeviceBatch<L>,
+        (cache, layer): (&Cache<L>, usize),
     ) -> Result<()> {
-        let size = heads.size;
-        self.reserve(out, pass.tokens, heads.count * size, true)?;
+        let (heads, size) = (&cache.heads, cache.heads.size);
+        queries.expect("paged_attention", [batch.tokens, heads.width()], self.half);
+        self.reserve(y, [batch.tokens, heads.width()], self.half)?;
         let (keys, values) = cache.layer(layer);
-        let a = Attention { keys, values, ..self.attention_args(pass, heads, queries, cache, out) };
+        let a = Attention { keys, values, ..self.attention_args(y, queries, batch, cache) };
         let threads = (WARPS * 32) as u32;
-        for first in (0..pass.tile_count).step_by(MOST_ROWS) {
+        for first in (0..batch.tile_count).step_by(MOST_ROWS) {
             let part = Attention { tiles: a.tiles + 8 * first as u64, ..a };
-            let grid = [heads.count, MOST_ROWS.min(pass.tile_count - first), 1];
+            let grid = [heads.count, MOST_ROWS.min(batch.tile_count - first), 1];
             if self.hopper() {
                 let kernel = format!("attend_hopper_{}_{size}", self.suffix());
                 // all of the cache is one matrix, of which blocks of positions are copied
@@ -198,16 +206,16 @@ impl<L: Launcher> Cuda<L> {
                 self.launch(&kernel, grid, threads, shared, Args::new().with(part))?;
             }
         }
-        if pass.single_count == 0 {
+        if batch.single_count == 0 {
             return Ok(());
         }
-        let splits = splits(pass.longest_single);
-        let sums = self.shared_sums(cache, heads, pass.single_count.min(MOST_ROWS), splits)?;
+        let splits = splits(batch.longest_single);
+        let sums = self.shared_sums(cache, batch.single_count.min(MOST_ROWS), splits)?;
         let kernel = format!("attend_{}_{size}", self.suffix());
         let shared = (WARPS * (size + 2) + 1) * 4;
-        for first in (0..pass.single_count).step_by(MOST_ROWS) {
+        for first in (0..batch.single_count).step_by(MOST_ROWS) {
             let part = Attention { tokens: a.tokens + 4 * first as u64, ..a.shared(splits, sums) };
-            let grid = [heads.count, MOST_ROWS.min(pass.single_count - first), splits];
+            let grid = [heads.count, MOST_ROWS.min(batch.single_count - first), splits];
             self.launch(&kernel, grid, threads, shared, Args::new().with(part))?;
         }
         Ok(())

@@ -7,10 +7,11 @@
 //! can be one kernel as well (`persistent.rs`), both ways are timed then, their results compared,
 //! and the faster one is taken.
 
+use super::decoder::ForwardPass;
 use super::{Cuda, Persistent, attention};
 use crate::device::Launcher;
 use crate::error::Result;
-use crate::ops::Forward;
+use crate::ops::ObjectId;
 use std::collections::HashMap;
 
 /// Most tokens of a pass that is recorded; longer ones are not bound by their launches.
@@ -21,8 +22,8 @@ const MOST: usize = 128;
 /// What the launches of a pass depend on.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Key {
-    /// See [`Forward::owners`].
-    owners: [usize; 3],
+    /// The decoder, the cache and the activations.
+    objects: [ObjectId; 3],
     /// Where the batch's arrays begin and end says how long they are; and where tokens are taken
     /// from.
     arrays: [u64; 3],
@@ -33,7 +34,7 @@ struct Key {
 }
 
 /// How passes of a shape are done.
-enum Way<R> {
+enum ForwardKind<R> {
     /// Not known: there was one so far.
     Once,
     Recorded(R),
@@ -45,9 +46,9 @@ enum Way<R> {
 pub(super) struct Graphs<L: Launcher> {
     /// [`Launcher::changes`] when recordings were made.
     changes: u64,
-    known: HashMap<Key, Way<L::Recording>>,
-    /// Whether one kernel was faster, by layers, tokens, and splits of the longest sequence.
-    faster: HashMap<(usize, usize, usize), bool>,
+    known: HashMap<Key, ForwardKind<L::Recording>>,
+    /// Whether one kernel was faster, by decoder, tokens, and splits of the longest sequence.
+    faster: HashMap<(ObjectId, usize, usize), bool>,
     comparisons: Vec<Comparison>,
     /// Whether recording has failed here.
     off: bool,
@@ -88,42 +89,42 @@ const TRIES: usize = 3;
 const TOLERANCE: f32 = 0.1;
 
 impl<L: Launcher> Cuda<L> {
-    /// See [`crate::ops::Backend::forward`].
-    pub(super) fn repeat(&self, mut f: Forward<Self>) {
+    /// Does a forward pass in the best way that is known for its shape.
+    pub(super) fn replay_or_capture(&self, mut f: ForwardPass<L>) {
         let mut graphs = self.graphs.borrow_mut();
         if self.failed.borrow().is_some() {
             return;
         }
         if self.persistent == Persistent::Always && self.can_persist(&f) {
-            return self.attempt(|| self.persist(&mut f));
+            return self.defer_error(|| self.persist(&mut f));
         }
-        let pass = &f.scratch.pass;
-        if !self.records || graphs.off || pass.tile_count > 0 || pass.tokens > TOKENS {
-            return f.operations(self);
+        let batch = &f.a.batch;
+        if !self.records || graphs.off || batch.tile_count > 0 || batch.tokens > TOKENS {
+            return self.defer_error(|| self.launch_decoder(&mut f));
         }
         if graphs.changes != self.launcher.changes() || graphs.known.len() >= MOST {
             graphs.known.clear();
         }
         let key = Key {
-            owners: f.owners(),
-            arrays: [pass.ids, pass.singles, pass.choices],
-            tokens: pass.tokens,
-            table_width: pass.table_width,
-            singles: pass.single_count,
-            splits: attention::splits(pass.longest_single),
+            objects: [f.decoder.id, f.cache.id, f.a.id],
+            arrays: [batch.ids, batch.singles, batch.sampled],
+            tokens: batch.tokens,
+            table_width: batch.table_width,
+            singles: batch.single_count,
+            splits: attention::splits(batch.longest_single),
         };
         match graphs.known.get(&key) {
-            Some(Way::Recorded(recording)) => {
-                return self.attempt(|| self.launcher.replay(recording));
+            Some(ForwardKind::Recorded(recording)) => {
+                return self.defer_error(|| self.launcher.replay(recording));
             }
-            Some(Way::Persistent) => return self.attempt(|| self.persist(&mut f)),
-            Some(Way::Once) => {
-                let class = (key.owners[0], key.tokens, key.splits);
+            Some(ForwardKind::Persistent) => return self.defer_error(|| self.persist(&mut f)),
+            Some(ForwardKind::Once) => {
+                let class = (key.objects[0], key.tokens, key.splits);
                 let way = match graphs.faster.get(&class).copied().filter(|_| self.can_persist(&f))
                 {
                     Some(true) => {
-                        self.attempt(|| self.persist(&mut f));
-                        Way::Persistent
+                        self.defer_error(|| self.persist(&mut f));
+                        ForwardKind::Persistent
                     }
                     known => {
                         let compare = known.is_none() && self.can_persist(&f);
@@ -132,18 +133,18 @@ impl<L: Launcher> Cuda<L> {
                                 let faster = comparison.map(|c| c.one_kernel());
                                 graphs.comparisons.extend(comparison);
                                 faster.map(|f| graphs.faster.insert(class, f));
-                                self.attempt(|| self.launcher.replay(&recording));
+                                self.defer_error(|| self.launcher.replay(&recording));
                                 // the next pass takes the faster way
                                 if faster == Some(true) {
-                                    Way::Persistent
+                                    ForwardKind::Persistent
                                 } else {
-                                    Way::Recorded(recording)
+                                    ForwardKind::Recorded(recording)
                                 }
                             }
                             Err(e) => {
                                 tracing::warn!("steps are launched kernel by kernel: {e}");
                                 graphs.off = true;
-                                return f.operations(self);
+                                return self.defer_error(|| self.launch_decoder(&mut f));
                             }
                         }
                     }
@@ -152,11 +153,11 @@ impl<L: Launcher> Cuda<L> {
             }
             None => {
                 // buffers grow to this shape's size; from then on they stay where they are
-                f.operations(self);
+                self.defer_error(|| self.launch_decoder(&mut f));
                 if self.can_persist(&f) {
-                    self.attempt(|| self.prepare_persistent(&mut f).map(drop));
+                    self.defer_error(|| self.prepare_persistent(&mut f).map(drop));
                 }
-                graphs.known.insert(key, Way::Once);
+                graphs.known.insert(key, ForwardKind::Once);
             }
         }
         graphs.changes = self.launcher.changes();
@@ -170,22 +171,18 @@ impl<L: Launcher> Cuda<L> {
     /// Records a pass. If it is to be compared, also does it as one kernel.
     fn record(
         &self,
-        f: &mut Forward<Self>,
+        f: &mut ForwardPass<L>,
         compare: bool,
     ) -> Result<(L::Recording, Option<Comparison>)> {
-        let recording = self.launcher.record(&mut || {
-            f.operations(self);
-            self.check()
-        })?;
+        let recording = self.launcher.record(&mut || self.launch_decoder(f))?;
         if !compare {
             return Ok((recording, None));
         }
-        let width = f.embedding.cols;
         let (mut launches, mut one) = (f64::INFINITY, f64::INFINITY);
         let mut results = [vec![], vec![]];
         for _ in 0..TRIES {
             launches = launches.min(self.launcher.timed(&mut || self.launcher.replay(&recording))?);
-            results[0] = self.download(&f.scratch.x, width)?;
+            results[0] = self.download(&f.a.x)?;
             match self.launcher.timed(&mut || self.persist(f)) {
                 Ok(seconds) => one = one.min(seconds),
                 Err(e) => {
@@ -194,7 +191,7 @@ impl<L: Launcher> Cuda<L> {
                     break;
                 }
             }
-            results[1] = self.download(&f.scratch.x, width)?;
+            results[1] = self.download(&f.a.x)?;
         }
         let most = results[0].iter().fold(0f32, |m, v| m.max(v.abs()));
         // written so that what is no number is off
@@ -203,7 +200,7 @@ impl<L: Launcher> Cuda<L> {
         if !close {
             tracing::warn!("steps are not done in one kernel: its results are off");
         }
-        let tokens = f.scratch.pass.tokens;
+        let tokens = f.a.batch.tokens;
         let comparison = Comparison {
             tokens,
             launches_microseconds: launches * 1e6,

@@ -1,14 +1,15 @@
-//! Products and their epilogues.
+//! Linear layers, their epilogues, and the layer norms that are done along with them.
 
-use super::ways::{
-    DEEP, FEW_TOKENS, HOPPER_M, HOPPER_N, HOPPER_SHARED, HOPPER_THREADS, OUTPUTS, SHALLOW, SLICE,
-    THREADS, TILE, TILE_THREADS, TOKENS, WARPS, Way, large_shared, skinny_shared, stages_rows,
-    tile_shared, tiles,
+use super::gemm_select::{
+    DEEP, FEW_TOKENS, HOPPER_M, HOPPER_N, HOPPER_SHARED, HOPPER_THREADS, LinearKernel, OUTPUTS,
+    SHALLOW, SLICE, THREADS, TILE, TILE_THREADS, TOKENS, WARPS, large_shared, skinny_shared,
+    stages_rows, tile_shared, tiles,
 };
-use super::{Buffer, Cuda, Matrix, Pass, Vector, Written};
+use super::{Cache, Cuda, DeviceBatch, DeviceWeight};
 use crate::device::{Args, Launcher, Memory, Shape};
 use crate::error::Result;
-use crate::ops::{Epilogue, Heads, Linear, Norm};
+use crate::ops::{Epilogue, LayerNorm, Linear, NormInput, Tensor, Weight as _};
+use crate::tensor::DType;
 use bytemuck::{Pod, Zeroable};
 
 /// `Input` of `kernels/include/linear.cuh`.
@@ -67,54 +68,90 @@ const GELU: u32 = 1;
 const RESIDUAL: u32 = 2;
 const QKV: u32 = 3;
 
+/// What a linear layer multiplies.
+pub(crate) enum LinearInput<'a, L: Launcher> {
+    /// Rows in 16 bits.
+    Rows(&'a Tensor<Cuda<L>>),
+    /// The normalized rows of `x`, which is f32. They are in `normed` afterwards if `keep` says so,
+    /// and may be otherwise.
+    Normalized {
+        x: &'a Tensor<Cuda<L>>,
+        norm: &'a LayerNorm<Cuda<L>>,
+        normed: &'a mut Tensor<Cuda<L>>,
+        keep: bool,
+    },
+}
+
+impl<'a, L: Launcher> From<NormInput<'a, Cuda<L>>> for LinearInput<'a, L> {
+    fn from(NormInput { x, norm, normed }: NormInput<'a, Cuda<L>>) -> Self {
+        LinearInput::Normalized { x, norm, normed, keep: false }
+    }
+}
+
+impl<L: Launcher> LinearInput<'_, L> {
+    fn tokens(&self) -> usize {
+        match self {
+            LinearInput::Rows(x) | LinearInput::Normalized { x, .. } => x.shape()[0],
+        }
+    }
+}
+
 impl<L: Launcher> Cuda<L> {
-    /// `linear` with its epilogue, of `x` in 16 bits or of the normalized rows of `x` in f32; with
-    /// the norm that comes `next` if that is a launch less.
-    pub(super) fn product(
+    /// A linear layer with its epilogue.
+    pub(crate) fn launch_linear(
         &self,
-        x: &Buffer<L>,
-        norm: Option<Norm<Self>>,
-        linear: &Linear<Matrix<L>, Vector<L>>,
-        epilogue: Epilogue<Buffer<L>>,
-        out: &mut Buffer<L>,
-        next: Option<Norm<Self>>,
+        y: &mut Tensor<Self>,
+        input: LinearInput<L>,
+        linear: &Linear<Self>,
+        epilogue: Epilogue<Self>,
     ) -> Result<()> {
-        let finish = self.result(x.rows, linear, epilogue, out)?;
-        let next = next.map_or(Ok(NextNorm::zeroed()), |next| {
-            self.next_norm(x.rows, linear, out.written(), next)
-        })?;
-        self.run(x, norm, &linear.weight, finish, next)
+        let finish = self.epilogue_args(y, input.tokens(), linear, epilogue)?;
+        self.run(input, &linear.weight, finish, NextNorm::zeroed())
     }
 
-    /// What a product needs to know of the norm that comes next, if it is to do it.
+    /// A linear layer of 16-bit rows, along with the layer norm that comes next if that is a launch
+    /// less. Returns whether the normalized rows are in `normed`.
+    pub(super) fn launch_linear_then_norm(
+        &self,
+        y: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        linear: &Linear<Self>,
+        epilogue: Epilogue<Self>,
+        (norm, normed): (&LayerNorm<Self>, &mut Tensor<Self>),
+    ) -> Result<bool> {
+        let finish = self.epilogue_args(y, x.shape()[0], linear, epilogue)?;
+        let next = self.next_norm(x.shape()[0], &linear.weight, norm, normed)?;
+        let with_norm = next.normed != 0;
+        self.run(LinearInput::Rows(x), &linear.weight, finish, next)?;
+        Ok(with_norm)
+    }
+
+    /// What a kernel needs to know of the norm that comes next, if it is to do it.
     fn next_norm(
         &self,
         tokens: usize,
-        linear: &Linear<Matrix<L>, Vector<L>>,
-        out: Written,
-        next: Norm<Self>,
+        weight: &DeviceWeight<L>,
+        norm: &LayerNorm<Self>,
+        normed: &mut Tensor<Self>,
     ) -> Result<NextNorm> {
-        match self.way(tokens, &linear.weight) {
+        match self.linear_kernel(tokens, weight) {
             // a cluster has enough warps for the rows
-            Way::Cluster { tokens: tile, blocks }
+            LinearKernel::Cluster { tokens: tile, blocks }
                 if tile <= 4 * blocks * TILE_THREADS as usize / 32 =>
             {
-                self.reserve(next.normed, tokens, linear.weight.rows, true)?;
-                next.normed.normed_of = Some(out);
+                self.reserve(normed, [tokens, weight.rows()], self.half)?;
                 let mut counters = self.tile_counters.borrow_mut();
                 let tiles = tokens.div_ceil(tile);
                 if counters.as_ref().is_none_or(|m| m.bytes < tiles * 4) {
-                    *counters = Some(Memory::zeroed(
-                        &self.launcher,
-                        tiles.next_power_of_two().max(64) * 4,
-                    )?);
+                    let bytes = tiles.next_power_of_two().max(64) * 4;
+                    *counters = Some(Memory::zeroed(&self.launcher, bytes)?);
                 }
                 Ok(NextNorm {
-                    weight: next.norm.weight.at,
-                    bias: next.norm.bias.at,
-                    normed: next.normed.at(),
+                    weight: norm.weight.at,
+                    bias: norm.bias.at,
+                    normed: normed.at(),
                     counters: counters.as_ref().map_or(0, |m| m.at),
-                    eps: next.eps,
+                    eps: norm.eps,
                     unused: 0,
                 })
             }
@@ -122,117 +159,121 @@ impl<L: Launcher> Cuda<L> {
         }
     }
 
-    /// The product of 16-bit rows, in a given way.
-    pub(super) fn product_as(
+    /// A linear layer of 16-bit rows by a given kernel.
+    pub(super) fn launch_linear_by(
         &self,
-        way: Way,
-        x: &Buffer<L>,
-        linear: &Linear<Matrix<L>, Vector<L>>,
-        epilogue: Epilogue<Buffer<L>>,
-        out: &mut Buffer<L>,
+        by: LinearKernel,
+        y: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        linear: &Linear<Self>,
+        epilogue: Epilogue<Self>,
     ) -> Result<()> {
-        let finish = self.result(x.rows, linear, epilogue, out)?;
-        let input = Input::rows(x.at(), x.rows, linear.weight.cols);
-        self.run_as(way, input, &linear.weight, finish, NextNorm::zeroed())
+        let tokens = x.shape()[0];
+        let finish = self.epilogue_args(y, tokens, linear, epilogue)?;
+        let input = Input::rows(x.at(), tokens, linear.weight.cols());
+        self.run_by(by, input, &linear.weight, finish, NextNorm::zeroed())
     }
 
     /// Where the results of an epilogue go; makes room for them.
-    fn result(
+    fn epilogue_args(
         &self,
+        y: &mut Tensor<Self>,
         tokens: usize,
-        linear: &Linear<Matrix<L>, Vector<L>>,
-        epilogue: Epilogue<Buffer<L>>,
-        out: &mut Buffer<L>,
+        linear: &Linear<Self>,
+        epilogue: Epilogue<Self>,
     ) -> Result<Finish> {
-        let width = linear.weight.rows;
+        let width = linear.weight.rows();
         let mut finish = Finish { bias: linear.bias.at, width: width as u32, ..Finish::zeroed() };
         finish.mode = match epilogue {
             Epilogue::Bias => BIAS,
             Epilogue::BiasGelu => GELU,
             Epilogue::BiasResidual(r) => {
-                (finish.residual, finish.narrow_residual) = (r.at(), r.narrow as u32);
+                r.expect("linear's residual", [tokens, width], r.dtype());
+                (finish.residual, finish.narrow_residual) = (r.at(), r.is_half() as u32);
                 RESIDUAL
             }
         };
-        self.reserve(out, tokens, width, finish.mode == GELU)?;
-        finish.out = out.at();
+        let dtype = if finish.mode == GELU { self.half } else { DType::F32 };
+        self.reserve(y, [tokens, width], dtype)?;
+        finish.out = y.at();
         Ok(finish)
     }
 
-    /// Queries to `out`, keys and values to the cache's layer, which begins at `(keys, values)`.
-    #[allow(clippy::too_many_arguments)] // see `Backend::norm_qkv`
-    pub(super) fn qkv(
+    /// Queries to `queries`, keys and values to the cache's layer.
+    pub(super) fn launch_qkv(
         &self,
-        pass: &Pass<L>,
-        x: &Buffer<L>,
-        norm: Norm<Self>,
-        linear: &Linear<Matrix<L>, Vector<L>>,
-        heads: &Heads,
-        (keys, values): (u64, u64),
-        out: &mut Buffer<L>,
+        queries: &mut Tensor<Self>,
+        input: LinearInput<L>,
+        qkv: &Linear<Self>,
+        batch: &DeviceBatch<L>,
+        (cache, layer): (&Cache<L>, usize),
     ) -> Result<()> {
-        self.reserve(out, x.rows, heads.count * heads.size, true)?;
+        let heads = cache.heads();
+        self.reserve(queries, [input.tokens(), heads.width()], self.half)?;
+        let (keys, values) = cache.layer(layer);
         let finish = Finish {
-            out: out.at(),
-            bias: linear.bias.at,
+            out: queries.at(),
+            bias: qkv.bias.at,
             keys,
             values,
-            slots: pass.slots,
+            slots: batch.slots,
             mode: QKV,
-            width: linear.weight.rows as u32,
+            width: qkv.weight.rows() as u32,
             heads: heads.count as u32,
             head_size: heads.size as u32,
             ..Finish::zeroed()
         };
-        self.run(x, Some(norm), &linear.weight, finish, NextNorm::zeroed())
+        self.run(input, &qkv.weight, finish, NextNorm::zeroed())
     }
 
     fn run(
         &self,
-        x: &Buffer<L>,
-        norm: Option<Norm<Self>>,
-        weight: &Matrix<L>,
+        input: LinearInput<L>,
+        weight: &DeviceWeight<L>,
         finish: Finish,
         next: NextNorm,
     ) -> Result<()> {
-        let tokens = x.rows;
-        let mut input = Input::rows(x.at(), tokens, weight.cols);
-        let mut narrow = x.narrow;
-        if let Some(n) = norm {
-            let needed = skinny_shared(SHALLOW, tokens, weight.cols, weight.int8(), true, true);
-            let fits = needed <= self.launcher.limits().shared_bytes as usize;
-            if n.normed.normed_of.take() == Some(x.written()) {
-                // done along with the product before
-                (input.x, narrow) = (n.normed.at(), true);
-            } else if tokens <= FEW_TOKENS && fits {
-                (input.weight, input.bias, input.eps) = (n.norm.weight.at, n.norm.bias.at, n.eps);
-                if n.keep {
-                    self.reserve(n.normed, tokens, weight.cols, true)?;
-                    input.normed = n.normed.at();
+        let (tokens, inputs) = (input.tokens(), weight.cols());
+        let mut args = Input::rows(0, tokens, inputs);
+        match input {
+            LinearInput::Rows(x) => {
+                x.expect("linear", [tokens, inputs], self.half);
+                args.x = x.at();
+            }
+            LinearInput::Normalized { x, norm, normed, keep } => {
+                x.expect("linear with a layer norm", [tokens, inputs], DType::F32);
+                let needed = skinny_shared(SHALLOW, tokens, inputs, weight.int8(), true, true);
+                let fits = needed <= self.launcher.limits().shared_bytes as usize;
+                if tokens <= FEW_TOKENS && fits {
+                    args.x = x.at();
+                    (args.weight, args.bias, args.eps) = (norm.weight.at, norm.bias.at, norm.eps);
+                    if keep {
+                        self.reserve(normed, [tokens, inputs], self.half)?;
+                        args.normed = normed.at();
+                    }
+                } else {
+                    self.launch_layer_norm(normed, x, (0, tokens), norm)?;
+                    args.x = normed.at();
                 }
-            } else {
-                self.layer_norm(x, 0, tokens, n.norm, n.eps, n.normed)?;
-                (input.x, narrow) = (n.normed.at(), true);
             }
         }
-        assert_eq!(narrow, input.weight == 0, "products read 16-bit rows, or normalize f32 rows");
-        self.run_as(self.way(tokens, weight), input, weight, finish, next)
+        self.run_by(self.linear_kernel(tokens, weight), args, weight, finish, next)
     }
 
-    /// A product of 16-bit rows, or with [`Way::Skinny`] of few rows to normalize, in a given way.
-    fn run_as(
+    /// A product of 16-bit rows, or with [`LinearKernel::Skinny`] of few rows to normalize, in a given way.
+    fn run_by(
         &self,
-        way: Way,
+        by: LinearKernel,
         input: Input,
-        weight: &Matrix<L>,
+        weight: &DeviceWeight<L>,
         finish: Finish,
         next: NextNorm,
     ) -> Result<()> {
         let tokens = input.tokens as usize;
-        match way {
-            Way::Skinny => self.skinny_parts(input, weight, finish),
-            Way::Large => {
-                let grid = [weight.rows.div_ceil(TILE), tokens.div_ceil(TILE), 1];
+        match by {
+            LinearKernel::Skinny => self.skinny_parts(input, weight, finish),
+            LinearKernel::Large => {
+                let grid = [weight.rows().div_ceil(TILE), tokens.div_ceil(TILE), 1];
                 let args = self.plain_args(input, weight).with(finish);
                 self.launch(
                     &self.kernel("linear_large", weight),
@@ -242,10 +283,10 @@ impl<L: Launcher> Cuda<L> {
                     args,
                 )
             }
-            Way::Cluster { tokens: tile, blocks } => {
-                let grid = [blocks * tokens.div_ceil(tile), weight.rows.div_ceil(TILE), 1];
+            LinearKernel::Cluster { tokens: tile, blocks } => {
+                let grid = [blocks * tokens.div_ceil(tile), weight.rows().div_ceil(TILE), 1];
                 let args = self.tile_args(input.x, tokens, weight, tile, TILE)?;
-                let args = args.with(weight.cols.div_ceil(SLICE) as u32).with(finish).with(next);
+                let args = args.with(weight.cols().div_ceil(SLICE) as u32).with(finish).with(next);
                 let shape = Shape {
                     cluster: blocks as u32,
                     ..Shape::new(grid, TILE_THREADS, tile_shared(tile))
@@ -256,19 +297,19 @@ impl<L: Launcher> Cuda<L> {
                     &args,
                 )
             }
-            Way::Hopper => {
+            LinearKernel::Hopper => {
                 let rows = tokens.div_ceil(HOPPER_M);
                 // two blocks share weights, unless much of the second one's work would be beyond
                 // the tokens
                 let cluster = if rows.is_multiple_of(2) || rows > 8 { 2 } else { 1 };
-                let tiles = rows.div_ceil(cluster) * weight.rows.div_ceil(HOPPER_N);
+                let tiles = rows.div_ceil(cluster) * weight.rows().div_ceil(HOPPER_N);
                 let grid = [
                     cluster * tiles.min(self.launcher.limits().processors as usize / cluster),
                     1,
                     1,
                 ];
                 let args = self.tile_args(input.x, tokens, weight, HOPPER_M, HOPPER_N / 2)?;
-                let args = args.with(weight.cols as u32).with(finish);
+                let args = args.with(weight.cols() as u32).with(finish);
                 let shape = Shape {
                     cluster: cluster as u32,
                     ..Shape::new(grid, HOPPER_THREADS, HOPPER_SHARED)
@@ -279,12 +320,12 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// A family's kernel for the weights' types.
-    pub(super) fn kernel(&self, family: &str, weight: &Matrix<L>) -> String {
+    pub(super) fn kernel(&self, family: &str, weight: &DeviceWeight<L>) -> String {
         format!("{family}_{}{}", self.suffix(), if weight.int8() { "_int8" } else { "" })
     }
 
     /// The first arguments of the kernels that every GPU has.
-    pub(super) fn plain_args(&self, input: Input, weight: &Matrix<L>) -> Args {
+    pub(super) fn plain_args(&self, input: Input, weight: &DeviceWeight<L>) -> Args {
         Args::new().with(input).with(weight.data.at).with(weight.scales())
     }
 
@@ -294,21 +335,22 @@ impl<L: Launcher> Cuda<L> {
         &self,
         x: u64,
         tokens: usize,
-        weight: &Matrix<L>,
+        weight: &DeviceWeight<L>,
         x_rows: usize,
         w_rows: usize,
     ) -> Result<Args> {
-        let map = |at, rows, tile_rows| self.launcher.tensor_map(at, rows, weight.cols, tile_rows);
+        let map =
+            |at, rows, tile_rows| self.launcher.tensor_map(at, rows, weight.cols(), tile_rows);
         let args = Args::new().with(map(x, tokens, x_rows)?).with(map(
             weight.data.at,
-            weight.rows,
+            weight.rows(),
             w_rows,
         )?);
         Ok(args.with(tokens as u32))
     }
 
     /// A product by the skinny kernels, however many tokens there are.
-    fn skinny_parts(&self, input: Input, weight: &Matrix<L>, finish: Finish) -> Result<()> {
+    fn skinny_parts(&self, input: Input, weight: &DeviceWeight<L>, finish: Finish) -> Result<()> {
         let tokens = input.tokens as usize;
         for first in (0..tokens).step_by(TOKENS) {
             let count = TOKENS.min(tokens - first);
@@ -333,14 +375,14 @@ impl<L: Launcher> Cuda<L> {
     pub(super) fn skinny(
         &self,
         family: &str,
-        weight: &Matrix<L>,
+        weight: &DeviceWeight<L>,
         input: Input,
         rest: impl FnOnce(Args) -> Args,
     ) -> Result<()> {
-        let (tokens, inputs) = (input.tokens as usize, weight.cols);
+        let (tokens, inputs) = (input.tokens as usize, weight.cols());
         let staged = input.weight == 0 && stages_rows(tokens, inputs, weight.int8());
         let input = Input { staged: staged as u32, ..input };
-        let blocks = weight.rows.div_ceil(OUTPUTS);
+        let blocks = weight.rows().div_ceil(OUTPUTS);
         let norm = input.weight != 0;
         let limits = self.launcher.limits();
         let shared =

@@ -7,28 +7,32 @@
 //! elsewhere.
 
 mod attention;
+mod decoder;
+mod gemm_select;
 mod graphs;
-mod head;
+mod hopper_check;
 mod linear;
-mod measure;
+mod lm_head;
+mod peak;
 mod persistent;
 mod sampling;
-mod trial;
-mod ways;
 mod weights;
 
 pub use attention::Cache;
 pub use graphs::Comparison;
 pub use persistent::Persistent;
-pub use weights::Matrix;
+pub use weights::DeviceWeight;
 
-use super::{Backend, Batch, Epilogue, Forward, Heads, LayerNorm, Linear, Norm};
+pub(crate) use linear::LinearInput;
+
+use super::sampling::{SampledToken, SamplingRow};
+use super::{
+    BLOCK, Backend, Batch, DecodeBackend, Decoder, DecoderActivations, Epilogue, Heads, LayerNorm,
+    Linear, NormInput, Tensor, Weight as _,
+};
 use crate::device::{Args, Launcher, Memory, Shape};
-use crate::engine::{Chosen, SampleRow};
 use crate::error::{Error, Result};
-use crate::models::bloom::BloomConfig;
-use crate::ops::BLOCK;
-use crate::tensor::{Bytes, DType, Tensor};
+use crate::tensor::{Bytes, DType, HostTensor};
 use bytemuck::{Pod, Zeroable};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -50,9 +54,9 @@ struct Ids {
 }
 
 impl Ids {
-    fn of<L: Launcher>(pass: &Pass<L>, vocabulary: usize) -> Ids {
+    fn of<L: Launcher>(pass: &DeviceBatch<L>, vocabulary: usize) -> Ids {
         let vocabulary = vocabulary as u32;
-        Ids { ids: pass.ids, fed: pass.fed, choices: pass.choices, vocabulary, unused: 0 }
+        Ids { ids: pass.ids, fed: pass.pending, choices: pass.sampled, vocabulary, unused: 0 }
     }
 }
 
@@ -82,53 +86,45 @@ pub struct Cuda<L: Launcher> {
     models: RefCell<persistent::Models<L>>,
 }
 
-/// A buffer's address and how often it had been written.
-type Written = (u64, u64);
-
-/// Activations.
+/// Memory of activations.
 pub struct Buffer<L: Launcher> {
     memory: Option<Memory<L>>,
-    /// Elements of 2 bytes, else of 4.
-    narrow: bool,
-    rows: usize,
-    /// How often it has been written.
-    writes: u64,
-    /// What these are the normalized rows of, if the norm was done along with a product.
-    normed_of: Option<Written>,
 }
 
 impl<L: Launcher> Default for Buffer<L> {
     fn default() -> Self {
-        Buffer { memory: None, narrow: false, rows: 0, writes: 0, normed_of: None }
+        Buffer { memory: None }
     }
 }
 
-impl<L: Launcher> Buffer<L> {
+impl<L: Launcher> Tensor<Cuda<L>> {
+    /// The address of the first element, or 0.
     fn at(&self) -> u64 {
-        self.memory.as_ref().map_or(0, |m| m.at)
+        self.buffer().memory.as_ref().map_or(0, |m| m.at)
     }
 
-    fn written(&self) -> Written {
-        (self.at(), self.writes)
+    /// Whether elements have 16 bits.
+    fn is_half(&self) -> bool {
+        self.dtype() != DType::F32
     }
 }
 
 /// Something that the host tells the device, most of the time the same: a copy is a good part of a
 /// decoding step's time.
-struct Sent<L: Launcher> {
+struct CachedUpload<L: Launcher> {
     memory: Option<Memory<L>>,
     /// What is there.
     bytes: Vec<u8>,
 }
 
-impl<L: Launcher> Default for Sent<L> {
+impl<L: Launcher> Default for CachedUpload<L> {
     fn default() -> Self {
-        Sent { memory: None, bytes: Vec::new() }
+        CachedUpload { memory: None, bytes: Vec::new() }
     }
 }
 
 /// A batch on the device.
-pub struct Pass<L: Launcher> {
+pub struct DeviceBatch<L: Launcher> {
     memory: Option<Memory<L>>,
     /// Of each token: id, slot in the cache, span, position, choice that it is; then the spans'
     /// tables.
@@ -138,8 +134,8 @@ pub struct Pass<L: Launcher> {
     positions: u64,
     /// Which choice of the step before each token is, and where those choices are; 0 if no token is
     /// one.
-    fed: u64,
-    choices: u64,
+    pending: u64,
+    sampled: u64,
     tables: u64,
     table_width: usize,
     tokens: usize,
@@ -152,16 +148,16 @@ pub struct Pass<L: Launcher> {
     longest_single: usize,
 }
 
-impl<L: Launcher> Default for Pass<L> {
+impl<L: Launcher> Default for DeviceBatch<L> {
     fn default() -> Self {
-        Pass {
+        DeviceBatch {
             memory: None,
             ids: 0,
             slots: 0,
             spans: 0,
             positions: 0,
-            fed: 0,
-            choices: 0,
+            pending: 0,
+            sampled: 0,
             tables: 0,
             table_width: 0,
             tokens: 0,
@@ -205,47 +201,52 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// Whether there are kernels for a model's sizes.
-    pub fn supports(config: &BloomConfig) -> Result<()> {
-        let size = config.head_size();
+    pub fn supports(hidden_size: usize, heads: usize) -> Result<()> {
+        let size = hidden_size / heads;
         if !attention::SIZES.contains(&size) {
             return Err(Error::invalid(format!(
                 "there are no CUDA kernels for head size {size}, only for {:?}; use --device cpu",
                 attention::SIZES
             )));
         }
-        if !config.hidden_size.is_multiple_of(16) {
+        if !hidden_size.is_multiple_of(16) {
             return Err(Error::invalid(format!(
                 "the CUDA kernels take hidden sizes that are multiples of 16, this one is {}; use \
                 --device cpu",
-                config.hidden_size
+                hidden_size
             )));
         }
         Ok(())
     }
 
-    /// Activations from the host: rows of `width`, in 16 bits or f32.
-    pub fn upload(&self, x: &[f32], width: usize, narrow: bool) -> Result<Buffer<L>> {
-        let mut buffer = Buffer::default();
-        self.reserve(&mut buffer, x.len() / width, width, narrow)?;
-        let bytes =
-            if narrow { weights::narrow(x, self.half) } else { bytemuck::cast_slice(x).to_vec() };
-        self.launcher.write(buffer.at(), &bytes)?;
-        Ok(buffer)
+    /// Activations from the host: rows of `width`, in the 16-bit type that linear layers read or,
+    /// with `dtype` f32, as the residual stream.
+    ///
+    /// # Errors
+    /// If there is no memory or the copy fails.
+    pub fn upload(&self, x: &[f32], width: usize, dtype: DType) -> Result<Tensor<Self>> {
+        let mut tensor = Tensor::default();
+        self.reserve(&mut tensor, [x.len() / width, width], dtype)?;
+        let bytes = match dtype {
+            DType::F32 => bytemuck::cast_slice(x).to_vec(),
+            half => weights::to_half(x, half),
+        };
+        self.launcher.write(tensor.at(), &bytes)?;
+        Ok(tensor)
     }
 
-    /// Activations in f32, on the host. Reports what failed since the last call.
-    pub fn download(&self, buffer: &Buffer<L>, width: usize) -> Result<Vec<f32>> {
+    /// Activations in f32, on the host.
+    ///
+    /// # Errors
+    /// What has failed since results were last taken.
+    pub fn download(&self, x: &Tensor<Self>) -> Result<Vec<f32>> {
         self.check()?;
-        let dtype = if buffer.narrow { self.half } else { DType::F32 };
-        let mut bytes = vec![0; buffer.rows * width * dtype.size()];
-        self.launcher.read(buffer.at(), &mut bytes)?;
+        let ([rows, width], dtype) = (x.shape(), x.dtype());
+        let mut bytes = vec![0; rows * width * dtype.size()];
+        self.launcher.read(x.at(), &mut bytes)?;
         let range = 0..bytes.len();
-        Ok(Tensor {
-            dtype,
-            shape: vec![buffer.rows, width],
-            bytes: Bytes::Owned(Arc::new(bytes), range),
-        }
-        .to_f32())
+        let bytes = Bytes::Owned(Arc::new(bytes), range);
+        Ok(HostTensor { dtype, shape: vec![rows, width], bytes }.to_f32())
     }
 
     /// The type's name in kernels.
@@ -254,7 +255,7 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// Does something that may fail, unless something has failed before.
-    fn attempt(&self, work: impl FnOnce() -> Result<()>) {
+    fn defer_error(&self, work: impl FnOnce() -> Result<()>) {
         let mut failed = self.failed.borrow_mut();
         if failed.is_none()
             && let Err(e) = work()
@@ -279,18 +280,10 @@ impl<L: Launcher> Cuda<L> {
         self.launcher.launch(kernel, Shape::new(grid, threads, shared_bytes), &args)
     }
 
-    /// Makes room for `rows` rows of `width` elements.
-    fn reserve(
-        &self,
-        buffer: &mut Buffer<L>,
-        rows: usize,
-        width: usize,
-        narrow: bool,
-    ) -> Result<()> {
-        let bytes = rows * width * if narrow { 2 } else { 4 };
-        (buffer.narrow, buffer.rows, buffer.normed_of) = (narrow, rows, None);
-        buffer.writes += 1;
-        self.grow(&mut buffer.memory, bytes)
+    /// Makes room for what an operation writes.
+    fn reserve(&self, y: &mut Tensor<Self>, shape: [usize; 2], dtype: DType) -> Result<()> {
+        let bytes = shape[0] * shape[1] * dtype.size();
+        self.grow(&mut y.set(shape, dtype).memory, bytes)
     }
 
     /// Makes room for `bytes`; the old content may be lost.
@@ -309,7 +302,7 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// Writes `bytes` to the device, unless they are what it was sent last.
-    fn send(&self, sent: &mut Sent<L>, bytes: &[u8]) -> Result<u64> {
+    fn send(&self, sent: &mut CachedUpload<L>, bytes: &[u8]) -> Result<u64> {
         let at = self.place(&mut sent.memory, bytes.len())?;
         if sent.bytes != bytes {
             sent.bytes.clear(); // what is there if the write fails is anybody's guess
@@ -319,25 +312,37 @@ impl<L: Launcher> Cuda<L> {
         Ok(at)
     }
 
-    /// Normalized rows of `x` in 16 bits; `rows` (of device memory) chooses, 0 takes all.
-    fn layer_norm(
+    fn launch_embedding_norm(
         &self,
-        x: &Buffer<L>,
-        rows: u64,
-        count: usize,
-        norm: &LayerNorm<Vector<L>>,
-        eps: f32,
-        out: &mut Buffer<L>,
+        y: &mut Tensor<Self>,
+        batch: &DeviceBatch<L>,
+        table: &DeviceWeight<L>,
+        norm: &LayerNorm<Self>,
+    ) -> Result<()> {
+        self.reserve(y, [batch.tokens, table.cols()], DType::F32)?;
+        let args = Args::new().with(y.at()).with(Ids::of(batch, table.rows()));
+        let args = args.with(table.data.at).with(table.scales());
+        let args = args.with(norm.weight.at).with(norm.bias.at);
+        let args = args.with(batch.tokens as u32).with(table.cols() as u32).with(norm.eps);
+        let kernel = format!("embed_norm_{}", if table.int8() { "int8" } else { self.suffix() });
+        let grid = [batch.tokens.div_ceil(ROWS_PER_BLOCK), 1, 1];
+        self.launch(&kernel, grid, ROW_THREADS, 0, args)
+    }
+
+    /// Normalized rows of `x` in 16 bits; `rows` (in device memory) says which, 0 takes all.
+    fn launch_layer_norm(
+        &self,
+        y: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        (rows, count): (u64, usize),
+        norm: &LayerNorm<Self>,
     ) -> Result<()> {
         let width = norm.weight.bytes / 4;
-        self.reserve(out, count, width, true)?;
-        let args = Args::new()
-            .with(out.at())
-            .with(x.at())
-            .with(rows)
-            .with(norm.weight.at)
-            .with(norm.bias.at);
-        let args = args.with(count as u32).with(width as u32).with(eps);
+        x.expect("layer_norm", [x.shape()[0], width], DType::F32);
+        self.reserve(y, [count, width], self.half)?;
+        let args = Args::new().with(y.at()).with(x.at()).with(rows);
+        let args = args.with(norm.weight.at).with(norm.bias.at);
+        let args = args.with(count as u32).with(width as u32).with(norm.eps);
         let grid = [count.div_ceil(ROWS_PER_BLOCK), 1, 1];
         self.launch(&format!("layer_norm_{}", self.suffix()), grid, ROW_THREADS, 0, args)
     }
@@ -347,40 +352,78 @@ impl<L: Launcher> Cuda<L> {
 pub type Vector<L> = Memory<L>;
 
 impl<L: Launcher> Backend for Cuda<L> {
-    type Matrix = Matrix<L>;
-    type Vector = Vector<L>;
     type Buffer = Buffer<L>;
-    type Cache = Cache<L>;
-    type Pass = Pass<L>;
-    type Choosing = L::Reading;
+    type Weight = DeviceWeight<L>;
+    type Vector = Vector<L>;
 
     /// Weights are held in the backend's 16-bit type, or in 8 bits if `dtype` says so.
-    fn matrix(&self, tensor: Tensor, dtype: Option<DType>) -> Result<Matrix<L>> {
-        Matrix::new(&self.launcher, &tensor, self.half, dtype == Some(DType::Int8))
+    fn weight(&self, tensor: HostTensor, dtype: Option<DType>) -> Result<DeviceWeight<L>> {
+        DeviceWeight::new(&self.launcher, &tensor, self.half, dtype == Some(DType::Int8))
     }
 
-    fn stored(&self, matrix: &Matrix<L>) -> DType {
-        if matrix.int8() { DType::Int8 } else { self.half }
-    }
-
-    fn vector(&self, tensor: &Tensor) -> Result<Vector<L>> {
+    fn vector(&self, tensor: &HostTensor) -> Result<Vector<L>> {
         Memory::from_bytes(&self.launcher, bytemuck::cast_slice(&tensor.to_f32()))
     }
+
+    fn linear(
+        &self,
+        y: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        linear: &Linear<Self>,
+        epilogue: Epilogue<Self>,
+    ) {
+        self.defer_error(|| self.launch_linear(y, LinearInput::Rows(x), linear, epilogue));
+    }
+
+    fn layer_norm_linear(
+        &self,
+        y: &mut Tensor<Self>,
+        input: NormInput<Self>,
+        linear: &Linear<Self>,
+        epilogue: Epilogue<Self>,
+    ) {
+        self.defer_error(|| self.launch_linear(y, input.into(), linear, epilogue));
+    }
+
+    fn layer_norm(&self, y: &mut Tensor<Self>, x: &Tensor<Self>, norm: &LayerNorm<Self>) {
+        self.defer_error(|| self.launch_layer_norm(y, x, (0, x.shape()[0]), norm));
+    }
+
+    fn layer_norm_rows(
+        &self,
+        y: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        rows: &[usize],
+        norm: &LayerNorm<Self>,
+    ) {
+        self.defer_error(|| {
+            let words: Vec<u32> = rows.iter().map(|r| *r as u32).collect();
+            let mut scratch = self.scratch.borrow_mut();
+            let at = self.send(&mut scratch.rows, bytemuck::cast_slice(&words))?;
+            self.launch_layer_norm(y, x, (at, rows.len()), norm)
+        });
+    }
+}
+
+impl<L: Launcher> DecodeBackend for Cuda<L> {
+    type Cache = Cache<L>;
+    type DeviceBatch = DeviceBatch<L>;
+    type PendingSamples = L::Reading;
 
     fn cache(&self, _: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<Cache<L>> {
         Cache::new(&self.launcher, layers, heads, blocks)
     }
 
     fn copy_block(&self, cache: &mut Cache<L>, from: u32, to: u32) {
-        self.attempt(|| {
+        self.defer_error(|| {
             let args = Args::new().with(cache.memory.at).with(from).with(to);
             let args = args.with(cache.blocks as u32).with((cache.block_bytes / 16) as u32);
             self.launch("copy_cache_block", [2 * cache.layers, 1, 1], 256, 0, args)
         });
     }
 
-    fn begin(&self, batch: &Batch, pass: &mut Pass<L>) {
-        self.attempt(|| {
+    fn upload_batch(&self, batch: &Batch, to: &mut DeviceBatch<L>) {
+        self.defer_error(|| {
             let n = batch.ids.len();
             let width =
                 batch.spans.iter().map(|s| s.blocks.len()).max().unwrap_or(0).next_power_of_two();
@@ -389,9 +432,9 @@ impl<L: Launcher> Backend for Cuda<L> {
             words.resize(4 * n, 0);
             words.resize(5 * n, NO_CHOICE);
             words.resize(5 * n + batch.spans.len() * width, 0);
-            batch.fed.iter().for_each(|&(token, choice)| words[4 * n + token] = choice as u32);
+            batch.pending.iter().for_each(|&(token, choice)| words[4 * n + token] = choice as u32);
             let (mut tiles, mut singles): (Vec<u32>, Vec<u32>) = Default::default();
-            pass.longest_single = 0;
+            to.longest_single = 0;
             let queries = attention::tile_queries(self.hopper());
             for (number, span) in batch.spans.iter().enumerate() {
                 for i in 0..span.len {
@@ -409,164 +452,115 @@ impl<L: Launcher> Backend for Cuda<L> {
                     }
                 } else {
                     singles.extend((span.start..span.start + span.len).map(|t| t as u32));
-                    pass.longest_single = pass.longest_single.max(span.past + span.len);
+                    to.longest_single = to.longest_single.max(span.past + span.len);
                 }
             }
             let tables_end = words.len();
             words.extend_from_slice(&tiles);
             words.extend_from_slice(&singles);
-            self.grow(&mut pass.memory, words.len() * 4)?;
-            let at = pass.memory.as_ref().map_or(0, |m| m.at);
+            self.grow(&mut to.memory, words.len() * 4)?;
+            let at = to.memory.as_ref().map_or(0, |m| m.at);
             self.launcher.write(at, bytemuck::cast_slice(&words))?;
             let array = |i: usize| at + (i * n * 4) as u64;
-            (pass.ids, pass.slots, pass.spans, pass.positions) =
-                (array(0), array(1), array(2), array(3));
-            pass.fed = array(4);
-            pass.choices =
-                if batch.fed.is_empty() { 0 } else { self.scratch.borrow().last_chosen() };
-            (pass.tables, pass.table_width, pass.tokens) = (array(5), width, n);
-            (pass.tiles, pass.tile_count) = (at + 4 * tables_end as u64, tiles.len() / 2);
-            (pass.singles, pass.single_count) =
-                (pass.tiles + 4 * tiles.len() as u64, singles.len());
+            (to.ids, to.slots, to.spans, to.positions) = (array(0), array(1), array(2), array(3));
+            to.pending = array(4);
+            to.sampled =
+                if batch.pending.is_empty() { 0 } else { self.scratch.borrow().last_sampled() };
+            (to.tables, to.table_width, to.tokens) = (array(5), width, n);
+            (to.tiles, to.tile_count) = (at + 4 * tables_end as u64, tiles.len() / 2);
+            (to.singles, to.single_count) = (to.tiles + 4 * tiles.len() as u64, singles.len());
             Ok(())
         });
     }
 
-    fn forward(&self, pass: Forward<Self>) {
-        self.repeat(pass);
-    }
-
-    fn embed_norm(
+    fn embedding_norm(
         &self,
-        _: &Batch,
-        pass: &Pass<L>,
-        table: &Matrix<L>,
-        norm: &LayerNorm<Vector<L>>,
-        eps: f32,
-        out: &mut Buffer<L>,
+        y: &mut Tensor<Self>,
+        batch: &DeviceBatch<L>,
+        table: &DeviceWeight<L>,
+        norm: &LayerNorm<Self>,
     ) {
-        self.attempt(|| {
-            self.reserve(out, pass.tokens, table.cols, false)?;
-            let args = Args::new()
-                .with(out.at())
-                .with(Ids::of(pass, table.rows))
-                .with(table.data.at)
-                .with(table.scales());
-            let args = args.with(norm.weight.at).with(norm.bias.at);
-            let args = args.with(pass.tokens as u32).with(table.cols as u32).with(eps);
-            let kernel =
-                format!("embed_norm_{}", if table.int8() { "int8" } else { self.suffix() });
-            self.launch(&kernel, [pass.tokens.div_ceil(ROWS_PER_BLOCK), 1, 1], ROW_THREADS, 0, args)
-        });
+        self.defer_error(|| self.launch_embedding_norm(y, batch, table, norm));
     }
 
-    fn linear(
+    fn qkv_to_cache(
         &self,
-        x: &Buffer<L>,
-        linear: &Linear<Matrix<L>, Vector<L>>,
-        epilogue: Epilogue<Buffer<L>>,
-        out: &mut Buffer<L>,
+        queries: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        qkv: &Linear<Self>,
+        batch: &DeviceBatch<L>,
+        (cache, layer): (&mut Cache<L>, usize),
     ) {
-        self.attempt(|| self.product(x, None, linear, epilogue, out, None));
+        let input = LinearInput::Rows(x);
+        self.defer_error(|| self.launch_qkv(queries, input, qkv, batch, (cache, layer)));
     }
 
-    fn linear_before_norm(
+    fn layer_norm_qkv_to_cache(
         &self,
-        x: &Buffer<L>,
-        linear: &Linear<Matrix<L>, Vector<L>>,
-        epilogue: Epilogue<Buffer<L>>,
-        out: &mut Buffer<L>,
-        next: Norm<Self>,
+        queries: &mut Tensor<Self>,
+        input: NormInput<Self>,
+        qkv: &Linear<Self>,
+        batch: &DeviceBatch<L>,
+        (cache, layer): (&mut Cache<L>, usize),
     ) {
-        self.attempt(|| self.product(x, None, linear, epilogue, out, Some(next)));
+        self.defer_error(|| self.launch_qkv(queries, input.into(), qkv, batch, (cache, layer)));
     }
 
-    fn norm_linear(
+    fn paged_attention(
         &self,
-        x: &Buffer<L>,
-        norm: Norm<Self>,
-        linear: &Linear<Matrix<L>, Vector<L>>,
-        epilogue: Epilogue<Buffer<L>>,
-        out: &mut Buffer<L>,
+        y: &mut Tensor<Self>,
+        queries: &Tensor<Self>,
+        batch: &DeviceBatch<L>,
+        cache: (&Cache<L>, usize),
     ) {
-        self.attempt(|| self.product(x, Some(norm), linear, epilogue, out, None));
+        self.defer_error(|| self.attend(y, queries, batch, cache));
     }
 
-    fn norm_qkv(
+    fn decoder(
         &self,
-        _: &Batch,
-        pass: &Pass<L>,
-        layer: usize,
-        x: &Buffer<L>,
-        norm: Norm<Self>,
-        linear: &Linear<Matrix<L>, Vector<L>>,
-        heads: &Heads,
+        decoder: &Decoder<Self>,
         cache: &mut Cache<L>,
-        out: &mut Buffer<L>,
+        a: &mut DecoderActivations<Self>,
     ) {
-        self.attempt(|| self.qkv(pass, x, norm, linear, heads, cache.layer(layer), out));
+        self.replay_or_capture(decoder::ForwardPass { decoder, cache, a });
     }
 
-    fn attention(
+    fn logits(
         &self,
-        _: &Batch,
-        pass: &Pass<L>,
-        layer: usize,
-        heads: &Heads,
-        queries: &Buffer<L>,
-        cache: &Cache<L>,
-        out: &mut Buffer<L>,
-    ) {
-        self.attempt(|| self.attend(pass, heads, queries, cache, layer, out));
-    }
-
-    fn gather_norm(
-        &self,
-        x: &Buffer<L>,
-        rows: &[usize],
-        norm: &LayerNorm<Vector<L>>,
-        eps: f32,
-        out: &mut Buffer<L>,
-    ) {
-        self.attempt(|| {
-            let words: Vec<u32> = rows.iter().map(|r| *r as u32).collect();
-            let mut scratch = self.scratch.borrow_mut();
-            let at = self.send(&mut scratch.rows, bytemuck::cast_slice(&words))?;
-            self.layer_norm(x, at, rows.len(), norm, eps, out)
-        });
-    }
-
-    fn logits(&self, x: &Buffer<L>, head: &Matrix<L>, out: &mut Vec<f32>) -> Result<()> {
+        x: &Tensor<Self>,
+        lm_head: &DeviceWeight<L>,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
         self.check()?;
-        self.head_logits(x, head, out)
+        self.lm_head_logits(x, lm_head, out)
     }
 
     fn sample(
         &self,
-        x: &Buffer<L>,
-        head: &Matrix<L>,
-        rows: &[(usize, &SampleRow)],
+        x: &Tensor<Self>,
+        lm_head: &DeviceWeight<L>,
+        rows: &[(usize, &SamplingRow)],
         scratch: &mut Vec<f32>,
-    ) -> Result<Vec<Chosen>> {
+    ) -> Result<Vec<SampledToken>> {
         self.check()?;
-        self.choose(x, head, rows, scratch)
+        self.sample_now(x, lm_head, rows, scratch)
     }
 
-    fn chooses_alone(&self, row: &SampleRow) -> bool {
-        Self::alone(row)
+    fn samples_on_device(&self, row: &SamplingRow) -> bool {
+        Self::on_device(row)
     }
 
-    fn start_sample(
+    fn sample_async(
         &self,
-        x: &Buffer<L>,
-        head: &Matrix<L>,
-        rows: &[(usize, &SampleRow)],
+        x: &Tensor<Self>,
+        lm_head: &DeviceWeight<L>,
+        rows: &[(usize, &SamplingRow)],
     ) -> Result<L::Reading> {
         self.check()?;
-        self.start(x, head, rows)
+        self.start_sampling(x, lm_head, rows)
     }
 
-    fn finish_sample(&self, choosing: L::Reading) -> Result<Vec<Chosen>> {
-        self.finish(choosing)
+    fn wait(&self, pending: L::Reading) -> Result<Vec<SampledToken>> {
+        self.finish_sampling(pending)
     }
 }

@@ -4,10 +4,12 @@
 //! What it saves are launches and the pauses between them, what it costs are barriers of the whole
 //! device: which is faster depends on the model and the GPU, so it is measured (see `graphs.rs`).
 
-use super::{Cuda, Ids, Matrix, Vector};
+use super::decoder::ForwardPass;
+use super::{Cuda, Ids};
 use crate::device::{Args, Launcher, Memory, Shape};
 use crate::error::{Error, Result};
-use crate::ops::{Forward, Layer, LayerNorm, Linear};
+use crate::ops::{DecoderLayer, LayerNorm, Linear, ObjectId, Weight as _};
+use crate::tensor::DType;
 use bytemuck::{Pod, Zeroable};
 use std::cell::Cell;
 
@@ -83,7 +85,7 @@ struct Step {
 
 /// What the device knows of the last model: addresses hold until memory changes.
 pub(super) struct Models<L: Launcher> {
-    layers: usize,
+    decoder: Option<ObjectId>,
     changes: u64,
     table: Option<Memory<L>>,
     barrier: Option<Memory<L>>,
@@ -93,15 +95,15 @@ pub(super) struct Models<L: Launcher> {
 
 impl<L: Launcher> Default for Models<L> {
     fn default() -> Self {
-        Models { layers: 0, changes: 0, table: None, barrier: None, arrived: Cell::new(0) }
+        Models { decoder: None, changes: 0, table: None, barrier: None, arrived: Cell::new(0) }
     }
 }
 
-fn product<L: Launcher>(linear: &Linear<Matrix<L>, Vector<L>>) -> Product {
+fn product<L: Launcher>(linear: &Linear<Cuda<L>>) -> Product {
     Product { weight: linear.weight.data.at, scales: linear.weight.scales(), bias: linear.bias.at }
 }
 
-fn norm<L: Launcher>(norm: &LayerNorm<Vector<L>>) -> [u64; 2] {
+fn norm<L: Launcher>(norm: &LayerNorm<Cuda<L>>) -> [u64; 2] {
     [norm.weight.at, norm.bias.at]
 }
 
@@ -114,88 +116,84 @@ fn shared_bytes(depth: usize, width: usize) -> usize {
 impl<L: Launcher> Cuda<L> {
     /// The most weights on their way with which there is room for a pass, if the kernel can do it
     /// at all.
-    fn depth(&self, f: &Forward<Self>) -> Option<usize> {
-        let pass = &f.scratch.pass;
-        let int8 = f.embedding.int8();
-        let same = |l: &Linear<Matrix<L>, Vector<L>>| l.weight.int8() == int8;
+    fn depth(&self, f: &ForwardPass<L>) -> Option<usize> {
+        let pass = &f.a.batch;
+        let int8 = f.decoder.embedding.int8();
+        let same = |l: &Linear<Self>| l.weight.int8() == int8;
         let alike =
-            |l: &Layer<Self>| same(&l.qkv) && same(&l.dense) && same(&l.up) && same(&l.down);
+            |l: &DecoderLayer<Self>| same(&l.qkv) && same(&l.dense) && same(&l.up) && same(&l.down);
         let fits = |depth: &usize| {
-            shared_bytes(*depth, f.embedding.cols) <= self.launcher.limits().shared_bytes as usize
+            shared_bytes(*depth, f.decoder.embedding.cols())
+                <= self.launcher.limits().shared_bytes as usize
         };
         let few =
             pass.tokens <= TOKENS && pass.single_count == pass.tokens && !self.batch_invariant;
-        if few && f.layers.iter().all(alike) { DEPTHS.into_iter().find(fits) } else { None }
+        if few && f.decoder.layers.iter().all(alike) { DEPTHS.into_iter().find(fits) } else { None }
     }
 
-    pub(super) fn can_persist(&self, f: &Forward<Self>) -> bool {
+    pub(super) fn can_persist(&self, f: &ForwardPass<L>) -> bool {
         self.persistent != Persistent::Never && self.depth(f).is_some()
     }
 
     /// Makes room for a pass. Returns where blocks that share a sequence leave what they have.
-    pub(super) fn prepare_persistent(&self, f: &mut Forward<Self>) -> Result<(u64, u64)> {
-        let (tokens, width) = (f.scratch.pass.tokens, f.embedding.cols);
-        for (buffer, width, narrow) in [
-            (&mut f.scratch.x, width, false),
-            (&mut f.scratch.x2, width, false),
-            (&mut f.scratch.normed, width, true),
-            (&mut f.scratch.qkv, width, true),
-            (&mut f.scratch.attention, width, true),
-            (&mut f.scratch.wide, 4 * width, true),
+    pub(super) fn prepare_persistent(&self, f: &mut ForwardPass<L>) -> Result<(u64, u64)> {
+        let (tokens, width) = (f.a.batch.tokens, f.decoder.embedding.cols());
+        for (tensor, width, dtype) in [
+            (&mut f.a.x, width, DType::F32),
+            (&mut f.a.x2, width, DType::F32),
+            (&mut f.a.normed, width, self.half),
+            (&mut f.a.queries, width, self.half),
+            (&mut f.a.attention, width, self.half),
+            (&mut f.a.wide, 4 * width, self.half),
         ] {
-            self.reserve(buffer, tokens, width, narrow)?;
+            self.reserve(tensor, [tokens, width], dtype)?;
         }
-        let sums = self.shared_sums(
-            f.cache,
-            f.heads,
-            tokens,
-            f.scratch.pass.longest_single.div_ceil(SPLIT),
-        )?;
+        let sums = self.shared_sums(f.cache, tokens, f.a.batch.longest_single.div_ceil(SPLIT))?;
         let mut models = self.models.borrow_mut();
         if models.barrier.is_none() {
             models.barrier = Some(Memory::zeroed(&self.launcher, 4)?);
             models.arrived.set(0);
         }
-        let layers = f.layers.as_ptr() as usize;
-        if models.layers != layers || models.changes != self.launcher.changes() {
-            let args = |l: &Layer<Self>| LayerArgs {
+        let id = Some(f.decoder.id);
+        if models.decoder != id || models.changes != self.launcher.changes() {
+            let args = |l: &DecoderLayer<Self>| LayerArgs {
                 products: [&l.qkv, &l.dense, &l.up, &l.down].map(product),
                 input_norm: norm(&l.input_norm),
                 post_norm: norm(&l.post_norm),
             };
-            let table: Vec<LayerArgs> = f.layers.iter().map(args).collect();
+            let table: Vec<LayerArgs> = f.decoder.layers.iter().map(args).collect();
             let at = self.place(&mut models.table, size_of_val(&table[..]))?;
             self.launcher.write(at, bytemuck::cast_slice(&table))?;
-            (models.layers, models.changes) = (layers, self.launcher.changes());
+            (models.decoder, models.changes) = (id, self.launcher.changes());
         }
         Ok(sums)
     }
 
     /// Does a pass that [`Cuda::can_persist`] is true of.
-    pub(super) fn persist(&self, f: &mut Forward<Self>) -> Result<()> {
+    pub(super) fn persist(&self, f: &mut ForwardPass<L>) -> Result<()> {
         let depth =
             self.depth(f).ok_or_else(|| Error::invalid("no room for a step in one kernel"))?;
         let sums = self.prepare_persistent(f)?;
         let models = self.models.borrow();
         let at = |m: &Option<Memory<L>>| m.as_ref().map_or(0, |m| m.at);
-        let (s, pass) = (&*f.scratch, &f.scratch.pass);
+        let (s, pass) = (&*f.a, &f.a.batch);
         let model = Model {
             layers: at(&models.table),
-            embedding: f.embedding.data.at,
-            embedding_scales: f.embedding.scales(),
-            embedding_norm: f.embedding_norm.weight.at,
-            embedding_shift: f.embedding_norm.bias.at,
-            count: f.layers.len() as u32,
-            width: f.embedding.cols as u32,
-            eps: f.eps,
-            residual_post_norm: f.residual_post_norm as u32,
+            embedding: f.decoder.embedding.data.at,
+            embedding_scales: f.decoder.embedding.scales(),
+            embedding_norm: f.decoder.embedding_norm.weight.at,
+            embedding_shift: f.decoder.embedding_norm.bias.at,
+            count: f.decoder.layers.len() as u32,
+            width: f.decoder.embedding.cols() as u32,
+            eps: f.decoder.embedding_norm.eps,
+            residual_post_norm: f.decoder.residual_post_norm as u32,
         };
         let arrived = models.arrived.get();
         let step = Step {
             x: s.x.at(),
             x2: s.x2.at(),
             normed: s.normed.at(),
-            queries: s.qkv.at(),
+            queries: s.queries.at(),
             attended: s.attention.at(),
             wide: s.wide.at(),
             slots: pass.slots,
@@ -204,13 +202,13 @@ impl<L: Launcher> Cuda<L> {
             tokens: pass.tokens as u32,
             arrived,
         };
-        let ids = Ids::of(pass, f.embedding.rows);
-        let attention = self.attention_args(pass, f.heads, &s.qkv, f.cache, &s.attention);
+        let ids = Ids::of(pass, f.decoder.embedding.rows());
+        let attention = self.attention_args(&s.attention, &s.queries, pass, f.cache);
         let attention = attention.shared(pass.longest_single.div_ceil(SPLIT), sums);
         let blocks = self.launcher.limits().processors;
-        let int8 = if f.embedding.int8() { "_int8" } else { "" };
+        let int8 = if f.decoder.embedding.int8() { "_int8" } else { "" };
         let kernel = format!("decode_step_{}{int8}_{depth}", self.suffix());
-        let shared_bytes = shared_bytes(depth, f.embedding.cols) as u32;
+        let shared_bytes = shared_bytes(depth, f.decoder.embedding.cols()) as u32;
         let shape = Shape {
             grid: [blocks, 1, 1],
             threads: THREADS,
@@ -224,7 +222,7 @@ impl<L: Launcher> Cuda<L> {
             &Args::new().with(model).with(step).with(ids).with(attention),
         )?;
         // each block comes to five barriers a layer; the first has one more, the last one less
-        models.arrived.set(arrived.wrapping_add(blocks * 5 * f.layers.len() as u32));
+        models.arrived.set(arrived.wrapping_add(blocks * 5 * f.decoder.layers.len() as u32));
         Ok(())
     }
 }

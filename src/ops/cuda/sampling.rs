@@ -1,10 +1,12 @@
-//! The head, and choosing tokens.
+//! Sampling on the device.
 
-use super::head::moments_blocks;
-use super::{Buffer, Cuda, Matrix, Sent};
+use super::lm_head::{LmHead, moments_blocks};
+use super::{CachedUpload, Cuda, DeviceWeight};
 use crate::device::{Args, Launcher, Memory};
-use crate::engine::{Chosen, SampleRow, choose, log_sum_exp};
 use crate::error::Result;
+use crate::ops::cpu::sampling::{log_sum_exp, sample_token};
+use crate::ops::sampling::{SampledToken, SamplingRow};
+use crate::ops::{Tensor, Weight as _};
 use bytemuck::{Pod, Zeroable};
 
 /// As in `kernels/sampling.cu`.
@@ -20,9 +22,9 @@ const PARTIAL: usize = 20;
 
 /// Memory of the steps that follow the layers, kept from pass to pass.
 pub(super) struct Scratch<L: Launcher> {
-    pub rows: Sent<L>,
-    choices: Sent<L>,
-    changes: Sent<L>,
+    pub rows: CachedUpload<L>,
+    choices: CachedUpload<L>,
+    changes: CachedUpload<L>,
     logits: Option<Memory<L>>,
     /// `Moments` of the logits, for each block of the head.
     moments: Option<Memory<L>>,
@@ -35,7 +37,7 @@ pub(super) struct Scratch<L: Launcher> {
 
 impl<L: Launcher> Scratch<L> {
     /// Where the last choices are, or 0.
-    pub fn last_chosen(&self) -> u64 {
+    pub fn last_sampled(&self) -> u64 {
         self.chosen[self.turn].as_ref().map_or(0, |m| m.at)
     }
 }
@@ -106,8 +108,8 @@ const NONE: u32 = u32::MAX;
 /// want a list of likely tokens.
 type Topped<'t, L> = &'t mut dyn FnMut(&mut Scratch<L>, usize, &[usize]) -> Result<()>;
 
-/// Where a choice is made.
-enum Way {
+/// Where a token is sampled.
+enum SampledBy {
     /// With the head's products.
     Fused,
     /// From logits in device memory.
@@ -115,25 +117,25 @@ enum Way {
     Host,
 }
 
-impl Way {
-    fn of(row: &SampleRow, vocabulary: usize) -> Way {
+impl SampledBy {
+    fn of(row: &SamplingRow, vocabulary: usize) -> SampledBy {
         let s = row.sampling;
         let top_k = s.top_k > 0 && s.top_k < vocabulary;
         if row.top > MOST_LISTED {
-            Way::Host
+            SampledBy::Host
         } else if row.forced.is_some()
             || s.temperature <= 0.0
             || !(top_k || s.top_p < 1.0 || s.min_p > 0.0)
         {
-            Way::Fused
+            SampledBy::Fused
         } else {
-            Way::Listed
+            SampledBy::Listed
         }
     }
 }
 
 /// Tokens whose logits a choice changes, in order, each once.
-fn changed(row: &SampleRow) -> Vec<Change> {
+fn changed(row: &SamplingRow) -> Vec<Change> {
     let mut list: Vec<Change> =
         row.bias.iter().map(|&(token, bias)| Change { token, bias }).collect();
     if row.sampling.repetition_penalty != 1.0 {
@@ -153,46 +155,49 @@ fn changed(row: &SampleRow) -> Vec<Change> {
 
 impl<L: Launcher> Cuda<L> {
     /// Products of all rows of `x` with the head, on the host.
-    pub(super) fn head_logits(
+    pub(super) fn lm_head_logits(
         &self,
-        x: &Buffer<L>,
-        head: &Matrix<L>,
+        x: &Tensor<Self>,
+        lm_head: &DeviceWeight<L>,
         out: &mut Vec<f32>,
     ) -> Result<()> {
         let mut scratch = self.scratch.borrow_mut();
-        out.resize(x.rows * head.rows, 0.0);
-        let most = self.head_rows();
-        for (part, out) in out.chunks_mut(most * head.rows).enumerate() {
-            let rows = part * most..part * most + out.len() / head.rows;
+        out.resize(x.shape()[0] * lm_head.rows(), 0.0);
+        let most = self.lm_head_rows();
+        for (part, out) in out.chunks_mut(most * lm_head.rows()).enumerate() {
+            let rows = part * most..part * most + out.len() / lm_head.rows();
             let at = self.place(&mut scratch.logits, out.len() * 4)?;
-            self.head("head_logits", x, rows, head, |args| args.with(at).with(0u64))?;
+            let head = LmHead { x, rows, weight: lm_head };
+            self.launch_lm_head("head_logits", head, |args| args.with(at).with(0u64))?;
             self.launcher.read(at, bytemuck::cast_slice_mut(out))?;
         }
         Ok(())
     }
 
     /// Whether the device makes such a choice by itself.
-    pub(super) fn alone(row: &SampleRow) -> bool {
+    pub(super) fn on_device(row: &SamplingRow) -> bool {
         // whatever the vocabulary: a top-k beyond it is no limit, and seldom asked for
-        row.top == 0 && row.forced.is_none() && !matches!(Way::of(row, usize::MAX), Way::Host)
+        row.top == 0
+            && row.forced.is_none()
+            && !matches!(SampledBy::of(row, usize::MAX), SampledBy::Host)
     }
 
-    /// See [`crate::ops::Backend::sample`]. Choices over the whole vocabulary are made where the
+    /// See [`crate::ops::DecodeBackend::sample`]. Choices over the whole vocabulary are made where the
     /// products are; those by rank or probability, and lists of likely tokens, from logits in
     /// device memory; lists of more than 1024 likely tokens are the host's.
-    pub(super) fn choose(
+    pub(super) fn sample_now(
         &self,
-        x: &Buffer<L>,
-        head: &Matrix<L>,
-        rows: &[(usize, &SampleRow)],
+        x: &Tensor<Self>,
+        lm_head: &DeviceWeight<L>,
+        rows: &[(usize, &SamplingRow)],
         logits: &mut Vec<f32>,
-    ) -> Result<Vec<Chosen>> {
-        let mut chosen = vec![Chosen::default(); rows.len()];
+    ) -> Result<Vec<SampledToken>> {
+        let mut chosen = vec![SampledToken::default(); rows.len()];
         let mut on_host: Vec<usize> = (0..rows.len())
-            .filter(|&i| matches!(Way::of(rows[i].1, head.rows), Way::Host))
+            .filter(|&i| matches!(SampledBy::of(rows[i].1, lm_head.rows()), SampledBy::Host))
             .collect();
-        let at = self.launch_choices(x, head, rows, &mut |scratch, first_row, part| {
-            on_host.extend(self.list_top(scratch, head, first_row, rows, part, &mut chosen)?);
+        let at = self.launch_sampling(x, lm_head, rows, &mut |scratch, first_row, part| {
+            on_host.extend(self.list_top(scratch, lm_head, first_row, rows, part, &mut chosen)?);
             Ok(())
         })?;
         if on_host.len() < rows.len() {
@@ -203,36 +208,36 @@ impl<L: Launcher> Cuda<L> {
             }
         }
         if !on_host.is_empty() {
-            self.head_logits(x, head, logits)?;
+            self.lm_head_logits(x, lm_head, logits)?;
             for i in on_host {
                 let (row, choice) = rows[i];
-                let logits = &mut logits[row * head.rows..(row + 1) * head.rows];
+                let logits = &mut logits[row * lm_head.rows()..(row + 1) * lm_head.rows()];
                 let lse = log_sum_exp(logits);
-                chosen[i] = choose(logits, lse, choice);
+                chosen[i] = sample_token(logits, lse, choice);
             }
         }
         Ok(chosen)
     }
 
-    /// See [`crate::ops::Backend::start_sample`].
-    pub(super) fn start(
+    /// See [`crate::ops::DecodeBackend::sample_async`].
+    pub(super) fn start_sampling(
         &self,
-        x: &Buffer<L>,
-        head: &Matrix<L>,
-        rows: &[(usize, &SampleRow)],
+        x: &Tensor<Self>,
+        lm_head: &DeviceWeight<L>,
+        rows: &[(usize, &SamplingRow)],
     ) -> Result<L::Reading> {
-        let at = self.launch_choices(x, head, rows, &mut |_, _, _| Ok(()))?;
+        let at = self.launch_sampling(x, lm_head, rows, &mut |_, _, _| Ok(()))?;
         self.launcher.read_later(at, rows.len() * 8)
     }
 
-    /// See [`crate::ops::Backend::finish_sample`].
-    pub(super) fn finish(&self, choosing: L::Reading) -> Result<Vec<Chosen>> {
+    /// See [`crate::ops::DecodeBackend::wait`].
+    pub(super) fn finish_sampling(&self, choosing: L::Reading) -> Result<Vec<SampledToken>> {
         let bytes = self.launcher.finish_read(choosing)?;
         let word = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-        let chosen = |b: &[u8]| Chosen {
+        let chosen = |b: &[u8]| SampledToken {
             token: word(b),
             logprob: f32::from_bits(word(&b[4..])),
-            ..Chosen::default()
+            ..SampledToken::default()
         };
         Ok(bytes.chunks_exact(8).map(chosen).collect())
     }
@@ -240,41 +245,42 @@ impl<L: Launcher> Cuda<L> {
     /// Launches all choices that the device makes, and has `topped` list likely tokens where they
     /// are wanted, from the logits in scratch memory. Returns where the results will be, those of
     /// the host's choices not written.
-    fn launch_choices(
+    fn launch_sampling(
         &self,
-        x: &Buffer<L>,
-        head: &Matrix<L>,
-        rows: &[(usize, &SampleRow)],
+        x: &Tensor<Self>,
+        lm_head: &DeviceWeight<L>,
+        rows: &[(usize, &SamplingRow)],
         topped: Topped<L>,
     ) -> Result<u64> {
         let mut scratch = self.scratch.borrow_mut();
         let scratch = &mut *scratch;
-        let previous = scratch.last_chosen();
+        let previous = scratch.last_sampled();
         scratch.turn ^= 1;
         let out = &mut scratch.chosen[scratch.turn];
         let at = self.place(out, rows.len() * 8)?;
-        if rows.iter().any(|r| matches!(Way::of(r.1, head.rows), Way::Host)) {
+        if rows.iter().any(|r| matches!(SampledBy::of(r.1, lm_head.rows()), SampledBy::Host)) {
             self.launcher.zero(at, rows.len() * 8)?;
         }
-        let most = self.head_rows();
-        for first in (0..x.rows).step_by(most) {
-            let range = first..(first + most).min(x.rows);
+        let most = self.lm_head_rows();
+        for first in (0..x.shape()[0]).step_by(most) {
+            let range = first..(first + most).min(x.shape()[0]);
             let here = |i: &usize| range.contains(&rows[*i].0);
             let (mut fused, mut listed) = (Vec::new(), Vec::new());
             for i in (0..rows.len()).filter(here) {
-                match Way::of(rows[i].1, head.rows) {
-                    Way::Fused => fused.push(i),
-                    Way::Listed => listed.push(i),
-                    Way::Host => {}
+                match SampledBy::of(rows[i].1, lm_head.rows()) {
+                    SampledBy::Fused => fused.push(i),
+                    SampledBy::Listed => listed.push(i),
+                    SampledBy::Host => {}
                 }
             }
             if !fused.is_empty() {
                 let (list, changes) = self.send_choices(scratch, range.start, rows, &fused)?;
-                let blocks = self.head_blocks(range.len(), head);
+                let blocks = self.lm_head_blocks(range.len(), lm_head);
                 let partials = self.place(&mut scratch.partials, fused.len() * blocks * PARTIAL)?;
                 let (count, blocks) = (fused.len() as u32, blocks as u32);
                 let choices = Choices { list, changes, previous, partials, count, blocks };
-                self.head("head_choice", x, range.clone(), head, |args| args.with(choices))?;
+                let head = LmHead { x, rows: range.clone(), weight: lm_head };
+                self.launch_lm_head("head_choice", head, |args| args.with(choices))?;
                 let shared = MERGE_THREADS as usize / 32 * PARTIAL;
                 let args = Args::new().with(choices).with(at);
                 self.launch("merge_choices", [fused.len(), 1, 1], MERGE_THREADS, shared, args)?;
@@ -282,12 +288,13 @@ impl<L: Launcher> Cuda<L> {
             let wanted: Vec<usize> =
                 fused.iter().chain(&listed).copied().filter(|&i| rows[i].1.top > 0).collect();
             if !listed.is_empty() || !wanted.is_empty() {
-                let logits = self.place(&mut scratch.logits, range.len() * head.rows * 4)?;
-                let moments =
-                    self.place(&mut scratch.moments, range.len() * moments_blocks(head.rows) * 8)?;
-                self.head("head_logits", x, range.clone(), head, |args| {
-                    args.with(logits).with(moments)
-                })?;
+                let logits = self.place(&mut scratch.logits, range.len() * lm_head.rows() * 4)?;
+                let moments = self.place(
+                    &mut scratch.moments,
+                    range.len() * moments_blocks(lm_head.rows()) * 8,
+                )?;
+                let head = LmHead { x, rows: range.clone(), weight: lm_head };
+                self.launch_lm_head("head_logits", head, |args| args.with(logits).with(moments))?;
                 if !listed.is_empty() {
                     let (list, changes) = self.send_choices(scratch, range.start, rows, &listed)?;
                     let args = Args::new()
@@ -297,14 +304,14 @@ impl<L: Launcher> Cuda<L> {
                         .with(list)
                         .with(changes)
                         .with(previous);
-                    let shared = LISTED_SHARED + head.rows.div_ceil(32) * 4;
+                    let shared = LISTED_SHARED + lm_head.rows().div_ceil(32) * 4;
                     let grid = [listed.len(), 1, 1];
                     self.launch(
                         "choose_filtered",
                         grid,
                         LISTED_THREADS,
                         shared,
-                        args.with(head.rows as u32),
+                        args.with(lm_head.rows() as u32),
                     )?;
                 }
                 topped(scratch, range.start, &wanted)?;
@@ -318,15 +325,15 @@ impl<L: Launcher> Cuda<L> {
     fn list_top(
         &self,
         scratch: &mut Scratch<L>,
-        head: &Matrix<L>,
+        lm_head: &DeviceWeight<L>,
         first_row: usize,
-        rows: &[(usize, &SampleRow)],
+        rows: &[(usize, &SamplingRow)],
         part: &[usize],
-        chosen: &mut [Chosen],
+        chosen: &mut [SampledToken],
     ) -> Result<Vec<usize>> {
         // `Top` of the kernel
         let wanted =
-            |&i: &usize| [(rows[i].0 - first_row) as u32, rows[i].1.top.min(head.rows) as u32];
+            |&i: &usize| [(rows[i].0 - first_row) as u32, rows[i].1.top.min(lm_head.rows()) as u32];
         let tops: Vec<[u32; 2]> = part.iter().map(wanted).collect();
         let Some(most) = tops.iter().map(|t| t[1] as usize).max() else { return Ok(vec![]) };
         let list = self.send(&mut scratch.choices, bytemuck::cast_slice(&tops))?;
@@ -339,7 +346,7 @@ impl<L: Launcher> Cuda<L> {
             [part.len(), 1, 1],
             LISTED_THREADS,
             LISTED_SHARED,
-            args.with(head.rows as u32),
+            args.with(lm_head.rows() as u32),
         )?;
         let mut results = vec![[0u32; 2]; part.len() * most];
         self.launcher.read(out, bytemuck::cast_slice_mut(&mut results))?;
@@ -359,7 +366,7 @@ impl<L: Launcher> Cuda<L> {
         &self,
         scratch: &mut Scratch<L>,
         first_row: usize,
-        rows: &[(usize, &SampleRow)],
+        rows: &[(usize, &SamplingRow)],
         part: &[usize],
     ) -> Result<(u64, u64)> {
         let mut changes: Vec<Change> = Vec::new();
@@ -390,7 +397,7 @@ impl<L: Launcher> Cuda<L> {
                     top_k: s.top_k as u32,
                     top_p: s.top_p,
                     min_p: s.min_p,
-                    fed: r.fed.map_or(NONE, |c| c as u32),
+                    fed: r.pending.map_or(NONE, |c| c as u32),
                     slot: i as u32,
                 }
             })

@@ -2,24 +2,31 @@
 
 use crate::device::{Launcher, Memory};
 use crate::error::{Error, Result};
+use crate::ops::Weight;
 use crate::ops::cpu::finite;
 use crate::ops::cpu::product::quantize_offset;
 use crate::ops::cpu::rows::{narrow_bf16, narrow_f16};
 use crate::ops::cpu::simd::Isa;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, HostTensor};
 use half::{bf16, f16};
 use std::rc::Rc;
 
 /// `[rows, cols]`, row-major, in 16 bits, or in 8 bits with one scale for each row.
-pub struct Matrix<L: Launcher> {
+pub struct DeviceWeight<L: Launcher> {
     pub data: Memory<L>,
     scales: Option<Memory<L>>,
-    pub rows: usize,
-    pub cols: usize,
+    rows: usize,
+    cols: usize,
+    dtype: DType,
 }
 
-impl<L: Launcher> Matrix<L> {
-    pub fn new(launcher: &Rc<L>, tensor: &Tensor, half: DType, int8: bool) -> Result<Matrix<L>> {
+impl<L: Launcher> DeviceWeight<L> {
+    pub fn new(
+        launcher: &Rc<L>,
+        tensor: &HostTensor,
+        half: DType,
+        int8: bool,
+    ) -> Result<DeviceWeight<L>> {
         let [rows, cols] = tensor.shape[..] else {
             return Err(Error::invalid(format!(
                 "a weight has shape {:?}, expected two dimensions",
@@ -29,11 +36,12 @@ impl<L: Launcher> Matrix<L> {
         assert!(cols.is_multiple_of(16), "see `Cuda::supports`");
         finite::check(Isa::detect(), tensor)?;
         if !int8 && tensor.dtype == half {
-            return Ok(Matrix {
+            return Ok(DeviceWeight {
                 data: Memory::from_bytes(launcher, &tensor.bytes)?,
                 scales: None,
                 rows,
                 cols,
+                dtype: half,
             });
         }
         // converted and sent in parts, so that a large matrix never exists twice on the host
@@ -47,9 +55,9 @@ impl<L: Launcher> Matrix<L> {
             let width = cols * tensor.dtype.size();
             let bytes = tensor.bytes.slice(range.start * width..range.end * width);
             let part =
-                Tensor { dtype: tensor.dtype, shape: vec![range.len(), cols], bytes }.to_f32();
+                HostTensor { dtype: tensor.dtype, shape: vec![range.len(), cols], bytes }.to_f32();
             let converted =
-                if int8 { quantize(&part, cols, &mut scales) } else { narrow(&part, half) };
+                if int8 { quantize(&part, cols, &mut scales) } else { to_half(&part, half) };
             if !int8 {
                 overflow.look(Isa::detect(), half, first * cols, &converted);
             }
@@ -61,7 +69,8 @@ impl<L: Launcher> Matrix<L> {
         } else {
             None
         };
-        Ok(Matrix { data, scales, rows, cols })
+        let dtype = if int8 { DType::Int8 } else { half };
+        Ok(DeviceWeight { data, scales, rows, cols, dtype })
     }
 
     pub fn int8(&self) -> bool {
@@ -71,6 +80,20 @@ impl<L: Launcher> Matrix<L> {
     /// Address of the scales, or 0.
     pub fn scales(&self) -> u64 {
         self.scales.as_ref().map_or(0, |m| m.at)
+    }
+}
+
+impl<L: Launcher> Weight for DeviceWeight<L> {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn dtype(&self) -> DType {
+        self.dtype
     }
 }
 
@@ -85,7 +108,7 @@ fn quantize(x: &[f32], cols: usize, scales: &mut Vec<f32>) -> Vec<u8> {
 }
 
 /// Numbers in the 16-bit type `half`, as bytes.
-pub(super) fn narrow(x: &[f32], half: DType) -> Vec<u8> {
+pub(super) fn to_half(x: &[f32], half: DType) -> Vec<u8> {
     if half == DType::F16 {
         let mut out = vec![f16::ZERO; x.len()];
         narrow_f16(Isa::detect(), x, &mut out);

@@ -167,7 +167,7 @@ mod tests {
     use crate::ops::cpu::simd::Isa;
     use crate::ops::cpu::threads::Disjoint;
     use crate::random::Words;
-    use crate::tensor::{Bytes, DType, Tensor};
+    use crate::tensor::{Bytes, DType, HostTensor};
     use half::bf16;
     use proptest::prelude::*;
 
@@ -186,7 +186,7 @@ mod tests {
             let (w, x) = (noise(rows * cols), noise(tokens * cols));
             let x: Vec<f32> = x.into_iter().map(bf16::to_f32).collect();
             let bytes = Bytes::resident(rows * cols * 2, |to| to.copy_from_slice(bytemuck::cast_slice(&w))).unwrap();
-            let tensor = Tensor { dtype: DType::Bf16, shape: vec![rows, cols], bytes };
+            let tensor = HostTensor { dtype: DType::Bf16, shape: vec![rows, cols], bytes };
             let matrix = Matrix::new(&cpu, tensor, None).unwrap();
             let mut row = vec![0f32; cols];
             matrix.read_row(rows - 1, &mut row);

@@ -23,6 +23,7 @@ pub use weights::Matrix;
 use super::Cpu;
 use super::simd::Isa;
 use super::threads::Disjoint;
+use crate::ops::Weight as _;
 use dot::{Dot, Float};
 use std::cell::RefCell;
 use std::ops::Range;

@@ -4,12 +4,13 @@
 use super::bf16::Packed;
 use super::int8::Int8;
 use crate::error::{Error, Result};
+use crate::ops::Weight;
 use crate::ops::cpu::Cpu;
 use crate::ops::cpu::finite::{self, NotFinite};
 use crate::ops::cpu::resident::into_resident;
 use crate::ops::cpu::rows::{narrow_bf16, narrow_f16};
 use crate::ops::cpu::simd::Isa;
-use crate::tensor::{Buffer, Bytes, DType, Tensor};
+use crate::tensor::{Bytes, DType, Elements, HostTensor};
 use bytemuck::Pod;
 use half::{bf16, f16};
 
@@ -18,7 +19,7 @@ const GIVE_BACK: usize = 1024;
 
 /// A matrix of plain elements, mapped where the file's alignment allows.
 pub struct Plain<E: Pod> {
-    pub data: Buffer<E>,
+    pub data: Elements<E>,
     rows: usize,
     cols: usize,
 }
@@ -37,7 +38,7 @@ impl Matrix {
     /// Prepares a tensor for products, and fails with [`Error::Weights`] if it holds what is no
     /// number. One that is stored in `dtype` already (or if that is `None`) and lies in a mapped
     /// file stays there, unless [`Cpu::resident`] or its layout says otherwise.
-    pub fn new(cpu: &Cpu, tensor: Tensor, dtype: Option<DType>) -> Result<Matrix> {
+    pub fn new(cpu: &Cpu, tensor: HostTensor, dtype: Option<DType>) -> Result<Matrix> {
         let [rows, cols] = tensor.shape[..] else {
             return Err(Error::invalid(format!(
                 "a weight has shape {:?}, expected two dimensions",
@@ -58,7 +59,7 @@ impl Matrix {
                 if i.is_multiple_of(GIVE_BACK) {
                     tensor.bytes.give_back(i.saturating_sub(GIVE_BACK) * width..i * width);
                 }
-                Tensor { dtype: tensor.dtype, shape: vec![cols], bytes }.to_f32()
+                HostTensor { dtype: tensor.dtype, shape: vec![cols], bytes }.to_f32()
             };
             if dtype == DType::Int8 {
                 let matrix =
@@ -96,51 +97,18 @@ impl Matrix {
             }
             bytes if converted => bytes,
             bytes => {
-                let stored = Tensor { dtype, shape: tensor.shape.clone(), bytes };
+                let stored = HostTensor { dtype, shape: tensor.shape.clone(), bytes };
                 finite::check_parallel(cpu, &stored)?;
                 stored.bytes
             }
         };
         found.result(&tensor.shape, finite::STORED)?;
         Ok(match dtype {
-            DType::F32 => Matrix::F32(Plain { data: Buffer::from_bytes(bytes), rows, cols }),
-            DType::F16 => Matrix::F16(Plain { data: Buffer::from_bytes(bytes), rows, cols }),
-            DType::Bf16 => Matrix::Bf16(Plain { data: Buffer::from_bytes(bytes), rows, cols }),
+            DType::F32 => Matrix::F32(Plain { data: Elements::from_bytes(bytes), rows, cols }),
+            DType::F16 => Matrix::F16(Plain { data: Elements::from_bytes(bytes), rows, cols }),
+            DType::Bf16 => Matrix::Bf16(Plain { data: Elements::from_bytes(bytes), rows, cols }),
             DType::Int8 => return Err(Error::invalid("int8 weights are made at load, not read")),
         })
-    }
-
-    pub fn rows(&self) -> usize {
-        match self {
-            Matrix::F32(m) => m.rows,
-            Matrix::F16(m) => m.rows,
-            Matrix::Bf16(m) => m.rows,
-            #[cfg(target_arch = "x86_64")]
-            Matrix::Bf16Packed(m) => m.rows(),
-            Matrix::Int8(m) => m.rows(),
-        }
-    }
-
-    pub fn cols(&self) -> usize {
-        match self {
-            Matrix::F32(m) => m.cols,
-            Matrix::F16(m) => m.cols,
-            Matrix::Bf16(m) => m.cols,
-            #[cfg(target_arch = "x86_64")]
-            Matrix::Bf16Packed(m) => m.cols(),
-            Matrix::Int8(m) => m.cols(),
-        }
-    }
-
-    pub fn dtype(&self) -> DType {
-        match self {
-            Matrix::F32(_) => DType::F32,
-            Matrix::F16(_) => DType::F16,
-            Matrix::Bf16(_) => DType::Bf16,
-            #[cfg(target_arch = "x86_64")]
-            Matrix::Bf16Packed(_) => DType::Bf16,
-            Matrix::Int8(_) => DType::Int8,
-        }
     }
 
     /// Bytes that a product reads.
@@ -172,5 +140,40 @@ fn narrow(isa: Isa, x: &[f32], dtype: DType, out: &mut [u8]) {
         DType::F16 => narrow_f16(isa, x, bytemuck::cast_slice_mut(out)),
         DType::Bf16 => narrow_bf16(isa, x, bytemuck::cast_slice_mut(out)),
         _ => out.copy_from_slice(bytemuck::cast_slice(x)),
+    }
+}
+
+impl Weight for Matrix {
+    fn rows(&self) -> usize {
+        match self {
+            Matrix::F32(m) => m.rows,
+            Matrix::F16(m) => m.rows,
+            Matrix::Bf16(m) => m.rows,
+            #[cfg(target_arch = "x86_64")]
+            Matrix::Bf16Packed(m) => m.rows(),
+            Matrix::Int8(m) => m.rows(),
+        }
+    }
+
+    fn cols(&self) -> usize {
+        match self {
+            Matrix::F32(m) => m.cols,
+            Matrix::F16(m) => m.cols,
+            Matrix::Bf16(m) => m.cols,
+            #[cfg(target_arch = "x86_64")]
+            Matrix::Bf16Packed(m) => m.cols(),
+            Matrix::Int8(m) => m.cols(),
+        }
+    }
+
+    fn dtype(&self) -> DType {
+        match self {
+            Matrix::F32(_) => DType::F32,
+            Matrix::F16(_) => DType::F16,
+            Matrix::Bf16(_) => DType::Bf16,
+            #[cfg(target_arch = "x86_64")]
+            Matrix::Bf16Packed(_) => DType::Bf16,
+            Matrix::Int8(_) => DType::Int8,
+        }
     }
 }

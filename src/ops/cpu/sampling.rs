@@ -1,109 +1,9 @@
-//! Choosing the next token: penalties, temperature, filters, Gumbel-max.
-//!
-//! Order and meaning are transformers': repetition penalty, temperature, top-k (ties stay), top-p,
-//! min-p; before the temperature come OpenAI's presence and frequency penalties and biases, all
-//! added to the logits. The noise is a function of (seed, candidate, position, token) alone, so a
-//! seed gives the same tokens in any company.
+//! Sampling on the CPU: penalties, temperature, filters, Gumbel-max, as [`crate::ops::sampling`]
+//! says.
 
-use crate::ops::cpu::simd::Isa;
+use super::simd::Isa;
+use crate::ops::sampling::{SampledToken, Sampling, SamplingRow, TopTokens};
 use crate::random::{philox, philox16, uniform};
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Sampling {
-    /// 0 takes the most likely token.
-    pub temperature: f32,
-    /// 0 for no limit.
-    pub top_k: usize,
-    /// 1 for no limit.
-    pub top_p: f32,
-    /// 0 for no limit.
-    pub min_p: f32,
-    /// 1 for none. Positive logits of seen tokens are divided by it, negative ones multiplied.
-    pub repetition_penalty: f32,
-    /// Whether the prompt's tokens count as seen, as in transformers.
-    pub penalize_prompt: bool,
-    /// Taken from the logits of tokens that were put out: once, and for each time.
-    pub presence_penalty: f32,
-    pub frequency_penalty: f32,
-    pub seed: u64,
-}
-
-impl Default for Sampling {
-    fn default() -> Self {
-        Sampling {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            penalize_prompt: true,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            seed: 0,
-        }
-    }
-}
-
-impl Sampling {
-    /// The same, with a temperature that logits can be divided by: below this one they would
-    /// overflow, and nothing but the most likely token is left in any case.
-    pub fn effective(self) -> Sampling {
-        const LEAST: f32 = 1e-5;
-        Sampling {
-            temperature: if self.temperature >= LEAST { self.temperature } else { 0.0 },
-            ..self
-        }
-    }
-}
-
-/// One choice to make.
-#[derive(Clone, Copy)]
-pub struct SampleRow<'a> {
-    /// Token of the batch whose logits count.
-    pub row: usize,
-    pub sampling: &'a Sampling,
-    /// Tokens that the repetition penalty counts, each once.
-    pub seen: &'a [u32],
-    /// The last choice whose token counts as seen too, and is not known yet.
-    pub fed: Option<usize>,
-    /// Added to the logits of tokens, each at most once.
-    pub bias: &'a [(u32, f32)],
-    /// The choice, if there is none: only its log-probability is wanted.
-    pub forced: Option<u32>,
-    /// Likely tokens to report.
-    pub top: usize,
-    pub candidate: u32,
-    /// Position that the token will have.
-    pub position: u32,
-}
-
-impl<'a> SampleRow<'a> {
-    /// A choice without anything that is special to it.
-    pub fn new(row: usize, sampling: &'a Sampling, candidate: u32, position: u32) -> SampleRow<'a> {
-        SampleRow {
-            row,
-            sampling,
-            seen: &[],
-            fed: None,
-            bias: &[],
-            forced: None,
-            top: 0,
-            candidate,
-            position,
-        }
-    }
-}
-
-/// The most likely tokens with their log-probabilities, the likeliest first.
-pub type Top = Vec<(u32, f32)>;
-
-#[derive(Clone, Debug, PartialEq, Default)]
-pub struct Chosen {
-    pub token: u32,
-    /// Of the model itself, before penalties and temperature.
-    pub logprob: f32,
-    pub top: Top,
-}
 
 /// log(sum(exp(logits))).
 pub fn log_sum_exp(logits: &[f32]) -> f32 {
@@ -113,13 +13,13 @@ pub fn log_sum_exp(logits: &[f32]) -> f32 {
 }
 
 /// The `count` most likely tokens; of equal ones the lower first.
-pub fn top(logits: &[f32], lse: f32, count: usize) -> Top {
+pub fn top_tokens(logits: &[f32], lse: f32, count: usize) -> TopTokens {
     let count = count.min(logits.len());
     if count == 0 {
         return Vec::new();
     }
     let least = kth_largest(logits, count);
-    let mut top: Top = logits
+    let mut top: TopTokens = logits
         .iter()
         .enumerate()
         .filter(|l| *l.1 >= least)
@@ -131,10 +31,10 @@ pub fn top(logits: &[f32], lse: f32, count: usize) -> Top {
 }
 
 /// Chooses among `logits`, whose log-sum-exp is `lse`. `logits` come back as they were.
-pub fn choose(logits: &mut [f32], lse: f32, row: &SampleRow) -> Chosen {
-    let top = top(logits, lse, row.top);
+pub fn sample_token(logits: &mut [f32], lse: f32, row: &SamplingRow) -> SampledToken {
+    let top = top_tokens(logits, lse, row.top);
     if let Some(token) = row.forced {
-        return Chosen { token, logprob: logits[token as usize] - lse, top };
+        return SampledToken { token, logprob: logits[token as usize] - lse, top };
     }
     let s = row.sampling;
     let mut before = Vec::new();
@@ -154,7 +54,7 @@ pub fn choose(logits: &mut [f32], lse: f32, row: &SampleRow) -> Chosen {
     for (t, v) in before.into_iter().rev() {
         logits[t as usize] = v;
     }
-    Chosen { token, logprob: logits[token as usize] - lse, top }
+    SampledToken { token, logprob: logits[token as usize] - lse, top }
 }
 
 /// The first of the largest.
@@ -170,7 +70,7 @@ fn argmax(logits: &[f32]) -> u32 {
     best.0 as u32
 }
 
-fn sample(logits: &[f32], row: &SampleRow) -> u32 {
+fn sample(logits: &[f32], row: &SamplingRow) -> u32 {
     let s = row.sampling;
     let filtered = (s.top_k > 0 && s.top_k < logits.len()) || s.top_p < 1.0 || s.min_p > 0.0;
     if !filtered {
@@ -192,7 +92,7 @@ struct Best {
 }
 
 impl Best {
-    fn new(row: &SampleRow) -> Best {
+    fn new(row: &SamplingRow) -> Best {
         Best { inverse: 1.0 / row.sampling.temperature, token: 0, score: f32::NEG_INFINITY }
     }
 
@@ -219,7 +119,7 @@ impl Best {
 
 /// [`sample`] among all tokens. Logarithms are left to those that the best one so far does not beat
 /// by their random bits alone.
-fn sample_all(logits: &[f32], row: &SampleRow) -> u32 {
+fn sample_all(logits: &[f32], row: &SamplingRow) -> u32 {
     /// Four tokens for each of sixteen counters.
     const CHUNK: usize = 64;
     let isa = Isa::detect();
@@ -322,7 +222,7 @@ struct Noise {
 }
 
 impl Noise {
-    fn new(row: &SampleRow) -> Noise {
+    fn new(row: &SamplingRow) -> Noise {
         Noise {
             seed: row.sampling.seed,
             candidate: row.candidate,
@@ -346,8 +246,8 @@ impl Noise {
 mod tests {
     use super::*;
 
-    fn row(sampling: &Sampling, position: u32) -> SampleRow<'_> {
-        SampleRow::new(0, sampling, 0, position)
+    fn row(sampling: &Sampling, position: u32) -> SamplingRow<'_> {
+        SamplingRow::new(0, sampling, 0, position)
     }
 
     #[test]
@@ -357,7 +257,7 @@ mod tests {
         let n = 40_000;
         let mut counts = [0; 5];
         for p in 0..n {
-            counts[choose(&mut logits.clone(), 0.0, &row(&s, p)).token as usize] += 1;
+            counts[sample_token(&mut logits.clone(), 0.0, &row(&s, p)).token as usize] += 1;
         }
         let total: f64 = logits.iter().map(|v| (*v as f64 / 0.8).exp()).sum();
         for (c, v) in counts.iter().zip(&logits) {
@@ -421,11 +321,11 @@ mod tests {
     fn penalties_push_seen_tokens_down_and_leave_logits_alone() {
         let mut logits = [1.0, 0.9, -0.1, -0.2];
         let s = Sampling { repetition_penalty: 1.2, ..Default::default() };
-        let r = SampleRow { seen: &[0], ..row(&s, 0) };
-        assert_eq!(choose(&mut logits, 0.0, &r).token, 1);
+        let r = SamplingRow { seen: &[0], ..row(&s, 0) };
+        assert_eq!(sample_token(&mut logits, 0.0, &r).token, 1);
         assert_eq!(logits, [1.0, 0.9, -0.1, -0.2]);
         let mut negative = [-0.1, -0.11];
-        assert_eq!(choose(&mut negative, 0.0, &r).token, 1);
+        assert_eq!(sample_token(&mut negative, 0.0, &r).token, 1);
     }
 
     #[test]
@@ -433,25 +333,27 @@ mod tests {
         let mut logits = [1.0, 0.9, -0.1, 0.9];
         let lse = log_sum_exp(&logits);
         let s = Sampling { repetition_penalty: 1.2, ..Default::default() };
-        let r = SampleRow {
+        let r = SamplingRow {
             seen: &[0],
             bias: &[(0, f32::NEG_INFINITY), (3, 0.5)],
             top: 3,
             ..row(&s, 0)
         };
-        let c = choose(&mut logits, lse, &r);
+        let c = sample_token(&mut logits, lse, &r);
         assert_eq!((c.token, c.logprob), (3, 0.9 - lse), "the log-probability is the model's own");
         assert_eq!(c.top, [(0, 1.0 - lse), (1, 0.9 - lse), (3, 0.9 - lse)]);
         assert_eq!(logits, [1.0, 0.9, -0.1, 0.9]);
-        let c = choose(&mut logits, lse, &SampleRow { forced: Some(2), ..r });
+        let c = sample_token(&mut logits, lse, &SamplingRow { forced: Some(2), ..r });
         assert_eq!((c.token, c.logprob), (2, -0.1 - lse));
         let warm = Sampling { temperature: 1.0, ..s };
-        let r = SampleRow {
+        let r = SamplingRow {
             bias: &[(0, f32::NEG_INFINITY), (1, -f32::INFINITY), (3, -1e9)],
             ..row(&warm, 0)
         };
         assert!(
-            (0..50).all(|p| choose(&mut logits, lse, &SampleRow { position: p, ..r }).token == 2)
+            (0..50)
+                .all(|p| sample_token(&mut logits, lse, &SamplingRow { position: p, ..r }).token
+                    == 2)
         );
     }
 }

@@ -1,13 +1,16 @@
 //! Whether the kernels with Hopper's own instructions (TMA, wgmma, clusters) do on this GPU what
 //! the others do: tried on small numbers before a model uses them.
 
-use super::ways::{TOKENS as SKINNY_TOKENS, Way, tile_tokens};
-use super::{Buffer, Cuda, Pass};
+use super::gemm_select::{LinearKernel, TOKENS as SKINNY_TOKENS, tile_tokens};
+use super::lm_head::LmHead;
+use super::{Cuda, DeviceBatch};
 use crate::device::{Launcher, Memory};
 use crate::error::{Error, Result};
-use crate::ops::{BLOCK, Backend, Batch, Epilogue, Heads, LayerNorm, Linear, Norm};
+use crate::ops::{
+    BLOCK, Backend, Batch, DecodeBackend, Epilogue, Heads, LayerNorm, Linear, NormInput, Tensor,
+};
 use crate::random::Words;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, HostTensor};
 
 const OUTPUTS: usize = 304;
 const INPUTS: usize = 192;
@@ -51,45 +54,50 @@ impl<L: Launcher> Cuda<L> {
     fn wrong_products(&self) -> Result<Option<&'static str>> {
         let mut words = Words::new(1, 3);
         let weight =
-            self.matrix(Tensor::of_rows(&noise(&mut words, OUTPUTS * INPUTS), INPUTS), None)?;
+            self.weight(HostTensor::of_rows(&noise(&mut words, OUTPUTS * INPUTS), INPUTS), None)?;
         let linear = Linear {
             weight,
-            bias: self.vector(&Tensor::of_rows(&noise(&mut words, OUTPUTS), OUTPUTS))?,
+            bias: self.vector(&HostTensor::of_rows(&noise(&mut words, OUTPUTS), OUTPUTS))?,
         };
-        let (mut ours, mut theirs) = (Buffer::default(), Buffer::default());
+        let (mut ours, mut theirs) = (Tensor::default(), Tensor::default());
         for tokens in TOKENS {
-            let x = self.upload(&noise(&mut words, tokens * INPUTS), INPUTS, true)?;
+            let x = self.upload(&noise(&mut words, tokens * INPUTS), INPUTS, self.half)?;
             let tile = tile_tokens(tokens);
-            for way in [
-                Way::Cluster { tokens: tile, blocks: 1 },
-                Way::Cluster { tokens: tile, blocks: 2 },
-                Way::Hopper,
+            for by in [
+                LinearKernel::Cluster { tokens: tile, blocks: 1 },
+                LinearKernel::Cluster { tokens: tile, blocks: 2 },
+                LinearKernel::Hopper,
             ] {
                 for gelu in [false, true] {
                     let epilogue = || if gelu { Epilogue::BiasGelu } else { Epilogue::Bias };
-                    self.product_as(Way::Skinny, &x, &linear, epilogue(), &mut theirs)?;
-                    self.product_as(way, &x, &linear, epilogue(), &mut ours)?;
-                    if differ(&self.download(&ours, OUTPUTS)?, &self.download(&theirs, OUTPUTS)?) {
-                        return Ok(Some("products"));
+                    self.launch_linear_by(
+                        LinearKernel::Skinny,
+                        &mut theirs,
+                        &x,
+                        &linear,
+                        epilogue(),
+                    )?;
+                    self.launch_linear_by(by, &mut ours, &x, &linear, epilogue())?;
+                    if differ(&self.download(&ours)?, &self.download(&theirs)?) {
+                        return Ok(Some("linear layers"));
                     }
                 }
             }
             let out = Memory::new(&self.launcher, tokens * OUTPUTS * 4)?;
-            let logits = |way| -> Result<Vec<f32>> {
+            let logits = |by| -> Result<Vec<f32>> {
                 let mut read = vec![0.0; tokens * OUTPUTS];
-                let most = if way == Way::Skinny { SKINNY_TOKENS } else { tokens };
+                let most = if by == LinearKernel::Skinny { SKINNY_TOKENS } else { tokens };
                 for first in (0..tokens).step_by(most) {
                     let rows = first..tokens.min(first + most);
                     let at = out.at + (rows.start * OUTPUTS * 4) as u64;
-                    self.head_as(way, "head_logits", &x, rows, &linear.weight, |a| {
-                        a.with(at).with(0u64)
-                    })?;
+                    let head = LmHead { x: &x, rows, weight: &linear.weight };
+                    self.launch_lm_head_by(by, "head_logits", head, |a| a.with(at).with(0u64))?;
                 }
                 self.launcher.read(out.at, bytemuck::cast_slice_mut(&mut read))?;
                 Ok(read)
             };
-            if differ(&logits(Way::Hopper)?, &logits(Way::Skinny)?) {
-                return Ok(Some("the head's products"));
+            if differ(&logits(LinearKernel::Hopper)?, &logits(LinearKernel::Skinny)?) {
+                return Ok(Some("the LM head"));
             }
         }
         Ok(None)
@@ -103,45 +111,36 @@ impl<L: Launcher> Cuda<L> {
             (0..(lengths[0] + lengths[1]).div_ceil(BLOCK) as u32).rev().collect();
         let mut words = Words::new(1, 4);
         let weight =
-            self.matrix(Tensor::of_rows(&noise(&mut words, 3 * width * width), width), None)?;
-        let bias = self.vector(&Tensor::of_rows(&noise(&mut words, 3 * width), width))?;
+            self.weight(HostTensor::of_rows(&noise(&mut words, 3 * width * width), width), None)?;
+        let bias = self.vector(&HostTensor::of_rows(&noise(&mut words, 3 * width), width))?;
         let qkv = Linear { weight, bias };
         // scores of about one
         let scale = 0.5 / (width as f32).sqrt();
         let mut parameters = || {
             let small: Vec<f32> = noise(&mut words, width).iter().map(|v| v * scale).collect();
-            self.vector(&Tensor::of_rows(&small, width))
+            self.vector(&HostTensor::of_rows(&small, width))
         };
-        let norm = LayerNorm { weight: parameters()?, bias: parameters()? };
+        let norm = LayerNorm { weight: parameters()?, bias: parameters()?, eps: 1e-5 };
         let mut cache = self.cache(self.half, 1, &heads, blocks.len())?;
         let mut start = 0;
         for length in lengths {
             let mut batch = Batch::default();
             batch.push(&vec![0; length], start, &blocks);
             start += length;
-            let x = self.upload(&noise(&mut words, length * width), width, false)?;
+            let x = self.upload(&noise(&mut words, length * width), width, DType::F32)?;
             let (mut normed, mut queries) = Default::default();
             let mut results = Vec::new();
             for without in [true, false] {
                 self.without_hopper.set(without);
-                let (mut pass, mut out) = (Pass::default(), Buffer::default());
-                self.begin(&batch, &mut pass);
+                let (mut on_device, mut out) = (DeviceBatch::default(), Tensor::default());
+                self.upload_batch(&batch, &mut on_device);
                 if without {
-                    let norm = Norm { norm: &norm, eps: 1e-5, keep: false, normed: &mut normed };
-                    self.norm_qkv(
-                        &batch,
-                        &pass,
-                        0,
-                        &x,
-                        norm,
-                        &qkv,
-                        &heads,
-                        &mut cache,
-                        &mut queries,
-                    );
+                    let input = NormInput { x: &x, norm: &norm, normed: &mut normed };
+                    let cache = (&mut cache, 0);
+                    self.layer_norm_qkv_to_cache(&mut queries, input, &qkv, &on_device, cache);
                 }
-                self.attention(&batch, &pass, 0, &heads, &queries, &cache, &mut out);
-                results.push(self.download(&out, width)?);
+                self.paged_attention(&mut out, &queries, &on_device, (&cache, 0));
+                results.push(self.download(&out)?);
             }
             if differ(&results[1], &results[0]) {
                 return Ok(Some("the attention of prompts"));

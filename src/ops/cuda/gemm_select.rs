@@ -1,7 +1,8 @@
 //! Which kernel multiplies how many tokens with a matrix, and what it is launched with.
 
-use super::{Cuda, Matrix};
+use super::{Cuda, DeviceWeight};
 use crate::device::Launcher;
+use crate::ops::Weight as _;
 
 /// As in `kernels/linear_skinny.cu`.
 pub(super) const THREADS: u32 = 256;
@@ -31,7 +32,7 @@ pub(super) const FEW_TOKENS: usize = 16;
 
 /// The kernel of a product.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Way {
+pub(super) enum LinearKernel {
     /// Up to [`TOKENS`] at a time, weights once for each time.
     Skinny,
     /// Tiles of [`TILE`] by [`TILE`].
@@ -59,29 +60,29 @@ pub(super) fn tiles(tokens: usize) -> usize {
 
 impl<L: Launcher> Cuda<L> {
     /// How a product with so many tokens is done.
-    pub(super) fn way(&self, tokens: usize, weight: &Matrix<L>) -> Way {
+    pub(super) fn linear_kernel(&self, tokens: usize, weight: &DeviceWeight<L>) -> LinearKernel {
         let limits = self.launcher.limits();
         let hopper = self.hopper() && !weight.int8();
         if self.batch_invariant || tokens <= if hopper { FEW_TOKENS } else { TOKENS } {
-            return Way::Skinny;
+            return LinearKernel::Skinny;
         }
         if !hopper {
-            return Way::Large;
+            return LinearKernel::Large;
         }
         let processors = limits.processors as usize;
         let tile = tile_tokens(tokens);
-        let tiles = tokens.div_ceil(tile) * weight.rows.div_ceil(TILE);
+        let tiles = tokens.div_ceil(tile) * weight.rows().div_ceil(TILE);
         // a power of two, with most multiprocessors at work
         let wanted = (processors * 7 / 10).div_ceil(tiles).next_power_of_two().min(CLUSTER);
-        let most = weight.cols.div_ceil(SLICE);
+        let most = weight.cols().div_ceil(SLICE);
         let blocks = if wanted > most { (most + 1).next_power_of_two() / 2 } else { wanted };
         // what the busiest multiprocessor has to do, in units of the smaller tile
         let large =
-            2 * (tokens.div_ceil(HOPPER_M) * weight.rows.div_ceil(HOPPER_N)).div_ceil(processors);
+            2 * (tokens.div_ceil(HOPPER_M) * weight.rows().div_ceil(HOPPER_N)).div_ceil(processors);
         if tokens > TOKENS && large * blocks <= (tiles * blocks).div_ceil(processors) {
-            Way::Hopper
+            LinearKernel::Hopper
         } else {
-            Way::Cluster { tokens: tile, blocks }
+            LinearKernel::Cluster { tokens: tile, blocks }
         }
     }
 }
@@ -92,7 +93,7 @@ pub(super) fn tile_tokens(tokens: usize) -> usize {
 }
 
 /// Shared memory of `kernels/linear_large.cu`.
-pub(super) fn large_shared<L: Launcher>(weight: &Matrix<L>) -> usize {
+pub(super) fn large_shared<L: Launcher>(weight: &DeviceWeight<L>) -> usize {
     STAGES * TILE * (2 * SLICE + if weight.int8() { SLICE + 16 } else { 2 * SLICE })
 }
 

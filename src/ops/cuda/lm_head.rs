@@ -1,0 +1,86 @@
+//! The LM head: the tokens sampled from its logits, or the logits themselves, leave the kernel.
+
+use super::gemm_select::{
+    LinearKernel, OUTPUTS, SLICE, THREADS, TILE, TILE_THREADS, TOKENS, large_shared, tile_shared,
+    tile_tokens,
+};
+use super::linear::Input;
+use super::{Cuda, DeviceWeight};
+use crate::device::{Args, Launcher};
+use crate::error::Result;
+use crate::ops::{Tensor, Weight as _};
+use std::ops::Range;
+
+/// What a launch over the LM head reads.
+pub(super) struct LmHead<'a, L: Launcher> {
+    /// `[tokens, hidden]` in 16 bits, and which of its rows.
+    pub x: &'a Tensor<Cuda<L>>,
+    pub rows: Range<usize>,
+    pub weight: &'a DeviceWeight<L>,
+}
+
+impl<L: Launcher> Cuda<L> {
+    /// Most rows of one launch over the LM head.
+    pub(super) fn lm_head_rows(&self) -> usize {
+        if self.batch_invariant { TOKENS } else { 2 * TILE }
+    }
+
+    /// Blocks of a launch over the head's outputs with so many rows.
+    pub(super) fn lm_head_blocks(&self, rows: usize, lm_head: &DeviceWeight<L>) -> usize {
+        let outputs =
+            if self.linear_kernel(rows, lm_head) == LinearKernel::Skinny { OUTPUTS } else { TILE };
+        lm_head.rows().div_ceil(outputs)
+    }
+
+    /// Launches a kernel of the LM head, `head_choice` or `head_logits`; `rest` follows the weights.
+    pub(super) fn launch_lm_head(
+        &self,
+        family: &str,
+        head: LmHead<L>,
+        rest: impl FnOnce(Args) -> Args,
+    ) -> Result<()> {
+        self.launch_lm_head_by(self.linear_kernel(head.rows.len(), head.weight), family, head, rest)
+    }
+
+    /// [`Cuda::launch_lm_head`] by a given kernel.
+    pub(super) fn launch_lm_head_by(
+        &self,
+        by: LinearKernel,
+        family: &str,
+        head: LmHead<L>,
+        rest: impl FnOnce(Args) -> Args,
+    ) -> Result<()> {
+        let LmHead { x, rows, weight: lm_head } = head;
+        let tokens = rows.len();
+        let x = x.at() + (rows.start * lm_head.cols() * 2) as u64;
+        let input = Input::rows(x, tokens, lm_head.cols());
+        let rest = |args| rest(args).with(lm_head.rows() as u32);
+        let grid = |tile: usize| [tokens.div_ceil(tile), lm_head.rows().div_ceil(TILE), 1];
+        match by {
+            LinearKernel::Skinny => self.skinny(family, lm_head, input, rest),
+            LinearKernel::Large => {
+                let kernel = self.kernel(&format!("{family}_large"), lm_head);
+                self.launch(
+                    &kernel,
+                    grid(TILE),
+                    THREADS,
+                    large_shared(lm_head),
+                    rest(self.plain_args(input, lm_head)),
+                )
+            }
+            LinearKernel::Cluster { .. } | LinearKernel::Hopper => {
+                let tile = tile_tokens(tokens);
+                let args = self
+                    .tile_args(x, tokens, lm_head, tile, TILE)?
+                    .with(lm_head.cols().div_ceil(SLICE) as u32);
+                let kernel = format!("{family}_hopper_{}_{tile}", self.suffix());
+                self.launch(&kernel, grid(tile), TILE_THREADS, tile_shared(tile), rest(args))
+            }
+        }
+    }
+}
+
+/// Blocks of the head for each of which there are `Moments` of the logits.
+pub(super) fn moments_blocks(head_rows: usize) -> usize {
+    head_rows.div_ceil(OUTPUTS)
+}
