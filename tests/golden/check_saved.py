@@ -1,7 +1,7 @@
 """Loads a folder that bprompt saved with transformers and compares log-probabilities and tokens.
 
-pip install -r tests/golden/requirements.txt
-python tests/golden/check_saved.py target/release/bprompt FOLDER [TEXT]
+    pip install -r tests/golden/requirements.txt
+    python tests/golden/check_saved.py target/release/bprompt FOLDER [TEXT]
 """
 
 import json
