@@ -175,7 +175,7 @@ def beats():
     gpu = result("gpu_h200")["peers"]["transformers_eager"]
     rows = [["BLOOM-1b1, tokens a second", "machine", "compared with", "ours", "theirs", "ratio"]]
     for key, what in [
-        ("decode_1", "decode, 1 sequence"),
+        ("decode_1", "decode, one sequence"),
         ("decode_64", "decode, 64 sequences"),
         ("prefill_64", "prefill, 64 prompts of 128 tokens"),
     ]:
