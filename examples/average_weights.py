@@ -1,6 +1,6 @@
 """Writes the average of two bf16 checkpoints of the same shape: (1 - PART) * FIRST + PART * SECOND.
 
-    python examples/average_weights.py FIRST/model.safetensors SECOND/model.safetensors PART OUTPUT/model.safetensors
+    python examples/average_weights.py FIRST SECOND PART OUTPUT      # names of .safetensors files
 
 The average of a model and of what it was tuned to often keeps more of both than either does.
 """

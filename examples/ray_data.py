@@ -1,10 +1,11 @@
 """Rewrites a folder of JSON lines with Ray Data: each actor holds a server of its own.
 
     pip install 'ray[data]==2.60.0'
-    python examples/ray_data.py --bprompt target/release/bprompt --input prompts.jsonl --output rewritten
+    python examples/ray_data.py --bprompt target/release/bprompt --input prompts.jsonl --output out
 
-On a cluster give every actor its GPU or its cores (--gpus 1, --cpus 8), and leave a core for reading and writing: actors that hold
-all of them wait for their input for ever. Rows keep their other columns.
+On a cluster give every actor its GPU or its cores (--gpus 1, --cpus 8), and leave a core for
+reading and writing: actors that hold all of them wait for their input for ever. Rows keep their
+other columns.
 """
 
 import argparse
@@ -22,7 +23,11 @@ class Rewriter:
     def __init__(self, bprompt, flags, options):
         self.options = options
         # what is written to the log ends with the actor
-        self.server = subprocess.Popen([bprompt, "serve", "--port", "0", "--log", "info", *flags], stderr=subprocess.PIPE, text=True)
+        self.server = subprocess.Popen(
+            [bprompt, "serve", "--port", "0", "--log", "info", *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for line in self.server.stderr:
             if found := re.search(r"http://[\d.:]+", line):
                 self.url = found[0]
@@ -34,7 +39,9 @@ class Rewriter:
     def __call__(self, batch):
         request = {"prompt": list(batch["prompt"]), **self.options}
         http = urllib.request.Request(
-            f"{self.url}/v1/rewrite", json.dumps(request).encode(), {"Content-Type": "application/json"}
+            f"{self.url}/v1/rewrite",
+            json.dumps(request).encode(),
+            {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(http) as answer:
             results = json.load(answer)["results"]
@@ -49,7 +56,9 @@ class Rewriter:
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("--bprompt", default="bprompt")
-    p.add_argument("--flags", default="", help="flags for bprompt serve, such as '--model DIR --dtype int8'")
+    p.add_argument(
+        "--flags", default="", help="flags for bprompt serve, such as '--model DIR --dtype int8'"
+    )
     p.add_argument("--input", required=True)
     p.add_argument("--output", required=True)
     p.add_argument("--actors", type=int, default=1)

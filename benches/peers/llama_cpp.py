@@ -1,9 +1,12 @@
-"""BLOOM-1b1 on the CPU: bprompt beside llama.cpp, in turn, on random weights of the same shape.
+"""BLOOM-1b1 on the CPU: bprompt compared with llama.cpp, in turn, on random weights of the same
+shape.
 
-    pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36   # brings llama.cpp's source
-    cmake -B build -DGGML_NATIVE=ON vendor/llama.cpp && cmake --build build --target llama-bench llama-batched-bench
+    # brings llama.cpp's source
+    pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36
+    cmake -B build -DGGML_NATIVE=ON vendor/llama.cpp
+    cmake --build build --target llama-bench llama-batched-bench
     pip install gguf==0.19.0
-    python benches/peers/llama_cpp.py --llama-bin build/bin --bprompt target/release/bprompt --output FILE
+    python benches/peers/llama_cpp.py --llama-bin build/bin --output FILE
 """
 
 import argparse
@@ -20,7 +23,9 @@ from common import alternate, finish, llm
 HIDDEN, LAYERS, HEADS, VOCAB = 1536, 24, 16, 250_880
 
 
-def write_model(path, kind, add_vocabulary=lambda w: w.add_string("tokenizer.ggml.model", "no_vocab")):
+def write_model(
+    path, kind, add_vocabulary=lambda w: w.add_string("tokenizer.ggml.model", "no_vocab")
+):
     """A GGUF file of random weights; matrices in `kind`, vectors in f32."""
     w = gguf.GGUFWriter(path, "bloom")
     w.add_context_length(2048)
@@ -42,7 +47,11 @@ def write_model(path, kind, add_vocabulary=lambda w: w.add_string("tokenizer.ggm
         w.add_tensor(name, np.ascontiguousarray(data), raw_dtype=kind)
 
     def vector(name, n):
-        w.add_tensor(name, (rng.random(n, dtype=np.float32) - 0.5) * 0.1 + float("norm" in name and "weight" in name))
+        w.add_tensor(
+            name,
+            (rng.random(n, dtype=np.float32) - 0.5) * 0.1
+            + float("norm" in name and "weight" in name),
+        )
 
     def norm(name):
         vector(f"{name}.weight", HIDDEN)
@@ -77,15 +86,38 @@ def main():
     p.add_argument("--models", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()))
     p.add_argument("--output")
     a = p.parse_args()
-    report = {"shape": "bloom-1b1", "threads": a.threads, "peer": "llama.cpp of llama-cpp-python 0.3.36"}
-    for ours, kind in [("bf16", gguf.GGMLQuantizationType.BF16), ("int8", gguf.GGMLQuantizationType.Q8_0)]:
+    report = {
+        "shape": "bloom-1b1",
+        "threads": a.threads,
+        "peer": "llama.cpp of llama-cpp-python 0.3.36",
+    }
+    for ours, kind in [
+        ("bf16", gguf.GGMLQuantizationType.BF16),
+        ("int8", gguf.GGMLQuantizationType.Q8_0),
+    ]:
         model = a.models / f"bloom-1b1-{kind.name}.gguf"
         if not model.exists():
             write_model(model, kind)
 
         def bench():
-            run = [a.llama_bin / "llama-bench", "-m", model, "-p", "128", "-n", "16", "-t", str(a.threads), "-r", "2", "-o", "json"]
-            rows = json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
+            run = [
+                a.llama_bin / "llama-bench",
+                "-m",
+                model,
+                "-p",
+                "128",
+                "-n",
+                "16",
+                "-t",
+                str(a.threads),
+                "-r",
+                "2",
+                "-o",
+                "json",
+            ]
+            rows = json.loads(
+                subprocess.run(run, check=True, capture_output=True, text=True).stdout
+            )
             return {
                 "prefill_128": next(r["avg_ts"] for r in rows if r["n_prompt"]),
                 "decode_1": next(r["avg_ts"] for r in rows if r["n_gen"]),
@@ -95,21 +127,43 @@ def main():
             r = llm(a.bprompt, ours, 128, 16, 1, 2, a.threads)
             own.memory = r["peak_memory_bytes"]
             own.fraction = {k: r[k]["fraction"] for k in ("prefill", "decode")}
-            return {"prefill_128": r["prefill"]["tokens_per_second"], "decode_1": r["decode"]["tokens_per_second"]}
+            return {
+                "prefill_128": r["prefill"]["tokens_per_second"],
+                "decode_1": r["decode"]["tokens_per_second"],
+            }
 
         report[ours] = alternate(a.rounds, own, bench)
         report[ours]["fraction_of_floor"] = own.fraction
         report[ours]["peak_memory_bytes"] = own.memory
 
         def bench16():
-            run = [a.llama_bin / "llama-batched-bench", "-m", model, "-c", "1024", "-npp", "16", "-ntg", "16", "-npl", "16",
-                   "-t", str(a.threads), "--output-format", "jsonl"]
+            run = [
+                a.llama_bin / "llama-batched-bench",
+                "-m",
+                model,
+                "-c",
+                "1024",
+                "-npp",
+                "16",
+                "-ntg",
+                "16",
+                "-npl",
+                "16",
+                "-t",
+                str(a.threads),
+                "--output-format",
+                "jsonl",
+            ]
             out = subprocess.run(run, check=True, capture_output=True, text=True).stdout
             rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
             return {"decode_16": rows[-1]["speed_tg"]}
 
         def own16():
-            return {"decode_16": llm(a.bprompt, ours, 16, 16, 16, 1, a.threads)["decode"]["tokens_per_second"]}
+            return {
+                "decode_16": llm(a.bprompt, ours, 16, 16, 16, 1, a.threads)["decode"][
+                    "tokens_per_second"
+                ]
+            }
 
         report[ours] |= alternate(a.rounds, own16, bench16)
     finish(report, a.output)

@@ -1,9 +1,10 @@
-"""Serving BLOOM-1b1 bf16 on the CPU: bprompt serve beside llama-server, in turn, under the same load; and the bare engine.
+"""Serving BLOOM-1b1 bf16 on the CPU: bprompt serve compared with llama-server, in turn, under the
+same load; and with the bare engine.
 
-llama-server is built as llama_cpp.py says, with --target llama-server. Both get random weights of the same shape, a
-vocabulary of made-up words, and prompts of random token ids.
+llama-server is built as llama_cpp.py says, with --target llama-server. Both get random weights of
+the same shape, a vocabulary of made-up words, and prompts of random token ids.
 
-    python benches/peers/serving.py --llama-bin build/bin --bprompt target/release/bprompt --output FILE
+    python benches/peers/serving.py --llama-bin build/bin --output FILE
 """
 
 import argparse
@@ -53,19 +54,58 @@ def write_folder(folder):
     """The same shape as Hugging Face writes it."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
-        "architectures": ["BloomForCausalLM"], "model_type": "bloom", "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS,
-        "vocab_size": VOCAB, "layer_norm_epsilon": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "seq_length": 2048,
+        "architectures": ["BloomForCausalLM"],
+        "model_type": "bloom",
+        "hidden_size": HIDDEN,
+        "n_layer": LAYERS,
+        "n_head": HEADS,
+        "vocab_size": VOCAB,
+        "layer_norm_epsilon": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+        "seq_length": 2048,
     }
     (folder / "config.json").write_text(json.dumps(config))
     vocab = {token: i for i, token in enumerate(words())}
-    added = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-             for i, t in enumerate(SPECIAL)]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    added = [
+        {
+            "id": i,
+            "content": t,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for i, t in enumerate(SPECIAL)
+    ]
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None, "pre_tokenizer": byte_level,
-        "post_processor": None, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": []},
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": vocab,
+            "merges": [],
+        },
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     shapes = {"word_embeddings.weight": [VOCAB, HIDDEN]}
@@ -74,13 +114,21 @@ def write_folder(folder):
     for i in range(LAYERS):
         for norm in ["input_layernorm", "post_attention_layernorm"]:
             shapes |= {f"h.{i}.{norm}.weight": [HIDDEN], f"h.{i}.{norm}.bias": [HIDDEN]}
-        for name, rows, cols in [("self_attention.query_key_value", 3 * HIDDEN, HIDDEN), ("self_attention.dense", HIDDEN, HIDDEN),
-                                 ("mlp.dense_h_to_4h", 4 * HIDDEN, HIDDEN), ("mlp.dense_4h_to_h", HIDDEN, 4 * HIDDEN)]:
+        for name, rows, cols in [
+            ("self_attention.query_key_value", 3 * HIDDEN, HIDDEN),
+            ("self_attention.dense", HIDDEN, HIDDEN),
+            ("mlp.dense_h_to_4h", 4 * HIDDEN, HIDDEN),
+            ("mlp.dense_4h_to_h", HIDDEN, 4 * HIDDEN),
+        ]:
             shapes |= {f"h.{i}.{name}.weight": [rows, cols], f"h.{i}.{name}.bias": [rows]}
     header, at = {}, 0
     for name, shape in shapes.items():
         size = 2 * int(np.prod(shape))
-        header[f"transformer.{name}"] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        header[f"transformer.{name}"] = {
+            "dtype": "BF16",
+            "shape": shape,
+            "data_offsets": [at, at + size],
+        }
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64)
@@ -90,8 +138,10 @@ def write_folder(folder):
         for shape in shapes.values():
             left = int(np.prod(shape))
             while left:
-                # no row twice: equal logits would all be won by the first token, which is a special one
-                noise = ((rng.random(min(left, 1 << 24), dtype=np.float32) - 0.5) * 0.07).view(np.uint32)
+                # no row twice: equal logits would all be won by the first token, a special one
+                noise = ((rng.random(min(left, 1 << 24), dtype=np.float32) - 0.5) * 0.07).view(
+                    np.uint32
+                )
                 left -= f.write((noise >> 16).astype(np.uint16).tobytes()) // 2
 
 
@@ -104,7 +154,9 @@ def free_port():
 class Server:
     def __init__(self, command, port):
         self.url = f"http://127.0.0.1:{port}"
-        self.process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         for _ in range(600):
             try:
                 urllib.request.urlopen(f"{self.url}/health")
@@ -137,24 +189,74 @@ def main():
         write_folder(folder)
 
     def load(url):
-        command = [a.bprompt, "bench", "serve", "--base-url", url, "--random-input-len", "16", "--random-vocabulary", str(VOCAB),
-                   "--output-len", "32", "--num-prompts", "32", "--max-concurrency", "16", "--json"]
-        report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        command = [
+            a.bprompt,
+            "bench",
+            "serve",
+            "--base-url",
+            url,
+            "--random-input-len",
+            "16",
+            "--random-vocabulary",
+            str(VOCAB),
+            "--output-len",
+            "32",
+            "--num-prompts",
+            "32",
+            "--max-concurrency",
+            "16",
+            "--json",
+        ]
+        report = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        )
         assert report["failed"] == 0, report["error"]
-        return {"output_throughput": report["output_throughput"], "ttft_ms": report["ttft_ms"]["median"], "itl_ms": report["itl_ms"]["median"]}
+        return {
+            "output_throughput": report["output_throughput"],
+            "ttft_ms": report["ttft_ms"]["median"],
+            "itl_ms": report["itl_ms"]["median"],
+        }
 
     def ours():
         port = free_port()
-        command = [a.bprompt, "serve", "--port", port, "--model", folder, "--device", "cpu", "--threads", a.threads,
-                   "--sequences", 16, "--log", "error",
-                   # what random weights say repeats itself, which drafts would guess
-                   "--draft-tokens", 0]
+        command = [
+            a.bprompt,
+            "serve",
+            "--port",
+            port,
+            "--model",
+            folder,
+            "--device",
+            "cpu",
+            "--threads",
+            a.threads,
+            "--sequences",
+            16,
+            "--log",
+            "error",
+            # what random weights say repeats itself, which drafts would guess
+            "--draft-tokens",
+            0,
+        ]
         with Server(command, port) as server:
             return load(server.url)
 
     def theirs():
         port = free_port()
-        command = [a.llama_bin / "llama-server", "-m", file, "--port", port, "-t", a.threads, "-np", 16, "-c", 2048, "--no-webui"]
+        command = [
+            a.llama_bin / "llama-server",
+            "-m",
+            file,
+            "--port",
+            port,
+            "-t",
+            a.threads,
+            "-np",
+            16,
+            "-c",
+            2048,
+            "--no-webui",
+        ]
         with Server(command, port) as server:
             return load(server.url)
 
@@ -165,10 +267,16 @@ def main():
         return {"output_throughput": 16 * 33 / seconds}
 
     report = {
-        "shape": "bloom-1b1 bf16", "threads": a.threads, "streams": 16, "prompt_tokens": 16, "output_tokens": 32,
+        "shape": "bloom-1b1 bf16",
+        "threads": a.threads,
+        "streams": 16,
+        "prompt_tokens": 16,
+        "output_tokens": 32,
         "peer": "llama-server of llama-cpp-python 0.3.36",
         "beside_llama_server": alternate(a.rounds, ours, theirs),
-        "beside_bare_engine": alternate(a.rounds, lambda: {"output_throughput": ours()["output_throughput"]}, bare),
+        "beside_bare_engine": alternate(
+            a.rounds, lambda: {"output_throughput": ours()["output_throughput"]}, bare
+        ),
     }
     finish(report, a.output)
 

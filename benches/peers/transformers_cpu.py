@@ -1,7 +1,8 @@
-"""BLOOM-1b1 on the CPU: bprompt beside Hugging Face transformers in bf16, in turn, on random weights.
+"""BLOOM-1b1 on the CPU: bprompt compared with Hugging Face transformers in bf16, in turn, on random
+weights.
 
-    pip install torch==2.15.0 transformers==5.23.0
-    python benches/peers/transformers_cpu.py --bprompt target/release/bprompt --output FILE
+pip install torch==2.15.0 transformers==5.23.0
+python benches/peers/transformers_cpu.py --output FILE
 """
 
 import argparse
@@ -21,7 +22,9 @@ def main():
     p.add_argument("--output")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    config = BloomConfig(vocab_size=250_880, hidden_size=1536, n_layer=24, n_head=16, torch_dtype=torch.bfloat16)
+    config = BloomConfig(
+        vocab_size=250_880, hidden_size=1536, n_layer=24, n_head=16, torch_dtype=torch.bfloat16
+    )
     torch.set_default_dtype(torch.bfloat16)
     model = BloomForCausalLM(config).eval()
 
@@ -52,7 +55,11 @@ def main():
         }
 
     speed(1, 16, 2)
-    report = {"shape": "bloom-1b1", "threads": a.threads, "peer": f"transformers, torch {torch.__version__}"}
+    report = {
+        "shape": "bloom-1b1",
+        "threads": a.threads,
+        "peer": f"transformers, torch {torch.__version__}",
+    }
     report["bf16"] = alternate(a.rounds, ours, theirs)
     finish(report, a.output)
 

@@ -13,7 +13,13 @@ url = sys.argv[1]
 shots = pathlib.Path(sys.argv[2]) if len(sys.argv) > 2 else None
 
 options = webdriver.ChromeOptions()
-for flag in ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1280,900"]:
+for flag in [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-dev-shm-usage",
+    "--disable-gpu",
+    "--window-size=1280,900",
+]:
     options.add_argument(flag)
 options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
 driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
@@ -61,7 +67,9 @@ try:
     assert len(first) == 4 and len(set(first)) > 1, first
     assert all("cats" in t for t in first), first
     assert "tokens/s" in status()
-    marked = {m.get_attribute("class") for m in driver.find_elements(By.CSS_SELECTOR, "article mark")}
+    marked = {
+        m.get_attribute("class") for m in driver.find_elements(By.CSS_SELECTOR, "article mark")
+    }
     assert marked == {"kept", "added"}, marked
     shot("rewritten")
 
@@ -85,10 +93,15 @@ try:
     shot("guarded")
 
     # copying
-    driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+    driver.execute_cdp_cmd(
+        "Browser.grantPermissions",
+        {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]},
+    )
     driver.find_element(By.CSS_SELECTOR, "article button").click()
     wait.until(lambda d: d.find_element(By.CSS_SELECTOR, "article button").text == "Copied")
-    copied = driver.execute_async_script("const done = arguments[0]; navigator.clipboard.readText().then(done, e => done(String(e)))")
+    copied = driver.execute_async_script(
+        "const done = arguments[0]; navigator.clipboard.readText().then(done, e => done(String(e)))"
+    )
     assert copied == texts()[0], copied
 
     # mistakes are told in words
@@ -107,25 +120,40 @@ try:
     assert texts() == first, "the oldest entry's settings"
 
     # stopping
-    driver.execute_script("document.getElementsByName('max_tokens')[0].value = 400; document.getElementsByName('n')[0].value = 16")
-    driver.execute_script("document.getElementById('form').requestSubmit(); setTimeout(() => document.getElementById('stop').click(), 30)")
+    driver.execute_script(
+        "document.getElementsByName('max_tokens')[0].value = 400;"
+        "document.getElementsByName('n')[0].value = 16"
+    )
+    driver.execute_script(
+        "document.getElementById('form').requestSubmit();"
+        "setTimeout(() => document.getElementById('stop').click(), 30)"
+    )
     wait.until(lambda d: status() == "Stopped." or "seed" in status())
 
     # on a phone nothing is cut off
     driver.set_window_size(390, 844)
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True})
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True},
+    )
     driver.get(url)
     by_id("prompt").send_keys("a castle on a hill")
     by_id("go").click()
     finished()
-    width = driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    width = driver.execute_script(
+        "return [document.documentElement.scrollWidth, window.innerWidth]"
+    )
     assert width[0] <= width[1], width
     shot("phone")
 
     # nothing comes from elsewhere, and nothing failed
-    sources = driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    sources = driver.execute_script(
+        "return performance.getEntriesByType('resource').map(e => e.name)"
+    )
     assert all(s.startswith(url) for s in sources), sources
-    severe = [e for e in driver.get_log("browser") if e["level"] == "SEVERE" and "400" not in e["message"]]
+    severe = [
+        e for e in driver.get_log("browser") if e["level"] == "SEVERE" and "400" not in e["message"]
+    ]
     assert not severe, severe
     print("page: ok")
 finally:

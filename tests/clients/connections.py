@@ -1,6 +1,7 @@
-"""A thousand open connections for a minute, half of them dropped in the middle of a stream; then SIGTERM under load.
+"""A thousand open connections for a minute, half of them dropped in the middle of a stream; then
+SIGTERM under load.
 
-    python tests/clients/connections.py target/release/bprompt [--seconds 60] [--connections 1000]
+python tests/clients/connections.py target/release/bprompt [--seconds 60] [--connections 1000]
 """
 
 import argparse
@@ -24,7 +25,10 @@ async def request(host, port, body, drop):
     reader, writer = await asyncio.open_connection(host, port)
     try:
         data = json.dumps(body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
         writer.write(head.encode() + data)
         if drop:
             # gone in the middle of the stream, or before it begins
@@ -32,7 +36,9 @@ async def request(host, port, body, drop):
             writer.transport.abort()
             return True
         text = await reader.read(-1)
-        return text.startswith(b"HTTP/1.1 200") and b"data: [DONE]" in text and b'"error"' not in text
+        return (
+            text.startswith(b"HTTP/1.1 200") and b"data: [DONE]" in text and b'"error"' not in text
+        )
     finally:
         writer.close()
 
@@ -46,7 +52,20 @@ async def metrics(host, port):
 
 
 def start(bprompt):
-    command = [bprompt, "serve", "--port", "0", "--device", "cpu", "--max-queue", "4096", "--request-timeout", "0", "--shutdown-timeout", "120"]
+    command = [
+        bprompt,
+        "serve",
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--max-queue",
+        "4096",
+        "--request-timeout",
+        "0",
+        "--shutdown-timeout",
+        "120",
+    ]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     line = next(line for line in server.stderr if "http://" in line)
     # somebody has to read the log
@@ -63,7 +82,13 @@ async def crowd(args, server, host, port):
     async def client(i):
         nonlocal whole, dropped, failed
         while time.time() < end:
-            body = {"prompt": f"a cat and {i} dogs in the rain, ", "max_tokens": 32, "ignore_eos": True, "stream": True, "seed": i}
+            body = {
+                "prompt": f"a cat and {i} dogs in the rain, ",
+                "max_tokens": 32,
+                "ignore_eos": True,
+                "stream": True,
+                "seed": i,
+            }
             drop = i % 2 == 1
             try:
                 ok = await request(host, port, body, drop)
@@ -81,12 +106,27 @@ async def crowd(args, server, host, port):
     await asyncio.gather(watch(), *(client(i) for i in range(args.connections)))
     for _ in range(100):
         left = await metrics(host, port)
-        if left["vllm:num_requests_running"] + left["vllm:num_requests_waiting"] + left["vllm:kv_cache_usage_perc"] == 0:
+        if (
+            left["vllm:num_requests_running"]
+            + left["vllm:num_requests_waiting"]
+            + left["vllm:kv_cache_usage_perc"]
+            == 0
+        ):
             break
         await asyncio.sleep(0.1)
-    print(f"{args.connections} connections, {args.seconds} s: {whole} whole, {dropped} dropped, {failed} failed")
-    print(f"memory (MB) over time: {' '.join(f'{s:.0f}' for s in samples)}; blocks held at the end: {left['vllm:kv_cache_usage_perc']}")
-    assert failed == 0 and left["vllm:kv_cache_usage_perc"] == 0 and left["vllm:num_requests_running"] == 0
+    print(
+        f"{args.connections} connections, {args.seconds} s: "
+        f"{whole} whole, {dropped} dropped, {failed} failed"
+    )
+    print(
+        f"memory (MB) over time: {' '.join(f'{s:.0f}' for s in samples)}; "
+        f"blocks held at the end: {left['vllm:kv_cache_usage_perc']}"
+    )
+    assert (
+        failed == 0
+        and left["vllm:kv_cache_usage_perc"] == 0
+        and left["vllm:num_requests_running"] == 0
+    )
     late = samples[len(samples) // 2 :]
     assert max(late) < 1.1 * min(late) + 20, "memory grows"
 
@@ -98,7 +138,10 @@ async def terminate(server, host, port, count):
     server.send_signal(signal.SIGTERM)
     answered = sum(await asyncio.gather(*tasks))
     status = server.wait(130)
-    print(f"SIGTERM under load: {answered} of {count} accepted requests answered whole, exit status {status}")
+    print(
+        f"SIGTERM under load: {answered} of {count} accepted requests answered whole, "
+        f"exit status {status}"
+    )
     assert answered == count and status == 0
 
 

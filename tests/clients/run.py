@@ -1,7 +1,8 @@
-"""Clients that others wrote, on a running server: the official openai client, schemathesis, Chromium.
+"""Clients that others wrote, on a running server: the official openai client, schemathesis and
+Chromium.
 
-    pip install -r tests/clients/requirements.txt      # and Debian's chromium and chromium-driver
-    python tests/clients/run.py target/release/bprompt [--screenshots FOLDER]
+pip install -r tests/clients/requirements.txt      # and Debian's chromium and chromium-driver
+python tests/clients/run.py target/release/bprompt [--screenshots FOLDER]
 """
 
 import argparse
@@ -12,8 +13,12 @@ import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).parent
-# what the document cannot say (which texts are a prompt, which ids there are) is refused all the same
-CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,response_headers_conformance"
+# what the document cannot say (which texts are a prompt, which ids there are) is refused all the
+# same
+CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,"
+    "response_schema_conformance,response_headers_conformance"
+)
 
 
 def main():
@@ -22,7 +27,9 @@ def main():
     parser.add_argument("--screenshots", default=None)
     args = parser.parse_args()
     server = subprocess.Popen(
-        [args.bprompt, "serve", "--port", "0", "--device", "cpu", "--request-timeout", "10"], stderr=subprocess.PIPE, text=True
+        [args.bprompt, "serve", "--port", "0", "--device", "cpu", "--request-timeout", "10"],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     log = []
     try:
@@ -39,7 +46,18 @@ def main():
         schemathesis = pathlib.Path(sys.executable).parent / "schemathesis"
         command = str(schemathesis) if schemathesis.exists() else shutil.which("schemathesis")
         subprocess.run(
-            [command, "run", f"{url}/openapi.json", "--checks", CHECKS, "--max-examples", "60", "--seed", "1", "--no-color"],
+            [
+                command,
+                "run",
+                f"{url}/openapi.json",
+                "--checks",
+                CHECKS,
+                "--max-examples",
+                "60",
+                "--seed",
+                "1",
+                "--no-color",
+            ],
             check=True,
         )
         shots = [args.screenshots] if args.screenshots else []

@@ -71,7 +71,9 @@ def write_config(model, folder, dtype, old_keys=False):
         "n_layer": model.config.n_layer,
         "n_head": model.config.n_head,
         "layer_norm_epsilon": model.config.layer_norm_epsilon,
-        "apply_residual_connection_post_layernorm": model.config.apply_residual_connection_post_layernorm,
+        "apply_residual_connection_post_layernorm": (
+            model.config.apply_residual_connection_post_layernorm
+        ),
         "tie_word_embeddings": model.config.tie_word_embeddings,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": 1,
@@ -79,7 +81,11 @@ def write_config(model, folder, dtype, old_keys=False):
         "pad_token_id": 3,
     }
     if old_keys:
-        for new, old in [("hidden_size", "n_embed"), ("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads")]:
+        for new, old in [
+            ("hidden_size", "n_embed"),
+            ("n_layer", "num_hidden_layers"),
+            ("n_head", "num_attention_heads"),
+        ]:
             config[old] = config.pop(new)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -210,6 +216,10 @@ for _ in range(10):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-report = {"sequences": [{"ids": i, "loss_from": s} for i, s in sequences], "gradient_norm": norm, "losses": losses}
+report = {
+    "sequences": [{"ids": i, "loss_from": s} for i, s in sequences],
+    "gradient_norm": norm,
+    "losses": losses,
+}
 (folder / "expected.json").write_text(json.dumps(report) + "\n")
 print("losses", losses, "gradient norm", norm)

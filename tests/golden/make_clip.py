@@ -1,4 +1,9 @@
-"""Counts of transformers' CLIPTokenizer. Run: python make_clip.py FOLDER, which holds a CLIP tokenizer (vocab.json, merges.txt)."""
+"""Counts of transformers' CLIPTokenizer.
+
+    python make_clip.py FOLDER
+
+FOLDER holds a CLIP tokenizer (vocab.json, merges.txt).
+"""
 
 import json
 import pathlib
