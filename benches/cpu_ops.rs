@@ -3,11 +3,12 @@
 
 use beautiful_prompt::models::bloom::alibi_slopes;
 use beautiful_prompt::ops::cpu::Cpu;
-use beautiful_prompt::ops::cpu::matmul::{Precision, View, matmul};
+use beautiful_prompt::ops::cpu::matmul::{View, matmul};
 use beautiful_prompt::ops::cpu::product::{Matrix, product};
 use beautiful_prompt::ops::cpu::sampling::sample_token;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::sampling::{Sampling, SamplingRow};
+use beautiful_prompt::ops::train::Precision;
 use beautiful_prompt::ops::{Batch, DecodeBackend, Heads, Tensor};
 use beautiful_prompt::tensor::{Bytes, DType, HostTensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};

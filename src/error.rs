@@ -17,6 +17,15 @@ pub enum Error {
     /// units.
     #[error("needs {needed} of memory ({parts}), but {available} are left here; {remedy}")]
     OutOfMemory { needed: String, parts: String, available: String, remedy: String },
+    /// The CUDA driver or a kernel failed, or cannot be used here.
+    #[error("CUDA: {0}")]
+    Cuda(String),
+    /// A GPU has less memory left than was asked of it.
+    #[error("CUDA: {0}")]
+    DeviceOutOfMemory(String),
+    /// What this program, build or device cannot do, and what can be done instead.
+    #[error("{0}")]
+    Unsupported(String),
     /// Numbers of a tensor that cannot be computed with; who knows its name says it, by
     /// [`Error::of_tensor`].
     #[error("a tensor {0}")]

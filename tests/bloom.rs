@@ -12,7 +12,7 @@ use beautiful_prompt::tensor::DType;
 use golden_models::{MODELS, error, logits, open};
 
 fn isas() -> impl Iterator<Item = Isa> {
-    Isa::ALL.into_iter().filter(|i| i.available())
+    Isa::available()
 }
 
 #[test]
@@ -87,7 +87,7 @@ fn weights_give_the_same_bits_wherever_they_lie() {
         for isa in isas() {
             for dtype in [None, Some(DType::Bf16)] {
                 let mapped = Cpu::new(2, isa);
-                let resident = Cpu { resident: true, ..Cpu::new(2, isa) };
+                let resident = Cpu::new(2, isa).with_resident_weights(true);
                 let bits = |cpu: &Cpu| {
                     let model = Bloom::load(cpu, checkpoint.clone(), dtype).unwrap();
                     logits(cpu, &model, &ids, 7)

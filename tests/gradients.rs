@@ -1,10 +1,10 @@
 //! Loss, gradients and AdamW steps against PyTorch's (tests/golden/make_bloom.py, model `train`).
 
 use beautiful_prompt::models::bloom::BloomCheckpoint;
-use beautiful_prompt::models::bloom::training::{Batch, TrainModel, Workspace};
+use beautiful_prompt::models::bloom::training::{TrainModel, Workspace};
 use beautiful_prompt::ops::cpu::Cpu;
-use beautiful_prompt::ops::cpu::matmul::Precision;
 use beautiful_prompt::ops::cpu::simd::Isa;
+use beautiful_prompt::ops::train::{PackedBatch, Precision};
 use beautiful_prompt::train::optimizer::{AdamW, AdamWOptions, clip_gradients};
 use serde::Deserialize;
 use std::path::Path;
@@ -22,12 +22,12 @@ struct Expected {
     losses: Vec<f64>,
 }
 
-fn golden() -> (BloomCheckpoint, Expected, Batch) {
+fn golden() -> (BloomCheckpoint, Expected, PackedBatch) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bloom/train");
     let checkpoint = BloomCheckpoint::open(&folder).unwrap();
     let expected: Expected =
         serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
-    let mut batch = Batch::new();
+    let mut batch = PackedBatch::default();
     for s in &expected.sequences {
         batch.push(&s.ids, s.loss_from);
     }
@@ -44,7 +44,7 @@ fn gradients(
     cpu: &Cpu,
     precision: Precision,
     model: &TrainModel,
-    batch: &Batch,
+    batch: &PackedBatch,
 ) -> (f64, Vec<f32>) {
     let mut grads = vec![0f32; model.values.len()];
     let scale = 1.0 / batch.labels.len() as f32;
@@ -60,7 +60,7 @@ fn every_gradient_is_within_1e_4_of_pytorch_on_every_instruction_set() {
     let bytes = std::fs::read(folder.join("gradients.safetensors")).unwrap();
     let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let model = TrainModel::new(checkpoint.config.clone(), checkpoint.to_f32().unwrap());
-    for isa in Isa::ALL.into_iter().filter(|i| i.available()) {
+    for isa in Isa::available() {
         let cpu = Cpu::new(2, isa);
         let (loss, grads) = gradients(&cpu, Precision::F32, &model, &batch);
         assert!((loss - expected.losses[0]).abs() < 1e-5 * loss, "{isa:?}: loss {loss}");
@@ -84,7 +84,7 @@ fn ten_adamw_losses_equal_pytorchs() {
     let mut model = TrainModel::new(checkpoint.config.clone(), checkpoint.to_f32().unwrap());
     let cpu = Cpu::new(2, Isa::detect());
     let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
-    let mut optimizer = AdamW::new(&model.config, options);
+    let mut optimizer = AdamW::new(&model.config.parameters(), options);
     for (step, expected) in expected.losses.iter().enumerate() {
         let (loss, mut grads) = gradients(&cpu, Precision::F32, &model, &batch);
         assert!((loss - expected).abs() < 2e-5 * expected, "step {step}: {loss} for {expected}");
@@ -125,7 +125,7 @@ fn residual_after_the_norm_has_the_gradient_of_its_finite_differences() {
     config.tied = false;
     let mut model = TrainModel::random(config, 3);
     model.values.iter_mut().for_each(|v| *v *= 6.0);
-    let mut batch = Batch::new();
+    let mut batch = PackedBatch::default();
     batch.push(&[4, 8, 15, 16, 23, 42, 7], 2);
     let cpu = Cpu::new(1, Isa::detect());
     let (_, grads) = gradients(&cpu, Precision::F32, &model, &batch);

@@ -3,10 +3,10 @@
 use beautiful_prompt::checkpoint::Companions;
 use beautiful_prompt::models::bloom::BloomCheckpoint;
 use beautiful_prompt::models::bloom::BloomConfig;
-use beautiful_prompt::models::bloom::training::{Batch, TrainModel, Workspace};
+use beautiful_prompt::models::bloom::training::{TrainModel, Workspace};
 use beautiful_prompt::ops::cpu::Cpu;
-use beautiful_prompt::ops::cpu::matmul::Precision;
 use beautiful_prompt::ops::cpu::simd::Isa;
+use beautiful_prompt::ops::train::{PackedBatch, Precision};
 use beautiful_prompt::random::Words;
 use beautiful_prompt::train::examples::{Example, pack};
 use beautiful_prompt::train::optimizer::AdamWOptions;
@@ -233,7 +233,7 @@ fn sequences_of_a_batch_do_not_see_each_other() {
     let model = TrainModel::random(BloomConfig::new(24, 32, 2, 2), 1);
     let examples = examples(3, 4);
     let loss = |examples: &[Example]| {
-        let mut batch = Batch::new();
+        let mut batch = PackedBatch::default();
         examples.iter().for_each(|e| batch.push(&e.ids, e.loss_from));
         model.loss(&cpu, Precision::F32, &batch, &mut Workspace::default(), None)
     };

@@ -39,10 +39,10 @@ pub trait Machine {
 
 impl Machine for Cpu {
     fn describe(&self) -> (String, String) {
-        (processor(), self.isa.name().to_owned())
+        (processor(), self.isa().name().to_owned())
     }
     fn threads(&self) -> usize {
-        self.threads.count()
+        self.threads().count()
     }
     type Probe = Elements<f32>;
     /// In as large pages as weights are.
@@ -148,8 +148,8 @@ fn read_bandwidth(cpu: &Cpu, data: &[f32], passes: usize) -> f64 {
     for _ in 0..passes {
         let started = Instant::now();
         // chunks as large as a task of a product
-        cpu.threads.run_ranges(data.len(), 1 << 16, |r| {
-            black_box(sum(cpu.isa, &data[r]));
+        cpu.threads().run_ranges(data.len(), 1 << 16, |r| {
+            black_box(sum(cpu.isa(), &data[r]));
         });
         best = best.max(size_of_val(data) as f64 / started.elapsed().as_secs_f64());
     }
@@ -197,11 +197,11 @@ enum DotKind {
 }
 
 fn rate(cpu: &Cpu, operations: f64, body: impl Fn(Isa) + Sync) -> f64 {
-    let threads = cpu.threads.count();
+    let threads = cpu.threads().count();
     let mut best = 0f64;
     for _ in 0..3 {
         let started = Instant::now();
-        cpu.threads.run(threads, |_| body(cpu.isa));
+        cpu.threads().run(threads, |_| body(cpu.isa()));
         best = best.max(operations * threads as f64 / started.elapsed().as_secs_f64());
     }
     best
@@ -234,7 +234,7 @@ fn dot_peak(cpu: &Cpu, kind: DotKind) -> f64 {
         }
         sums.iter().fold(0, |a, s| a.wrapping_add(_mm512_reduce_add_epi32(*s)))
     }
-    if cpu.isa != Isa::Avx512Bf16 {
+    if !cpu.isa().has_bf16() {
         return peak_f32(cpu);
     }
     // SAFETY: the instruction set was checked above.

@@ -5,9 +5,9 @@ use super::machine;
 use crate::error::Result;
 use crate::memory::MemoryPlan;
 use crate::models::bloom::BloomConfig;
-use crate::models::bloom::training::{Batch, TrainModel, Workspace, training_bytes_per_token};
+use crate::models::bloom::training::{TrainModel, Workspace, training_bytes_per_token};
 use crate::ops::cpu::Cpu;
-use crate::ops::cpu::matmul::Precision;
+use crate::ops::train::{PackedBatch, Precision};
 use crate::random::Words;
 use crate::tensor::DType;
 use crate::train::optimizer::{AdamW, AdamWOptions, clip_gradients};
@@ -68,9 +68,9 @@ pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
     plan(&config, &o).check()?;
     let mut model = TrainModel::random(config, 1);
     let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 };
-    let mut optimizer = AdamW::new(&model.config, options);
+    let mut optimizer = AdamW::new(&model.config.parameters(), options);
     let mut words = Words::new(1, 1);
-    let mut batch = Batch::new();
+    let mut batch = PackedBatch::default();
     for _ in 0..o.sequences {
         let ids: Vec<u32> = (0..o.tokens).map(|_| words.below(o.vocab) as u32).collect();
         batch.push(&ids, 1);
@@ -87,7 +87,7 @@ pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
         let (seconds, reached) = gauge.beside(|| {
             let started = Instant::now();
             grads.fill(0.0);
-            let out = Some((1.0 / batch.labels.len() as f32, &mut grads[..]));
+            let out = Some((1.0 / batch.labels.len() as f32, &mut grads));
             model.loss(cpu, o.precision, &batch, &mut space, out);
             clip_gradients(cpu, &mut grads, 1.0);
             optimizer.step(cpu, &mut model.values, &grads, 1e-4);
@@ -108,8 +108,8 @@ pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
     Ok(TrainReport {
         parameters: model.values.len(),
         precision,
-        isa: cpu.isa.name(),
-        threads: cpu.threads.count(),
+        isa: cpu.isa().name(),
+        threads: cpu.threads().count(),
         processor: machine::processor(),
         tokens_per_step: batch.ids.len(),
         tokens_per_second: tokens / best,

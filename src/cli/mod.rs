@@ -24,7 +24,8 @@ mod train;
 pub use print::reader_left;
 
 use crate::ops::cpu::Cpu;
-use crate::ops::cpu::simd::Isa;
+use crate::ops::cpu::simd::{InstructionSet, Isa};
+use anyhow::Context;
 use clap::builder::{BoolishValueParser, OsStr, Resettable};
 use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use print::note;
@@ -93,19 +94,19 @@ pub enum IsaChoice {
 
 impl DeviceArgs {
     pub fn cpu(&self) -> anyhow::Result<Cpu> {
+        let wanted = |set: InstructionSet| {
+            let best = Isa::detect().name();
+            set.get().with_context(|| {
+                format!("--isa {}: this machine does not have it; best is {best}", set.name())
+            })
+        };
         let isa = match self.isa {
             IsaChoice::Auto => Isa::detect(),
-            IsaChoice::Portable => Isa::Portable,
-            IsaChoice::Avx2 => Isa::Avx2,
-            IsaChoice::Avx512 => Isa::Avx512,
-            IsaChoice::Avx512Bf16 => Isa::Avx512Bf16,
+            IsaChoice::Portable => wanted(InstructionSet::Portable)?,
+            IsaChoice::Avx2 => wanted(InstructionSet::Avx2)?,
+            IsaChoice::Avx512 => wanted(InstructionSet::Avx512)?,
+            IsaChoice::Avx512Bf16 => wanted(InstructionSet::Avx512Bf16)?,
         };
-        anyhow::ensure!(
-            isa.available(),
-            "--isa {}: this machine does not have it; best is {}",
-            isa.name(),
-            Isa::detect().name()
-        );
         Ok(Cpu::new(self.capped_threads(), isa))
     }
 

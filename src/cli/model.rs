@@ -13,7 +13,6 @@ use crate::models::bloom::{Bloom, BloomConfig};
 use crate::models::embedded;
 use crate::models::generation_config::GenerationDefaults;
 use crate::ops::cpu::Cpu;
-use crate::ops::cpu::simd::Isa;
 use crate::ops::cuda::{Cuda, Persistent};
 use crate::tensor::{Bytes, DType};
 use crate::text::Tokenizer;
@@ -253,7 +252,7 @@ impl ModelArgs {
         };
         Ok(match driver {
             Some(driver) => Device::Cuda(driver),
-            None => Device::Cpu(Cpu { resident: self.long_running, ..self.compute.cpu()? }),
+            None => Device::Cpu(self.compute.cpu()?.with_resident_weights(self.long_running)),
         })
     }
 
@@ -333,12 +332,12 @@ fn weights_plan(cpu: &Cpu, checkpoint: &BloomCheckpoint, dtype: Option<DType>) -
         .filter_map(|p| {
             let tensor = checkpoint.weights.tensors.get(&p.name)?;
             let held = dtype.unwrap_or(tensor.dtype);
-            let packed = held == DType::Bf16 && cpu.isa == Isa::Avx512Bf16;
+            let packed = held == DType::Bf16 && cpu.isa().has_bf16();
             // what is in such memory already is laid out where it lies
             let there = held == tensor.dtype && matches!(tensor.bytes, Bytes::Resident(..));
             let copied = held != tensor.dtype
                 || packed
-                || (cpu.resident && matches!(tensor.bytes, Bytes::Mapped(..)));
+                || (cpu.resident() && matches!(tensor.bytes, Bytes::Mapped(..)));
             (copied && !there).then_some((p.len() * held.size()) as f64)
         })
         .sum();

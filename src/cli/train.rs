@@ -11,7 +11,7 @@ use crate::memory::MemoryPlan;
 use crate::models::bloom::training::{TrainModel, training_bytes_per_token};
 use crate::models::bloom::{BloomCheckpoint, BloomConfig, save_model};
 use crate::models::embedded;
-use crate::ops::cpu::matmul::Precision;
+use crate::ops::train::Precision;
 use crate::tensor::DType;
 use crate::text::template::Template;
 use crate::text::{Tokenizer, train_tokenizer};

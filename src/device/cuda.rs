@@ -53,7 +53,7 @@ fn failed(what: impl std::fmt::Display) -> impl FnOnce(result::DriverError) -> E
             .error_string()
             .map(|s| s.to_string_lossy().into_owned())
             .unwrap_or_else(|_| format!("{e:?}"));
-        Error::invalid(format!("CUDA: {what}: {reason}"))
+        Error::Cuda(format!("{what}: {reason}"))
     }
 }
 
@@ -68,17 +68,18 @@ impl Driver {
     /// The first GPU; `CUDA_VISIBLE_DEVICES` chooses another.
     pub fn open() -> Result<Driver> {
         if images::IMAGES.is_empty() {
-            return Err(Error::invalid(
+            return Err(Error::Unsupported(
                 "this program was built without CUDA kernels: install nvcc (pip install -r \
-                kernels/requirements.txt), set \
-                 NVCC to its path and build again; or use --device cpu",
+                kernels/requirements.txt), set NVCC to its path and build again; or use --device cpu"
+                    .into(),
             ));
         }
         // SAFETY: only looks whether the library is there; without it the calls below would panic.
         if !unsafe { sys::is_culib_present() } {
-            return Err(Error::invalid(
+            return Err(Error::Unsupported(
                 "CUDA: there is no NVIDIA driver (libcuda) on this machine; install one or use \
-                --device cpu",
+                --device cpu"
+                    .into(),
             ));
         }
         let mut version = 0;
@@ -89,7 +90,7 @@ impl Driver {
                 .map_err(failed("the driver's version"))?
         };
         if version < DRIVER {
-            return Err(Error::invalid(format!(
+            return Err(Error::Unsupported(format!(
                 "CUDA: the driver is made for CUDA {}.{}, the kernels need {}.{} (driver 580 or \
                 later); update it or \
                  use --device cpu",
@@ -101,7 +102,9 @@ impl Driver {
         }
         result::init().map_err(failed("the driver does not start"))?;
         if result::device::get_count().map_err(failed("the number of GPUs"))? == 0 {
-            return Err(Error::invalid("CUDA: the driver sees no GPU; use --device cpu"));
+            return Err(Error::Unsupported(
+                "CUDA: the driver sees no GPU; use --device cpu".into(),
+            ));
         }
         let device = result::device::get(0).map_err(failed("the first GPU"))?;
         use sys::CUdevice_attribute as A;
@@ -115,7 +118,7 @@ impl Driver {
             attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         );
         let Some(images) = images::for_gpu(capability) else {
-            return Err(Error::invalid(format!(
+            return Err(Error::Unsupported(format!(
                 "CUDA: {name} has compute capability {}.{}; this program has kernels for {}; build \
                 with BPROMPT_CUDA_ARCHS, or \
                  use --device cpu",
@@ -164,7 +167,7 @@ impl Driver {
     fn function(&self, kernel: &str) -> Result<Function> {
         let function = self.functions.borrow().get(kernel).copied();
         let mut function =
-            function.ok_or_else(|| Error::invalid(format!("CUDA: there is no kernel {kernel}")))?;
+            function.ok_or_else(|| Error::Cuda(format!("there is no kernel {kernel}")))?;
         if function.shared_bytes == 0 {
             // all for shared memory, in percent: blocks of the larger kernels fit twice, and
             // kernels for which multiprocessors are divided alike can overlap
@@ -222,13 +225,19 @@ impl Launcher for Driver {
         // SAFETY: plain calls of the driver, here and below.
         unsafe { result::malloc_async(self.stream, bytes.max(1)) }.map_err(|e| {
             let (free, total) = result::mem_get_info().unwrap_or_default();
-            failed(format!(
+            let what = format!(
                 "no {} MiB more on {} ({} of {} MiB free)",
                 bytes.div_ceil(1 << 20),
                 self.name,
                 free >> 20,
                 total >> 20
-            ))(e)
+            );
+            match failed(what)(e) {
+                Error::Cuda(what) if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                    Error::DeviceOutOfMemory(what)
+                }
+                other => other,
+            }
         })
     }
 

@@ -55,7 +55,7 @@ pub struct TensorMap(pub [u64; 16]);
 
 /// What a device answers to anything but launches while it records.
 pub(crate) fn not_recordable(what: &str) -> Error {
-    Error::invalid(format!("{what} was asked for while launches were recorded"))
+    Error::Cuda(format!("{what} was asked for while launches were recorded"))
 }
 
 /// A device. Work is done in the order in which it is asked for; only reading waits for it.

@@ -2,18 +2,9 @@
 //! weights, training, saving and benchmarks alike.
 
 use crate::checkpoint::Parameter;
+use crate::ops::Affine;
 use std::convert::Infallible;
 use std::ops::Range;
-
-/// Weight and bias of a linear layer or a layer norm, as a `T`: a [`Parameter`], a range of a flat
-/// buffer, or what a backend makes of it.
-#[derive(Clone, Debug)]
-pub struct Affine<T> {
-    /// The matrix, or the norm's gain.
-    pub weight: T,
-    /// The bias, or the norm's shift.
-    pub bias: T,
-}
 
 impl<T> Affine<T> {
     /// A layer norm over `width` elements.

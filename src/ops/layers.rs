@@ -41,6 +41,16 @@ pub struct NormInput<'a, B: Backend> {
     pub normed: &'a mut Tensor<B>,
 }
 
+/// Weight and bias of a linear layer or a layer norm, as a `T`: a name and a shape, a range of a
+/// flat buffer, or what a backend makes of them.
+#[derive(Clone, Debug)]
+pub struct Affine<T> {
+    /// The matrix, or the norm's gain.
+    pub weight: T,
+    /// The bias, or the norm's shift.
+    pub bias: T,
+}
+
 /// Sizes of attention.
 #[derive(Clone, Debug)]
 pub struct Heads {

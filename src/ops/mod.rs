@@ -1,7 +1,7 @@
 //! The operations that models are written in.
 //!
-//! [`Backend`] has what every model needs, [`DecodeBackend`] what generation needs. Fusion is the
-//! backend's affair: a model calls whole operations, and a backend does several of them in one
+//! [`Backend`] has what every model needs, [`DecodeBackend`] what generation needs,
+//! [`train::TrainBackend`] what training needs. Fusion is the backend's affair: a model calls whole operations, and a backend does several of them in one
 //! kernel where that is faster. There is no tape and no graph of operations.
 
 mod batch;
@@ -10,10 +10,13 @@ pub mod cuda;
 mod decode;
 mod layers;
 pub mod sampling;
+pub mod train;
 
 pub use batch::{BLOCK, Batch, Span};
 pub use decode::{DecodeBackend, DecoderActivations};
-pub use layers::{Decoder, DecoderLayer, Epilogue, Heads, LayerNorm, Linear, NormInput, ObjectId};
+pub use layers::{
+    Affine, Decoder, DecoderLayer, Epilogue, Heads, LayerNorm, Linear, NormInput, ObjectId,
+};
 
 use crate::error::Result;
 use crate::memory::MemoryPlan;

@@ -2,7 +2,7 @@
 
 use crate::data::records::Pair;
 use crate::error::Result;
-use crate::models::bloom::training::Batch;
+use crate::ops::train::PackedBatch;
 use crate::random::Words;
 use crate::text::Tokenizer;
 use crate::text::template::Template;
@@ -40,15 +40,15 @@ pub fn epoch_order(count: usize, seed: u64, epoch: u64) -> Vec<usize> {
 
 /// Packs examples, longest first, into batches of at most `budget` tokens (one sequence may exceed
 /// it alone).
-pub fn pack<'a>(examples: impl Iterator<Item = &'a Example>, budget: usize) -> Vec<Batch> {
+pub fn pack<'a>(examples: impl Iterator<Item = &'a Example>, budget: usize) -> Vec<PackedBatch> {
     let mut examples: Vec<&Example> = examples.collect();
     examples.sort_by_key(|e| std::cmp::Reverse(e.ids.len()));
-    let mut batches: Vec<Batch> = Vec::new();
+    let mut batches: Vec<PackedBatch> = Vec::new();
     for e in examples {
         match batches.last_mut() {
             Some(b) if b.ids.len() + e.ids.len() <= budget => b.push(&e.ids, e.loss_from),
             _ => {
-                let mut b = Batch::new();
+                let mut b = PackedBatch::default();
                 b.push(&e.ids, e.loss_from);
                 batches.push(b);
             }

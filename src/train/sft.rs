@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::files::as_read;
 use crate::models::bloom::training::{TrainModel, Workspace};
 use crate::ops::cpu::Cpu;
-use crate::ops::cpu::matmul::Precision;
+use crate::ops::train::Precision;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -87,7 +87,7 @@ impl Sft<'_> {
         observer: &mut dyn Observer,
     ) -> Result<Outcome> {
         let checkpoints = self.options.output.join("checkpoints");
-        let mut optimizer = AdamW::new(&self.model.config, self.options.optimizer);
+        let mut optimizer = AdamW::new(&self.model.config.parameters(), self.options.optimizer);
         let mut done = 0;
         if resume && let Some((_, folder)) = state::list(&checkpoints)?.pop() {
             let saved = state::load(&folder, &mut self.model, &mut optimizer)?;
@@ -125,7 +125,7 @@ impl Sft<'_> {
             grads.fill(0.0);
             let mut sum = 0.0;
             for batch in &batches {
-                let out = Some((1.0 / labels.max(1) as f32, &mut grads[..]));
+                let out = Some((1.0 / labels.max(1) as f32, &mut grads));
                 sum += self.model.loss(self.cpu, self.options.precision, batch, &mut space, out);
             }
             let loss = sum / labels.max(1) as f64;
@@ -180,7 +180,7 @@ impl Sft<'_> {
     }
 
     /// Mean cross-entropy a label over the held-out examples.
-    fn validation_loss(&self, space: &mut Workspace) -> f64 {
+    fn validation_loss(&self, space: &mut Workspace<Cpu>) -> f64 {
         let (mut sum, mut labels) = (0.0, 0);
         for batch in pack(self.validation.iter(), self.options.micro_tokens) {
             labels += batch.labels.len();

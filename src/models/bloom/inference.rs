@@ -2,12 +2,11 @@
 
 use super::{BloomCheckpoint, BloomConfig, BloomLayerParameters};
 use crate::error::{Error, Result};
-use crate::models::params::Affine;
 use crate::ops::cpu::finite;
 use crate::ops::cpu::simd::Isa;
 use crate::ops::sampling::{SampledToken, SamplingRow};
 use crate::ops::{
-    Batch, DecodeBackend, Decoder, DecoderActivations, DecoderLayer, LayerNorm, Linear,
+    Affine, Batch, DecodeBackend, Decoder, DecoderActivations, DecoderLayer, LayerNorm, Linear,
 };
 use crate::tensor::{DType, HostTensor};
 use std::path::Path;

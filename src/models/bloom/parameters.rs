@@ -2,7 +2,7 @@
 
 use super::BloomConfig;
 use crate::checkpoint::Parameter;
-use crate::models::params::Affine;
+use crate::ops::Affine;
 use std::convert::Infallible;
 
 /// All parameters, each as a `T`.

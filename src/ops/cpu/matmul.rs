@@ -7,14 +7,7 @@
 
 use super::Cpu;
 use super::threads::Disjoint;
-
-/// How training products are computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
-    F32,
-    /// Operands rounded to bf16, sums in f32. Without BF16 dot products this is the same as `F32`.
-    Bf16,
-}
+use crate::ops::train::Precision;
 
 /// A matrix in somebody's memory: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy)]
@@ -70,7 +63,7 @@ pub fn matmul(
     }
     assert!((m - 1) * c_stride + n <= c.len());
     #[cfg(target_arch = "x86_64")]
-    if precision == Precision::Bf16 && cpu.isa == super::simd::Isa::Avx512Bf16 {
+    if precision == Precision::Bf16 && cpu.isa.has_bf16() {
         return super::matmul_bf16::matmul(cpu, c, c_stride, a, b, accumulate);
     }
     let _ = precision;

@@ -1,17 +1,23 @@
 //! The CPU backend: native Rust with AVX-512, AVX2 and portable paths chosen at run time.
 
 pub mod attention;
+mod attention_train;
+mod embedding_train;
 pub mod finite;
+mod linear_train;
+mod loss;
 pub mod matmul;
 #[cfg(target_arch = "x86_64")]
 mod matmul_bf16;
+mod norm_train;
+mod optimizer;
 pub mod product;
 mod resident;
 pub mod rows;
 pub mod sampling;
 pub mod simd;
 pub mod threads;
-pub mod training;
+mod train;
 
 use super::sampling::{SampledToken, SamplingRow};
 use super::{
@@ -29,17 +35,36 @@ use threads::{Disjoint, Threads};
 
 /// The machine's processor: its threads and the instruction set to use.
 pub struct Cpu {
-    pub threads: Threads,
-    pub isa: Isa,
-    /// Whether weights of a mapped file are copied to where they are read fastest: a pause at the
-    /// start for whoever reads them many times. Results are the same.
-    pub resident: bool,
+    threads: Threads,
+    isa: Isa,
+    resident: bool,
 }
 
 impl Cpu {
     /// `threads` as for [`Threads::new`].
     pub fn new(threads: usize, isa: Isa) -> Cpu {
         Cpu { threads: Threads::new(threads), isa, resident: false }
+    }
+
+    /// Says whether weights of a mapped file are copied to where they are read fastest: a pause at
+    /// the start for whoever reads them many times. Results are the same.
+    pub fn with_resident_weights(self, resident: bool) -> Cpu {
+        Cpu { resident, ..self }
+    }
+
+    /// The threads that operations run on.
+    pub fn threads(&self) -> &Threads {
+        &self.threads
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// See [`Cpu::with_resident_weights`].
+    pub fn resident(&self) -> bool {
+        self.resident
     }
 
     /// Activations from the host: rows of `width`.

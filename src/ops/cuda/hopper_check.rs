@@ -41,11 +41,12 @@ impl<L: Launcher> Cuda<L> {
             None => self.wrong_attention(heads),
             some => Ok(some),
         });
-        let wrong = tried.map_err(|e| {
-            Error::invalid(format!(
-                "{e}, in the kernels with Hopper's own instructions; BPROMPT_HOPPER=0 goes without \
-                them"
-            ))
+        let wrong = tried.map_err(|e| match e {
+            Error::Cuda(what) => Error::Cuda(format!(
+                "{what}, in the kernels with Hopper's own instructions; BPROMPT_HOPPER=0 goes \
+                without them"
+            )),
+            other => other,
         })?;
         self.without_hopper.set(wrong.is_some());
         Ok(wrong)

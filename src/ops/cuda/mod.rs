@@ -204,13 +204,13 @@ impl<L: Launcher> Cuda<L> {
     pub fn supports(hidden_size: usize, heads: usize) -> Result<()> {
         let size = hidden_size / heads;
         if !attention::SIZES.contains(&size) {
-            return Err(Error::invalid(format!(
+            return Err(Error::Unsupported(format!(
                 "there are no CUDA kernels for head size {size}, only for {:?}; use --device cpu",
                 attention::SIZES
             )));
         }
         if !hidden_size.is_multiple_of(16) {
-            return Err(Error::invalid(format!(
+            return Err(Error::Unsupported(format!(
                 "the CUDA kernels take hidden sizes that are multiples of 16, this one is {}; use \
                 --device cpu",
                 hidden_size

@@ -171,8 +171,9 @@ impl<L: Launcher> Cuda<L> {
 
     /// Does a pass that [`Cuda::can_persist`] is true of.
     pub(super) fn persist(&self, f: &mut ForwardPass<L>) -> Result<()> {
-        let depth =
-            self.depth(f).ok_or_else(|| Error::invalid("no room for a step in one kernel"))?;
+        let depth = self
+            .depth(f)
+            .ok_or_else(|| Error::Unsupported("no room for a step in one kernel".into()))?;
         let sums = self.prepare_persistent(f)?;
         let models = self.models.borrow();
         let at = |m: &Option<Memory<L>>| m.as_ref().map_or(0, |m| m.at);

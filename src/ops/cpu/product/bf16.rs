@@ -164,7 +164,7 @@ panel_instance!(panel_bf16, Bf16, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16
 mod tests {
     use super::super::{Matrix, product};
     use crate::ops::cpu::Cpu;
-    use crate::ops::cpu::simd::Isa;
+    use crate::ops::cpu::simd::InstructionSet;
     use crate::ops::cpu::threads::Disjoint;
     use crate::random::Words;
     use crate::tensor::{Bytes, DType, HostTensor};
@@ -177,10 +177,10 @@ mod tests {
         /// Against sums in f64 of the same rounded numbers; all tokens at once, and each alone.
         #[test]
         fn any_shape_is_exact_and_alone_as_in_company(rows in 1usize..120, cols in 1usize..700, tokens in 1usize..40) {
-            if !Isa::Avx512Bf16.available() {
+            let Some(isa) = InstructionSet::Avx512Bf16.get() else {
                 return Ok(());
-            }
-            let cpu = Cpu::new(2, Isa::Avx512Bf16);
+            };
+            let cpu = Cpu::new(2, isa);
             let mut words = Words::new(rows as u64, (cols * tokens) as u64);
             let mut noise = |n: usize| (0..n).map(|_| bf16::from_f32(words.uniform() - 0.5)).collect::<Vec<_>>();
             let (w, x) = (noise(rows * cols), noise(tokens * cols));

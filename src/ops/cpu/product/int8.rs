@@ -3,7 +3,7 @@
 //! integers and exact.
 
 use super::super::Cpu;
-use super::super::simd::Isa;
+use super::super::simd::InstructionSet;
 use super::super::threads::Disjoint;
 use super::Finish;
 use super::lanes::{self, GROUP, Groups, Lanes, Panel, WORD as INNER, panel};
@@ -98,11 +98,11 @@ thread_local! {
 pub fn product(cpu: &Cpu, x: &[f32], w: &Int8, finish: &Finish) {
     let (rows, inputs) = (w.rows(), w.cols);
     let tokens = x.len() / inputs;
-    let panel: Panel<i32> = match cpu.isa {
+    let panel: Panel<i32> = match cpu.isa.set() {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Bf16 => x86::panel_vnni,
+        InstructionSet::Avx512Bf16 => x86::panel_vnni,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx2 => x86::panel_avx2,
+        InstructionSet::Avx512 | InstructionSet::Avx2 => x86::panel_avx2,
         _ => panel::<Portable>,
     };
     // each token is scaled by its largest element; 128 is zero

@@ -21,7 +21,7 @@ pub use int8::quantize_offset;
 pub use weights::Matrix;
 
 use super::Cpu;
-use super::simd::Isa;
+use super::simd::InstructionSet;
 use super::threads::Disjoint;
 use crate::ops::Weight as _;
 use dot::{Dot, Float};
@@ -67,9 +67,9 @@ fn float<E: Element + bytemuck::Pod>(
     shape: &Matrix,
     finish: &Finish,
 ) {
-    prepare(cpu, x, shape.cols(), |a, width| match cpu.isa {
+    prepare(cpu, x, shape.cols(), |a, width| match cpu.isa.set() {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => {
+        InstructionSet::Avx512 | InstructionSet::Avx512Bf16 => {
             use super::simd::Avx512;
             run::<Float<Avx512, E>>(
                 cpu,
@@ -82,7 +82,7 @@ fn float<E: Element + bytemuck::Pod>(
             )
         }
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => {
+        InstructionSet::Avx2 => {
             use super::simd::Avx2;
             run::<Float<Avx2, E>>(
                 cpu,

@@ -80,7 +80,7 @@ impl Matrix {
             tensor.bytes.clone()
         };
         #[cfg(target_arch = "x86_64")]
-        if dtype == DType::Bf16 && cpu.isa == Isa::Avx512Bf16 {
+        if dtype == DType::Bf16 && cpu.isa.has_bf16() {
             // nobody else's any more, so that it is laid out where it lies
             drop(tensor.bytes);
             let packed = Packed::new(cpu, bytes, [rows, cols], &found)

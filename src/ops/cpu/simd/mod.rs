@@ -17,39 +17,41 @@ use half::{bf16, f16};
 /// Lanes of a vector.
 pub const LANES: usize = 16;
 
-/// The instruction set that kernels run with; chosen once at start by [`Isa::detect`].
+/// A set of instructions that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Isa {
+pub enum InstructionSet {
+    /// What every machine has.
     Portable,
     /// AVX2 with FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// [`Isa::Avx512`] with BF16 dot products and VNNI.
+    /// [`InstructionSet::Avx512`] with BF16 dot products and VNNI.
     Avx512Bf16,
 }
 
-impl Isa {
+impl InstructionSet {
     /// Every set, slowest first.
-    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    pub const ALL: [InstructionSet; 4] = [
+        InstructionSet::Portable,
+        InstructionSet::Avx2,
+        InstructionSet::Avx512,
+        InstructionSet::Avx512Bf16,
+    ];
 
-    /// The fastest set of this machine.
-    pub fn detect() -> Isa {
-        *Self::ALL.iter().rev().find(|isa| isa.available()).unwrap_or(&Isa::Portable)
-    }
-
+    /// Its name on the command line.
     pub fn name(self) -> &'static str {
         match self {
-            Isa::Portable => "portable",
-            Isa::Avx2 => "avx2",
-            Isa::Avx512 => "avx512",
-            Isa::Avx512Bf16 => "avx512-bf16",
+            InstructionSet::Portable => "portable",
+            InstructionSet::Avx2 => "avx2",
+            InstructionSet::Avx512 => "avx512",
+            InstructionSet::Avx512Bf16 => "avx512-bf16",
         }
     }
 
-    /// Whether this machine has it.
+    /// The right to run kernels with this set, if this machine has it.
     #[cfg(target_arch = "x86_64")]
-    pub fn available(self) -> bool {
+    pub fn get(self) -> Option<Isa> {
         let avx2 = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c");
@@ -58,22 +60,55 @@ impl Isa {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl");
-        match self {
-            Isa::Portable => true,
-            Isa::Avx2 => avx2,
-            Isa::Avx512 => avx512,
-            Isa::Avx512Bf16 => {
+        let has = match self {
+            InstructionSet::Portable => true,
+            InstructionSet::Avx2 => avx2,
+            InstructionSet::Avx512 => avx512,
+            InstructionSet::Avx512Bf16 => {
                 avx512
                     && is_x86_feature_detected!("avx512bf16")
                     && is_x86_feature_detected!("avx512vnni")
             }
-        }
+        };
+        has.then_some(Isa(self))
     }
 
-    /// Whether this machine has it.
+    /// The right to run kernels with this set, if this machine has it.
     #[cfg(not(target_arch = "x86_64"))]
-    pub fn available(self) -> bool {
-        self == Isa::Portable
+    pub fn get(self) -> Option<Isa> {
+        (self == InstructionSet::Portable).then_some(Isa(self))
+    }
+}
+
+/// An instruction set that this machine has: there is no other way to one than
+/// [`InstructionSet::get`], so that safe functions can run what it stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Isa(InstructionSet);
+
+impl Isa {
+    /// The fastest set of this machine.
+    pub fn detect() -> Isa {
+        Isa::available().last().unwrap_or(Isa(InstructionSet::Portable))
+    }
+
+    /// All sets of this machine, slowest first.
+    pub fn available() -> impl Iterator<Item = Isa> {
+        InstructionSet::ALL.into_iter().filter_map(InstructionSet::get)
+    }
+
+    /// Which set it is.
+    pub fn set(self) -> InstructionSet {
+        self.0
+    }
+
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        self.0.name()
+    }
+
+    /// Whether there are instructions for dot products of bf16 and of 8-bit integers.
+    pub fn has_bf16(self) -> bool {
+        self.0 == InstructionSet::Avx512Bf16
     }
 }
 
@@ -245,7 +280,10 @@ pub const GELU_SCALE: f32 = 0.797_884_6;
 /// argument is the [`Isa`]; each instance is compiled with its own target features.
 #[macro_export]
 macro_rules! simd_fn {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident<$S:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    (
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident<$S:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block
+    ) => {
         $(#[$meta])*
         $vis fn $name(isa: $crate::ops::cpu::simd::Isa, $($arg: $ty),*) $(-> $ret)? {
             // a plain loop needs no vocabulary: compiled with the instruction set, it is vectorized
@@ -267,14 +305,15 @@ macro_rules! simd_fn {
             unsafe fn avx2($($arg: $ty),*) $(-> $ret)? {
                 unsafe { generic::<$crate::ops::cpu::simd::Avx2>($($arg),*) }
             }
-            debug_assert!(isa.available());
-            // SAFETY: an Isa is only used where `available` said so; slices carry their lengths.
+            // SAFETY: there is an `Isa` of machines alone that have the set; slices carry their
+            // lengths.
             unsafe {
-                match isa {
+                match isa.set() {
                     #[cfg(target_arch = "x86_64")]
-                    $crate::ops::cpu::simd::Isa::Avx512 | $crate::ops::cpu::simd::Isa::Avx512Bf16 => avx512($($arg),*),
+                    $crate::ops::cpu::simd::InstructionSet::Avx512
+                    | $crate::ops::cpu::simd::InstructionSet::Avx512Bf16 => avx512($($arg),*),
                     #[cfg(target_arch = "x86_64")]
-                    $crate::ops::cpu::simd::Isa::Avx2 => avx2($($arg),*),
+                    $crate::ops::cpu::simd::InstructionSet::Avx2 => avx2($($arg),*),
                     _ => generic::<$crate::ops::cpu::simd::Portable>($($arg),*),
                 }
             }
