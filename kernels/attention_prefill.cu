@@ -1,12 +1,16 @@
-// Attention over the paged KV cache with ALiBi, many queries of a sequence at a time (after FlashAttention-2, Dao 2023).
+// Attention over the paged KV cache with ALiBi, many queries of a sequence at a time (after
+// FlashAttention-2, Dao 2023).
 //
-//   q [tokens, head, size] in 16 bits; keys, values [block, head, 16, size]; out [tokens, head, size] in 16 bits
+//   q [tokens, head, size] and out [tokens, head, size] in 16 bits
+//   keys and values [block, head, 16, size] in 16 bits
 //
-// FLOPs: 4 * size for each query and position it sees; least bytes: queries and results once, keys and values once for each
-// 64 queries. A block takes one head of 64 queries in 4 warps of 16 and walks the sequence's positions by 64: scores and
-// weighted sums on the tensor cores, softmax in registers as positions come, copies of the next positions behind the work
-// on these. Rows in shared memory are 16 bytes longer than a head, so that the operands' loads meet no bank twice.
-// Steps begin at multiples of 64 positions: a query's result does not depend on which queries share its block.
+// FLOPs: 4 * size for each query and position it sees; least bytes: queries and results once, keys
+// and values once for each 64 queries. A block takes one head of 64 queries in 4 warps of 16 and
+// walks the sequence's positions by 64: scores and weighted sums on the tensor cores, softmax in
+// registers as positions come, copies of the next positions behind the work on these. Rows in
+// shared memory are 16 bytes longer than a head, so that the operands' loads meet no bank twice.
+// Steps begin at multiples of 64 positions: a query's result does not depend on which queries share
+// its block.
 #include "attention_tiles.cuh"
 #include "memory.cuh"
 #include "tensor_core.cuh"
@@ -16,8 +20,8 @@ constexpr int STEP = 64; // positions
 
 // Copies keys and values of the positions from `first` on; zeros from `end` on.
 template <class T, int SIZE>
-DEVICE void load_step(char* keys, char* values, const Attention& a, const uint32_t* table, uint32_t head, uint32_t first,
-                      uint32_t end) {
+DEVICE void load_step(char* keys, char* values, const Attention& a, const uint32_t* table,
+                      uint32_t head, uint32_t first, uint32_t end) {
     constexpr int STRIDE = SIZE * 2 + 16;
     constexpr int PIECES = SIZE / 8;
     for (int i = threadIdx.x; i < STEP * PIECES; i += WARPS * WARP) {
@@ -71,7 +75,8 @@ DEVICE void attend_many(const Attention& a) {
             UNROLL
             for (int n = 0; n < STEP / 16; n++) {
                 uint32_t b[4];
-                load_matrices(b, keys + (n * 16 + lane / 16 * 8 + lane % 8) * STRIDE + (i * 2 + lane / 8 % 2) * 16);
+                load_matrices(b, keys + (n * 16 + lane / 16 * 8 + lane % 8) * STRIDE +
+                                     (i * 2 + lane / 8 % 2) * 16);
                 uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
                 multiply<T>(scores[2 * n], q[i], b0);
                 multiply<T>(scores[2 * n + 1], q[i], b1);
@@ -87,12 +92,14 @@ DEVICE void attend_many(const Attention& a) {
                 for (int j = 0; j < 2; j++) {
                     uint32_t key = s * STEP + n * 8 + 2 * t + j;
                     float& x = scores[n][2 * half + j];
-                    x = x * scale + slope * (static_cast<float>(key) - static_cast<float>(position));
+                    x = x * scale +
+                        slope * (static_cast<float>(key) - static_cast<float>(position));
                     if (key > position) x = -INFINITY;
                     best = fmaxf(best, x);
                 }
             }
-            // a row's positions lie in four neighbouring lanes; every query sees position 0, so that `best` is a number
+            // a row's positions lie in four neighbouring lanes; every query sees position 0, so
+            // that `best` is a number
             best = fmaxf(best, shuffle_xor(best, 1));
             best = fmaxf(best, shuffle_xor(best, 2));
             float shrink = expf(most[half] - best), sum = 0;
@@ -115,13 +122,16 @@ DEVICE void attend_many(const Attention& a) {
         }
         UNROLL
         for (int n = 0; n < STEP / 16; n++) {
-            uint32_t p[4] = {pack<T>(scores[2 * n][0], scores[2 * n][1]), pack<T>(scores[2 * n][2], scores[2 * n][3]),
+            uint32_t p[4] = {pack<T>(scores[2 * n][0], scores[2 * n][1]),
+                             pack<T>(scores[2 * n][2], scores[2 * n][3]),
                              pack<T>(scores[2 * n + 1][0], scores[2 * n + 1][1]),
                              pack<T>(scores[2 * n + 1][2], scores[2 * n + 1][3])};
             UNROLL
             for (int d = 0; d < SIZE / 16; d++) {
                 uint32_t b[4];
-                load_matrices_transposed(b, values + (n * 16 + lane / 8 % 2 * 8 + lane % 8) * STRIDE + (d * 2 + lane / 16) * 16);
+                load_matrices_transposed(b, values +
+                                                (n * 16 + lane / 8 % 2 * 8 + lane % 8) * STRIDE +
+                                                (d * 2 + lane / 16) * 16);
                 uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
                 multiply<T>(out[2 * d], p, b0);
                 multiply<T>(out[2 * d + 1], p, b1);
@@ -134,14 +144,14 @@ DEVICE void attend_many(const Attention& a) {
     store_results<T, SIZE>(a, first_token, queries, count, head, &out[0][0], weight);
 }
 
-#define ATTEND_MANY(T, SIZE)                                                                                           \
-    KERNEL(attend_many_##T##_##SIZE, WARPS* WARP)(Attention a) { attend_many<T, SIZE>(a); }                            \
+#define ATTEND_MANY(T, SIZE)                                                                \
+    KERNEL(attend_many_##T##_##SIZE, WARPS* WARP)(Attention a) { attend_many<T, SIZE>(a); } \
     EXPORT(attend_many_##T##_##SIZE)
-#define ATTEND_MANY_ALL(T)                                                                                             \
-    ATTEND_MANY(T, 32)                                                                                                 \
-    ATTEND_MANY(T, 64)                                                                                                 \
-    ATTEND_MANY(T, 80)                                                                                                 \
-    ATTEND_MANY(T, 96)                                                                                                 \
+#define ATTEND_MANY_ALL(T) \
+    ATTEND_MANY(T, 32)     \
+    ATTEND_MANY(T, 64)     \
+    ATTEND_MANY(T, 80)     \
+    ATTEND_MANY(T, 96)     \
     ATTEND_MANY(T, 128)
 ATTEND_MANY_ALL(bf16)
 ATTEND_MANY_ALL(f16)

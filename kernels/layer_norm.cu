@@ -1,19 +1,23 @@
 // Layer norm of rows, alone and right after the embedding lookup.
 //
-//   embed_norm: out[t] = norm(table[ids[t]])       table [vocabulary, width], out [tokens, width] in f32
+//   embed_norm: out[t] = norm(table[ids[t]])
+//               table [vocabulary, width], out [tokens, width] in f32
 //               tokens that were chosen in the step before are taken from where they were chosen
-//   layer_norm: out[r] = norm(x[rows[r]])          x [tokens, width] in f32, out [rows, width] in 16 bits
+//   layer_norm: out[r] = norm(x[rows[r]])
+//               x [tokens, width] in f32, out [rows, width] in 16 bits
 //
-// Least bytes: each row read once and written once; a row of 1536 is 6 KB in f32. One warp takes a row and passes over it
-// three times (sum, squares, output), rows of up to 1536 in registers: no barrier, no shared memory, and a row's result cannot depend on
-// its neighbours. Widths are multiples of 8.
+// Least bytes: each row read once and written once; a row of 1536 is 6 KB in f32. One warp takes a
+// row and passes over it three times (sum, squares, output), rows of up to 1536 in registers: no
+// barrier, no shared memory, and a row's result cannot depend on its neighbours. Widths are
+// multiples of 8.
 #include "embedding.cuh"
 
 constexpr int ROWS_PER_BLOCK = 4;
 
 template <class T>
-DEVICE void embed_norm(float* out, const Ids& ids, const T* table, const float* scales, const float* weight,
-                       const float* bias, uint32_t tokens, uint32_t width, float eps) {
+DEVICE void embed_norm(float* out, const Ids& ids, const T* table, const float* scales,
+                       const float* weight, const float* bias, uint32_t tokens, uint32_t width,
+                       float eps) {
     let_next_kernel_begin();
     prefetch(weight, width * 4, threadIdx.x, blockDim.x);
     prefetch(bias, width * 4, threadIdx.x, blockDim.x);
@@ -24,8 +28,8 @@ DEVICE void embed_norm(float* out, const Ids& ids, const T* table, const float* 
 }
 
 template <class T>
-DEVICE void layer_norm(T* out, const float* x, const uint32_t* rows, const float* weight, const float* bias,
-                       uint32_t count, uint32_t width, float eps) {
+DEVICE void layer_norm(T* out, const float* x, const uint32_t* rows, const float* weight,
+                       const float* bias, uint32_t count, uint32_t width, float eps) {
     let_next_kernel_begin();
     prefetch(weight, width * 4, threadIdx.x, blockDim.x);
     prefetch(bias, width * 4, threadIdx.x, blockDim.x);
@@ -36,23 +40,23 @@ DEVICE void layer_norm(T* out, const float* x, const uint32_t* rows, const float
     normalize_row(out + static_cast<size_t>(r) * width, row, weight, bias, width, eps);
 }
 
-#define EMBED_NORM(T, suffix)                                                                                          \
-    KERNEL(embed_norm_##suffix, ROWS_PER_BLOCK* WARP)                                                                  \
-    (float* out, Ids ids, const T* table, const float* scales, const float* weight, const float* bias,     \
-     uint32_t tokens, uint32_t width, float eps) {                                                                     \
-        embed_norm<T>(out, ids, table, scales, weight, bias, tokens, width, eps);                                      \
-    }                                                                                                                  \
+#define EMBED_NORM(T, suffix)                                                       \
+    KERNEL(embed_norm_##suffix, ROWS_PER_BLOCK* WARP)                               \
+    (float* out, Ids ids, const T* table, const float* scales, const float* weight, \
+     const float* bias, uint32_t tokens, uint32_t width, float eps) {               \
+        embed_norm<T>(out, ids, table, scales, weight, bias, tokens, width, eps);   \
+    }                                                                               \
     EXPORT(embed_norm_##suffix)
 EMBED_NORM(bf16, bf16)
 EMBED_NORM(f16, f16)
 EMBED_NORM(int8_t, int8)
 
-#define LAYER_NORM(T)                                                                                                  \
-    KERNEL(layer_norm_##T, ROWS_PER_BLOCK* WARP)                                                                       \
-    (T * out, const float* x, const uint32_t* rows, const float* weight, const float* bias, uint32_t count,            \
-     uint32_t width, float eps) {                                                                                      \
-        layer_norm<T>(out, x, rows, weight, bias, count, width, eps);                                                  \
-    }                                                                                                                  \
+#define LAYER_NORM(T)                                                                       \
+    KERNEL(layer_norm_##T, ROWS_PER_BLOCK* WARP)                                            \
+    (T * out, const float* x, const uint32_t* rows, const float* weight, const float* bias, \
+     uint32_t count, uint32_t width, float eps) {                                           \
+        layer_norm<T>(out, x, rows, weight, bias, count, width, eps);                       \
+    }                                                                                       \
     EXPORT(layer_norm_##T)
 LAYER_NORM(bf16)
 LAYER_NORM(f16)

@@ -1,17 +1,20 @@
 // y = epilogue(x W^T) for at most 64 tokens: reads the weights once, at the pace of memory.
 //
-//   x [tokens, inputs] in 16 bits, or the residual stream in f32 with a layer norm before the product
+//   x [tokens, inputs] in 16 bits, or the residual stream in f32 with a layer norm before it
 //   W [outputs, inputs] in 16 bits, or in 8 bits with a scale for each row
 //
-// Least bytes: the weights; FLOPs: 2 * tokens * inputs * outputs, hidden behind them up to 64 tokens by the tensor cores.
-// A block takes 16 outputs, its 8 warps divide the inputs. Every warp keeps several rounds of weights on their way into a ring in shared
-// memory (cp.async), which the compiler cannot put off as it does loads into registers, and asks for the first of them before the kernel
-// waits for those it follows: weights do not depend on them. At the model's widths that is all of a block's weights. A lane
-// reads back what it asked for itself, so nobody waits for anybody: 16 bytes are 8 (or 16) inputs of one row, and since a
-// product does not mind a permutation of the inner dimension, they serve as the operands of two (four) instructions. The warps'
-// sums are added in shared memory in a fixed order: a token's result depends on nothing but its own row.
-// With a layer norm each block normalizes all tokens itself, into shared memory: one launch and one trip through
-// memory less, for a few KB read from the second-level cache. Few rows without a norm are brought to shared memory too, in one trip.
+// Least bytes: the weights; FLOPs: 2 * tokens * inputs * outputs, hidden behind them up to 64
+// tokens by the tensor cores. A block takes 16 outputs, its 8 warps divide the inputs. Every warp
+// keeps several rounds of weights on their way into a ring in shared memory (cp.async), which the
+// compiler cannot put off as it does loads into registers, and asks for the first of them before
+// the kernel waits for those it follows: weights do not depend on them. At the model's widths that
+// is all of a block's weights. A lane reads back what it asked for itself, so nobody waits for
+// anybody: 16 bytes are 8 (or 16) inputs of one row, and since a product does not mind a
+// permutation of the inner dimension, they serve as the operands of two (four) instructions. The
+// warps' sums are added in shared memory in a fixed order: a token's result depends on nothing but
+// its own row. With a layer norm each block normalizes all tokens itself, into shared memory: one
+// launch and one trip through memory less, for a few KB read from the second-level cache. Few rows
+// without a norm are brought to shared memory too, in one trip.
 #include "epilogue.cuh"
 #include "linear.cuh"
 #include "tensor_core.cuh"
@@ -19,7 +22,8 @@
 constexpr int WARPS = 8;
 constexpr int OUTPUTS = 16;
 
-constexpr int SHALLOW = 6, DEEP = 12;      // rounds of weights on their way: where blocks share a multiprocessor, and where they do not
+// Rounds of weights on their way: where blocks share a multiprocessor, and where they do not.
+constexpr int SHALLOW = 6, DEEP = 12;
 constexpr int ROUND_BYTES = 2 * 16 * WARP; // of a warp: 16 bytes of two rows for each lane
 
 // Brings `in`'s rows to shared rows of `stride` elements.
@@ -28,7 +32,8 @@ DEVICE void stage_rows(const Input& in, T* rows, uint32_t stride) {
     const T* x = static_cast<const T*>(in.x);
     uint32_t pieces = in.inputs / 8;
     constexpr int AT_ONCE = 4;
-    for (uint32_t first = threadIdx.x; first < in.tokens * pieces; first += AT_ONCE * WARPS * WARP) {
+    for (uint32_t first = threadIdx.x; first < in.tokens * pieces;
+         first += AT_ONCE * WARPS * WARP) {
         Eight v[AT_ONCE];
         UNROLL
         for (int j = 0; j < AT_ONCE; j++) {
@@ -39,15 +44,16 @@ DEVICE void stage_rows(const Input& in, T* rows, uint32_t stride) {
         UNROLL
         for (int j = 0; j < AT_ONCE; j++) {
             uint32_t i = first + j * WARPS * WARP;
-            if (i < in.tokens * pieces) *reinterpret_cast<Eight*>(rows + i / pieces * stride + i % pieces * 8) = v[j];
+            if (i < in.tokens * pieces)
+                *reinterpret_cast<Eight*>(rows + i / pieces * stride + i % pieces * 8) = v[j];
         }
     }
     sync_block();
 }
 
 // Sums of all tokens (16 * TILES) with this block's outputs, in shared memory as [token][OUTPUTS].
-// Shared memory: the warps' rings, each of which a warp's sums take over; then gain and shift if there is a norm; then rows, if they are
-// normalized or staged.
+// Shared memory: the warps' rings, each of which a warp's sums take over; then gain and shift if
+// there is a norm; then rows, if they are normalized or staged.
 template <class T, class W, int TILES, bool NORMS = false, int DEPTH = SHALLOW>
 DEVICE float* block_sums(const Input& in, const W* w, const float* scales, uint32_t outputs) {
     using Operand = Weights<T, W>;
@@ -73,7 +79,8 @@ DEVICE float* block_sums(const Input& in, const W* w, const float* scales, uint3
             bool valid = round * ROUND + first_input < in.inputs;
             UNROLL
             for (int n = 0; n < 2; n++) {
-                copy_async(ring + (place * 2 + n) * 16 * WARP, valid ? row[n] + round * ROUND : w, valid);
+                copy_async(ring + (place * 2 + n) * 16 * WARP, valid ? row[n] + round * ROUND : w,
+                           valid);
             }
         }
         copy_commit();
@@ -95,7 +102,8 @@ DEVICE float* block_sums(const Input& in, const W* w, const float* scales, uint3
     uint32_t stride = in.inputs;
     if (norms || in.staged) {
         T* rows = reinterpret_cast<T*>(parameters + (norms ? 2 * in.inputs : 0));
-        stride = in.inputs + (sizeof(W) == 1 ? 8 : 32); // lanes that read together meet no bank twice
+        // lanes that read together meet no bank twice
+        stride = in.inputs + (sizeof(W) == 1 ? 8 : 32);
         if constexpr (NORMS) {
             if (norms) {
                 copy_wait<DEPTH>();
@@ -120,7 +128,8 @@ DEVICE float* block_sums(const Input& in, const W* w, const float* scales, uint3
                 uint32_t token = m * 16 + i * 8 + g;
                 a[half][i] = Eight{};
                 if (token < in.tokens && k < in.inputs) {
-                    a[half][i] = load(reinterpret_cast<const Eight*>(x + static_cast<size_t>(token) * stride + k + half * 8));
+                    a[half][i] = load(reinterpret_cast<const Eight*>(
+                        x + static_cast<size_t>(token) * stride + k + half * 8));
                 }
             }
         }
@@ -141,7 +150,8 @@ DEVICE float* block_sums(const Input& in, const W* w, const float* scales, uint3
         copy_wait<DEPTH - 1>();
         Eight weights[2];
         UNROLL
-        for (int n = 0; n < 2; n++) weights[n] = load(reinterpret_cast<const Eight*>(ring + (place * 2 + n) * 16 * WARP));
+        for (int n = 0; n < 2; n++)
+            weights[n] = load(reinterpret_cast<const Eight*>(ring + (place * 2 + n) * 16 * WARP));
         UNROLL
         for (int m = 0; m < TILES; m++) {
             if constexpr (!AHEAD) activations(round, m, a);
@@ -150,7 +160,8 @@ DEVICE float* block_sums(const Input& in, const W* w, const float* scales, uint3
                 UNROLL
                 for (int s = 0; s < 2; s++) {
                     const Eight &upper = a[half][0], &lower = a[half][1];
-                    uint32_t av[4] = {upper.pairs[2 * s], lower.pairs[2 * s], upper.pairs[2 * s + 1], lower.pairs[2 * s + 1]};
+                    uint32_t av[4] = {upper.pairs[2 * s], lower.pairs[2 * s],
+                                      upper.pairs[2 * s + 1], lower.pairs[2 * s + 1]};
                     UNROLL
                     for (int n = 0; n < 2; n++) {
                         uint32_t b[2];
@@ -200,10 +211,11 @@ DEVICE void linear_skinny(const Input& in, const W* w, const float* scales, cons
 
 #include "choice.cuh"
 
-// Sums with the head's rows, as they are: `out` [tokens, outputs] in f32, and what is to know of each block's OUTPUTS of them:
-// `moments` [tokens, blocks], if it is not null.
+// Sums with the head's rows, as they are: `out` [tokens, outputs] in f32, and what is to know of
+// each block's OUTPUTS of them: `moments` [tokens, blocks], if it is not null.
 template <class T, class W, int TILES>
-DEVICE void head_logits(const Input& in, const W* w, const float* scales, float* out, Moments* moments, uint32_t outputs) {
+DEVICE void head_logits(const Input& in, const W* w, const float* scales, float* out,
+                        Moments* moments, uint32_t outputs) {
     float* sums = block_sums<T, W, TILES>(in, w, scales, outputs);
     for (uint32_t i = threadIdx.x; i < in.tokens * OUTPUTS; i += WARPS * WARP) {
         uint32_t token = i / OUTPUTS, row = blockIdx.x * OUTPUTS + i % OUTPUTS;
@@ -216,33 +228,38 @@ DEVICE void head_logits(const Input& in, const W* w, const float* scales, float*
         bool here = lane < OUTPUTS && blockIdx.x * OUTPUTS + lane < outputs;
         float logit = here ? sums[token * OUTPUTS + lane] : -INFINITY;
         float most = warp_max(logit), sum = warp_sum(here ? expf(logit - most) : 0.0f);
-        if (lane == 0) moments[static_cast<size_t>(token) * gridDim.x + blockIdx.x] = Moments{most, sum};
+        if (lane == 0)
+            moments[static_cast<size_t>(token) * gridDim.x + blockIdx.x] = Moments{most, sum};
     }
 }
 
-#define SKINNY(T, W, suffix, TILES)                                                                                    \
-    KERNEL_SHARED(linear_skinny_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 3 : 1)                                   \
-    (Input in, const W* w, const float* scales, Epilogue e) { linear_skinny<T, W, TILES>(in, w, scales, e); }          \
-    EXPORT(linear_skinny_##suffix##_##TILES)                                                                           \
-    KERNEL_SHARED(head_logits_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 4 : 0)                                     \
-    (Input in, const W* w, const float* scales, float* out, Moments* moments, uint32_t outputs) {                      \
-        head_logits<T, W, TILES>(in, w, scales, out, moments, outputs);                                                \
-    }                                                                                                                  \
-    EXPORT(head_logits_##suffix##_##TILES)                                                                             \
-    KERNEL_SHARED(head_choice_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 4 : 0)                                     \
-    (Input in, const W* w, const float* scales, Choices choices, uint32_t outputs) {                                   \
-        float* sums = block_sums<T, W, TILES>(in, w, scales, outputs);                                                 \
-        choose_in_block<OUTPUTS>(sums, OUTPUTS, 0, in.tokens, blockIdx.x, choices, outputs);                           \
-    }                                                                                                                  \
+#define SKINNY(T, W, suffix, TILES)                                                               \
+    KERNEL_SHARED(linear_skinny_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 3 : 1)              \
+    (Input in, const W* w, const float* scales, Epilogue e) {                                     \
+        linear_skinny<T, W, TILES>(in, w, scales, e);                                             \
+    }                                                                                             \
+    EXPORT(linear_skinny_##suffix##_##TILES)                                                      \
+    KERNEL_SHARED(head_logits_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 4 : 0)                \
+    (Input in, const W* w, const float* scales, float* out, Moments* moments, uint32_t outputs) { \
+        head_logits<T, W, TILES>(in, w, scales, out, moments, outputs);                           \
+    }                                                                                             \
+    EXPORT(head_logits_##suffix##_##TILES)                                                        \
+    KERNEL_SHARED(head_choice_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 4 : 0)                \
+    (Input in, const W* w, const float* scales, Choices choices, uint32_t outputs) {              \
+        float* sums = block_sums<T, W, TILES>(in, w, scales, outputs);                            \
+        choose_in_block<OUTPUTS>(sums, OUTPUTS, 0, in.tokens, blockIdx.x, choices, outputs);      \
+    }                                                                                             \
     EXPORT(head_choice_##suffix##_##TILES)
-#define SKINNY_DEEP(T, W, suffix)                                                                                      \
-    KERNEL_SHARED(linear_skinny_##suffix##_1_deep, WARPS* WARP, 1)                                                     \
-    (Input in, const W* w, const float* scales, Epilogue e) { linear_skinny<T, W, 1, DEEP>(in, w, scales, e); }        \
+#define SKINNY_DEEP(T, W, suffix)                                  \
+    KERNEL_SHARED(linear_skinny_##suffix##_1_deep, WARPS* WARP, 1) \
+    (Input in, const W* w, const float* scales, Epilogue e) {      \
+        linear_skinny<T, W, 1, DEEP>(in, w, scales, e);            \
+    }                                                              \
     EXPORT(linear_skinny_##suffix##_1_deep)
-#define SKINNY_ALL(T, W, suffix)                                                                                       \
-    SKINNY_DEEP(T, W, suffix)                                                                                          \
-    SKINNY(T, W, suffix, 1)                                                                                            \
-    SKINNY(T, W, suffix, 2)                                                                                            \
+#define SKINNY_ALL(T, W, suffix) \
+    SKINNY_DEEP(T, W, suffix)    \
+    SKINNY(T, W, suffix, 1)      \
+    SKINNY(T, W, suffix, 2)      \
     SKINNY(T, W, suffix, 4)
 SKINNY_ALL(bf16, bf16, bf16)
 SKINNY_ALL(f16, f16, f16)

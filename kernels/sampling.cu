@@ -2,8 +2,8 @@
 //
 //   partials [choice, block] -> chosen [choice] = (token, log-probability)
 //
-// Least bytes: the partials, 20 for every 16 products of the head (0.04 % of the weights that those read at width 1536, for each
-// token), or for every 128 where larger tiles chose.
+// Least bytes: the partials, 20 for every 16 products of the head (0.04 % of the weights that those
+// read at width 1536, for each token), or for every 128 where larger tiles chose.
 #include "choice.cuh"
 #include "memory.cuh"
 

@@ -14,7 +14,7 @@ struct Attention {
     const uint32_t* positions; // of each token
     const uint32_t* tables;    // [sequence, table_width]: cache blocks
     const float* slopes;       // [head]
-    float* partials;           // [query, head, split, size + 2]: sums, largest score, sum of weights
-    uint32_t* counters;        // [query, head], zero; left zero
+    float* partials;    // [query, head, split, size + 2]: sums, largest score, sum of weights
+    uint32_t* counters; // [query, head], zero; left zero
     uint32_t heads, table_width, splits, unused;
 };

@@ -1,13 +1,17 @@
-// Attention over the paged KV cache with ALiBi, one query at a time: what `attend` and `decode_step` share.
+// Attention over the paged KV cache with ALiBi, one query at a time: what `attend` and
+// `decode_step` share.
 //
-//   q [tokens, head, size] in 16 bits; keys, values [block, head, 16, size]; out [tokens, head, size] in 16 bits
+//   q [tokens, head, size] and out [tokens, head, size] in 16 bits
+//   keys and values [block, head, 16, size] in 16 bits
 //
-// Least bytes: keys and values of the sequence once a query (decoding: 4 * positions * size bytes a head). Sequences longer than
-// SPLIT are shared by several blocks of threads, whose partial results the last one to end adds up in order. Inside, a warp
-// takes a block of the cache at a time, 16 positions, and multiplies on the tensor cores: keys times a query that stands in all eight
-// columns, then values times weights that do. Most of the products are the same, but nothing has to be unpacked: each lane's
-// 16-byte loads are operands as they are (keys), or two of them woven together (values), and every lane has the scores of two positions.
-// So instructions take less time than the memory. The order of every sum depends on the sequence's own length alone.
+// Least bytes: keys and values of the sequence once a query (decoding: 4 * positions * size bytes a
+// head). Sequences longer than SPLIT are shared by several blocks of threads, whose partial results
+// the last one to end adds up in order. Inside, a warp takes a block of the cache at a time, 16
+// positions, and multiplies on the tensor cores: keys times a query that stands in all eight
+// columns, then values times weights that do. Most of the products are the same, but nothing has to
+// be unpacked: each lane's 16-byte loads are operands as they are (keys), or two of them woven
+// together (values), and every lane has the scores of two positions. So instructions take less time
+// than the memory. The order of every sum depends on the sequence's own length alone.
 #pragma once
 #include "attention.cuh"
 #include "memory.cuh"
@@ -31,7 +35,8 @@ DEVICE uint32_t weave(const Eight& a, const Eight& b, int j) {
 #endif
 }
 
-// An address that the compiler takes as it is: 32-bit offsets are added to it, instead of the whole being multiplied out in 64 bits.
+// An address that the compiler takes as it is: 32-bit offsets are added to it, instead of the whole
+// being multiplied out in 64 bits.
 DEVICE const char* kept_apart(const void* address) {
 #ifndef KERNEL_EMULATOR
     asm("" : "+l"(address));
@@ -39,19 +44,23 @@ DEVICE const char* kept_apart(const void* address) {
     return static_cast<const char*>(address);
 }
 
-// The column where a lane reads 16 bytes in a step of `columns` columns: lanes beyond the head read what others do.
+// The column where a lane reads 16 bytes in a step of `columns` columns: lanes beyond the head read
+// what others do.
 template <int SIZE>
 DEVICE uint32_t column_of_lane(int step, int columns, int lane) {
     int left = SIZE - step * columns, pieces = (left < columns ? left : columns) / 8;
     return step * columns + lane % pieces * 8;
 }
 
-// One head of query `number` and its split of the positions, by a block of WARPS warps. Shared memory: WARPS * (SIZE + 2) + 1
-// words at `shared`. Splits beyond the query's positions do nothing.
+// One head of query `number` and its split of the positions, by a block of WARPS warps. Shared
+// memory: WARPS * (SIZE + 2) + 1 words at `shared`. Splits beyond the query's positions do nothing.
 template <class T, int SIZE, int WARPS, int SPLIT>
-DEVICE void attend(const Attention& a, uint32_t head, uint32_t number, uint32_t split, float* shared) {
-    constexpr int KEY_STEPS = (SIZE + 31) / 32;   // a step: 32 columns, 8 in each of four lanes
-    constexpr int VALUE_STEPS = (SIZE + 63) / 64; // a step: 64 columns, 8 in each of eight groups of lanes
+DEVICE void attend(const Attention& a, uint32_t head, uint32_t number, uint32_t split,
+                   float* shared) {
+    // a step: 32 columns, 8 in each of four lanes
+    constexpr int KEY_STEPS = (SIZE + 31) / 32;
+    // a step: 64 columns, 8 in each of eight groups of lanes
+    constexpr int VALUE_STEPS = (SIZE + 63) / 64;
     uint32_t token = a.tokens[number];
     uint32_t position = a.positions[token];
     uint32_t first = split * SPLIT;
@@ -62,14 +71,16 @@ DEVICE void attend(const Attention& a, uint32_t head, uint32_t number, uint32_t 
     float slope = a.slopes[head];
     int g = lane_index() / 4, t = lane_index() % 4;
     const float scale = 1.0f / sqrtf(static_cast<float>(SIZE));
-    const T* query = static_cast<const T*>(a.q) + (static_cast<size_t>(token) * a.heads + head) * SIZE;
-    // a lane's 16 bytes of a key are two rows of the product, pairs 0 and 2 in one and 1 and 3 in the other: even columns are the
-    // query's pairs for the first, odd ones for the second
+    const T* query =
+        static_cast<const T*>(a.q) + (static_cast<size_t>(token) * a.heads + head) * SIZE;
+    // a lane's 16 bytes of a key are two rows of the product, pairs 0 and 2 in one and 1 and 3 in
+    // the other: even columns are the query's pairs for the first, odd ones for the second
     uint32_t q[KEY_STEPS][2];
     UNROLL
     for (int i = 0; i < KEY_STEPS; i++) {
         Eight piece = {}; // where lanes read what others do
-        if (i * 32 + t * 8 < SIZE) piece = load(reinterpret_cast<const Eight*>(query + i * 32 + t * 8));
+        if (i * 32 + t * 8 < SIZE)
+            piece = load(reinterpret_cast<const Eight*>(query + i * 32 + t * 8));
         q[i][0] = g % 2 == 0 ? piece.pairs[0] : piece.pairs[1];
         q[i][1] = g % 2 == 0 ? piece.pairs[2] : piece.pairs[3];
     }
@@ -88,7 +99,8 @@ DEVICE void attend(const Attention& a, uint32_t head, uint32_t number, uint32_t 
             uint32_t start = start_of(half * 8 + g);
             UNROLL
             for (int i = 0; i < KEY_STEPS; i++) {
-                k[half][i] = load(reinterpret_cast<const Eight*>(keys + start + column_of_lane<SIZE>(i, 32, t) * 2));
+                k[half][i] = load(reinterpret_cast<const Eight*>(
+                    keys + start + column_of_lane<SIZE>(i, 32, t) * 2));
             }
         }
         UNROLL
@@ -96,7 +108,8 @@ DEVICE void attend(const Attention& a, uint32_t head, uint32_t number, uint32_t 
             uint32_t start = start_of(2 * t + r / 2 + r % 2 * 8);
             UNROLL
             for (int i = 0; i < VALUE_STEPS; i++) {
-                v[r][i] = load(reinterpret_cast<const Eight*>(values + start + column_of_lane<SIZE>(i, 64, g) * 2));
+                v[r][i] = load(reinterpret_cast<const Eight*>(values + start +
+                                                              column_of_lane<SIZE>(i, 64, g) * 2));
             }
         }
         float score[2]; // of positions g and g + 8
@@ -107,10 +120,12 @@ DEVICE void attend(const Attention& a, uint32_t head, uint32_t number, uint32_t 
             for (int i = 0; i < KEY_STEPS; i++) multiply<T>(products, k[half][i].pairs, q[i]);
             uint32_t row = half * 8 + g;
             float distance = static_cast<float>(b * BLOCK + row) - static_cast<float>(position);
-            score[half] = row < count ? (products[0] + products[3]) * scale + slope * distance : -INFINITY;
+            score[half] =
+                row < count ? (products[0] + products[3]) * scale + slope * distance : -INFINITY;
         }
         float highest = fmaxf(score[0], score[1]);
-        for (int mask = 4; mask < WARP; mask *= 2) highest = fmaxf(highest, shuffle_xor(highest, mask));
+        for (int mask = 4; mask < WARP; mask *= 2)
+            highest = fmaxf(highest, shuffle_xor(highest, mask));
         if (highest > most) { // so for all lanes or none
             float shrink = expf(most - highest);
             weight *= shrink;
@@ -133,8 +148,9 @@ DEVICE void attend(const Attention& a, uint32_t head, uint32_t number, uint32_t 
         for (int i = 0; i < VALUE_STEPS; i++) {
             UNROLL
             for (int j = 0; j < 4; j++) {
-                uint32_t rows[4] = {weave(v[0][i], v[1][i], 2 * j), weave(v[0][i], v[1][i], 2 * j + 1),
-                                    weave(v[2][i], v[3][i], 2 * j), weave(v[2][i], v[3][i], 2 * j + 1)};
+                uint32_t rows[4] = {
+                    weave(v[0][i], v[1][i], 2 * j), weave(v[0][i], v[1][i], 2 * j + 1),
+                    weave(v[2][i], v[3][i], 2 * j), weave(v[2][i], v[3][i], 2 * j + 1)};
                 multiply<T>(sums[i][j], rows, column);
             }
         }

@@ -1,7 +1,8 @@
-// Choosing a token while the head's products are in shared memory: penalty, bias, temperature, Gumbel-max, log-sum-exp.
+// Choosing a token while the head's products are in shared memory: penalty, bias, temperature,
+// Gumbel-max, log-sum-exp.
 //
-// Each block reduces its own outputs to one `Partial` for each choice; `merge_choices` reduces those. Logits never go to
-// memory. Order and meaning are those of src/engine/sampling.rs.
+// Each block reduces its own outputs to one `Partial` for each choice; `merge_choices` reduces
+// those. Logits never go to memory. Order and meaning are those of src/engine/sampling.rs.
 #pragma once
 #include "random.cuh"
 #include "threads.cuh"
@@ -19,17 +20,19 @@ struct Moments {
 
 // Laid out as in src/ops/cuda/sampling.rs.
 struct Choice {
-    uint32_t row;           // of the products
-    float inverse_temperature; // 0: the most likely token
-    float penalty;          // of seen tokens
+    uint32_t row;                          // of the products
+    float inverse_temperature;             // 0: the most likely token
+    float penalty;                         // of seen tokens
     uint32_t changes_start, changes_count; // tokens whose logits are changed, sorted
-    uint32_t forced;        // the choice, if there is none: its log-probability is wanted; else 0xffffffff
+    uint32_t forced; // the choice, if there is none: its log-probability is wanted; else 0xffffffff
     uint32_t seed_low, seed_high, candidate, position;
-    // for choices by rank and probability: at most so many tokens; of these the most likely ones that together have this
-    // probability; and none less likely than this part of the most likely one
+    // for choices by rank and probability: at most so many tokens; of these the most likely ones
+    // that together have this probability; and none less likely than this part of the most likely
+    // one
     uint32_t top_k;
     float top_p, min_p;
-    uint32_t fed;  // the choice of the step before whose token the penalty counts too, else 0xffffffff
+    // the choice of the step before whose token the penalty counts too, else 0xffffffff
+    uint32_t fed;
     uint32_t slot; // where the result goes
 };
 
@@ -44,7 +47,7 @@ constexpr uint32_t SEEN = 0x80000000;
 struct Partial {
     float score; // of the best token, with penalty, temperature and noise
     uint32_t token;
-    float logit; // of the best token, as the model gave it
+    float logit;     // of the best token, as the model gave it
     float most, sum; // of all tokens: largest logit, and the sum of exp(logit - most)
 };
 
@@ -52,15 +55,18 @@ struct Choices {
     const Choice* list;
     const Change* changes;
     const Chosen* previous; // results of the step before
-    Partial* partials; // [choice, block]
+    Partial* partials;      // [choice, block]
     uint32_t count, blocks;
 };
 
 // The token of the step before that counts as seen; no token if there is none.
-DEVICE uint32_t fed_token(const Choice& c, const Chosen* previous) { return c.fed == 0xffffffff ? c.fed : previous[c.fed].token; }
+DEVICE uint32_t fed_token(const Choice& c, const Chosen* previous) {
+    return c.fed == 0xffffffff ? c.fed : previous[c.fed].token;
+}
 
 // A token's logit with its penalty and bias.
-DEVICE float changed(float logit, const Change* changes, const Chosen* previous, const Choice& c, uint32_t token) {
+DEVICE float changed(float logit, const Change* changes, const Chosen* previous, const Choice& c,
+                     uint32_t token) {
     const Change* list = changes + c.changes_start;
     uint32_t first = 0, count = c.changes_count;
     while (count > 0) {
@@ -74,7 +80,8 @@ DEVICE float changed(float logit, const Change* changes, const Chosen* previous,
     }
     Change found = list[first]; // the list ends with a number that is no token
     bool here = (found.token & ~SEEN) == token;
-    if ((here && (found.token & SEEN)) || token == fed_token(c, previous)) logit = logit > 0 ? logit / c.penalty : logit * c.penalty;
+    if ((here && (found.token & SEEN)) || token == fed_token(c, previous))
+        logit = logit > 0 ? logit / c.penalty : logit * c.penalty;
     return here ? logit + found.bias : logit;
 }
 
@@ -104,7 +111,8 @@ DEVICE Scored better(const Scored& a, const Scored& b) {
     return a.score > b.score || (a.score == b.score && a.token < b.token) ? a : b;
 }
 DEVICE Scored better_of_lanes(const Scored& s, int mask) {
-    return better(s, Scored{shuffle_xor(s.score, mask), shuffle_xor(s.token, mask), shuffle_xor(s.logit, mask)});
+    return better(s, Scored{shuffle_xor(s.score, mask), shuffle_xor(s.token, mask),
+                            shuffle_xor(s.logit, mask)});
 }
 
 // The better of two; sums of exponentials brought to one largest logit.
@@ -117,8 +125,9 @@ DEVICE Partial merged(const Partial& a, const Partial& b) {
 }
 
 DEVICE Partial merged_with_lane(const Partial& p, int mask) {
-    Partial other = {shuffle_xor(p.score, mask), shuffle_xor(p.token, mask), shuffle_xor(p.logit, mask),
-                     shuffle_xor(p.most, mask), shuffle_xor(p.sum, mask)};
+    Partial other = {shuffle_xor(p.score, mask), shuffle_xor(p.token, mask),
+                     shuffle_xor(p.logit, mask), shuffle_xor(p.most, mask),
+                     shuffle_xor(p.sum, mask)};
     // both lanes must add in the same order
     return lane_index() & mask ? merged(other, p) : merged(p, other);
 }
@@ -128,16 +137,20 @@ DEVICE Partial nothing() { return Partial{-INFINITY, 0xffffffff, 0, -INFINITY, 0
 // Four sums, 16 bytes apart from the next.
 DEVICE Four four_sums(const float* at) { return *reinterpret_cast<const Four*>(at); }
 
-// Reduces OUTPUTS products of each choice's row, `number` * OUTPUTS of the head's and those behind, to a `Partial`. `sums`: of `tokens` rows from
-// row `first_token` on, `stride` floats apart, in shared memory. A lane takes four outputs, whose noise is one draw; a warp has
-// 128 products at a time, of several choices if a block has few outputs.
+// Reduces OUTPUTS products of each choice's row, `number` * OUTPUTS of the head's and those behind,
+// to a `Partial`. `sums`: of `tokens` rows from row `first_token` on, `stride` floats apart, in
+// shared memory. A lane takes four outputs, whose noise is one draw; a warp has 128 products at a
+// time, of several choices if a block has few outputs.
 template <int OUTPUTS>
-DEVICE void choose_in_block(const float* sums, uint32_t stride, uint32_t first_token, uint32_t tokens, uint32_t number,
-                            const Choices& choices, uint32_t outputs) {
-    constexpr int LANES = OUTPUTS / 4, AT_ONCE = WARP / LANES; // lanes of a choice, choices of a warp
+DEVICE void choose_in_block(const float* sums, uint32_t stride, uint32_t first_token,
+                            uint32_t tokens, uint32_t number, const Choices& choices,
+                            uint32_t outputs) {
+    constexpr int LANES = OUTPUTS / 4;    // of a choice
+    constexpr int AT_ONCE = WARP / LANES; // choices of a warp
     int lane = lane_index();
     uint32_t first = number * OUTPUTS + lane % LANES * 4;
-    for (uint32_t start = warp_index() * AT_ONCE; start < choices.count; start += blockDim.x / WARP * AT_ONCE) {
+    for (uint32_t start = warp_index() * AT_ONCE; start < choices.count;
+         start += blockDim.x / WARP * AT_ONCE) {
         uint32_t i = start + lane / LANES;
         bool here = i < choices.count;
         const Choice& c = choices.list[here ? i : start];
@@ -173,7 +186,8 @@ DEVICE void choose_in_block(const float* sums, uint32_t stride, uint32_t first_t
             best = better_of_lanes(best, mask);
         }
         if (here && lane % LANES == 0) {
-            choices.partials[static_cast<size_t>(i) * choices.blocks + number] = Partial{best.score, best.token, best.logit, most, sum};
+            choices.partials[static_cast<size_t>(i) * choices.blocks + number] =
+                Partial{best.score, best.token, best.logit, most, sum};
         }
     }
 }

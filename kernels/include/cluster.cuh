@@ -1,4 +1,5 @@
-// Blocks that share a cluster: alive together, on neighbouring multiprocessors, reading each other's shared memory. Hopper and later.
+// Blocks that share a cluster: alive together, on neighbouring multiprocessors, reading each
+// other's shared memory. Hopper and later.
 #pragma once
 #include "hopper.cuh"
 
@@ -33,7 +34,8 @@ DEVICE void sync_cluster() {
 #endif
 }
 
-// The same place in the shared memory of the cluster's block `rank`, which must not end before that is done with.
+// The same place in the shared memory of the cluster's block `rank`, which must not end before that
+// is done with.
 template <class X>
 DEVICE X* in_cluster(X* shared, uint32_t rank) {
 #ifdef KERNEL_EMULATOR
@@ -45,8 +47,9 @@ DEVICE X* in_cluster(X* shared, uint32_t rank) {
 #endif
 }
 
-// `barrier_arrive` at the same barrier object of the cluster's block `rank`. Unqualified: the threads that arrive have only read, through
-// the tensor cores, whose products they have waited for; a release for the cluster would be two fences of the whole device.
+// `barrier_arrive` at the same barrier object of the cluster's block `rank`. Unqualified: the
+// threads that arrive have only read, through the tensor cores, whose products they have waited
+// for; a release for the cluster would be two fences of the whole device.
 DEVICE void barrier_arrive_in(uint64_t* barrier, uint32_t rank) {
 #ifdef KERNEL_EMULATOR
     emulator_barrier_arrive_in(barrier, rank);
@@ -59,16 +62,19 @@ DEVICE void barrier_arrive_in(uint64_t* barrier, uint32_t rank) {
 #endif
 }
 
-// `copy_tile` to the same place of each block of the cluster whose bit is set in `blocks`; the bytes arrive at each one's own barrier.
-DEVICE void copy_tile_to(uint32_t blocks, void* shared, const TensorMap* map, uint32_t row, uint32_t column, uint64_t* barrier) {
+// `copy_tile` to the same place of each block of the cluster whose bit is set in `blocks`; the
+// bytes arrive at each one's own barrier.
+DEVICE void copy_tile_to(uint32_t blocks, void* shared, const TensorMap* map, uint32_t row,
+                         uint32_t column, uint64_t* barrier) {
 #ifdef KERNEL_EMULATOR
     emulator_copy_tile(shared, map, row, column, barrier, blocks);
 #else
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
-        "[%4], %5;" ::"r"(shared_address(shared)),
-        "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(blocks))
-        : "memory");
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes."
+                 "multicast::cluster [%0], [%1, {%2, %3}], "
+                 "[%4], %5;" ::"r"(shared_address(shared)),
+                 "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)),
+                 "h"(static_cast<uint16_t>(blocks))
+                 : "memory");
 #endif
 }
 

@@ -9,7 +9,8 @@ struct TableRow {
     const T* x;
     float scale;
     DEVICE_MEMBER Four operator()(int i) const {
-        uint32_t p[2] = {reinterpret_cast<const uint32_t*>(x + i)[0], reinterpret_cast<const uint32_t*>(x + i)[1]};
+        uint32_t p[2] = {reinterpret_cast<const uint32_t*>(x + i)[0],
+                         reinterpret_cast<const uint32_t*>(x + i)[1]};
         return Four{{low<T>(p[0]), high<T>(p[0]), low<T>(p[1]), high<T>(p[1])}};
     }
 };
@@ -21,7 +22,8 @@ struct TableRow<int8_t> {
         uint32_t p = *reinterpret_cast<const uint32_t*>(x + i);
         Four v;
         UNROLL
-        for (int j = 0; j < 4; j++) v.v[j] = static_cast<float>(static_cast<int8_t>(p >> (8 * j))) * scale;
+        for (int j = 0; j < 4; j++)
+            v.v[j] = static_cast<float>(static_cast<int8_t>(p >> (8 * j))) * scale;
         return v;
     }
 };
@@ -43,10 +45,12 @@ struct Ids {
 
 // A token's row of the table, normalized by one warp. `scales` is null for 16-bit tables.
 template <class T>
-DEVICE void embed_row(float* out, const Ids& ids, uint32_t token, const T* table, const float* scales, const float* weight,
-                      const float* bias, uint32_t width, float eps) {
+DEVICE void embed_row(float* out, const Ids& ids, uint32_t token, const T* table,
+                      const float* scales, const float* weight, const float* bias, uint32_t width,
+                      float eps) {
     uint32_t id = ids.of(token);
     TableRow<T> row = {table + static_cast<size_t>(id) * width, scales ? scales[id] : 1.0f};
     float* to = out + static_cast<size_t>(token) * width;
-    normalize(row, weight, bias, width, eps, [&](uint32_t i, Four v) { *reinterpret_cast<Four*>(to + i) = v; });
+    normalize(row, weight, bias, width, eps,
+              [&](uint32_t i, Four v) { *reinterpret_cast<Four*>(to + i) = v; });
 }

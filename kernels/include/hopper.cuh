@@ -1,5 +1,5 @@
-// What only Hopper has: barrier objects in shared memory, and the copy engine for tiles (TMA). Products of warpgroups are in
-// warpgroup.cuh. Compiled for sm_90a; in the emulator always.
+// What only Hopper has: barrier objects in shared memory, and the copy engine for tiles (TMA).
+// Products of warpgroups are in warpgroup.cuh. Compiled for sm_90a; in the emulator always.
 #pragma once
 #include "threads.cuh"
 
@@ -28,16 +28,20 @@ DEVICE int warpgroup_index() {
 }
 
 #ifndef KERNEL_EMULATOR
-DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+DEVICE uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 #endif
 
-// A barrier object is 8 bytes of shared memory. Its phases begin with 0; a phase ends when `count` arrivals and all expected
-// bytes have come.
+// A barrier object is 8 bytes of shared memory. Its phases begin with 0; a phase ends when `count`
+// arrivals and all expected bytes have come.
 DEVICE void barrier_init(uint64_t* barrier, uint32_t count) {
 #ifdef KERNEL_EMULATOR
     emulator_barrier_init(barrier, count);
 #else
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(count)
+                 : "memory");
 #endif
 }
 // Makes initialized barriers seen by the copy engine.
@@ -47,8 +51,8 @@ DEVICE void barrier_init_done() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
-// Two barriers for each stage of a ring, by all threads of the block: full once one thread has arrived and its bytes have come, empty
-// once `consumers` threads have arrived.
+// Two barriers for each stage of a ring, by all threads of the block: full once one thread has
+// arrived and its bytes have come, empty once `consumers` threads have arrived.
 DEVICE void init_stages(uint64_t* full, uint64_t* empty, int stages, uint32_t consumers) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < stages; i++) {
@@ -63,7 +67,8 @@ DEVICE void barrier_arrive(uint64_t* barrier) {
 #ifdef KERNEL_EMULATOR
     emulator_barrier_arrive(barrier, 0);
 #else
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+                 : "memory");
 #endif
 }
 // Arrives, and lets the phase wait for so many bytes more.
@@ -71,10 +76,14 @@ DEVICE void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) {
 #ifdef KERNEL_EMULATOR
     emulator_barrier_arrive(barrier, bytes);
 #else
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
 #endif
 }
-// Waits until the phase of this parity has ended. Nothing that works takes ten seconds: rather than wait for ever, the kernel fails.
+// Waits until the phase of this parity has ended. Nothing that works takes ten seconds: rather than
+// wait for ever, the kernel fails.
 DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
 #ifdef KERNEL_EMULATOR
     emulator_barrier_wait(barrier, parity);
@@ -84,9 +93,10 @@ DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra end;\n"
         "mov.u64 start, %%globaltimer;\n"
         "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra end;\n"
-        "mov.u64 now, %%globaltimer;\nsub.u64 now, now, start;\nsetp.gt.u64 late, now, 10000000000;\n@late trap;\n"
-        "bra again;\nend:\n}"
-        ::"r"(shared_address(barrier)), "r"(parity)
+        "mov.u64 now, %%globaltimer;\nsub.u64 now, now, start;\nsetp.gt.u64 late, now, "
+        "10000000000;\n@late trap;\n"
+        "bra again;\nend:\n}" ::"r"(shared_address(barrier)),
+        "r"(parity)
         : "memory");
 #endif
 }
@@ -100,14 +110,16 @@ DEVICE void prefetch_map(const TensorMap* map) {
 #endif
 }
 
-// Copies the map's tile whose first element is (row, column) to `shared` (aligned to 1024 bytes; rows of 128 bytes whose 16-byte
-// pieces are swizzled by the row's number), zeros beyond the matrix; its bytes arrive at `barrier`.
-DEVICE void copy_tile(void* shared, const TensorMap* map, uint32_t row, uint32_t column, uint64_t* barrier) {
+// Copies the map's tile whose first element is (row, column) to `shared` (aligned to 1024 bytes;
+// rows of 128 bytes whose 16-byte pieces are swizzled by the row's number), zeros beyond the
+// matrix; its bytes arrive at `barrier`.
+DEVICE void copy_tile(void* shared, const TensorMap* map, uint32_t row, uint32_t column,
+                      uint64_t* barrier) {
 #ifdef KERNEL_EMULATOR
     emulator_copy_tile(shared, map, row, column, barrier, 0);
 #else
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-                     shared_address(shared)),
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(shared)),
                  "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
                  : "memory");
 #endif

@@ -7,13 +7,14 @@ struct Input {
     const void* x;       // [tokens, inputs] in 16 bits; f32 if there is a norm
     const float* weight; // of the norm; null if there is none
     const float* bias;
-    void* normed;        // where the first block also writes the normalized rows; may be null
+    void* normed; // where the first block also writes the normalized rows; may be null
     float eps;
     uint32_t tokens, inputs;
-    uint32_t staged;     // whether the skinny kernels bring the rows to shared memory first
+    uint32_t staged; // whether the skinny kernels bring the rows to shared memory first
 };
 
-// How a lane's 16 bytes of weights become operands: STEPS instructions, each with 4 of the lane's inputs.
+// How a lane's 16 bytes of weights become operands: STEPS instructions, each with 4 of the lane's
+// inputs.
 template <class T, class W>
 struct Weights {
     static constexpr int STEPS = 2;
@@ -41,7 +42,8 @@ DEVICE void stage_normalized(const Input& in, T* rows, uint32_t stride) {
         normalize(row, in.weight, in.bias, in.inputs, in.eps, [&](uint32_t i, Four v) {
             store_four(rows + static_cast<size_t>(token) * stride + i, v);
             if (in.normed && blockIdx.x == 0) {
-                store_four(static_cast<T*>(in.normed) + static_cast<size_t>(token) * in.inputs + i, v);
+                store_four(static_cast<T*>(in.normed) + static_cast<size_t>(token) * in.inputs + i,
+                           v);
             }
         });
     }

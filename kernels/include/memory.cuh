@@ -34,8 +34,9 @@ DEVICE Eight load_once(const Eight* p) {
 #endif
 }
 
-// Has `bytes` from `p` on brought to the second-level cache, by thread `i` of `count`. What a kernel reads once it has its sums (biases, a
-// norm's gain and shift) is in no stream of weights: asked for early, nobody waits for memory then.
+// Has `bytes` from `p` on brought to the second-level cache, by thread `i` of `count`. What a
+// kernel reads once it has its sums (biases, a norm's gain and shift) is in no stream of weights:
+// asked for early, nobody waits for memory then.
 DEVICE void prefetch(const void* p, uint32_t bytes, uint32_t i, uint32_t count) {
     for (uint32_t at = i * 128; at < bytes; at += count * 128) {
         const char* line = static_cast<const char*>(p) + at;
@@ -53,7 +54,9 @@ DEVICE void copy_async(void* shared, const void* global, bool valid) {
     emulator_copy_async(shared, global, valid ? 16 : 0, valid ? 0 : 16);
 #else
     uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
 #endif
 }
 DEVICE void copy_commit() {

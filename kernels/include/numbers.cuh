@@ -42,7 +42,9 @@ DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 DEVICE uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 DEVICE float to_float(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
 DEVICE void from_float(float x, f16& out) { out.bits = __half_as_ushort(__float2half_rn(x)); }
-DEVICE void from_float(float x, bf16& out) { out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+DEVICE void from_float(float x, bf16& out) {
+    out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
 #endif
 DEVICE float to_float(bf16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
 
@@ -67,8 +69,9 @@ DEVICE float high(uint32_t pair) {
     return to_float(T{static_cast<uint16_t>(pair >> 16)});
 }
 
-// The signed byte `i` of a word. A conversion instruction has a quarter of the pace of arithmetic: the byte with its sign turned is put
-// behind the exponent of 2^23 instead, and 2^23 + 128 taken off, which is exact.
+// The signed byte `i` of a word. A conversion instruction has a quarter of the pace of arithmetic:
+// the byte with its sign turned is put behind the exponent of 2^23 instead, and 2^23 + 128 taken
+// off, which is exact.
 template <int i>
 DEVICE float float_of_byte(uint32_t word) {
     word ^= 0x80808080;

@@ -8,8 +8,10 @@
 #include <cuda_fp16.h>
 #include <type_traits>
 #define KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
-// A kernel that gets as many registers as let so many of its blocks share a multiprocessor; 0 leaves it to the compiler.
-#define KERNEL_SHARED(name, threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks) name
+// A kernel that gets as many registers as let so many of its blocks share a multiprocessor; 0
+// leaves it to the compiler.
+#define KERNEL_SHARED(name, threads, blocks) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name
 // A kernel of which one block fills a multiprocessor.
 #define KERNEL_ALONE(name, threads) KERNEL_SHARED(name, threads, 1)
 #define EXPORT(name)

@@ -3,7 +3,8 @@
 #include "memory.cuh"
 #include "threads.cuh"
 
-// Mean and 1 / deviation of `width` numbers that `at(i)` gives by fours, computed by one warp in two passes.
+// Mean and 1 / deviation of `width` numbers that `at(i)` gives by fours, computed by one warp in
+// two passes.
 template <class At>
 DEVICE void warp_moments(const At& at, int width, float eps, float& mean, float& inverse) {
     float sum = 0;
@@ -22,23 +23,28 @@ DEVICE void warp_moments(const At& at, int width, float eps, float& mean, float&
 }
 
 // (v - mean) * inverse * weight + bias for the four numbers from `i` on.
-DEVICE Four normalized(Four v, int i, const float* weight, const float* bias, float mean, float inverse) {
-    Four w = *reinterpret_cast<const Four*>(weight + i), b = *reinterpret_cast<const Four*>(bias + i);
+DEVICE Four normalized(Four v, int i, const float* weight, const float* bias, float mean,
+                       float inverse) {
+    Four w = *reinterpret_cast<const Four*>(weight + i),
+         b = *reinterpret_cast<const Four*>(bias + i);
     UNROLL
     for (int j = 0; j < 4; j++) v.v[j] = (v.v[j] - mean) * inverse * w.v[j] + b.v[j];
     return v;
 }
 
-// Gives `put(i, four)` the normalized row by fours, by one warp. Rows of up to NORM_CACHED fours a lane stay in registers: one trip to
-// memory, where there would be three to the caches. The sums are those of `warp_moments`.
+// Gives `put(i, four)` the normalized row by fours, by one warp. Rows of up to NORM_CACHED fours a
+// lane stay in registers: one trip to memory, where there would be three to the caches. The sums
+// are those of `warp_moments`.
 constexpr int NORM_CACHED = 12;
 template <class At, class Put>
-DEVICE void normalize(const At& at, const float* weight, const float* bias, uint32_t width, float eps, const Put& put) {
+DEVICE void normalize(const At& at, const float* weight, const float* bias, uint32_t width,
+                      float eps, const Put& put) {
     uint32_t first = lane_index() * 4;
     float mean, inverse;
     if (width > NORM_CACHED * WARP * 4) {
         warp_moments(at, width, eps, mean, inverse);
-        for (uint32_t i = first; i < width; i += WARP * 4) put(i, normalized(at(i), i, weight, bias, mean, inverse));
+        for (uint32_t i = first; i < width; i += WARP * 4)
+            put(i, normalized(at(i), i, weight, bias, mean, inverse));
         return;
     }
     Four v[NORM_CACHED];
@@ -63,7 +69,8 @@ DEVICE void normalize(const At& at, const float* weight, const float* bias, uint
     for (int j = 0; j < NORM_CACHED; j++) {
         uint32_t i = first + j * WARP * 4;
         if (i < width) put(i, normalized(v[j], i, weight, bias, mean, inverse));
-        if (j % 4 == 3) keep_order(); // not all of the gain and shift at once: there are no registers for it
+        if (j % 4 == 3)
+            keep_order(); // not all of the gain and shift at once: there are no registers for it
     }
 }
 
@@ -82,6 +89,7 @@ DEVICE void store_four(T* to, Four v) {
 
 // The normalized row in 16 bits, by one warp.
 template <class T>
-DEVICE void normalize_row(T* out, const FloatRow& row, const float* weight, const float* bias, uint32_t width, float eps) {
+DEVICE void normalize_row(T* out, const FloatRow& row, const float* weight, const float* bias,
+                          uint32_t width, float eps) {
     normalize(row, weight, bias, width, eps, [&](uint32_t i, Four v) { store_four(out + i, v); });
 }

@@ -3,14 +3,15 @@
 #include "threads.cuh"
 
 // The instruction of `multiply`.
-#define PRODUCT_OF(type)                                                                                               \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, " \
-                 "{%0,%1,%2,%3};"                                                                                      \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                      \
+#define PRODUCT_OF(type)                                                \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "         \
+                 "{%0,%1,%2,%3};"                                       \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])       \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
-// c += a b^T for a = [16, 16], b = [8, 16] (both with the inner dimension last) and c = [16, 8] in f32.
-// With g = lane / 4 and t = lane % 4, a lane holds
+// c += a b^T for a = [16, 16], b = [8, 16] (both with the inner dimension last) and c = [16, 8] in
+// f32. With g = lane / 4 and t = lane % 4, a lane holds
 //   a: pairs (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)
 //   b: pairs (g, 2t), (g, 2t + 8)
 //   c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
@@ -58,8 +59,8 @@ DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 #endif
 }
 
-// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane i gives the address of row i % 8 of matrix i / 8, and gets of
-// each matrix the pair (lane / 4, 2 (lane % 4)).
+// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane i gives the address of row i % 8
+// of matrix i / 8, and gets of each matrix the pair (lane / 4, 2 (lane % 4)).
 DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
 #ifdef KERNEL_EMULATOR
     struct Lane {
@@ -84,7 +85,8 @@ DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
 #endif
 }
 
-// `load_matrices` with each matrix transposed: a lane gets (2 (lane % 4), lane / 4) and (2 (lane % 4) + 1, lane / 4).
+// `load_matrices` with each matrix transposed: a lane gets (2 (lane % 4), lane / 4) and (2 (lane %
+// 4) + 1, lane / 4).
 DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
 #ifdef KERNEL_EMULATOR
     struct Lane {
@@ -98,7 +100,8 @@ DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
                 for (int m = 0; m < 4; m++) {
                     uint32_t pair = 0;
                     for (int i = 0; i < 2; i++) {
-                        uint32_t word = static_cast<Lane*>(data[m * 8 + 2 * (lane % 4) + i])->row.pairs[lane / 8];
+                        uint32_t word = static_cast<Lane*>(data[m * 8 + 2 * (lane % 4) + i])
+                                            ->row.pairs[lane / 8];
                         pair |= (word >> (lane / 4 % 2 * 16) & 0xffff) << (16 * i);
                     }
                     static_cast<Lane*>(data[lane])->out[m] = pair;
@@ -114,8 +117,8 @@ DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
 #endif
 }
 
-// The way back of `load_matrices`: four 8 x 8 matrices to shared memory, lane i giving the address of row i % 8 of matrix i / 8.
-// Hopper alone has an instruction for it.
+// The way back of `load_matrices`: four 8 x 8 matrices to shared memory, lane i giving the address
+// of row i % 8 of matrix i / 8. Hopper alone has an instruction for it.
 DEVICE void store_matrices(void* row, const uint32_t (&in)[4]) {
 #ifdef KERNEL_EMULATOR
     struct Lane {
@@ -134,8 +137,8 @@ DEVICE void store_matrices(void* row, const uint32_t (&in)[4]) {
     *static_cast<Eight*>(row) = mine.row;
 #elif __CUDA_ARCH__ >= 900
     uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(in[0]), "r"(in[1]), "r"(in[2]),
-                 "r"(in[3])
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at),
+                 "r"(in[0]), "r"(in[1]), "r"(in[2]), "r"(in[3])
                  : "memory");
 #endif
 }

@@ -53,7 +53,9 @@ DEVICE float shuffle_xor(float x, int mask) {
     return __shfl_xor_sync(0xffffffff, x, mask);
 #endif
 }
-DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return bits_of_float(shuffle_xor(float_of_bits(x), mask)); }
+DEVICE uint32_t shuffle_xor(uint32_t x, int mask) {
+    return bits_of_float(shuffle_xor(float_of_bits(x), mask));
+}
 
 // The value of lane `from`.
 DEVICE uint32_t shuffle_from(uint32_t x, int from) {
@@ -114,8 +116,8 @@ DEVICE void fence_device() {
 #endif
 }
 
-// Adds to a counter in device memory and returns what it was; what this thread wrote before is seen by whoever sees the
-// new value.
+// Adds to a counter in device memory and returns what it was; what this thread wrote before is seen
+// by whoever sees the new value.
 DEVICE uint32_t count_up(uint32_t* counter) {
 #ifdef KERNEL_EMULATOR
     return __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL);
@@ -136,10 +138,12 @@ DEVICE void count_arrival(uint32_t* counter) {
 #endif
 }
 
-// Waits until a counter in device memory has come to `n`, also if it runs over on the way. The blocks that count must be alive: cooperative launches alone.
+// Waits until a counter in device memory has come to `n`, also if it runs over on the way. The
+// blocks that count must be alive: cooperative launches alone.
 DEVICE void wait_for_count(uint32_t* counter, uint32_t n) {
 #ifdef KERNEL_EMULATOR
-    while (static_cast<int32_t>(__atomic_load_n(counter, __ATOMIC_ACQUIRE) - n) < 0) emulator_yield();
+    while (static_cast<int32_t>(__atomic_load_n(counter, __ATOMIC_ACQUIRE) - n) < 0)
+        emulator_yield();
 #else
     uint32_t now;
     do {
@@ -173,8 +177,8 @@ DEVICE void set_bits_shared(uint32_t* word, uint32_t bits) {
 #endif
 }
 
-// Waits for the kernels that this one was launched to follow: what they wrote may be read from here on. What comes before
-// (weights, the thread's place) overlaps with their end.
+// Waits for the kernels that this one was launched to follow: what they wrote may be read from here
+// on. What comes before (weights, the thread's place) overlaps with their end.
 DEVICE void wait_for_earlier_kernels() {
 #if !defined(KERNEL_EMULATOR) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,19 +1,22 @@
-// Tiles of 64 or 128 tokens by 128 outputs on Hopper, for products of too few tokens to fill the GPU with larger ones.
+// Tiles of 64 or 128 tokens by 128 outputs on Hopper, for products of too few tokens to fill the
+// GPU with larger ones.
 #pragma once
 #include "slices.cuh"
 #include "sums_tile.cuh"
 
 #if HOPPER
 
-// Two warpgroups multiply, one warp more has the slices brought. Two blocks share a multiprocessor: one's slices come while the other
-// finishes its sums.
+// Two warpgroups multiply, one warp more has the slices brought. Two blocks share a multiprocessor:
+// one's slices come while the other finishes its sums.
 constexpr int TILE_CONSUMERS = 2 * WARPGROUP;
 constexpr int TILE_THREADS = TILE_CONSUMERS + WARP;
 
-// Leaves the sums over slices `begin` to `end` in shared memory, for all threads. Slices of weights are asked for before the
-// kernel waits for those it follows. Shared memory: the ring, whose stages the sums take over.
+// Leaves the sums over slices `begin` to `end` in shared memory, for all threads. Slices of weights
+// are asked for before the kernel waits for those it follows. Shared memory: the ring, whose stages
+// the sums take over.
 template <class T, int TOKENS>
-DEVICE void tile_sums(const SumsTile& tile, const TensorMap* x, const TensorMap* w, uint32_t begin, uint32_t end) {
+DEVICE void tile_sums(const SumsTile& tile, const TensorMap* x, const TensorMap* w, uint32_t begin,
+                      uint32_t end) {
     constexpr int STAGES = TOKENS == 64 ? 4 : 3;
     using Ring = Slices<TOKENS, SUMS_OUTPUTS, STAGES>;
     static_assert(TOKENS * SUMS_STRIDE * 4 <= Ring::BARRIERS_AT, "room for the sums");
@@ -63,7 +66,8 @@ DEVICE void tile_sums(const SumsTile& tile, const TensorMap* x, const TensorMap*
 // The tile of a block: tokens along x, outputs along y; blocks of a cluster share one.
 DEVICE SumsTile tile_of_block(uint32_t tokens, uint32_t size, uint32_t cluster) {
     uint32_t first = blockIdx.x / cluster * size;
-    return SumsTile{reinterpret_cast<float*>(shared_memory()), first, tokens - first, size, blockIdx.y};
+    return SumsTile{reinterpret_cast<float*>(shared_memory()), first, tokens - first, size,
+                    blockIdx.y};
 }
 
 #endif // HOPPER

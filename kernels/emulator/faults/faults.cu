@@ -40,7 +40,9 @@ KERNEL(fault_shared_out_of_bounds, 32)(uint32_t* out) {
 }
 EXPORT(fault_shared_out_of_bounds)
 
-KERNEL(fault_unwritten, 32)(uint32_t* out, const uint32_t* in) { out[threadIdx.x] = in[threadIdx.x]; }
+KERNEL(fault_unwritten, 32)(uint32_t* out, const uint32_t* in) {
+    out[threadIdx.x] = in[threadIdx.x];
+}
 EXPORT(fault_unwritten)
 
 KERNEL(fault_shared_unwritten, 32)(uint32_t* out) {
@@ -159,9 +161,12 @@ EXPORT(fault_tile_overwritten)
 // A warpgroup's product of ones, asked for and used in the right order, or not.
 enum Mistake : uint32_t { NONE, USED_EARLY, NOT_WRITTEN, OVERWRITTEN, NEVER_AWAITED };
 KERNEL(product_awaited, 128)(float* out, uint32_t mistake) {
-    char* tile = shared_memory(); // [64, 64] elements, of which 16 columns are used; all the same, so that swizzling does not matter
+    // [64, 64] elements, of which 16 columns are used; all the same, so that swizzling does not
+    // matter
+    char* tile = shared_memory();
     for (int i = threadIdx.x; i < 64 * 32; i += 128) {
-        if (mistake != NOT_WRITTEN || i != 8 * 32) reinterpret_cast<uint32_t*>(tile)[i] = pack<bf16>(1.0f, 1.0f);
+        if (mistake != NOT_WRITTEN || i != 8 * 32)
+            reinterpret_cast<uint32_t*>(tile)[i] = pack<bf16>(1.0f, 1.0f);
     }
     sync_block();
     uint32_t a[4];
@@ -196,7 +201,8 @@ EXPORT(grid_awaited)
 enum ClusterMistake : uint32_t { READ_EARLY = 1, LEFT_EARLY, BEYOND, ONE_MISSING };
 KERNEL(cluster_awaited, 32)(uint32_t* out, uint32_t mistake) {
     float* mine = reinterpret_cast<float*>(shared_memory()) + threadIdx.x;
-    uint32_t rank = cluster_rank(), next = mistake == BEYOND ? cluster_size() : (rank + 1) % cluster_size();
+    uint32_t rank = cluster_rank(),
+             next = mistake == BEYOND ? cluster_size() : (rank + 1) % cluster_size();
     *mine = static_cast<float>(blockIdx.x);
     if (mistake == ONE_MISSING && threadIdx.x == 0) sync_some(1, 32);
     if (mistake != READ_EARLY) sync_cluster();
@@ -209,7 +215,8 @@ EXPORT(cluster_awaited)
 
 // Each block of a cluster brings one tile to all of them, and reads the first number of each.
 enum SharingMistake : uint32_t { SECOND_AT_ONCE = 1, FIRST_LEAVES, ONE_ARRIVAL_LESS };
-KERNEL(shared_tiles_awaited, 32)(const GRID_CONSTANT TensorMap map, uint16_t* out, uint32_t mistake) {
+KERNEL(shared_tiles_awaited, 32)(const GRID_CONSTANT TensorMap map, uint16_t* out,
+                                 uint32_t mistake) {
     char* shared = shared_memory();
     uint64_t *full = reinterpret_cast<uint64_t*>(shared + 2048), *empty = full + 1;
     uint32_t rank = cluster_rank();
@@ -225,14 +232,17 @@ KERNEL(shared_tiles_awaited, 32)(const GRID_CONSTANT TensorMap map, uint16_t* ou
         if (threadIdx.x == 0) {
             if (turn > 0 && mistake != SECOND_AT_ONCE) barrier_wait(empty, 0);
             barrier_arrive_expecting(full, cluster_size() * 1024);
-            copy_tile_to((1 << cluster_size()) - 1, shared + rank * 1024, &map, rank + 4 * turn, 0, full);
+            copy_tile_to((1 << cluster_size()) - 1, shared + rank * 1024, &map, rank + 4 * turn, 0,
+                         full);
         }
         sync_warp();
         barrier_wait(full, turn);
         for (uint32_t i = 0; i < 8 * rank; i++) sync_warp(); // the second block is slower
-        for (uint32_t i = 0; i < cluster_size(); i++) sum = sum * 10 + *reinterpret_cast<uint16_t*>(shared + i * 1024) / 100;
+        for (uint32_t i = 0; i < cluster_size(); i++)
+            sum = sum * 10 + *reinterpret_cast<uint16_t*>(shared + i * 1024) / 100;
         sync_warp();
-        if (threadIdx.x < cluster_size() && !(mistake == ONE_ARRIVAL_LESS && rank == 1)) barrier_arrive_in(empty, threadIdx.x);
+        if (threadIdx.x < cluster_size() && !(mistake == ONE_ARRIVAL_LESS && rank == 1))
+            barrier_arrive_in(empty, threadIdx.x);
     }
     if (threadIdx.x == 0) out[blockIdx.x] = sum;
     sync_cluster();

@@ -6,7 +6,7 @@ use crate::memory::{Arena, UNWRITTEN, WRITTEN};
 use crate::registry::Kernel;
 use corosensei::stack::{Stack, StackPointer};
 use corosensei::{Coroutine, CoroutineResult, Yielder};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_void};
 use std::ops::Range;
@@ -494,7 +494,7 @@ impl Launch<'_> {
 
 thread_local! {
     /// What [`CURRENT`] is while each fiber of the team runs; set when it starts.
-    static YIELDERS: std::cell::RefCell<Vec<Option<Current>>> = const { std::cell::RefCell::new(Vec::new()) };
+    static YIELDERS: RefCell<Vec<Option<Current>>> = const { RefCell::new(Vec::new()) };
 }
 
 fn shuffle(order: &mut [usize], state: &mut u64) {
