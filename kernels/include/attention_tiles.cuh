@@ -1,13 +1,13 @@
-// Many queries at a time: what both prefill kernels do with a warp's 16 queries. As operands and
-// sums of the tensor cores they are spread over the lanes: lane / 4 is the query (and the one 8
-// below), 2 (lane % 4) the first of two columns.
+// What both prefill kernels do with the 16 queries of a warp. Operands and accumulators are spread
+// over the lanes as the tensor cores have them: lane / 4 is the query (and the one 8 below it), 2
+// (lane % 4) the first of two columns.
 #pragma once
 #include "attention.cuh"
 #include "threads.cuh"
 
-// Queries as operands; `rows`: this lane's two, counted from `first_token`.
+// Loads queries as operands. `rows` are the two queries of this lane, counted from `first_token`.
 template <class T, int SIZE>
-DEVICE void load_queries(uint32_t (&q)[SIZE / 16][4], const Attention& a, uint32_t first_token,
+DEVICE void load_queries(uint32_t (&q)[SIZE / 16][4], const AttentionArgs& a, uint32_t first_token,
                          const uint32_t (&rows)[2], uint32_t head) {
     int t = lane_index() % 4;
     UNROLL
@@ -21,16 +21,17 @@ DEVICE void load_queries(uint32_t (&q)[SIZE / 16][4], const Attention& a, uint32
     }
 }
 
-// Writes weighted sums, SIZE / 2 of a lane, over the sums of weights, of which a lane has its
-// positions' part. Queries from `count` on are nobody's.
+// Writes attention results: the weighted sums of values in `out`, SIZE / 2 of them in each lane,
+// divided by the sums of the softmax weights, of which each lane has a part. Queries from `count`
+// on do not exist.
 template <class T, int SIZE>
-DEVICE void store_results(const Attention& a, uint32_t first_token, const uint32_t (&queries)[2],
-                          uint32_t count, uint32_t head, const float* out,
-                          const float (&weight)[2]) {
+DEVICE void store_results(const AttentionArgs& a, uint32_t first_token,
+                          const uint32_t (&queries)[2], uint32_t count, uint32_t head,
+                          const float* out, const float (&sum_exp)[2]) {
     int t = lane_index() % 4;
     UNROLL
     for (int half = 0; half < 2; half++) {
-        float sum = weight[half];
+        float sum = sum_exp[half];
         sum += shuffle_xor(sum, 1);
         sum += shuffle_xor(sum, 2);
         if (queries[half] >= count) continue;

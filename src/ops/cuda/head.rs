@@ -22,8 +22,8 @@ impl<L: Launcher> Cuda<L> {
         head.rows.div_ceil(outputs)
     }
 
-    /// A kernel of the head, `head_choice` or `head_logits`: `x` is `[tokens, width]` in 16 bits,
-    /// `rest` follows the weights.
+    /// A kernel of the head, `lm_head_sample` or `lm_head_logits`: `x` is `[tokens, width]` in 16
+    /// bits, `rest` follows the weights.
     pub(super) fn head(
         &self,
         family: &str,

@@ -165,7 +165,7 @@ impl<L: Launcher> Cuda<L> {
         for (part, out) in out.chunks_mut(most * head.rows).enumerate() {
             let rows = part * most..part * most + out.len() / head.rows;
             let at = self.place(&mut scratch.logits, out.len() * 4)?;
-            self.head("head_logits", x, rows, head, |args| args.with(at).with(0u64))?;
+            self.head("lm_head_logits", x, rows, head, |args| args.with(at).with(0u64))?;
             self.launcher.read(at, bytemuck::cast_slice_mut(out))?;
         }
         Ok(())
@@ -274,10 +274,10 @@ impl<L: Launcher> Cuda<L> {
                 let partials = self.place(&mut scratch.partials, fused.len() * blocks * PARTIAL)?;
                 let (count, blocks) = (fused.len() as u32, blocks as u32);
                 let choices = Choices { list, changes, previous, partials, count, blocks };
-                self.head("head_choice", x, range.clone(), head, |args| args.with(choices))?;
+                self.head("lm_head_sample", x, range.clone(), head, |args| args.with(choices))?;
                 let shared = MERGE_THREADS as usize / 32 * PARTIAL;
                 let args = Args::new().with(choices).with(at);
-                self.launch("merge_choices", [fused.len(), 1, 1], MERGE_THREADS, shared, args)?;
+                self.launch("merge_samples", [fused.len(), 1, 1], MERGE_THREADS, shared, args)?;
             }
             let wanted: Vec<usize> =
                 fused.iter().chain(&listed).copied().filter(|&i| rows[i].1.top > 0).collect();
@@ -285,7 +285,7 @@ impl<L: Launcher> Cuda<L> {
                 let logits = self.place(&mut scratch.logits, range.len() * head.rows * 4)?;
                 let moments =
                     self.place(&mut scratch.moments, range.len() * moments_blocks(head.rows) * 8)?;
-                self.head("head_logits", x, range.clone(), head, |args| {
+                self.head("lm_head_logits", x, range.clone(), head, |args| {
                     args.with(logits).with(moments)
                 })?;
                 if !listed.is_empty() {
@@ -300,7 +300,7 @@ impl<L: Launcher> Cuda<L> {
                     let shared = LISTED_SHARED + head.rows.div_ceil(32) * 4;
                     let grid = [listed.len(), 1, 1];
                     self.launch(
-                        "choose_filtered",
+                        "sample_filtered",
                         grid,
                         LISTED_THREADS,
                         shared,
@@ -335,7 +335,7 @@ impl<L: Launcher> Cuda<L> {
         let moments = scratch.moments.as_ref().map_or(0, |m| m.at);
         let args = Args::new().with(out).with(logits).with(moments).with(list).with(most as u32);
         self.launch(
-            "list_top",
+            "top_logprobs",
             [part.len(), 1, 1],
             LISTED_THREADS,
             LISTED_SHARED,

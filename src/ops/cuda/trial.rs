@@ -81,7 +81,7 @@ impl<L: Launcher> Cuda<L> {
                 for first in (0..tokens).step_by(most) {
                     let rows = first..tokens.min(first + most);
                     let at = out.at + (rows.start * OUTPUTS * 4) as u64;
-                    self.head_as(way, "head_logits", &x, rows, &linear.weight, |a| {
+                    self.head_as(way, "lm_head_logits", &x, rows, &linear.weight, |a| {
                         a.with(at).with(0u64)
                     })?;
                 }
