@@ -141,7 +141,7 @@ fn run(nvcc: &Path, job: &Job, more: &str, hash: &str) -> Result<(), String> {
     let done = command.output().map_err(|e| format!("{}: {e}", nvcc.display()))?;
     let text = [done.stdout, done.stderr].concat();
     let text = String::from_utf8_lossy(&text);
-    // no warning by the compiler's own account, but it makes the products of a warpgroup wait for
+    // the compiler does not count it as a warning, but it makes the wgmma of a warpgroup wait for
     // each other
     if !done.status.success() || text.contains("Potential Performance Loss") {
         return Err(format!("{} for {}:\n{text}", job.source.display(), job.arch));

@@ -1,60 +1,65 @@
-// All layers of a decoding step for at most 8 sequences, in one launch (after the Megakernels design, Hazy Research 2025).
+// All layers of a decoding step for at most 8 sequences, in one launch (after the Megakernels
+// design, Hazy Research 2025).
 //
-// Least bytes: the weights. Launched layer by layer, each of some hundred kernels begins with empty hands: its first weights
-// take a trip to memory while nothing is computed, and the last block of the one before is waited for. Here one block stays
-// on each multiprocessor, and its share of all weights of all layers is one stream that never stops: every warp keeps DEPTH
-// pieces of 2 KB on their way into a ring of its own in shared memory (cp.async), across the barriers at which the blocks wait for
-// each other's activations; those barriers cost time only once the ring has run full.
+// Least bytes: the weights. If every layer is launched as kernels of its own, each of some hundred
+// kernels begins with an empty pipeline: it waits for its first weights, and for the last block of
+// the kernel before. Here one block stays on each multiprocessor, and its share of the weights of
+// all layers is one stream that never stops: every warp keeps DEPTH chunks of 2 KB in flight
+// (cp.async) to a ring of its own in shared memory, across the barriers at which blocks wait for
+// each other's activations. Those barriers cost time only once the rings are full.
 //
-//   A phase is a product or attention; a layer has five: norm + queries, keys, values; attention; dense + residual; norm + up +
-//   GELU; down + residual. Block b computes the same count of neighbouring outputs in each product; its 8 warps divide the
-//   inputs. Outputs are the rows of the tensor cores' instruction and tokens its columns. Blocks meet at a counter in
-//   device memory that only ever grows: the launch is cooperative, so that all of them are alive.
+// A layer has five phases: norm and QKV linear; attention; dense linear and residual; norm, up
+// linear and GELU; down linear and residual. Each block computes the same number of neighbouring
+// outputs of a linear, and its 8 warps divide the inputs. Outputs are the rows of mma_m16n8k16 and
+// tokens its columns. Blocks meet at a counter in device memory that only ever grows; the launch is
+// cooperative, so that all blocks are sure to run.
 //
-// Sums are made in an order that does not depend on the tokens, but it is not that of the kernels for one layer at a time.
+// The order of sums does not depend on the tokens, but it differs from that of the kernels for one
+// layer at a time.
 #include "attention_decode.cuh"
 #include "embedding.cuh"
 #include "epilogue.cuh"
 #include "linear.cuh"
-#include "tensor_core.cuh"
+#include "mma.cuh"
 
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * WARP;
 constexpr int TOKENS = 8;
-constexpr int PIECE_ROWS = 16, PIECE_ROW_BYTES = 128, PIECE_BYTES = PIECE_ROWS * PIECE_ROW_BYTES;
-constexpr int TILES = 4;                             // pieces side by side whose sums are in registers at once
-constexpr int GROUP_ROWS = TILES * PIECE_ROWS;
-constexpr int SPLIT = WARPS * BLOCK;                 // positions that a block attends to at once
-constexpr int STRIDE_MORE = 32;                      // elements between staged rows, against bank conflicts
-constexpr int PARTS = 4;                             // products of a layer
+constexpr int CHUNK_ROWS = 16, CHUNK_ROW_BYTES = 128, CHUNK_BYTES = CHUNK_ROWS * CHUNK_ROW_BYTES;
+constexpr int TILES = 4; // chunks side by side that are accumulated at the same time
+constexpr int GROUP_ROWS = TILES * CHUNK_ROWS;
+constexpr int SPLIT = WARPS * BLOCK; // positions that a block takes at a time
+// elements of padding between rows in shared memory, against bank conflicts
+constexpr int STRIDE_MORE = 32;
+constexpr int LINEARS = 4; // linears of a layer
 
 // Laid out as in src/ops/cuda/persistent.rs.
-struct Product {
+struct DecodeLinear {
     const void* weight; // [outputs, inputs]
     const float *scales, *bias;
 };
-struct Layer {
-    Product products[PARTS]; // queries, keys, values; dense; up; down
+struct DecodeLayer {
+    DecodeLinear linears[LINEARS];             // queries, keys, values; dense; up; down
     const float *input_norm[2], *post_norm[2]; // gain and shift
 };
-struct Model {
-    const Layer* layers;
+struct DecodeModel {
+    const DecodeLayer* layers;
     const void* embedding;
     const float *embedding_scales, *embedding_norm, *embedding_shift;
     uint32_t count, width;
     float eps;
     uint32_t residual_post_norm;
 };
-struct Step {
+struct DecodeStep {
     float *x, *x2;
     void *normed, *queries, *attended, *wide;
     const uint32_t* slots;
-    uint32_t* barrier;    // how often blocks have come to a barrier
-    uint64_t layer_bytes; // of the cache
+    uint32_t* barrier;        // how often blocks have come to a barrier
+    uint64_t layer_bytes;     // of the cache
     uint32_t tokens, arrived; // and where the barrier stands as this launch begins
 };
 
-// This block's outputs of a product.
+// This block's outputs of a linear.
 struct Share {
     uint32_t first, rows;
 };
@@ -62,136 +67,154 @@ DEVICE Share share_of(uint32_t outputs) {
     uint32_t each = ((outputs + gridDim.x - 1) / gridDim.x + 3) / 4 * 4, first = blockIdx.x * each;
     return Share{first, first >= outputs ? 0 : outputs - first < each ? outputs - first : each};
 }
-DEVICE uint32_t inputs_of(const Model& m, uint32_t part) { return part == 3 ? 4 * m.width : m.width; }
-DEVICE uint32_t outputs_of(const Model& m, uint32_t part) { return part == 0 ? 3 * m.width : part == 2 ? 4 * m.width : m.width; }
+DEVICE uint32_t inputs_of(const DecodeModel& m, uint32_t part) {
+    return part == 3 ? 4 * m.width : m.width;
+}
+DEVICE uint32_t outputs_of(const DecodeModel& m, uint32_t part) {
+    return part == 0 ? 3 * m.width : part == 2 ? 4 * m.width : m.width;
+}
 
-// A warp's stream of weights: pieces of 16 outputs by 128 bytes of inputs, in the order in which the products take them.
+// A warp's stream of weights, in chunks of 16 outputs by 128 bytes of inputs, in the order in which
+// the linears consume them.
 template <class W, int DEPTH>
 struct Stream {
-    static constexpr uint32_t INPUTS = PIECE_ROW_BYTES / sizeof(W); // of a piece
-    const Model& m;
+    static constexpr uint32_t INPUTS = CHUNK_ROW_BYTES / sizeof(W); // inputs in a chunk
+    const DecodeModel& m;
     char* ring;
-    // the next piece to ask for
+    // the next chunk to load
     const W* weight;
     uint32_t inputs;
     Share share;
-    uint32_t number; // of the product: layer * 4 + part
+    uint32_t number; // number of the linear: layer * 4 + part
     uint32_t group, k, tile;
-    uint32_t asked, taken;
+    uint32_t issued, consumed;
 
-    DEVICE_MEMBER Stream(const Model& m, char* ring) : m(m), ring(ring), number(0), asked(0), taken(0) {
-        open();
-        for (int i = 0; i < DEPTH; i++) ask();
+    DEVICE_MEMBER Stream(const DecodeModel& m, char* ring)
+        : m(m), ring(ring), number(0), issued(0), consumed(0) {
+        next_linear();
+        for (int i = 0; i < DEPTH; i++) issue();
     }
 
-    // Goes to the next product in which this warp has anything to do.
-    DEVICE_MEMBER void open() {
-        for (; number < m.count * PARTS; number++) {
-            inputs = inputs_of(m, number % PARTS);
-            share = share_of(outputs_of(m, number % PARTS));
+    // Goes on to the next linear of which this warp has a part.
+    DEVICE_MEMBER void next_linear() {
+        for (; number < m.count * LINEARS; number++) {
+            inputs = inputs_of(m, number % LINEARS);
+            share = share_of(outputs_of(m, number % LINEARS));
             if (share.rows > 0 && warp_index() * INPUTS < inputs) break;
         }
-        if (number < m.count * PARTS) weight = static_cast<const W*>(m.layers[number / PARTS].products[number % PARTS].weight);
+        if (number < m.count * LINEARS)
+            weight =
+                static_cast<const W*>(m.layers[number / LINEARS].linears[number % LINEARS].weight);
         group = tile = 0;
         k = warp_index() * INPUTS;
     }
 
-    DEVICE_MEMBER void ask() {
-        if (number < m.count * PARTS) {
-            char* to = ring + asked % DEPTH * PIECE_BYTES;
+    DEVICE_MEMBER void issue() {
+        if (number < m.count * LINEARS) {
+            char* to = ring + issued % DEPTH * CHUNK_BYTES;
             UNROLL
-            for (int i = 0; i < PIECE_BYTES / 16 / WARP; i++) {
-                uint32_t row = i * 4 + lane_index() / 8, c = lane_index() % 8, at = k + c * (16 / sizeof(W));
-                uint32_t r = group * GROUP_ROWS + tile * PIECE_ROWS + row;
+            for (int i = 0; i < CHUNK_BYTES / 16 / WARP; i++) {
+                uint32_t row = i * 4 + lane_index() / 8, c = lane_index() % 8,
+                         at = k + c * (16 / sizeof(W));
+                uint32_t r = group * GROUP_ROWS + tile * CHUNK_ROWS + row;
                 bool valid = r < share.rows && at < inputs;
-                copy_async(to + row * PIECE_ROW_BYTES + (c ^ (row & 1) << 2) * 16,
-                           valid ? weight + static_cast<size_t>(share.first + r) * inputs + at : weight, valid);
+                cp_async(to + row * CHUNK_ROW_BYTES + (c ^ (row & 1) << 2) * 16,
+                         valid ? weight + static_cast<size_t>(share.first + r) * inputs + at
+                               : weight,
+                         valid);
             }
             uint32_t left = share.rows - group * GROUP_ROWS;
-            if (++tile >= TILES || tile * PIECE_ROWS >= left) {
+            if (++tile >= TILES || tile * CHUNK_ROWS >= left) {
                 tile = 0;
                 k += WARPS * INPUTS;
                 if (k >= inputs) {
                     k = warp_index() * INPUTS;
                     if (++group * GROUP_ROWS >= share.rows) {
                         number++;
-                        open();
+                        next_linear();
                     }
                 }
             }
         }
-        asked++;
-        copy_commit();
+        issued++;
+        cp_async_commit_group();
     }
 
-    // Waits for the next piece: 16 bytes each of rows lane / 4 and lane / 4 + 8, in both halves of its inputs. Asks for another one in its
-    // place.
-    DEVICE_MEMBER void take(Eight (&rows)[2][2]) {
-        copy_wait<DEPTH - 1>();
-        sync_warp();
-        const char* from = ring + taken % DEPTH * PIECE_BYTES;
+    // Waits for the next chunk and reads 16 bytes each of rows lane / 4 and lane / 4 + 8, in both
+    // halves of its inputs. Then starts loading another chunk in its place.
+    DEVICE_MEMBER void consume(Pack16B (&rows)[2][2]) {
+        cp_async_wait_group<DEPTH - 1>();
+        warp_sync();
+        const char* from = ring + consumed % DEPTH * CHUNK_BYTES;
         int g = lane_index() / 4, t = lane_index() % 4;
         UNROLL
         for (int half = 0; half < 2; half++) {
             UNROLL
             for (int i = 0; i < 2; i++) {
-                rows[half][i] = load(reinterpret_cast<const Eight*>(from + (g + 8 * i) * PIECE_ROW_BYTES +
-                                                                    ((half * 4 + t) ^ (g & 1) << 2) * 16));
+                rows[half][i] = load(reinterpret_cast<const Pack16B*>(
+                    from + (g + 8 * i) * CHUNK_ROW_BYTES + ((half * 4 + t) ^ (g & 1) << 2) * 16));
             }
         }
-        taken++;
-        sync_warp(); // all lanes have what they need of it
-        ask();
+        consumed++;
+        warp_sync(); // all lanes have read the chunk
+        issue();
     }
 };
 
-// Waits for all blocks. What any of them wrote may be read afterwards.
-DEVICE void sync_grid(uint32_t* counter, uint32_t& arrived) {
+// Waits for all blocks of the grid. What any of them wrote before can be read behind.
+DEVICE void grid_sync(uint32_t* counter, uint32_t& arrived) {
     arrived += gridDim.x;
-    sync_block();
+    block_sync();
     if (threadIdx.x == 0) {
-        count_arrival(counter);
-        wait_for_count(counter, arrived);
+        release_increment(counter);
+        wait_for_counter(counter, arrived);
     }
-    sync_block();
+    block_sync();
 }
 
-// epilogue(x W^T) of this block's outputs; `x` are rows of `stride` elements. `sums`: THREADS * 2 * WARPS floats of shared memory.
+// Computes epilogue(x W^T) for this block's outputs. `x` has rows of `stride` elements; `sums` is
+// THREADS * 2 * WARPS floats of shared memory.
 template <class T, class W, int DEPTH>
-DEVICE void multiply_share(Stream<W, DEPTH>& stream, const Model& m, uint32_t part, const float* scales, const T* x, uint32_t stride,
-                           uint32_t tokens, float* sums, const Epilogue& e) {
+DEVICE void linear_share(Stream<W, DEPTH>& stream, const DecodeModel& m, uint32_t part,
+                         const float* scales, const T* x, uint32_t stride, uint32_t tokens,
+                         float* sums, const EpilogueArgs& e) {
     using Operand = Weights<T, W>;
     constexpr uint32_t INPUTS = Stream<W, DEPTH>::INPUTS;
-    constexpr int EIGHTS = INPUTS / 32;  // of a lane's inputs in a piece
-    constexpr int AHEAD = 8 / EIGHTS;    // pieces whose activations are asked for together
+    // 16-byte vectors of activations that a lane needs for a chunk
+    constexpr int VECTORS = INPUTS / 32;
+    constexpr int AHEAD = 8 / VECTORS; // chunks whose activations are loaded together
     Share share = share_of(outputs_of(m, part));
     uint32_t inputs = inputs_of(m, part);
     int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
     for (uint32_t group = 0; group * GROUP_ROWS < share.rows; group++) {
-        uint32_t left = share.rows - group * GROUP_ROWS, tiles = (left + PIECE_ROWS - 1) / PIECE_ROWS;
+        uint32_t left = share.rows - group * GROUP_ROWS,
+                 tiles = (left + CHUNK_ROWS - 1) / CHUNK_ROWS;
         float c[TILES][4] = {};
-        for (uint32_t k0 = warp * INPUTS; k0 < inputs; k0 += AHEAD * WARPS * INPUTS) {
-            Eight b[AHEAD][EIGHTS];
+        for (uint32_t first_k = warp * INPUTS; first_k < inputs;
+             first_k += AHEAD * WARPS * INPUTS) {
+            Pack16B b[AHEAD][VECTORS];
             UNROLL
             for (int a = 0; a < AHEAD; a++) {
                 UNROLL
-                for (int i = 0; i < EIGHTS; i++) {
-                    // a lane's inputs in each half of a piece lie side by side, as its weights do
-                    uint32_t k = k0 + a * WARPS * INPUTS + i / (EIGHTS / 2) * (INPUTS / 2) + t * (INPUTS / 8) + i % (EIGHTS / 2) * 8;
-                    b[a][i] = Eight{};
+                for (int i = 0; i < VECTORS; i++) {
+                    // a lane's inputs in each half of a chunk are contiguous, as its weights are
+                    uint32_t k = first_k + a * WARPS * INPUTS + i / (VECTORS / 2) * (INPUTS / 2) +
+                                 t * (INPUTS / 8) + i % (VECTORS / 2) * 8;
+                    b[a][i] = Pack16B{};
                     if (static_cast<uint32_t>(g) < tokens && k < inputs) {
-                        b[a][i] = load(reinterpret_cast<const Eight*>(x + static_cast<size_t>(g) * stride + k));
+                        b[a][i] = load(reinterpret_cast<const Pack16B*>(
+                            x + static_cast<size_t>(g) * stride + k));
                     }
                 }
             }
             UNROLL
             for (int a = 0; a < AHEAD; a++) {
-                if (k0 + a * WARPS * INPUTS >= inputs) continue;
+                if (first_k + a * WARPS * INPUTS >= inputs) continue;
                 UNROLL
                 for (int tile = 0; tile < TILES; tile++) {
                     if (static_cast<uint32_t>(tile) >= tiles) continue;
-                    Eight rows[2][2];
-                    stream.take(rows);
+                    Pack16B rows[2][2];
+                    stream.consume(rows);
                     UNROLL
                     for (int half = 0; half < 2; half++) {
                         UNROLL
@@ -200,9 +223,9 @@ DEVICE void multiply_share(Stream<W, DEPTH>& stream, const Model& m, uint32_t pa
                             Operand::operand(upper, rows[half][0], s);
                             Operand::operand(lower, rows[half][1], s);
                             uint32_t a4[4] = {upper[0], lower[0], upper[1], lower[1]};
-                            const Eight& eight = b[a][half * (EIGHTS / 2) + s / 2];
-                            uint32_t b2[2] = {eight.pairs[s % 2 * 2], eight.pairs[s % 2 * 2 + 1]};
-                            multiply<T>(c[tile], a4, b2);
+                            const Pack16B& vector = b[a][half * (VECTORS / 2) + s / 2];
+                            uint32_t b2[2] = {vector.pairs[s % 2 * 2], vector.pairs[s % 2 * 2 + 1]};
+                            mma_m16n8k16<T>(c[tile], a4, b2);
                         }
                     }
                 }
@@ -212,102 +235,119 @@ DEVICE void multiply_share(Stream<W, DEPTH>& stream, const Model& m, uint32_t pa
         for (int tile = 0; tile < TILES; tile++) {
             UNROLL
             for (int i = 0; i < 4; i++) {
-                sums[(warp * TOKENS + 2 * t + i % 2) * GROUP_ROWS + tile * PIECE_ROWS + i / 2 * 8 + g] = c[tile][i];
+                sums[(warp * TOKENS + 2 * t + i % 2) * GROUP_ROWS + tile * CHUNK_ROWS + i / 2 * 8 +
+                     g] = c[tile][i];
             }
         }
-        sync_block();
-        // the warps' sums, in order; two neighbours of a token for each thread
+        block_sync();
+        // adds the warps' sums in order; each thread has two neighbours of one token
         uint32_t token = threadIdx.x / (GROUP_ROWS / 2), pair = threadIdx.x % (GROUP_ROWS / 2) * 2;
         if (token < tokens && pair < left) {
             float total[2] = {0, 0};
             uint32_t row = share.first + group * GROUP_ROWS + pair;
             UNROLL
             for (int i = 0; i < 2; i++) {
-                for (int other = 0; other < WARPS; other++) total[i] += sums[(other * TOKENS + token) * GROUP_ROWS + pair + i];
+                for (int other = 0; other < WARPS; other++)
+                    total[i] += sums[(other * TOKENS + token) * GROUP_ROWS + pair + i];
                 if (scales && row + i < e.width) total[i] *= scales[row + i];
             }
-            finish_pair<T>(e, token, row, total[0], total[1], true);
+            epilogue_pair<T>(e, token, row, total[0], total[1], true);
         }
-        sync_block();
+        block_sync();
     }
 }
 
 template <class T, int SIZE>
-DEVICE void attend_share(const Attention& a, uint32_t tokens, float* shared) {
+DEVICE void attention_share(const AttentionArgs& a, uint32_t tokens, float* shared) {
     uint32_t units = tokens * a.heads * a.splits;
     for (uint32_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
-        attend<T, SIZE, WARPS, SPLIT>(a, unit % a.heads, unit / a.heads % tokens, unit / a.heads / tokens, shared);
-        sync_block();
+        attention_decode<T, SIZE, WARPS, SPLIT>(a, unit % a.heads, unit / a.heads % tokens,
+                                                unit / a.heads / tokens, shared);
+        block_sync();
     }
 }
 
-// Shared memory: the warps' rings; sums; normalized rows.
+// Shared memory holds the rings of the warps, then sums, then normalized rows.
 template <class T, class W, int DEPTH>
-DEVICE void decode_step(const Model& m, const Step& step, const Ids& ids, const Attention& attention) {
+DEVICE void decode_step(const DecodeModel& m, const DecodeStep& step, const TokenIds& ids,
+                        const AttentionArgs& attention) {
     char* shared = shared_memory();
-    float* sums = reinterpret_cast<float*>(shared + WARPS * DEPTH * PIECE_BYTES);
+    float* sums = reinterpret_cast<float*>(shared + WARPS * DEPTH * CHUNK_BYTES);
     T* rows = reinterpret_cast<T*>(sums + WARPS * TOKENS * GROUP_ROWS);
-    Stream<W, DEPTH> stream(m, shared + warp_index() * DEPTH * PIECE_BYTES);
-    wait_for_earlier_kernels();
-    uint32_t arrived = step.arrived, tokens = step.tokens, width = m.width, stride = width + STRIDE_MORE;
-    // a token for each block first, then for their other warps
-    for (uint32_t token = warp_index() * gridDim.x + blockIdx.x; token < tokens; token += THREADS / WARP * gridDim.x) {
-        embed_row(step.x, ids, token, static_cast<const W*>(m.embedding), m.embedding_scales, m.embedding_norm,
-                  m.embedding_shift, width, m.eps);
+    Stream<W, DEPTH> stream(m, shared + warp_index() * DEPTH * CHUNK_BYTES);
+    griddep_wait();
+    uint32_t arrived = step.arrived, tokens = step.tokens, width = m.width,
+             stride = width + STRIDE_MORE;
+    // tokens go to different blocks first, then to different warps
+    for (uint32_t token = warp_index() * gridDim.x + blockIdx.x; token < tokens;
+         token += THREADS / WARP * gridDim.x) {
+        embed_row(step.x, ids, token, static_cast<const W*>(m.embedding), m.embedding_scales,
+                  m.embedding_norm, m.embedding_shift, width, m.eps);
     }
-    sync_grid(step.barrier, arrived);
+    grid_sync(step.barrier, arrived);
     uint32_t head_size = width / attention.heads;
     void* residual_normed = m.residual_post_norm ? step.normed : nullptr;
-    // all products go through one place: the code of a layer fits the processors' instruction caches
-    for (uint32_t number = 0; number < m.count * PARTS; number++) {
-        uint32_t l = number / PARTS, part = number % PARTS;
-        const Layer& layer = m.layers[l];
-        Epilogue e = {};
+    // All linears go through one call, so that the code of a layer fits the instruction cache.
+    for (uint32_t number = 0; number < m.count * LINEARS; number++) {
+        uint32_t l = number / LINEARS, part = number % LINEARS;
+        const DecodeLayer& layer = m.layers[l];
+        EpilogueArgs e = {};
         if (part == 0) {
-            // what the layer reads beside its weights, and the first norm of the next
+            // what the layer reads besides its weights, and the first norm of the next layer
             uint32_t thread = threadIdx.x * gridDim.x + blockIdx.x, threads = THREADS * gridDim.x;
-            for (uint32_t p = 0; p < PARTS; p++) {
-                const Product& product = layer.products[p];
-                prefetch(product.bias, outputs_of(m, p) * 4, thread, threads);
-                if (product.scales) prefetch(product.scales, outputs_of(m, p) * 4, thread, threads);
+            for (uint32_t p = 0; p < LINEARS; p++) {
+                const DecodeLinear& linear = layer.linears[p];
+                prefetch_l2(linear.bias, outputs_of(m, p) * 4, thread, threads);
+                if (linear.scales)
+                    prefetch_l2(linear.scales, outputs_of(m, p) * 4, thread, threads);
             }
             for (uint32_t i = 0; i < 2; i++) {
-                prefetch(layer.post_norm[i], width * 4, thread, threads);
-                if (l + 1 < m.count) prefetch(m.layers[l + 1].input_norm[i], width * 4, thread, threads);
+                prefetch_l2(layer.post_norm[i], width * 4, thread, threads);
+                if (l + 1 < m.count)
+                    prefetch_l2(m.layers[l + 1].input_norm[i], width * 4, thread, threads);
             }
         }
         if (part == 1) {
-            Attention a = attention;
+            AttentionArgs a = attention;
             a.keys = static_cast<const char*>(attention.keys) + l * step.layer_bytes;
             a.values = static_cast<const char*>(attention.values) + l * step.layer_bytes;
             switch (head_size) {
-            case 32: attend_share<T, 32>(a, tokens, sums); break;
-            case 64: attend_share<T, 64>(a, tokens, sums); break;
-            case 80: attend_share<T, 80>(a, tokens, sums); break;
-            case 96: attend_share<T, 96>(a, tokens, sums); break;
-            default: attend_share<T, 128>(a, tokens, sums); break;
+            case 32: attention_share<T, 32>(a, tokens, sums); break;
+            case 64: attention_share<T, 64>(a, tokens, sums); break;
+            case 80: attention_share<T, 80>(a, tokens, sums); break;
+            case 96: attention_share<T, 96>(a, tokens, sums); break;
+            default: attention_share<T, 128>(a, tokens, sums); break;
             }
-            sync_grid(step.barrier, arrived);
+            grid_sync(step.barrier, arrived);
         }
         const T* x = rows;
         uint32_t x_stride = stride;
         if (part % 2 == 0) {
             const float* const* norm = part == 0 ? layer.input_norm : layer.post_norm;
-            Input in = {part == 0 ? step.x : step.x2, norm[0], norm[1], residual_normed, m.eps, tokens, width, 0};
+            LinearInput in = {part == 0 ? step.x : step.x2,
+                              norm[0],
+                              norm[1],
+                              residual_normed,
+                              m.eps,
+                              tokens,
+                              width,
+                              0};
             stage_normalized<T, WARPS>(in, rows, stride);
         } else {
             x = static_cast<const T*>(part == 1 ? step.attended : step.wide);
             x_stride = inputs_of(m, part);
             e.mode = RESIDUAL;
             e.residual = residual_normed ? residual_normed : part == 1 ? step.x : step.x2;
-            e.narrow_residual = m.residual_post_norm;
+            e.half_residual = m.residual_post_norm;
             e.out = part == 1 ? step.x2 : step.x;
         }
         if (part == 0) {
             e.mode = QKV;
             e.out = step.queries;
-            e.keys = const_cast<char*>(static_cast<const char*>(attention.keys) + l * step.layer_bytes);
-            e.values = const_cast<char*>(static_cast<const char*>(attention.values) + l * step.layer_bytes);
+            e.keys =
+                const_cast<char*>(static_cast<const char*>(attention.keys) + l * step.layer_bytes);
+            e.values = const_cast<char*>(static_cast<const char*>(attention.values) +
+                                         l * step.layer_bytes);
             e.slots = step.slots;
             e.heads = attention.heads;
             e.head_size = head_size;
@@ -315,22 +355,24 @@ DEVICE void decode_step(const Model& m, const Step& step, const Ids& ids, const 
             e.mode = GELU;
             e.out = step.wide;
         }
-        e.bias = layer.products[part].bias;
+        e.bias = layer.linears[part].bias;
         e.width = outputs_of(m, part);
-        multiply_share<T, W, DEPTH>(stream, m, part, layer.products[part].scales, x, x_stride, tokens, sums, e);
-        if (number + 1 < m.count * PARTS) sync_grid(step.barrier, arrived);
+        linear_share<T, W, DEPTH>(stream, m, part, layer.linears[part].scales, x, x_stride, tokens,
+                                  sums, e);
+        if (number + 1 < m.count * LINEARS) grid_sync(step.barrier, arrived);
     }
 }
 
-#define DECODE_STEP(T, W, suffix, DEPTH)                                                                               \
-    KERNEL_ALONE(decode_step_##suffix##_##DEPTH, THREADS)(Model m, Step step, Ids ids, Attention attention) {          \
-        decode_step<T, W, DEPTH>(m, step, ids, attention);                                                             \
-    }                                                                                                                  \
+#define DECODE_STEP(T, W, suffix, DEPTH)                                                           \
+    KERNEL_ALONE(decode_step_##suffix##_##DEPTH, THREADS)(DecodeModel m, DecodeStep step,          \
+                                                          TokenIds ids, AttentionArgs attention) { \
+        decode_step<T, W, DEPTH>(m, step, ids, attention);                                         \
+    }                                                                                              \
     EXPORT(decode_step_##suffix##_##DEPTH)
-#define DECODE_STEP_ALL(DEPTH)                                                                                         \
-    DECODE_STEP(bf16, bf16, bf16, DEPTH)                                                                               \
-    DECODE_STEP(f16, f16, f16, DEPTH)                                                                                  \
-    DECODE_STEP(bf16, int8_t, bf16_int8, DEPTH)                                                                        \
+#define DECODE_STEP_ALL(DEPTH)                  \
+    DECODE_STEP(bf16, bf16, bf16, DEPTH)        \
+    DECODE_STEP(f16, f16, f16, DEPTH)           \
+    DECODE_STEP(bf16, int8_t, bf16_int8, DEPTH) \
     DECODE_STEP(f16, int8_t, f16_int8, DEPTH)
 DECODE_STEP_ALL(4)
 DECODE_STEP_ALL(10)

@@ -1,176 +1,212 @@
-// y = epilogue(x W^T) for many tokens on Hopper: copies by the copy engine, products by warpgroups.
+// y = epilogue(x W^T) for many tokens on Hopper, with TMA and wgmma.
 //
 //   x [tokens, inputs] and W [outputs, inputs] in 16 bits
 //
-// FLOPs: 2 * tokens * inputs * outputs. A block has a tile of 128 tokens by 256 outputs; two blocks of a cluster have the same outputs, and each
-// brings half of the weights to both: (128 + 128) * inputs elements from the second-level cache for 128 * 256 outputs, 128 FLOPs a
-// byte (85 without clusters, where there is one tile of tokens). One block fills a multiprocessor and takes tile after tile, in groups of
-// 16 tiles of tokens, so that what is worked on at a time reads few rows of either operand from memory. One thread of the first warpgroup
-// asks for slices of 64 inputs, four ahead; the other two warpgroups multiply 64 tokens by 256 outputs each, straight from
-// shared memory, with the next slice's products begun before the last one's are waited for. A pair of barrier objects for
-// each stage says when it is full and when it is free, in both blocks. Results go through shared memory, 128 bytes of a token at a
-// time, so that whole lines are written and the residual is read in such.
+// FLOPs: 2 * tokens * inputs * outputs. A block computes tiles of 128 tokens by 256 outputs. The
+// two blocks of a cluster work on the same outputs, and each multicasts half of the weights to
+// both: L2 delivers (128 + 128) * inputs elements for 128 * 256 outputs, which is 128 FLOPs for
+// each byte (85 without clusters, where there is only one tile of tokens).
+// One block fills a multiprocessor and takes tile after tile, in groups of 16 tiles of tokens, so
+// that the tiles in work at the same time read few rows of either operand from memory. One thread
+// of the first warpgroup is the producer and loads slices of 64 inputs, four ahead; the other two
+// warpgroups compute 64 tokens by 256 outputs each, straight from shared memory, and issue the
+// wgmma of a slice before those of the previous one are waited for. Two mbarriers for each stage
+// say when it is full and when it is empty, in both blocks. Results go through shared memory, 128
+// bytes of a token at a time, so that whole lines are written and whole lines of the residual are
+// read.
 #include "epilogue.cuh"
 #include "linear.cuh"
 #include "memory.cuh"
-#include "slices.cuh"
-#include "tensor_core.cuh"
+#include "mma.cuh"
+#include "tma_pipeline.cuh"
 
 #if HOPPER
 
 constexpr int TILE_M = 128, TILE_N = 256;
 constexpr int CONSUMERS = 2;
 constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
-using Ring = Slices<TILE_M, TILE_N, 4, true>;
-constexpr uint32_t GROUP = 16; // tiles of tokens whose tiles of outputs are taken together
+using Pipeline = TmaPipeline<TILE_M, TILE_N, 4, true>;
+constexpr uint32_t GROUP = 16; // tiles of tokens that are taken together
 
-constexpr int STAGED_COLUMNS = 64, STAGED_STRIDE = STAGED_COLUMNS * 2 + 16; // rows meet no bank twice
-constexpr int WIDE_COLUMNS = 32, WIDE_STRIDE = WIDE_COLUMNS * 4 + 32;       // nor do these, in f32
-constexpr int STAGED_BYTES = 16 * WIDE_STRIDE;                              // of a warp
+constexpr int STAGED_COLUMNS = 64;
+constexpr int STAGED_STRIDE = STAGED_COLUMNS * 2 + 16; // the padding avoids bank conflicts
+constexpr int FLOAT_COLUMNS = 32,
+              FLOAT_STRIDE = FLOAT_COLUMNS * 4 + 32; // the same for results in f32
+constexpr int STAGED_BYTES = 16 * FLOAT_STRIDE;      // of each consuming warp
 
-// Writes a warp's 16 tokens by 256 outputs in 16 bits. `d` as `multiply_group` leaves it; `staged`: the warp's own, 16 rows.
+// Writes a warp's 16 tokens by 256 outputs in 16 bits. The accumulators in `d` are ordered as by
+// wgmma_ss; `staged` is shared memory of this warp for 16 rows.
 template <class T, uint32_t MODE>
-DEVICE void finish_narrow(const Epilogue& of, char* staged, uint32_t first_token, uint32_t tokens, uint32_t first_row,
-                          const float (&d)[TILE_N / 2]) {
-    constexpr int PIECES = STAGED_COLUMNS / 8; // of 16 bytes
-    Epilogue e = of;
-    e.mode = MODE; // known as this is compiled
+DEVICE void store_half_tile(const EpilogueArgs& of, char* staged, uint32_t first_token,
+                            uint32_t tokens, uint32_t first_row, const float (&d)[TILE_N / 2]) {
+    constexpr int CHUNKS = STAGED_COLUMNS / 8; // chunks of 16 bytes in a staged row
+    EpilogueArgs e = of;
+    e.mode = MODE; // known at compile time
     int lane = lane_index(), t = lane % 4;
     UNROLL
     for (int part = 0; part < TILE_N / STAGED_COLUMNS; part++) {
         UNROLL
-        for (int j = 0; j < PIECES; j += 2) {
+        for (int j = 0; j < CHUNKS; j += 2) {
             uint32_t four[4];
             UNROLL
             for (int i = 0; i < 4; i++) {
                 int column = part * STAGED_COLUMNS + (j + i / 2) * 8;
                 uint32_t row = first_row + column + 2 * t;
-                float bias[2] = {row < e.width ? e.bias[row] : 0, row < e.width ? e.bias[row + 1] : 0};
-                float a = d[column / 2 + i % 2 * 2] + bias[0], b = d[column / 2 + i % 2 * 2 + 1] + bias[1];
+                float bias[2] = {row < e.width ? e.bias[row] : 0,
+                                 row < e.width ? e.bias[row + 1] : 0};
+                float a = d[column / 2 + i % 2 * 2] + bias[0],
+                      b = d[column / 2 + i % 2 * 2 + 1] + bias[1];
                 four[i] = e.mode == GELU ? pack<T>(gelu(a), gelu(b)) : pack<T>(a, b);
             }
-            store_matrices(staged + (lane / 8 % 2 * 8 + lane % 8) * STAGED_STRIDE + (j + lane / 16) * 16, four);
+            stmatrix_x4(staged + (lane / 8 % 2 * 8 + lane % 8) * STAGED_STRIDE +
+                            (j + lane / 16) * 16,
+                        four);
         }
-        sync_warp();
+        warp_sync();
         UNROLL
-        for (int i = lane; i < 16 * PIECES; i += WARP) {
-            uint32_t token = first_token + i / PIECES, row = first_row + part * STAGED_COLUMNS + i % PIECES * 8;
+        for (int i = lane; i < 16 * CHUNKS; i += WARP) {
+            uint32_t token = first_token + i / CHUNKS,
+                     row = first_row + part * STAGED_COLUMNS + i % CHUNKS * 8;
             if (token < tokens && row < e.width) {
-                *reinterpret_cast<Eight*>(narrow_place<T>(e, token, row)) =
-                    load(reinterpret_cast<const Eight*>(staged + i / PIECES * STAGED_STRIDE + i % PIECES * 16));
+                *reinterpret_cast<Pack16B*>(half_output_at<T>(e, token, row)) =
+                    load(reinterpret_cast<const Pack16B*>(staged + i / CHUNKS * STAGED_STRIDE +
+                                                          i % CHUNKS * 16));
             }
         }
-        sync_warp();
+        warp_sync();
     }
 }
 
-// The same in f32, with the residual of a part on its way while the part before is written.
+// Writes the same in f32. The residual of the next part is loaded while this part is written.
 template <class T, uint32_t MODE>
-DEVICE void finish_wide(const Epilogue& e, char* staged, uint32_t first_token, uint32_t tokens, uint32_t first_row,
-                        const float (&d)[TILE_N / 2]) {
-    constexpr int PARTS = TILE_N / WIDE_COLUMNS, ROWS = 4; // a lane has the same four columns of every fourth token
-    int lane = lane_index(), g = lane / 4, t = lane % 4, piece = lane % 8;
+DEVICE void store_float_tile(const EpilogueArgs& e, char* staged, uint32_t first_token,
+                             uint32_t tokens, uint32_t first_row, const float (&d)[TILE_N / 2]) {
+    constexpr int PARTS = TILE_N / FLOAT_COLUMNS;
+    constexpr int ROWS = 4; // each lane has the same four columns of every fourth token
+    int lane = lane_index(), g = lane / 4, t = lane % 4, chunk = lane % 8;
     uint32_t first = first_token + lane / 8;
-    auto place = [&](int part, int i) { return static_cast<size_t>(first + i * 4) * e.width + first_row + part * WIDE_COLUMNS + piece * 4; };
-    auto there = [&](int part, int i) { return first + i * 4 < tokens && first_row + part * WIDE_COLUMNS + piece * 4 < e.width; };
-    auto ask = [&](int part, Four (&r)[ROWS]) {
+    auto offset = [&](int part, int i) {
+        return static_cast<size_t>(first + i * 4) * e.width + first_row + part * FLOAT_COLUMNS +
+               chunk * 4;
+    };
+    auto exists = [&](int part, int i) {
+        return first + i * 4 < tokens && first_row + part * FLOAT_COLUMNS + chunk * 4 < e.width;
+    };
+    auto load_residual = [&](int part, Float4(&r)[ROWS]) {
         UNROLL
         for (int i = 0; i < ROWS; i++) {
-            r[i] = Four{};
-            if (MODE != RESIDUAL || !there(part, i)) continue;
-            if (e.narrow_residual) {
-                const uint32_t* pairs = reinterpret_cast<const uint32_t*>(static_cast<const T*>(e.residual) + place(part, i));
-                r[i] = Four{{low<T>(pairs[0]), high<T>(pairs[0]), low<T>(pairs[1]), high<T>(pairs[1])}};
+            r[i] = Float4{};
+            if (MODE != RESIDUAL || !exists(part, i)) continue;
+            if (e.half_residual) {
+                const uint32_t* pairs = reinterpret_cast<const uint32_t*>(
+                    static_cast<const T*>(e.residual) + offset(part, i));
+                r[i] = Float4{
+                    {low<T>(pairs[0]), high<T>(pairs[0]), low<T>(pairs[1]), high<T>(pairs[1])}};
             } else {
-                r[i] = *reinterpret_cast<const Four*>(static_cast<const float*>(e.residual) + place(part, i));
+                r[i] = *reinterpret_cast<const Float4*>(static_cast<const float*>(e.residual) +
+                                                        offset(part, i));
             }
         }
     };
-    Four residual[ROWS], next[ROWS];
-    ask(0, next);
+    Float4 residual[ROWS], next[ROWS];
+    load_residual(0, next);
     UNROLL
     for (int part = 0; part < PARTS; part++) {
         UNROLL
         for (int i = 0; i < ROWS; i++) residual[i] = next[i];
         UNROLL
-        for (int j = 0; j < WIDE_COLUMNS / 8; j++) {
-            const float* from = d + (part * WIDE_COLUMNS + j * 8) / 2;
+        for (int j = 0; j < FLOAT_COLUMNS / 8; j++) {
+            const float* from = d + (part * FLOAT_COLUMNS + j * 8) / 2;
             UNROLL
             for (int half = 0; half < 2; half++) {
-                float* to = reinterpret_cast<float*>(staged + (g + 8 * half) * WIDE_STRIDE) + j * 8 + 2 * t;
+                float* to = reinterpret_cast<float*>(staged + (g + 8 * half) * FLOAT_STRIDE) +
+                            j * 8 + 2 * t;
                 to[0] = from[2 * half];
                 to[1] = from[2 * half + 1];
             }
         }
-        if (part + 1 < PARTS) ask(part + 1, next);
-        sync_warp();
-        Four bias = {};
-        if (there(part, 0)) bias = *reinterpret_cast<const Four*>(e.bias + first_row + part * WIDE_COLUMNS + piece * 4);
+        if (part + 1 < PARTS) load_residual(part + 1, next);
+        warp_sync();
+        Float4 bias = {};
+        if (exists(part, 0))
+            bias = *reinterpret_cast<const Float4*>(e.bias + first_row + part * FLOAT_COLUMNS +
+                                                    chunk * 4);
         UNROLL
         for (int i = 0; i < ROWS; i++) {
-            Four v = *reinterpret_cast<const Four*>(staged + (i * 4 + lane / 8) * WIDE_STRIDE + piece * 16);
+            Float4 v = *reinterpret_cast<const Float4*>(staged + (i * 4 + lane / 8) * FLOAT_STRIDE +
+                                                        chunk * 16);
             UNROLL
             for (int k = 0; k < 4; k++) v.v[k] = v.v[k] + bias.v[k] + residual[i].v[k];
-            if (there(part, i)) *reinterpret_cast<Four*>(static_cast<float*>(e.out) + place(part, i)) = v;
+            if (exists(part, i))
+                *reinterpret_cast<Float4*>(static_cast<float*>(e.out) + offset(part, i)) = v;
         }
-        sync_warp();
+        warp_sync();
     }
 }
 
-// Writes a warp's sums; the mode is chosen once a tile, so that each has code of its own.
+// Writes a warp's results. The mode is decided once for each tile, so that each mode has code of
+// its own.
 template <class T>
-DEVICE void finish_tile(const Epilogue& e, char* staged, uint32_t first_token, uint32_t tokens, uint32_t first_row,
-                        const float (&d)[TILE_N / 2]) {
+DEVICE void epilogue_tile(const EpilogueArgs& e, char* staged, uint32_t first_token,
+                          uint32_t tokens, uint32_t first_row, const float (&d)[TILE_N / 2]) {
     switch (e.mode) {
-    case GELU: finish_narrow<T, GELU>(e, staged, first_token, tokens, first_row, d); break;
-    case QKV: finish_narrow<T, QKV>(e, staged, first_token, tokens, first_row, d); break;
-    case RESIDUAL: finish_wide<T, RESIDUAL>(e, staged, first_token, tokens, first_row, d); break;
-    default: finish_wide<T, BIAS>(e, staged, first_token, tokens, first_row, d); break;
+    case GELU: store_half_tile<T, GELU>(e, staged, first_token, tokens, first_row, d); break;
+    case QKV: store_half_tile<T, QKV>(e, staged, first_token, tokens, first_row, d); break;
+    case RESIDUAL:
+        store_float_tile<T, RESIDUAL>(e, staged, first_token, tokens, first_row, d);
+        break;
+    default: store_float_tile<T, BIAS>(e, staged, first_token, tokens, first_row, d); break;
     }
 }
 
-// Shared memory: the ring, then what `finish_tile` needs for each consuming warp.
+// Shared memory holds the pipeline, then what `epilogue_tile` needs for each consuming warp.
 template <class T>
-DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t tokens, uint32_t inputs, const Epilogue& e) {
+DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t tokens, uint32_t inputs,
+                          const EpilogueArgs& e) {
     char* shared = shared_memory();
-    Ring ring(shared, CONSUMERS * WARPGROUP / WARP);
-    wait_for_earlier_kernels();
-    // clusters take tiles of neighbouring tokens with the same outputs
-    uint32_t rows = ((tokens + TILE_M - 1) / TILE_M + ring.blocks - 1) / ring.blocks, columns = (e.width + TILE_N - 1) / TILE_N;
-    uint32_t tiles = rows * columns, clusters = gridDim.x / ring.blocks, group = GROUP / ring.blocks;
-    // in an order in which those that are worked on together read few rows of either operand
+    Pipeline pipeline(shared, CONSUMERS * WARPGROUP / WARP);
+    griddep_wait();
+    // the blocks of a cluster take neighbouring tokens of the same outputs
+    uint32_t rows = ((tokens + TILE_M - 1) / TILE_M + pipeline.blocks - 1) / pipeline.blocks,
+             columns = (e.width + TILE_N - 1) / TILE_N;
+    uint32_t tiles = rows * columns, clusters = gridDim.x / pipeline.blocks,
+             group = GROUP / pipeline.blocks;
+    // the first token and output of a tile, in an order in which tiles in work at the same time
+    // share rows
     auto first = [&](uint32_t tile, uint32_t& token, uint32_t& output) {
-        uint32_t above = tile / (group * columns) * group, height = rows - above < group ? rows - above : group;
+        uint32_t above = tile / (group * columns) * group,
+                 height = rows - above < group ? rows - above : group;
         uint32_t within = tile - above * columns;
-        token = ((above + within % height) * ring.blocks + ring.rank) * TILE_M;
+        token = ((above + within % height) * pipeline.blocks + pipeline.rank) * TILE_M;
         output = within / height * TILE_N;
     };
     uint32_t token, output;
-    uint32_t slices = (inputs + Ring::WIDTH - 1) / Ring::WIDTH;
-    uint32_t turn = 0; // slices so far, over all tiles
+    uint32_t slices = (inputs + Pipeline::WIDTH - 1) / Pipeline::WIDTH;
+    uint32_t iteration = 0; // counts the slices of all tiles
     if (threadIdx.x < WARPGROUP) {
-        give_registers<40>();
+        setmaxnreg_dec<40>();
         if (threadIdx.x == 0) {
-            for (uint32_t tile = blockIdx.x / ring.blocks; tile < tiles; tile += clusters) {
+            for (uint32_t tile = blockIdx.x / pipeline.blocks; tile < tiles; tile += clusters) {
                 first(tile, token, output);
-                for (uint32_t s = 0; s < slices; s++, turn++) {
-                    ring.claim(turn);
-                    ring.bring_x(turn, x, token, s);
-                    ring.bring_w(turn, w, output, s);
+                for (uint32_t s = 0; s < slices; s++, iteration++) {
+                    pipeline.producer_acquire(iteration);
+                    pipeline.load_x(iteration, x, token, s);
+                    pipeline.load_w(iteration, w, output, s);
                 }
             }
         }
     } else {
-        take_registers<232>();
+        setmaxnreg_inc<232>();
         int half = threadIdx.x / WARPGROUP - 1, lane = lane_index();
         int g = lane / 4, t = lane % 4;
-        for (uint32_t tile = blockIdx.x / ring.blocks; tile < tiles; tile += clusters) {
+        for (uint32_t tile = blockIdx.x / pipeline.blocks; tile < tiles; tile += clusters) {
             float d[TILE_N / 2];
-            ring.multiply<T, TILE_N>(d, turn, slices, half * 64, 0);
+            pipeline.mainloop<T, TILE_N>(d, iteration, slices, half * 64, 0);
             first(tile, token, output);
             uint32_t warp_token = token + half * 64 + warp_index() % 4 * 16;
             if (e.width % 8 == 0) {
-                finish_tile<T>(e, shared + Ring::BYTES + (warp_index() - 4) * STAGED_BYTES, warp_token, tokens, output, d);
+                epilogue_tile<T>(e, shared + Pipeline::BYTES + (warp_index() - 4) * STAGED_BYTES,
+                                 warp_token, tokens, output, d);
                 continue;
             }
             UNROLL
@@ -180,19 +216,23 @@ DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t token
                 UNROLL
                 for (int i = 0; i < 2; i++) {
                     uint32_t at = warp_token + g + i * 8;
-                    if (at < tokens) finish_pair<T>(e, at, row, d[4 * j + 2 * i], d[4 * j + 2 * i + 1], row + 1 < e.width);
+                    if (at < tokens)
+                        epilogue_pair<T>(e, at, row, d[4 * j + 2 * i], d[4 * j + 2 * i + 1],
+                                         row + 1 < e.width);
                 }
             }
         }
     }
-    if (ring.blocks > 1) sync_cluster(); // the other block's slices and arrivals have come
+    // copies to the other block and arrivals there are complete
+    if (pipeline.blocks > 1) cluster_sync();
 }
 
-#define LINEAR_HOPPER(T)                                                                                               \
-    KERNEL_ALONE(linear_hopper_##T, THREADS)                                                                           \
-    (const GRID_CONSTANT TensorMap x, const GRID_CONSTANT TensorMap w, uint32_t tokens, uint32_t inputs, Epilogue e) { \
-        linear_hopper<T>(&x, &w, tokens, inputs, e);                                                                   \
-    }                                                                                                                  \
+#define LINEAR_HOPPER(T)                                                                \
+    KERNEL_ALONE(linear_hopper_##T, THREADS)                                            \
+    (const GRID_CONSTANT TensorMap x, const GRID_CONSTANT TensorMap w, uint32_t tokens, \
+     uint32_t inputs, EpilogueArgs e) {                                                 \
+        linear_hopper<T>(&x, &w, tokens, inputs, e);                                    \
+    }                                                                                   \
     EXPORT(linear_hopper_##T)
 LINEAR_HOPPER(bf16)
 LINEAR_HOPPER(f16)

@@ -1,10 +1,11 @@
-"""What the compiler made of each kernel, without a GPU: registers, shared memory, spills, occupancy, tensor-core instructions.
+"""What the compiler made of each kernel, without a GPU: registers, shared memory, spills,
+occupancy, tensor-core instructions.
 
     pip install -r kernels/requirements.txt nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
     python kernels/report.py [--arch sm_90a] [--json]
 
-Occupancy is the part of a multiprocessor's threads that registers and block size allow; dynamic shared memory, which the
-launch decides, can allow less.
+Occupancy is the part of a multiprocessor's threads that registers and block size allow; dynamic
+shared memory, which the launch decides, can allow less.
 """
 
 import argparse
@@ -28,9 +29,13 @@ def tool(name):
     beside = pathlib.Path(os.environ["NVCC"]).parent / name if "NVCC" in os.environ else None
     found = beside if beside and beside.exists() else shutil.which(name)
     packages = [p for p in sys.path if p.endswith("site-packages")]
-    found = found or next((p for s in packages for p in pathlib.Path(s).glob(f"nvidia/cu13/bin/{name}")), None)
+    installed = (p for s in packages for p in pathlib.Path(s).glob(f"nvidia/cu13/bin/{name}"))
+    found = found or next(installed, None)
     if not found:
-        sys.exit(f"{name} is not here: pip install -r kernels/requirements.txt nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        sys.exit(
+            f"{name} is not here: pip install -r kernels/requirements.txt "
+            "nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+        )
     return str(found)
 
 
@@ -76,7 +81,9 @@ def kernels(source, arch, folder):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--arch", action="append", help="sm_80 and sm_90a if not given")
     p.add_argument("--json", action="store_true")
     a = p.parse_args()
@@ -92,8 +99,8 @@ def main():
     for r in sorted(rows, key=lambda r: (r["kernel"], r["arch"])):
         cores = " ".join(f"{k} {v}" for k, v in r["tensor_core"].items())
         print(
-            f"{r['kernel']:34} {r['arch']:7} {r['threads']:7} {r['registers']:4} {r['stack_bytes']:5} "
-            f"{r['local_memory_accesses']:6} {r['occupancy']:9.0%} {cores}"
+            f"{r['kernel']:34} {r['arch']:7} {r['threads']:7} {r['registers']:4} "
+            f"{r['stack_bytes']:5} {r['local_memory_accesses']:6} {r['occupancy']:9.0%} {cores}"
         )
 
 

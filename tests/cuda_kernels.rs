@@ -190,7 +190,7 @@ fn equal_logits_are_cut_as_on_the_cpu() {
 fn kernels_of_hopper_that_compute_something_else_are_left_alone() {
     let heads = Heads { count: 2, size: 96, slopes: vec![0.5, 0.25] };
     for half in [DType::Bf16, DType::F16] {
-        for broken in [None, Some("linear_cluster"), Some("head_logits_hopper")] {
+        for broken in [None, Some("linear_cluster"), Some("lm_head_logits_hopper")] {
             let device = emulated::gpu(false, true);
             device.broken.set(broken);
             let cuda = Cuda::new(device.clone(), half, false);

@@ -1,36 +1,38 @@
-// The embedding lookup with its layer norm.
+// The embedding lookup followed by a layer norm.
 #pragma once
-#include "choice.cuh"
-#include "rows.cuh"
+#include "layer_norm.cuh"
+#include "sampling.cuh"
 
-// A row of the embedding, in 16 bits, or in 8 with a scale.
+// A row of the embedding table, in 16 bits, or in 8 bits with a scale.
 template <class T>
 struct TableRow {
     const T* x;
     float scale;
-    DEVICE_MEMBER Four operator()(int i) const {
-        uint32_t p[2] = {reinterpret_cast<const uint32_t*>(x + i)[0], reinterpret_cast<const uint32_t*>(x + i)[1]};
-        return Four{{low<T>(p[0]), high<T>(p[0]), low<T>(p[1]), high<T>(p[1])}};
+    DEVICE_MEMBER Float4 operator()(int i) const {
+        uint32_t p[2] = {reinterpret_cast<const uint32_t*>(x + i)[0],
+                         reinterpret_cast<const uint32_t*>(x + i)[1]};
+        return Float4{{low<T>(p[0]), high<T>(p[0]), low<T>(p[1]), high<T>(p[1])}};
     }
 };
 template <>
 struct TableRow<int8_t> {
     const int8_t* x;
     float scale;
-    DEVICE_MEMBER Four operator()(int i) const {
+    DEVICE_MEMBER Float4 operator()(int i) const {
         uint32_t p = *reinterpret_cast<const uint32_t*>(x + i);
-        Four v;
+        Float4 v;
         UNROLL
-        for (int j = 0; j < 4; j++) v.v[j] = static_cast<float>(static_cast<int8_t>(p >> (8 * j))) * scale;
+        for (int j = 0; j < 4; j++)
+            v.v[j] = static_cast<float>(static_cast<int8_t>(p >> (8 * j))) * scale;
         return v;
     }
 };
 
 // Laid out as in src/ops/cuda/mod.rs.
-struct Ids {
+struct TokenIds {
     const uint32_t* ids;
-    const uint32_t* fed;   // of each token: the choice that it is, or 0xffffffff
-    const Chosen* choices; // of the step before; null if nothing is fed
+    const uint32_t* fed;         // of each token: the choice that it is, or 0xffffffff
+    const SampledToken* choices; // of the step before; null if nothing is fed
     uint32_t vocabulary, unused;
     DEVICE_MEMBER uint32_t of(uint32_t token) const {
         uint32_t choice = choices ? fed[token] : 0xffffffff;
@@ -41,12 +43,14 @@ struct Ids {
     }
 };
 
-// A token's row of the table, normalized by one warp. `scales` is null for 16-bit tables.
+// Writes the normalized embedding of a token, by one warp. `scales` is null for 16-bit tables.
 template <class T>
-DEVICE void embed_row(float* out, const Ids& ids, uint32_t token, const T* table, const float* scales, const float* weight,
-                      const float* bias, uint32_t width, float eps) {
+DEVICE void embed_row(float* out, const TokenIds& ids, uint32_t token, const T* table,
+                      const float* scales, const float* weight, const float* bias, uint32_t width,
+                      float eps) {
     uint32_t id = ids.of(token);
     TableRow<T> row = {table + static_cast<size_t>(id) * width, scales ? scales[id] : 1.0f};
     float* to = out + static_cast<size_t>(token) * width;
-    normalize(row, weight, bias, width, eps, [&](uint32_t i, Four v) { *reinterpret_cast<Four*>(to + i) = v; });
+    normalize(row, weight, bias, width, eps,
+              [&](uint32_t i, Float4 v) { *reinterpret_cast<Float4*>(to + i) = v; });
 }

@@ -1,29 +1,29 @@
-// Kernels that are wrong, one for each kind of fault that the emulator must report.
+// Kernels with one fault each, of every kind that the emulator must report.
 #include "cluster.cuh"
 #include "memory.cuh"
-#include "tensor_core.cuh"
-#include "warpgroup.cuh"
+#include "mma.cuh"
+#include "wgmma.cuh"
 
 // One thread does not come to the barrier.
 KERNEL(fault_divergent_barrier, 64)(uint32_t* out) {
-    if (threadIdx.x != 3) sync_block();
+    if (threadIdx.x != 3) block_sync();
     out[threadIdx.x] = threadIdx.x;
 }
 EXPORT(fault_divergent_barrier)
 
-// Half of a warp is in one operation, half in another.
+// The two halves of a warp call different functions.
 KERNEL(fault_divergent_warp, 32)(float* out) {
     if (threadIdx.x < 16) {
-        sync_warp();
+        warp_sync();
     } else {
         out[threadIdx.x] = shuffle_xor(1.0f, 1);
     }
 }
 EXPORT(fault_divergent_warp)
 
-// Two named barriers, each waiting for the other's threads.
+// Two named barriers, each of which waits for threads that are at the other.
 KERNEL(fault_deadlock, 64)(uint32_t* out) {
-    sync_some(threadIdx.x < 32 ? 1 : 2, 64);
+    named_barrier_sync(threadIdx.x < 32 ? 1 : 2, 64);
     out[threadIdx.x] = 1;
 }
 EXPORT(fault_deadlock)
@@ -40,201 +40,213 @@ KERNEL(fault_shared_out_of_bounds, 32)(uint32_t* out) {
 }
 EXPORT(fault_shared_out_of_bounds)
 
-KERNEL(fault_unwritten, 32)(uint32_t* out, const uint32_t* in) { out[threadIdx.x] = in[threadIdx.x]; }
+KERNEL(fault_unwritten, 32)(uint32_t* out, const uint32_t* in) {
+    out[threadIdx.x] = in[threadIdx.x];
+}
 EXPORT(fault_unwritten)
 
 KERNEL(fault_shared_unwritten, 32)(uint32_t* out) {
     uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory());
     if (threadIdx.x > 0) shared[threadIdx.x] = 1;
-    sync_block();
+    block_sync();
     out[threadIdx.x] = shared[threadIdx.x];
 }
 EXPORT(fault_shared_unwritten)
 
-// Reads its neighbour's number without waiting for it.
+// Reads what another thread writes, without a barrier between.
 KERNEL(fault_missing_barrier, 64)(uint32_t* out) {
     uint32_t* shared = reinterpret_cast<uint32_t*>(shared_memory());
     shared[threadIdx.x] = 0;
-    sync_block();
+    block_sync();
     shared[threadIdx.x] = threadIdx.x;
     out[threadIdx.x] = shared[(threadIdx.x + 63) % 64];
 }
 EXPORT(fault_missing_barrier)
 
-// Uses what a copy brings before it has come.
-KERNEL(fault_copy_not_awaited, 32)(Eight* out, const Eight* in) {
-    Eight* shared = reinterpret_cast<Eight*>(shared_memory());
-    copy_async(&shared[threadIdx.x], &in[threadIdx.x], true);
-    copy_commit();
-    copy_wait<1>(); // one group may still be on its way: this one
+// Reads the destination of a cp.async before it has arrived.
+KERNEL(fault_cp_async_not_awaited, 32)(Pack16B* out, const Pack16B* in) {
+    Pack16B* shared = reinterpret_cast<Pack16B*>(shared_memory());
+    cp_async(&shared[threadIdx.x], &in[threadIdx.x], true);
+    cp_async_commit_group();
+    cp_async_wait_group<1>(); // allows one group to be in flight: this one
     out[threadIdx.x] = shared[threadIdx.x];
 }
-EXPORT(fault_copy_not_awaited)
+EXPORT(fault_cp_async_not_awaited)
 
-// The same kernel, right.
-KERNEL(copy_awaited, 32)(Eight* out, const Eight* in) {
-    Eight* shared = reinterpret_cast<Eight*>(shared_memory());
-    copy_async(&shared[threadIdx.x], &in[threadIdx.x], true);
-    copy_commit();
-    copy_wait<0>();
-    sync_block();
+// The same without the fault.
+KERNEL(cp_async_awaited, 32)(Pack16B* out, const Pack16B* in) {
+    Pack16B* shared = reinterpret_cast<Pack16B*>(shared_memory());
+    cp_async(&shared[threadIdx.x], &in[threadIdx.x], true);
+    cp_async_commit_group();
+    cp_async_wait_group<0>();
+    block_sync();
     out[threadIdx.x] = shared[31 - threadIdx.x];
 }
-EXPORT(copy_awaited)
+EXPORT(cp_async_awaited)
 
-// Waits for bytes that nobody sends.
+// Waits for bytes that are never written.
 KERNEL(fault_phase_never_ends, 32)(uint32_t* out) {
     uint64_t* barrier = reinterpret_cast<uint64_t*>(shared_memory());
-    if (threadIdx.x == 0) barrier_init(barrier, 1);
-    sync_block();
-    if (threadIdx.x == 0) barrier_arrive_expecting(barrier, 128);
-    barrier_wait(barrier, 0);
+    if (threadIdx.x == 0) mbarrier_init(barrier, 1);
+    block_sync();
+    if (threadIdx.x == 0) mbarrier_arrive_expect_tx(barrier, 128);
+    mbarrier_wait_parity(barrier, 0);
     out[threadIdx.x] = 1;
 }
 EXPORT(fault_phase_never_ends)
 
-// Uses a barrier object before it is initialized.
-KERNEL(fault_barrier_not_initialized, 32)(uint32_t* out) {
-    barrier_arrive(reinterpret_cast<uint64_t*>(shared_memory()));
+// Uses an mbarrier before it is initialized.
+KERNEL(fault_mbarrier_not_initialized, 32)(uint32_t* out) {
+    mbarrier_arrive(reinterpret_cast<uint64_t*>(shared_memory()));
     out[threadIdx.x] = 1;
 }
-EXPORT(fault_barrier_not_initialized)
+EXPORT(fault_mbarrier_not_initialized)
 
-// Reads a tile that another thread asks for, without waiting for it.
+// Reads a tile that TMA is still copying.
 KERNEL(fault_tile_not_awaited, 64)(const GRID_CONSTANT TensorMap map, uint16_t* out) {
     char* shared = shared_memory();
     uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + 1024);
     if (threadIdx.x == 0) {
-        barrier_init(barrier, 1);
-        barrier_arrive_expecting(barrier, 1024);
-        copy_tile(shared, &map, 0, 0, barrier);
+        mbarrier_init(barrier, 1);
+        mbarrier_arrive_expect_tx(barrier, 1024);
+        tma_load(shared, &map, 0, 0, barrier);
     }
     out[threadIdx.x] = reinterpret_cast<uint16_t*>(shared)[threadIdx.x];
 }
 EXPORT(fault_tile_not_awaited)
 
-// The same kernel, right.
+// The same without the fault.
 KERNEL(tile_awaited, 64)(const GRID_CONSTANT TensorMap map, uint16_t* out) {
     char* shared = shared_memory();
     uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + 1024);
     if (threadIdx.x == 0) {
-        barrier_init(barrier, 1);
-        barrier_init_done();
+        mbarrier_init(barrier, 1);
+        fence_mbarrier_init();
     }
-    sync_block();
+    block_sync();
     if (threadIdx.x == 0) {
-        barrier_arrive_expecting(barrier, 1024);
-        copy_tile(shared, &map, 1, 8, barrier);
+        mbarrier_arrive_expect_tx(barrier, 1024);
+        tma_load(shared, &map, 1, 8, barrier);
     }
-    barrier_wait(barrier, 0);
+    mbarrier_wait_parity(barrier, 0);
     out[threadIdx.x] = reinterpret_cast<uint16_t*>(shared)[threadIdx.x];
 }
 EXPORT(tile_awaited)
 
-// Asks for the next tile while the last one is still read.
+// Has TMA copy the next tile while the last one is still read.
 KERNEL(fault_tile_overwritten, 64)(const GRID_CONSTANT TensorMap map, uint16_t* out) {
     char* shared = shared_memory();
     uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + 1024);
     if (threadIdx.x == 0) {
-        barrier_init(barrier, 1);
-        barrier_init_done();
+        mbarrier_init(barrier, 1);
+        fence_mbarrier_init();
     }
-    sync_block();
-    for (uint32_t turn = 0; turn < 2; turn++) {
+    block_sync();
+    for (uint32_t iteration = 0; iteration < 2; iteration++) {
         if (threadIdx.x == 0) {
-            barrier_arrive_expecting(barrier, 1024);
-            copy_tile(shared, &map, 1 + turn, 8, barrier);
+            mbarrier_arrive_expect_tx(barrier, 1024);
+            tma_load(shared, &map, 1 + iteration, 8, barrier);
         }
-        if (turn == 0) {
-            barrier_wait(barrier, 0);
-            sync_block();
+        if (iteration == 0) {
+            mbarrier_wait_parity(barrier, 0);
+            block_sync();
         } else {
             out[threadIdx.x] = reinterpret_cast<uint16_t*>(shared)[threadIdx.x];
-            barrier_wait(barrier, 1);
+            mbarrier_wait_parity(barrier, 1);
         }
     }
 }
 EXPORT(fault_tile_overwritten)
 
-// A warpgroup's product of ones, asked for and used in the right order, or not.
+// A wgmma of ones, with one of several mistakes or none.
 enum Mistake : uint32_t { NONE, USED_EARLY, NOT_WRITTEN, OVERWRITTEN, NEVER_AWAITED };
-KERNEL(product_awaited, 128)(float* out, uint32_t mistake) {
-    char* tile = shared_memory(); // [64, 64] elements, of which 16 columns are used; all the same, so that swizzling does not matter
+KERNEL(wgmma_awaited, 128)(float* out, uint32_t mistake) {
+    // [64, 64] elements, of which 16 columns are used; all are equal, so that swizzling makes no
+    // difference
+    char* tile = shared_memory();
     for (int i = threadIdx.x; i < 64 * 32; i += 128) {
-        if (mistake != NOT_WRITTEN || i != 8 * 32) reinterpret_cast<uint32_t*>(tile)[i] = pack<bf16>(1.0f, 1.0f);
+        if (mistake != NOT_WRITTEN || i != 8 * 32)
+            reinterpret_cast<uint32_t*>(tile)[i] = pack<bf16>(1.0f, 1.0f);
     }
-    sync_block();
+    block_sync();
     uint32_t a[4];
     for (int i = 0; i < 4; i++) a[i] = pack<bf16>(1.0f, 1.0f);
     float d[32] = {};
-    products_begin();
-    multiply_rows<bf16, 64, false>(d, a, operand(tile, 0), true);
-    products_commit();
+    wgmma_fence();
+    wgmma_rs<bf16, 64, false>(d, a, wgmma_descriptor(tile, 0), true);
+    wgmma_commit_group();
     float early = d[0];
     if (mistake == OVERWRITTEN) {
         for (int i = threadIdx.x; i < 64 * 32; i += 128) reinterpret_cast<uint32_t*>(tile)[i] = 0;
     }
-    if (mistake != NEVER_AWAITED) products_wait<0>();
-    products_arrived(d);
+    if (mistake != NEVER_AWAITED) wgmma_wait_group<0>();
+    wgmma_fence_operand(d);
     out[threadIdx.x] = mistake == USED_EARLY ? early : d[0];
 }
-EXPORT(product_awaited)
+EXPORT(wgmma_awaited)
 
-// Blocks that wait for each other.
+// Blocks of a cooperative launch that wait for each other.
 KERNEL(grid_awaited, 32)(uint32_t* out, uint32_t* counter) {
     if (threadIdx.x == 0) {
         out[blockIdx.x] = blockIdx.x + 1;
-        count_up(counter);
-        wait_for_count(counter, gridDim.x);
+        atomic_increment(counter);
+        wait_for_counter(counter, gridDim.x);
     }
-    sync_block();
+    block_sync();
     if (threadIdx.x == 1) out[gridDim.x + blockIdx.x] = out[(blockIdx.x + 1) % gridDim.x];
 }
 EXPORT(grid_awaited)
 
-// Blocks of a cluster that read each other's shared memory, between two barriers, or not.
+// Blocks of a cluster that read each other's shared memory between two barriers, with one of
+// several mistakes or none.
 enum ClusterMistake : uint32_t { READ_EARLY = 1, LEFT_EARLY, BEYOND, ONE_MISSING };
 KERNEL(cluster_awaited, 32)(uint32_t* out, uint32_t mistake) {
     float* mine = reinterpret_cast<float*>(shared_memory()) + threadIdx.x;
-    uint32_t rank = cluster_rank(), next = mistake == BEYOND ? cluster_size() : (rank + 1) % cluster_size();
+    uint32_t rank = cluster_rank(),
+             next = mistake == BEYOND ? cluster_size() : (rank + 1) % cluster_size();
     *mine = static_cast<float>(blockIdx.x);
-    if (mistake == ONE_MISSING && threadIdx.x == 0) sync_some(1, 32);
-    if (mistake != READ_EARLY) sync_cluster();
+    if (mistake == ONE_MISSING && threadIdx.x == 0) named_barrier_sync(1, 32);
+    if (mistake != READ_EARLY) cluster_sync();
     if (mistake == LEFT_EARLY && rank == 1) return;
-    if (mistake == LEFT_EARLY) sync_block();
-    out[blockIdx.x * 32 + threadIdx.x] = static_cast<uint32_t>(*in_cluster(mine, next));
-    sync_cluster();
+    if (mistake == LEFT_EARLY) block_sync();
+    out[blockIdx.x * 32 + threadIdx.x] = static_cast<uint32_t>(*map_shared_rank(mine, next));
+    cluster_sync();
 }
 EXPORT(cluster_awaited)
 
-// Each block of a cluster brings one tile to all of them, and reads the first number of each.
+// Each block of a cluster multicasts one tile to all of them and reads the first number of each,
+// with one of several mistakes or none.
 enum SharingMistake : uint32_t { SECOND_AT_ONCE = 1, FIRST_LEAVES, ONE_ARRIVAL_LESS };
-KERNEL(shared_tiles_awaited, 32)(const GRID_CONSTANT TensorMap map, uint16_t* out, uint32_t mistake) {
+KERNEL(shared_tiles_awaited, 32)(const GRID_CONSTANT TensorMap map, uint16_t* out,
+                                 uint32_t mistake) {
     char* shared = shared_memory();
     uint64_t *full = reinterpret_cast<uint64_t*>(shared + 2048), *empty = full + 1;
     uint32_t rank = cluster_rank();
     if (threadIdx.x == 0) {
-        barrier_init(full, 1);
-        barrier_init(empty, cluster_size());
-        barrier_init_done();
+        mbarrier_init(full, 1);
+        mbarrier_init(empty, cluster_size());
+        fence_mbarrier_init();
     }
-    sync_cluster();
+    cluster_sync();
     if (mistake == FIRST_LEAVES && rank == 0) return;
     uint32_t sum = 0;
-    for (uint32_t turn = 0; turn < 2; turn++) {
+    for (uint32_t iteration = 0; iteration < 2; iteration++) {
         if (threadIdx.x == 0) {
-            if (turn > 0 && mistake != SECOND_AT_ONCE) barrier_wait(empty, 0);
-            barrier_arrive_expecting(full, cluster_size() * 1024);
-            copy_tile_to((1 << cluster_size()) - 1, shared + rank * 1024, &map, rank + 4 * turn, 0, full);
+            if (iteration > 0 && mistake != SECOND_AT_ONCE) mbarrier_wait_parity(empty, 0);
+            mbarrier_arrive_expect_tx(full, cluster_size() * 1024);
+            tma_load_multicast((1 << cluster_size()) - 1, shared + rank * 1024, &map,
+                               rank + 4 * iteration, 0, full);
         }
-        sync_warp();
-        barrier_wait(full, turn);
-        for (uint32_t i = 0; i < 8 * rank; i++) sync_warp(); // the second block is slower
-        for (uint32_t i = 0; i < cluster_size(); i++) sum = sum * 10 + *reinterpret_cast<uint16_t*>(shared + i * 1024) / 100;
-        sync_warp();
-        if (threadIdx.x < cluster_size() && !(mistake == ONE_ARRIVAL_LESS && rank == 1)) barrier_arrive_in(empty, threadIdx.x);
+        warp_sync();
+        mbarrier_wait_parity(full, iteration);
+        for (uint32_t i = 0; i < 8 * rank; i++) warp_sync(); // makes the second block slower
+        for (uint32_t i = 0; i < cluster_size(); i++)
+            sum = sum * 10 + *reinterpret_cast<uint16_t*>(shared + i * 1024) / 100;
+        warp_sync();
+        if (threadIdx.x < cluster_size() && !(mistake == ONE_ARRIVAL_LESS && rank == 1))
+            mbarrier_arrive_cluster(empty, threadIdx.x);
     }
     if (threadIdx.x == 0) out[blockIdx.x] = sum;
-    sync_cluster();
+    cluster_sync();
 }
 EXPORT(shared_tiles_awaited)

@@ -1,12 +1,12 @@
 //! Runs the blocks of a launch: every thread a fiber, switched where threads wait for each other.
 
 use crate::Shape;
-use crate::calls::TensorMap;
 use crate::memory::{Arena, UNWRITTEN, WRITTEN};
 use crate::registry::Kernel;
+use crate::tensor_map::TensorMap;
 use corosensei::stack::{Stack, StackPointer};
 use corosensei::{Coroutine, CoroutineResult, Yielder};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_void};
 use std::ops::Range;
@@ -35,10 +35,10 @@ pub struct Launch<'a> {
     pub fault: Mutex<Option<String>>,
 }
 
-/// What kernels see of a thread; laid out as in `include/emulated.h`.
+/// Where a thread is, as kernels see it; laid out as in `include/emulated.h`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub struct Place {
+pub struct ThreadCoords {
     pub thread: [u32; 3],
     pub block: [u32; 3],
     block_size: [u32; 3],
@@ -64,7 +64,7 @@ pub enum Wait {
         data: usize,
         name: *const c_char,
     },
-    /// Until the phase of the barrier object at this address is no longer of this parity.
+    /// Until the phase of the mbarrier at this address is no longer of this parity.
     Phase {
         barrier: usize,
         parity: u32,
@@ -80,7 +80,7 @@ pub enum Wait {
 #[repr(C, align(128))]
 struct Argument([u8; 128]);
 
-/// A copy that has been asked for and not waited for.
+/// A cp.async that has been issued and not waited for.
 pub struct Copy {
     pub to: usize,
     pub from: usize,
@@ -88,15 +88,14 @@ pub struct Copy {
     pub zeros: usize,
 }
 
-/// A product of a warpgroup that has been asked for and not waited for: what a thread gives to the
-/// operation.
-pub struct Product {
+/// A wgmma that has been issued and not waited for: what a thread gives to it.
+pub struct Wgmma {
     pub op: CollectiveOp,
     pub data: Vec<u8>,
     pub name: *const c_char,
 }
 
-/// A tile's copy that has been asked for and not waited for.
+/// A TMA copy of a tile that has been issued and not waited for.
 pub struct Tile {
     pub to: usize,
     pub map: TensorMap,
@@ -106,25 +105,25 @@ pub struct Tile {
 }
 
 pub struct Thread {
-    pub place: Place,
+    pub coords: ThreadCoords,
     wait: Wait,
     pub copies: Vec<Copy>,
     /// Ends of committed groups in `copies`, oldest first.
     pub groups: Vec<usize>,
-    pub products: Vec<Product>,
-    /// Ends of committed groups in `products`, oldest first.
-    pub product_groups: Vec<usize>,
+    pub wgmma: Vec<Wgmma>,
+    /// Ends of committed groups in `wgmma`, oldest first.
+    pub wgmma_groups: Vec<usize>,
 }
 
 pub struct Block<'a> {
     pub launch: &'a Launch<'a>,
     pub threads: Vec<Thread>,
-    /// Holds shared memory, which begins where the threads' places say.
+    /// Holds shared memory, which begins where the threads' coordinates say.
     _shared: Vec<u8>,
     /// State of each byte of shared memory.
     pub states: Vec<u8>,
-    /// Barrier objects (`mbarrier`) by address.
-    pub barriers: BTreeMap<usize, PhaseBarrier>,
+    /// By address.
+    pub mbarriers: BTreeMap<usize, Mbarrier>,
     pub tiles: Vec<Tile>,
     /// Where the arguments and the list of their addresses lie.
     pub arguments: [Range<usize>; 2],
@@ -132,16 +131,16 @@ pub struct Block<'a> {
     pub cluster: Vec<*mut Block<'static>>,
 }
 
-/// A barrier object: a phase ends when all arrivals and all bytes have come.
+/// A phase ends when all arrivals and all bytes have come.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct PhaseBarrier {
+pub struct Mbarrier {
     pub expected: u32,
     pub arrived: u32,
     pub bytes: i64,
     pub parity: u32,
 }
 
-impl PhaseBarrier {
+impl Mbarrier {
     pub fn settle(&mut self) {
         if self.arrived == self.expected && self.bytes == 0 {
             self.parity ^= 1;
@@ -166,12 +165,21 @@ thread_local! {
     static WRONG: Cell<Option<String>> = const { Cell::new(None) };
 }
 
+/// The running thread's block and number.
+///
+/// # Safety
+/// Only from within a kernel, one borrow at a time.
+pub unsafe fn here() -> (&'static mut Block<'static>, usize) {
+    let current = CURRENT.get().expect("only kernels call this");
+    (unsafe { &mut *current.block }, current.thread)
+}
+
 /// Checks what a common operation reads of shared memory.
 pub fn check_operand(at: usize, bytes: usize) {
     let Some(block) = OPERATING.get() else { return };
     // SAFETY: set for as long as the operation runs.
     let block = unsafe { &*block };
-    let start = at.wrapping_sub(block.threads[0].place.shared as usize);
+    let start = at.wrapping_sub(block.threads[0].coords.shared as usize);
     let states = block.states.get(start..start.saturating_add(bytes));
     let what = match states {
         None => format!(
@@ -198,17 +206,17 @@ pub fn fault(message: &str) {
     let current = CURRENT.get().expect("only kernels have faults");
     // SAFETY: the block outlives its threads.
     let block = unsafe { &*current.block };
-    let place = block.threads[current.thread].place;
+    let coords = block.threads[current.thread].coords;
     block.launch.report(format!(
         "{}: block {:?}, thread {}: {message}",
-        block.launch.kernel.name, place.block, place.thread[0]
+        block.launch.kernel.name, coords.block, coords.thread[0]
     ));
     loop {
         suspend(Wait::Fault);
     }
 }
 
-/// A part of one mapping that holds all stacks of a team.
+/// A part of one mapping that holds all stacks of the resident blocks.
 struct Piece {
     base: StackPointer,
     limit: StackPointer,
@@ -270,11 +278,11 @@ impl Launch<'_> {
     pub fn run(&self, workers: usize) -> Result<(), String> {
         let [x, y, z] = self.shape.grid.map(|n| n as usize);
         let count = x * y * z;
-        let place = |i: usize| [(i % x) as u32, (i / x % y) as u32, (i / x / y) as u32];
+        let block_at = |i: usize| [(i % x) as u32, (i / x % y) as u32, (i / x / y) as u32];
         let threads = self.shape.threads as usize;
         if self.shape.cooperative {
             let stacks = Stacks::new(count * threads);
-            self.team(&stacks, &(0..count).map(place).collect::<Vec<_>>());
+            self.run_resident_blocks(&stacks, &(0..count).map(block_at).collect::<Vec<_>>());
         } else {
             let next = AtomicUsize::new(0);
             let cluster = self.shape.cluster as usize;
@@ -285,7 +293,10 @@ impl Launch<'_> {
                     if i >= count || self.fault.lock().expect("no panic with the lock").is_some() {
                         break;
                     }
-                    self.team(&stacks, &(i..i + cluster).map(place).collect::<Vec<_>>());
+                    self.run_resident_blocks(
+                        &stacks,
+                        &(i..i + cluster).map(block_at).collect::<Vec<_>>(),
+                    );
                 }
             };
             if workers.min(count) <= 1 {
@@ -309,15 +320,15 @@ impl Launch<'_> {
         self.fault.lock().expect("no panic with the lock").get_or_insert(message);
     }
 
-    fn block(&self, place: [u32; 3], arguments: [Range<usize>; 2]) -> Box<Block<'_>> {
+    fn block(&self, coords: [u32; 3], arguments: [Range<usize>; 2]) -> Box<Block<'_>> {
         let bytes = self.shape.shared_bytes as usize;
         let mut shared = vec![0xffu8; bytes + 1024];
         let shared_at = shared.as_ptr().align_offset(1024);
         let start = shared[shared_at..].as_mut_ptr();
         let thread = |i| Thread {
-            place: Place {
+            coords: ThreadCoords {
                 thread: [i, 0, 0],
-                block: place,
+                block: coords,
                 block_size: [self.shape.threads, 1, 1],
                 grid_size: self.shape.grid,
                 shared: start,
@@ -326,23 +337,23 @@ impl Launch<'_> {
             wait: Wait::Runnable,
             copies: vec![],
             groups: vec![],
-            products: vec![],
-            product_groups: vec![],
+            wgmma: vec![],
+            wgmma_groups: vec![],
         };
         Box::new(Block {
             launch: self,
             threads: (0..self.shape.threads).map(thread).collect(),
             states: vec![UNWRITTEN; bytes],
             _shared: shared,
-            barriers: BTreeMap::new(),
+            mbarriers: BTreeMap::new(),
             tiles: vec![],
             arguments,
             cluster: vec![],
         })
     }
 
-    /// Runs blocks that are alive together.
-    fn team(&self, stacks: &Stacks, places: &[[u32; 3]]) {
+    /// Runs blocks that are resident on the device together, and may therefore wait for each other.
+    fn run_resident_blocks(&self, stacks: &Stacks, coords: &[[u32; 3]]) {
         // arguments (at most 128 bytes each, aligned), then the list of their addresses
         let mut args = vec![Argument([0; 128]); self.args.len()];
         for (to, from) in args.iter_mut().zip(&self.args) {
@@ -355,7 +366,7 @@ impl Launch<'_> {
         let range = base..base + args.len() * size_of::<Argument>();
         let lists = list..list + addresses.len() * 8;
         let mut blocks: Vec<Box<Block>> =
-            places.iter().map(|p| self.block(*p, [range.clone(), lists.clone()])).collect();
+            coords.iter().map(|c| self.block(*c, [range.clone(), lists.clone()])).collect();
         let pointers: Vec<*mut Block<'static>> =
             blocks.iter_mut().map(|b| std::ptr::from_mut::<Block>(b).cast()).collect();
         if self.shape.cluster > 1 {
@@ -421,7 +432,7 @@ impl Launch<'_> {
                     break 'rounds;
                 }
                 if let Wait::Phase { barrier, parity } = block.threads[t].wait
-                    && block.barriers.get(&barrier).is_some_and(|b| b.parity != parity)
+                    && block.mbarriers.get(&barrier).is_some_and(|b| b.parity != parity)
                 {
                     block.threads[t].wait = Wait::Runnable;
                 }
@@ -446,8 +457,8 @@ impl Launch<'_> {
                     Wait::Fault => break 'rounds,
                     Wait::Barrier { id, count } => block.arrive(id, count),
                     Wait::Collective { size, .. } => block.meet(t, size as usize),
-                    Wait::Ended if !block.threads[t].products.is_empty() => Some(format!(
-                        "{}, thread {t}: it ends before its products are waited for",
+                    Wait::Ended if !block.threads[t].wgmma.is_empty() => Some(format!(
+                        "{}, thread {t}: it ends before its wgmma are waited for",
                         block.name()
                     )),
                     _ => None,
@@ -481,7 +492,7 @@ impl Launch<'_> {
         if left == 0
             && let Some(block) = blocks.iter().find(|b| !b.tiles.is_empty())
         {
-            self.report(format!("{}: it ends while a tile's copy is on its way", block.name()));
+            self.report(format!("{}: it ends while a TMA copy is in flight", block.name()));
         }
         for fiber in fibers.iter_mut().flatten() {
             if fiber.started() && !fiber.done() {
@@ -493,8 +504,8 @@ impl Launch<'_> {
 }
 
 thread_local! {
-    /// What [`CURRENT`] is while each fiber of the team runs; set when it starts.
-    static YIELDERS: std::cell::RefCell<Vec<Option<Current>>> = const { std::cell::RefCell::new(Vec::new()) };
+    /// What [`CURRENT`] is while each fiber of the resident blocks runs; set when it starts.
+    static YIELDERS: RefCell<Vec<Option<Current>>> = const { RefCell::new(Vec::new()) };
 }
 
 fn shuffle(order: &mut [usize], state: &mut u64) {
@@ -508,7 +519,7 @@ fn shuffle(order: &mut [usize], state: &mut u64) {
 
 impl Block<'_> {
     fn name(&self) -> String {
-        format!("{}: block {:?}", self.launch.kernel.name, self.threads[0].place.block)
+        format!("{}: block {:?}", self.launch.kernel.name, self.threads[0].coords.block)
     }
 
     /// A thread has come to a barrier: lets all go if it was the last.
@@ -587,10 +598,10 @@ impl Block<'_> {
             Wait::Barrier { id, count } => format!("at barrier {id} for {count}"),
             Wait::Collective { name, mask, .. } => format!("in {} with mask {mask:#x}", text(name)),
             Wait::Phase { barrier, parity } => format!(
-                "for the end of a phase of parity {parity} of the barrier object at shared byte \
+                "for the end of a phase of parity {parity} of the mbarrier at shared byte \
                 {}, which is {:?}",
-                barrier.wrapping_sub(self.threads[0].place.shared as usize),
-                self.barriers.get(&barrier)
+                barrier.wrapping_sub(self.threads[0].coords.shared as usize),
+                self.mbarriers.get(&barrier)
             ),
             Wait::Cluster => "at the cluster's barrier".to_owned(),
             _ => "for nothing".to_owned(),
@@ -603,7 +614,7 @@ impl Block<'_> {
             "{}: deadlock: {} threads wait as thread {} does, {what}; {ended} of {} have ended",
             self.name(),
             same.count(),
-            first.place.thread[0],
+            first.coords.thread[0],
             self.threads.len()
         ))
     }
@@ -613,7 +624,7 @@ impl Block<'_> {
         self.threads.iter().all(|t| t.wait == Wait::Ended)
     }
 
-    /// Brings the tiles whose bytes arrive at this barrier object.
+    /// Brings the tiles whose bytes arrive at this mbarrier.
     pub fn finish_tiles(&mut self, barrier: usize) -> Result<(), String> {
         while let Some(i) = self.tiles.iter().position(|t| t.barrier == barrier) {
             let tile = self.tiles.remove(i);
@@ -624,10 +635,10 @@ impl Block<'_> {
 
     pub fn copy_tile(&mut self, tile: &Tile) -> Result<(), String> {
         let map = tile.map;
-        let start = tile.to.wrapping_sub(self.threads[0].place.shared as usize);
+        let start = tile.to.wrapping_sub(self.threads[0].coords.shared as usize);
         let bytes = map.tile_rows as usize * 128;
         if map.magic != TensorMap::MAGIC {
-            return Err("a tile is copied with something that is no tensor map".to_owned());
+            return Err("TMA is given something that is no tensor map".to_owned());
         }
         if !start.is_multiple_of(1024) || start + bytes > self.states.len() {
             return Err(format!(
@@ -645,10 +656,10 @@ impl Block<'_> {
                         let from = (map.at + (y * map.cols + x + i as u64) * 2) as usize;
                         let arena = self.launch.arena;
                         let at =
-                            arena.find(from).ok_or("a tile's copy reads outside device memory")?;
+                            arena.find(from).ok_or("a TMA copy reads outside device memory")?;
                         arena
                             .access(at, 2, false)
-                            .map_err(|e| format!("a tile's copy reads memory that is {e}"))?;
+                            .map_err(|e| format!("a TMA copy reads memory that is {e}"))?;
                         // SAFETY: checked just now.
                         *v = unsafe { *(from as *const u16) };
                     }
@@ -658,7 +669,7 @@ impl Block<'_> {
                 unsafe { ((tile.to + offset) as *mut [u16; 8]).write_unaligned(values) };
             }
         }
-        let barrier = self.barriers.get_mut(&tile.barrier).ok_or(NO_BARRIER)?;
+        let barrier = self.mbarriers.get_mut(&tile.barrier).ok_or(NO_MBARRIER)?;
         barrier.bytes -= bytes as i64;
         barrier.settle();
         Ok(())
@@ -687,7 +698,7 @@ impl Block<'_> {
                     format!("an asynchronous copy of {} bytes reads memory that is {e}", c.bytes)
                 })?;
             }
-            let shared = self.threads[thread].place.shared as usize;
+            let shared = self.threads[thread].coords.shared as usize;
             let at = c.to.wrapping_sub(shared);
             if at > self.states.len() || c.bytes + c.zeros > self.states.len() - at {
                 return Err("an asynchronous copy writes outside shared memory".to_owned());
@@ -703,7 +714,7 @@ impl Block<'_> {
     }
 }
 
-pub const NO_BARRIER: &str = "a barrier object is used that was not initialized";
+pub const NO_MBARRIER: &str = "an mbarrier is used that was not initialized";
 
 fn text(name: *const c_char) -> String {
     // SAFETY: names are literals of the vocabulary.

@@ -1,25 +1,17 @@
 //! What kernels call: the other side of `include/emulated.h`.
 
 use crate::block::{
-    Block, CURRENT, CollectiveOp, Copy, NO_BARRIER, PhaseBarrier, Place, Product, Schedule, Tile,
-    Wait, check_operand, fault, suspend,
+    Block, CURRENT, CollectiveOp, Copy, Mbarrier, NO_MBARRIER, Schedule, ThreadCoords, Tile, Wait,
+    Wgmma, check_operand, fault, here, suspend,
 };
+use crate::tensor_map::TensorMap;
 use std::ffi::{c_char, c_void};
 
-/// The running thread's block and number.
-///
-/// # Safety
-/// Only from within a kernel, one borrow at a time.
-unsafe fn here() -> (&'static mut Block<'static>, usize) {
-    let current = CURRENT.get().expect("only kernels call this");
-    (unsafe { &mut *current.block }, current.thread)
-}
-
 #[unsafe(no_mangle)]
-extern "C" fn emulator_thread() -> *const Place {
+extern "C" fn emulator_thread() -> *const ThreadCoords {
     let current = CURRENT.get().expect("only kernels ask where they are");
     // SAFETY: the block is alive while its threads run.
-    unsafe { &(&(*current.block).threads)[current.thread].place }
+    unsafe { &(&(*current.block).threads)[current.thread].coords }
 }
 
 #[unsafe(no_mangle)]
@@ -59,7 +51,7 @@ extern "C" fn emulator_cluster_size() -> u32 {
 extern "C" fn emulator_cluster_shared(at: usize, rank: u32) -> usize {
     // SAFETY: called by a kernel.
     let (block, _) = unsafe { here() };
-    let start = |b: &Block| b.threads[0].place.shared as usize;
+    let start = |b: &Block| b.threads[0].coords.shared as usize;
     if block.launch.shape.cluster == 1 && rank == 0 {
         return at;
     }
@@ -75,14 +67,14 @@ extern "C" fn emulator_cluster_shared(at: usize, rank: u32) -> usize {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn emulator_copy_async(to: usize, from: usize, bytes: u32, zeros: u32) {
+extern "C" fn emulator_cp_async(to: usize, from: usize, bytes: u32, zeros: u32) {
     // SAFETY: called by a kernel.
     let (block, t) = unsafe { here() };
     block.threads[t].copies.push(Copy { to, from, bytes: bytes as usize, zeros: zeros as usize });
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn emulator_copy_commit() {
+extern "C" fn emulator_cp_async_commit_group() {
     // SAFETY: called by a kernel.
     let (block, t) = unsafe { here() };
     let end = block.threads[t].copies.len();
@@ -90,7 +82,7 @@ extern "C" fn emulator_copy_commit() {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn emulator_copy_wait(groups_left: u32) {
+extern "C" fn emulator_cp_async_wait_group(groups_left: u32) {
     // SAFETY: called by a kernel.
     let (block, t) = unsafe { here() };
     if let Err(message) = block.finish_copies(t, groups_left as usize) {
@@ -98,29 +90,29 @@ extern "C" fn emulator_copy_wait(groups_left: u32) {
     }
 }
 
-/// The barrier object at an address, or a fault if there is none.
-fn barrier_at(block: &mut Block<'static>, at: usize) -> *mut PhaseBarrier {
-    if !block.barriers.contains_key(&at) {
-        fault(NO_BARRIER);
+/// The mbarrier at an address, or a fault if there is none.
+fn mbarrier_at(block: &mut Block<'static>, at: usize) -> *mut Mbarrier {
+    if !block.mbarriers.contains_key(&at) {
+        fault(NO_MBARRIER);
     }
-    block.barriers.get_mut(&at).expect("looked at above")
+    block.mbarriers.get_mut(&at).expect("looked at above")
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn emulator_barrier_init(at: usize, count: u32) {
+extern "C" fn emulator_mbarrier_init(at: usize, count: u32) {
     // SAFETY: called by a kernel.
     let (block, _) = unsafe { here() };
-    block.barriers.insert(at, PhaseBarrier { expected: count, ..PhaseBarrier::default() });
+    block.mbarriers.insert(at, Mbarrier { expected: count, ..Mbarrier::default() });
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn emulator_barrier_arrive(at: usize, bytes: u32) {
+extern "C" fn emulator_mbarrier_arrive(at: usize, bytes: u32) {
     // SAFETY: called by a kernel.
     arrive(unsafe { here() }.0, at, bytes);
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn emulator_barrier_arrive_in(at: usize, rank: u32) {
+extern "C" fn emulator_mbarrier_arrive_cluster(at: usize, rank: u32) {
     let there = emulator_cluster_shared(at, rank);
     // SAFETY: called by a kernel.
     let (block, _) = unsafe { here() };
@@ -128,16 +120,16 @@ extern "C" fn emulator_barrier_arrive_in(at: usize, rank: u32) {
     // SAFETY: blocks of a cluster live as long as each other, and no other thread runs.
     let other = unsafe { &mut *other };
     if other.ended() {
-        fault("arrives at a barrier object of a block which has ended");
+        fault("arrives at an mbarrier of a block which has ended");
     }
     arrive(other, there, 0);
 }
 
 fn arrive(block: &mut Block<'static>, at: usize, bytes: u32) {
     // SAFETY: nothing else holds the barrier.
-    let barrier = unsafe { &mut *barrier_at(block, at) };
+    let barrier = unsafe { &mut *mbarrier_at(block, at) };
     if barrier.arrived == barrier.expected {
-        fault("more arrivals at a barrier object than it expects in a phase");
+        fault("more arrivals at an mbarrier than it expects in a phase");
     }
     barrier.bytes += bytes as i64;
     barrier.arrived += 1;
@@ -145,37 +137,22 @@ fn arrive(block: &mut Block<'static>, at: usize, bytes: u32) {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn emulator_barrier_wait(at: usize, parity: u32) {
+extern "C" fn emulator_mbarrier_wait(at: usize, parity: u32) {
     // SAFETY: called by a kernel.
     if let Err(message) = unsafe { here() }.0.finish_tiles(at) {
         fault(&message);
     }
-    // SAFETY: as in `emulator_barrier_arrive`.
-    let over = unsafe { (*barrier_at(here().0, at)).parity } != parity;
+    // SAFETY: as in `emulator_mbarrier_arrive`.
+    let over = unsafe { (*mbarrier_at(here().0, at)).parity } != parity;
     // others get a chance either way
     suspend(if over { Wait::Runnable } else { Wait::Phase { barrier: at, parity } });
 }
 
-/// A matrix of 16-bit elements and the tiles to copy of it, as [`crate::tensor_map`] writes it.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct TensorMap {
-    pub magic: u64,
-    pub at: u64,
-    pub rows: u64,
-    pub cols: u64,
-    pub tile_rows: u64,
-}
-
-impl TensorMap {
-    pub const MAGIC: u64 = 0x7465_6e73_6f72_6d70;
-}
-
-/// The copy engine may take its time: in the natural order of threads tiles come when somebody
+/// TMA may take its time: in the natural order of threads tiles come when somebody
 /// waits for them, in the shuffled one at once, so that both a read that does not wait and a copy
 /// that does not wait for its place are seen.
 #[unsafe(no_mangle)]
-extern "C" fn emulator_copy_tile(
+extern "C" fn emulator_tma_load(
     to: usize,
     map: *const TensorMap,
     row: u32,
@@ -210,42 +187,37 @@ fn bring(block: &mut Block<'static>, tile: Tile) {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn emulator_product(
-    op: CollectiveOp,
-    data: *const u8,
-    size: usize,
-    name: *const c_char,
-) {
+extern "C" fn emulator_wgmma(op: CollectiveOp, data: *const u8, size: usize, name: *const c_char) {
     // SAFETY: called by a kernel, with what it wants to keep.
     let ((block, t), data) = unsafe { (here(), std::slice::from_raw_parts(data, size).to_vec()) };
-    block.threads[t].products.push(Product { op, data, name });
+    block.threads[t].wgmma.push(Wgmma { op, data, name });
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn emulator_products_commit() {
+extern "C" fn emulator_wgmma_commit_group() {
     // SAFETY: called by a kernel.
     let (block, t) = unsafe { here() };
-    let end = block.threads[t].products.len();
-    block.threads[t].product_groups.push(end);
+    let end = block.threads[t].wgmma.len();
+    block.threads[t].wgmma_groups.push(end);
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn emulator_products_wait(groups_left: u32) {
+extern "C" fn emulator_wgmma_wait_group(groups_left: u32) {
     // SAFETY: called by a kernel; the borrow ends before the thread waits.
     let (block, t) = unsafe { here() };
     let thread = &mut block.threads[t];
-    let done = thread.product_groups.len().saturating_sub(groups_left as usize);
-    let end = if done == 0 { 0 } else { thread.product_groups[done - 1] };
-    let products: Vec<Product> = thread.products.drain(..end).collect();
-    thread.product_groups.drain(..done);
-    thread.product_groups.iter_mut().for_each(|g| *g -= end);
-    for p in &products {
+    let done = thread.wgmma_groups.len().saturating_sub(groups_left as usize);
+    let end = if done == 0 { 0 } else { thread.wgmma_groups[done - 1] };
+    let issued: Vec<Wgmma> = thread.wgmma.drain(..end).collect();
+    thread.wgmma_groups.drain(..done);
+    thread.wgmma_groups.iter_mut().for_each(|g| *g -= end);
+    for w in &issued {
         suspend(Wait::Collective {
             size: 128,
             mask: u32::MAX,
-            op: p.op as usize,
-            data: p.data.as_ptr() as usize,
-            name: p.name,
+            op: w.op as usize,
+            data: w.data.as_ptr() as usize,
+            name: w.name,
         });
     }
 }

@@ -35,7 +35,7 @@ fn check(at: usize, len: usize, write: bool) {
     }
     // SAFETY: the block is alive while its threads run; the borrow ends before they switch.
     let block = unsafe { &mut *current.block };
-    let start = at.wrapping_sub(block.threads[current.thread].place.shared as usize);
+    let start = at.wrapping_sub(block.threads[current.thread].coords.shared as usize);
     let what = if write { "write" } else { "read" };
     if start < block.states.len() {
         return check_shared(block, start, len, write);
@@ -43,12 +43,12 @@ fn check(at: usize, len: usize, write: bool) {
     for &other in &block.cluster {
         // SAFETY: blocks of a cluster live as long as each other, and no other thread runs.
         let other = unsafe { &mut *other };
-        let start = at.wrapping_sub(other.threads[0].place.shared as usize);
+        let start = at.wrapping_sub(other.threads[0].coords.shared as usize);
         if start < other.states.len() {
             if other.ended() {
                 fault(&format!(
                     "{what} of shared memory of block {:?}, which has ended",
-                    other.threads[0].place.block
+                    other.threads[0].coords.block
                 ));
             }
             return check_shared(other, start, len, write);
@@ -61,7 +61,7 @@ fn check(at: usize, len: usize, write: bool) {
         return;
     }
     let image = (&raw const __executable_start as usize)..(&raw const end as usize);
-    // what the kernel asks of the emulator itself: its arguments, its place, constants
+    // what the kernel asks of the emulator itself: its arguments, its coordinates, constants
     let own = block.arguments.iter().any(|r| r.contains(&at))
         || block.threads.as_ptr_range().contains(&(at as *const _));
     if write || !(image.contains(&at) || own) {

@@ -17,8 +17,10 @@ mod calls;
 mod check;
 mod memory;
 mod registry;
+mod tensor_map;
 
 pub use memory::Address;
+pub use tensor_map::tensor_map;
 
 use block::{Launch, Schedule};
 use memory::Arena;
@@ -36,20 +38,6 @@ pub struct Emulator {
     /// Shared memory that a block may ask for.
     pub shared_limit: u32,
     launches: AtomicU64,
-}
-
-/// A tensor map for kernels: tiles of `tile_rows` by 64 of a row-major matrix `[rows, cols]` of
-/// 16-bit elements, swizzled by 128 bytes, zeros beyond the matrix.
-pub fn tensor_map(at: Address, rows: usize, cols: usize, tile_rows: usize) -> [u64; 16] {
-    let mut map = [0; 16];
-    map[..5].copy_from_slice(&[
-        calls::TensorMap::MAGIC,
-        at,
-        rows as u64,
-        cols as u64,
-        tile_rows as u64,
-    ]);
-    map
 }
 
 /// What a launch needs; sizes as in CUDA.

@@ -31,7 +31,7 @@ fn a_barrier_that_one_thread_avoids() {
 #[test]
 fn a_warp_in_two_operations() {
     let r = report("fault_divergent_warp", SHAPE, false, &[]);
-    says(&r, "sync_warp");
+    says(&r, "warp_sync");
     says(&r, "shuffle_xor");
 }
 
@@ -97,10 +97,10 @@ fn a_copy_that_is_not_awaited() {
     let args: [&[u8]; 2] = [&out.to_ne_bytes(), &data.to_ne_bytes()];
     let shape = Shape { shared_bytes: 512, ..SHAPE };
     says(
-        &device.launch("fault_copy_not_awaited", shape, &args).unwrap_err(),
+        &device.launch("fault_cp_async_not_awaited", shape, &args).unwrap_err(),
         "which nothing wrote",
     );
-    device.launch("copy_awaited", shape, &args).unwrap();
+    device.launch("cp_async_awaited", shape, &args).unwrap();
     let mut bytes = [0; 512];
     device.read(out, &mut bytes).unwrap();
     assert_eq!(bytes[..16], (240..=255).collect::<Vec<u8>>());
@@ -112,7 +112,7 @@ fn barrier_objects() {
     let r = report("fault_phase_never_ends", shape, false, &[]);
     says(&r, "deadlock: 32 threads wait as thread 0 does, for the end of a phase of parity 0");
     says(&r, "bytes: 128");
-    says(&report("fault_barrier_not_initialized", shape, false, &[]), "not initialized");
+    says(&report("fault_mbarrier_not_initialized", shape, false, &[]), "not initialized");
 }
 
 #[test]
@@ -144,13 +144,13 @@ fn tiles() {
 /// Products happen when they are waited for: what is used before is old, and what they read must
 /// last.
 #[test]
-fn products_of_a_warpgroup() {
+fn wgmma_of_a_warpgroup() {
     let device = Emulator::new(1 << 24);
     let out = device.allocate(512).unwrap();
     let run = |mistake: u32| -> Result<Vec<f32>, String> {
         let shape = Shape { threads: 128, shared_bytes: 8192, ..SHAPE };
         let mut bytes = [0; 512];
-        device.launch("product_awaited", shape, &[&out.to_ne_bytes(), &mistake.to_ne_bytes()])?;
+        device.launch("wgmma_awaited", shape, &[&out.to_ne_bytes(), &mistake.to_ne_bytes()])?;
         device.read(out, &mut bytes)?;
         Ok(floats(&bytes))
     };
@@ -158,11 +158,11 @@ fn products_of_a_warpgroup() {
     assert_eq!(run(1), Ok(vec![0.0; 128]), "used before the wait");
     says(
         &run(2).unwrap_err(),
-        "a warpgroup's product reads an operand at byte 1024 of shared memory, which nothing wrote",
+        "wgmma reads an operand at byte 1024 of shared memory, which nothing wrote",
     );
     let overwritten = run(3).unwrap();
     assert!(overwritten.iter().all(|x| *x < 16.0), "overwritten before the wait: {overwritten:?}");
-    says(&run(4).unwrap_err(), "it ends before its products are waited for");
+    says(&run(4).unwrap_err(), "it ends before its wgmma are waited for");
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {

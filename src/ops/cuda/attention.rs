@@ -8,7 +8,7 @@ use bytemuck::{Pod, Zeroable};
 use std::cell::RefCell;
 use std::rc::Rc;
 
-/// As in `kernels/attention.cu`.
+/// As in `kernels/attention_decode.cu`.
 const WARPS: usize = 4;
 const SPLIT: usize = 512;
 /// Head sizes that there are kernels for.
@@ -187,7 +187,7 @@ impl<L: Launcher> Cuda<L> {
             let part = Attention { tiles: a.tiles + 8 * first as u64, ..a };
             let grid = [heads.count, MOST_ROWS.min(batch.tile_count - first), 1];
             if self.hopper() {
-                let kernel = format!("attend_hopper_{}_{size}", self.suffix());
+                let kernel = format!("attention_hopper_{}_{size}", self.suffix());
                 // all of the cache is one matrix, of which blocks of positions are copied
                 let row = |at: u64| ((at - cache.memory.at) / (2 * size as u64)) as u32;
                 let map = self.launcher.tensor_map(
@@ -201,7 +201,7 @@ impl<L: Launcher> Cuda<L> {
                 let shared = HOPPER_STAGES * (2 * size.div_ceil(HOPPER_COLUMNS) * tile + 2 * 8);
                 self.launch(&kernel, grid, HOPPER_THREADS, shared, args)?;
             } else {
-                let kernel = format!("attend_many_{}_{size}", self.suffix());
+                let kernel = format!("attention_prefill_{}_{size}", self.suffix());
                 let shared = 2 * 2 * STEP * (2 * size + 16);
                 self.launch(&kernel, grid, threads, shared, Args::new().with(part))?;
             }
@@ -211,7 +211,7 @@ impl<L: Launcher> Cuda<L> {
         }
         let splits = splits(batch.longest_single);
         let sums = self.shared_sums(cache, batch.single_count.min(MOST_ROWS), splits)?;
-        let kernel = format!("attend_{}_{size}", self.suffix());
+        let kernel = format!("attention_decode_{}_{size}", self.suffix());
         let shared = (WARPS * (size + 2) + 1) * 4;
         for first in (0..batch.single_count).step_by(MOST_ROWS) {
             let part = Attention { tokens: a.tokens + 4 * first as u64, ..a.shared(splits, sums) };

@@ -92,7 +92,7 @@ impl<L: Launcher> Cuda<L> {
                     let rows = first..tokens.min(first + most);
                     let at = out.at + (rows.start * OUTPUTS * 4) as u64;
                     let head = LmHead { x: &x, rows, weight: &linear.weight };
-                    self.launch_lm_head_by(by, "head_logits", head, |a| a.with(at).with(0u64))?;
+                    self.launch_lm_head_by(by, "lm_head_logits", head, |a| a.with(at).with(0u64))?;
                 }
                 self.launcher.read(out.at, bytemuck::cast_slice_mut(&mut read))?;
                 Ok(read)

@@ -5,7 +5,7 @@ use crate::device::{Args, Launcher, Memory};
 use crate::error::Result;
 use std::time::Instant;
 
-/// As in `kernels/measure.cu`.
+/// As in `kernels/peak.cu`.
 const THREADS: usize = 256;
 
 impl<L: Launcher> Cuda<L> {
@@ -17,7 +17,7 @@ impl<L: Launcher> Cuda<L> {
         let blocks = 8 * self.launcher.limits().processors as usize;
         self.best(passes, bytes as f64, &out, || {
             let args = Args::new().with(out.at).with(data.at).with((bytes / 16) as u32);
-            self.launch("measure_read", [blocks, 1, 1], THREADS as u32, 0, args)
+            self.launch("peak_read", [blocks, 1, 1], THREADS as u32, 0, args)
         })
     }
 
@@ -30,7 +30,7 @@ impl<L: Launcher> Cuda<L> {
         self.best(passes, flops, &out, || {
             let args = Args::new().with(out.at).with(steps);
             self.launch(
-                &format!("measure_multiply_{}", self.suffix()),
+                &format!("peak_mma_{}", self.suffix()),
                 [blocks, 1, 1],
                 THREADS as u32,
                 0,

@@ -168,7 +168,7 @@ impl<L: Launcher> Cuda<L> {
             let rows = part * most..part * most + out.len() / lm_head.rows();
             let at = self.place(&mut scratch.logits, out.len() * 4)?;
             let head = LmHead { x, rows, weight: lm_head };
-            self.launch_lm_head("head_logits", head, |args| args.with(at).with(0u64))?;
+            self.launch_lm_head("lm_head_logits", head, |args| args.with(at).with(0u64))?;
             self.launcher.read(at, bytemuck::cast_slice_mut(out))?;
         }
         Ok(())
@@ -280,10 +280,10 @@ impl<L: Launcher> Cuda<L> {
                 let (count, blocks) = (fused.len() as u32, blocks as u32);
                 let choices = Choices { list, changes, previous, partials, count, blocks };
                 let head = LmHead { x, rows: range.clone(), weight: lm_head };
-                self.launch_lm_head("head_choice", head, |args| args.with(choices))?;
+                self.launch_lm_head("lm_head_sample", head, |args| args.with(choices))?;
                 let shared = MERGE_THREADS as usize / 32 * PARTIAL;
                 let args = Args::new().with(choices).with(at);
-                self.launch("merge_choices", [fused.len(), 1, 1], MERGE_THREADS, shared, args)?;
+                self.launch("merge_samples", [fused.len(), 1, 1], MERGE_THREADS, shared, args)?;
             }
             let wanted: Vec<usize> =
                 fused.iter().chain(&listed).copied().filter(|&i| rows[i].1.top > 0).collect();
@@ -294,7 +294,9 @@ impl<L: Launcher> Cuda<L> {
                     range.len() * moments_blocks(lm_head.rows()) * 8,
                 )?;
                 let head = LmHead { x, rows: range.clone(), weight: lm_head };
-                self.launch_lm_head("head_logits", head, |args| args.with(logits).with(moments))?;
+                self.launch_lm_head("lm_head_logits", head, |args| {
+                    args.with(logits).with(moments)
+                })?;
                 if !listed.is_empty() {
                     let (list, changes) = self.send_choices(scratch, range.start, rows, &listed)?;
                     let args = Args::new()
@@ -307,7 +309,7 @@ impl<L: Launcher> Cuda<L> {
                     let shared = LISTED_SHARED + lm_head.rows().div_ceil(32) * 4;
                     let grid = [listed.len(), 1, 1];
                     self.launch(
-                        "choose_filtered",
+                        "sample_filtered",
                         grid,
                         LISTED_THREADS,
                         shared,
@@ -342,7 +344,7 @@ impl<L: Launcher> Cuda<L> {
         let moments = scratch.moments.as_ref().map_or(0, |m| m.at);
         let args = Args::new().with(out).with(logits).with(moments).with(list).with(most as u32);
         self.launch(
-            "list_top",
+            "top_logprobs",
             [part.len(), 1, 1],
             LISTED_THREADS,
             LISTED_SHARED,

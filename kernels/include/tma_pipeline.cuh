@@ -1,0 +1,95 @@
+// A pipeline of TMA copies through shared memory, and the GEMM main loop that consumes it.
+#pragma once
+#include "cluster.cuh"
+#include "wgmma.cuh"
+
+#if HOPPER
+
+// A ring of STAGES stages. A stage holds a slice of 64 inputs: of TOKENS rows of x, then of OUTPUTS
+// rows of W. One thread is the producer, whole warpgroups are consumers. All of them go through the
+// same slices in the same order and count them in `iteration`. The ring lies at the start of shared
+// memory. If W is SHARED, the blocks of a cluster (one or two) work on the same outputs, and each
+// loads a part of W's rows and multicasts it to all of them.
+template <int TOKENS, int OUTPUTS, int STAGES, bool SHARED = false>
+struct TmaPipeline {
+    static constexpr int WIDTH = 64;
+    static constexpr int X_BYTES = TOKENS * WIDTH * 2, STAGE_BYTES = X_BYTES + OUTPUTS * WIDTH * 2;
+    static constexpr int BARRIERS_AT = STAGES * STAGE_BYTES, BYTES = BARRIERS_AT + 2 * STAGES * 8;
+    static constexpr int PART = OUTPUTS / 2; // rows of W in one multicast copy
+    char* shared;
+    uint64_t *full, *empty;
+    uint32_t blocks, rank; // blocks of the cluster that shares W, and which of them this is
+
+    // All threads call it. `consumers` is the number of consuming warps in a block.
+    DEVICE_MEMBER TmaPipeline(char* shared, uint32_t consumers)
+        : shared(shared), full(reinterpret_cast<uint64_t*>(shared + BARRIERS_AT)),
+          empty(full + STAGES) {
+        blocks = SHARED ? cluster_size() : 1;
+        rank = SHARED ? cluster_rank() : 0;
+        init_pipeline_stages(full, empty, STAGES, consumers * blocks);
+        if constexpr (SHARED) cluster_sync(); // the mbarriers of all blocks are initialized
+    }
+    DEVICE_MEMBER char* stage(uint32_t iteration) const {
+        return shared + iteration % STAGES * STAGE_BYTES;
+    }
+
+    // Waits until the stage is empty, and announces the bytes that will be loaded into it.
+    DEVICE_MEMBER void producer_acquire(uint32_t iteration) const {
+        mbarrier_wait_parity(&empty[iteration % STAGES], (iteration / STAGES + 1) & 1);
+        mbarrier_arrive_expect_tx(&full[iteration % STAGES], STAGE_BYTES);
+    }
+    DEVICE_MEMBER void load_x(uint32_t iteration, const TensorMap* x, uint32_t first_token,
+                              uint32_t slice) const {
+        tma_load(stage(iteration), x, first_token, slice * WIDTH, &full[iteration % STAGES]);
+    }
+    // The tensor map of W has boxes of OUTPUTS rows, or of PART rows if W is shared.
+    DEVICE_MEMBER void load_w(uint32_t iteration, const TensorMap* w, uint32_t first_output,
+                              uint32_t slice) const {
+        char* to = stage(iteration) + X_BYTES;
+        if constexpr (SHARED) {
+            for (uint32_t row = rank * PART; row < OUTPUTS; row += blocks * PART) {
+                tma_load_multicast((1 << blocks) - 1, to + row * WIDTH * 2, w, first_output + row,
+                                   slice * WIDTH, &full[iteration % STAGES]);
+            }
+        } else {
+            tma_load(to, w, first_output, slice * WIDTH, &full[iteration % STAGES]);
+        }
+    }
+    // Tells the producers, by whole warps, that this warp has read the stage.
+    DEVICE_MEMBER void consumer_release(uint32_t iteration) const {
+        uint32_t lane = lane_index();
+        if constexpr (SHARED) {
+            if (lane < blocks) mbarrier_arrive_cluster(&empty[iteration % STAGES], lane);
+        } else {
+            if (lane == 0) mbarrier_arrive(&empty[iteration % STAGES]);
+        }
+    }
+
+    // Computes d = x W^T for 64 tokens of the tile from `token` on and N outputs from `output` on,
+    // over `slices` slices. The wgmma of a slice are issued before those of the previous one are
+    // waited for. The accumulators are ordered as by wgmma_ss.
+    template <class T, int N>
+    DEVICE_MEMBER void mainloop(float (&d)[N / 2], uint32_t& iteration, uint32_t slices, int token,
+                                int output) const {
+        UNROLL
+        for (int i = 0; i < N / 2; i++) d[i] = 0;
+        for (uint32_t s = 0; s < slices; s++, iteration++) {
+            const char* from = stage(iteration);
+            mbarrier_wait_parity(&full[iteration % STAGES], iteration / STAGES & 1);
+            wgmma_fence();
+            UNROLL
+            for (int k = 0; k < WIDTH; k += 16) {
+                wgmma_ss<T, N>(d, wgmma_descriptor(from + token * WIDTH * 2, k),
+                               wgmma_descriptor(from + X_BYTES + output * WIDTH * 2, k));
+            }
+            wgmma_commit_group();
+            wgmma_wait_group<1>();
+            if (s > 0) consumer_release(iteration - 1);
+        }
+        wgmma_wait_group<0>();
+        wgmma_fence_operand(d);
+        if (slices > 0) consumer_release(iteration - 1);
+    }
+};
+
+#endif // HOPPER
