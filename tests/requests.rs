@@ -1,10 +1,8 @@
 //! Whole requests with every option at once: bans, texts to keep, stops, candidates, drafts, prefix
 //! cache, deadlines, preemption, cancellation and log-probabilities, on the embedded model.
 
-use beautiful_prompt::engine::session::{
-    Completed, Generate, GenerateOptions, Length, Session, Update,
-};
 use beautiful_prompt::engine::{EngineOptions, Finish, Sampling};
+use beautiful_prompt::generate::{Completed, Generate, GenerateOptions, Length, Session, Update};
 use beautiful_prompt::models::bloom::Bloom;
 use beautiful_prompt::models::embedded;
 use beautiful_prompt::ops::cpu::Cpu;

@@ -5,16 +5,14 @@
 //! findable by what they hold, so that a prompt that begins as an earlier one starts behind it.
 //! When blocks run out the newest sequence gives up its own and waits; later it computes them
 //! again. Where a device feeds itself the tokens it chooses, a step begins before those of the one
-//! before are known (`ahead.rs`). None of this changes a token.
+//! before are known (`async_step.rs`). None of this changes a token.
 
-mod ahead;
-mod blocks;
-mod drafts;
+mod async_step;
 mod fairness;
+mod kv_blocks;
 mod request;
 mod sampling;
-pub mod session;
-pub mod text;
+mod speculation;
 
 pub use request::{Event, Finish, Request, Verdict};
 pub use sampling::{Chosen, SampleRow, Sampling, Top, choose, log_sum_exp};
@@ -23,10 +21,10 @@ use crate::error::{Error, Result};
 use crate::memory::MemoryPlan;
 use crate::models::bloom::{Bloom, Scratch};
 use crate::ops::{BLOCK, Backend, Batch};
-use ahead::Flight;
-use blocks::Blocks;
-use drafts::Drafter;
+use async_step::Flight;
+use kv_blocks::Blocks;
 use request::Sequence;
+use speculation::Drafter;
 use std::collections::VecDeque;
 use std::time::Instant;
 

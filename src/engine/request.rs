@@ -1,6 +1,6 @@
 //! Requests, their running sequences, and what the engine tells about them.
 
-use super::blocks::{Node, ROOT};
+use super::kv_blocks::{Node, ROOT};
 use super::{Sampling, Top};
 use crate::ops::BLOCK;
 use std::collections::{HashMap, HashSet};

@@ -2,4 +2,3 @@
 
 pub mod bloom;
 pub mod embedded;
-pub mod generation_config;

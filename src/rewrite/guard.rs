@@ -1,10 +1,13 @@
 //! Rewrites that have to keep a prompt's meaning: candidates in rounds, and what to fall back on.
 
-use super::assemble::{Assembled, Assembler, Draft, Plan, longest_part};
-use super::{Additions, Kept, Prompter, Verbatim, verbatim};
+use super::assemble::{Assembled, Assembler, Draft, Plan, Source, longest_part};
+use super::fidelity::Fidelity;
+use super::markup::{self, PromptMarkup};
+use super::prompter::Prompter;
+use super::style::Additions;
 use crate::engine::Finish;
-use crate::engine::session::{Completed, GenerateOptions};
 use crate::error::{Error, Result};
+use crate::generate::{Completed, GenerateOptions};
 use crate::random::{Derived, derived_seed};
 use crate::text::phrases::Phrases;
 use serde::Serialize;
@@ -23,7 +26,7 @@ pub const DEFAULT_MIN_KEPT: f64 = 0.9;
 /// What a rewrite has to satisfy. Words to keep and to ban are among the [`GenerateOptions`].
 #[derive(Clone, Debug)]
 pub struct GuardOptions {
-    /// Least part of the prompt's meaning, from 0 to 1, that a candidate keeps ([`Kept`]); any if
+    /// Least part of the prompt's meaning, from 0 to 1, that a candidate keeps ([`Fidelity`]); any if
     /// nothing.
     pub min_kept: Option<f64>,
     /// How often to generate for it.
@@ -53,17 +56,6 @@ impl GuardOptions {
     pub fn is_strict(&self) -> bool {
         self.min_kept.is_some() || self.max_clip_tokens.is_some()
     }
-}
-
-/// Where a candidate's text comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Source {
-    Model,
-    /// The input, with phrases that the model added.
-    Phrases,
-    /// The input alone.
-    Input,
 }
 
 /// One rewrite.
@@ -115,7 +107,7 @@ pub struct Rewriting {
     guard: GuardOptions,
     /// What no part may add, once it is known.
     banned: Option<Arc<Phrases>>,
-    kept: Kept,
+    fidelity: Fidelity,
     good: Vec<Candidate>,
     failed: Vec<Failed>,
     rewrite: Rewrite,
@@ -154,14 +146,14 @@ impl Rewriting {
             cached_tokens: 0,
             output_tokens: 0,
         };
-        let chunks = Verbatim::parse(&wanted).chunks;
+        let chunks = PromptMarkup::parse(&wanted).chunks;
         let mut plans: Vec<Plan> =
             chunks.into_iter().map(|c| Plan::new(c, &prompter.tokenizer)).collect();
-        if !verbatim::says_something(&wanted) {
+        if !markup::says_something(&wanted) {
             // a model would make something up
             plans.iter_mut().for_each(|p| p.reading.clear());
         }
-        let (banned, kept, good, failed) = Default::default();
+        let (banned, fidelity, good, failed) = Default::default();
         Ok(Rewriting {
             prompter,
             wanted,
@@ -169,7 +161,7 @@ impl Rewriting {
             options,
             guard,
             banned,
-            kept,
+            fidelity,
             good,
             failed,
             rewrite,
@@ -299,7 +291,7 @@ impl Rewriting {
     fn assembler(&self) -> Assembler<'_> {
         Assembler {
             plans: &self.plans,
-            known: self.kept.known(&self.wanted),
+            known: self.fidelity.known(&self.wanted),
             keep: &self.options.keep,
             max_clip_tokens: self.guard.max_clip_tokens,
         }
@@ -390,8 +382,8 @@ impl Rewriting {
         (tokens, logprob, finish): (usize, f32, Finish),
     ) -> Candidate {
         let Assembled { text, source, reason } = text;
-        let (kept, missing) = self.kept.measure(&self.wanted, &text);
-        let added = self.kept.added(&self.wanted, &text);
+        let (kept, missing) = self.fidelity.score(&self.wanted, &text);
+        let added = self.fidelity.added(&self.wanted, &text);
         let counts = self.guard.count_clip_tokens || self.guard.max_clip_tokens.is_some();
         let clip_tokens = counts.then(|| longest_part(&text));
         Candidate {
@@ -418,7 +410,7 @@ fn without_banned(prompt: &str, ban: &Phrases) -> String {
         if gone.is_empty() {
             return text;
         }
-        text = verbatim::without(&text, &gone);
+        text = markup::without(&text, &gone);
     }
     ban.strip(&text)
 }

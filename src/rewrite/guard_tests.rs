@@ -2,8 +2,8 @@
 //! model's text.
 
 use super::*;
-use crate::engine::session::Candidate as Continuation;
-use crate::engine::text::Token;
+use crate::generate::Candidate as Continuation;
+use crate::generate::text::Token;
 use crate::models::embedded;
 use crate::text::literals::Literals;
 use proptest::prelude::*;
@@ -236,7 +236,7 @@ proptest! {
         prop_assert_eq!(candidates.len(), n as usize);
         for c in candidates {
             let reason = c.reason.clone().unwrap_or_default();
-            let (kept, missing) = Kept::default().measure(&wanted, &c.text);
+            let (kept, missing) = Fidelity::default().score(&wanted, &c.text);
             prop_assert_eq!((c.kept, &c.missing), (kept, &missing));
             prop_assert!(prompt.contains('\u{fffd}') || !c.text.contains('\u{fffd}'), "{:?}", c);
             prop_assert!(c.source == Source::Model || !reason.is_empty(), "{:?}", c);

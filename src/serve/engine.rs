@@ -3,8 +3,8 @@
 
 use super::errors::ApiError;
 use crate::engine::Finish;
-use crate::engine::session::{Completed, GenerateOptions};
-use crate::engine::text::Token;
+use crate::generate::text::Token;
+use crate::generate::{Completed, GenerateOptions};
 use crate::rewrite::Work;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

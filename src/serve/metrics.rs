@@ -1,8 +1,8 @@
 //! Prometheus metrics under vLLM's names, so that dashboards, autoscalers and gateways made for it
 //! work.
 
-use crate::engine::session::Completed;
 use crate::engine::{Counters, Finish};
+use crate::generate::Completed;
 use crate::ops::BLOCK;
 use axum::http::Method;
 use prometheus::{

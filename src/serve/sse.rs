@@ -3,8 +3,8 @@
 use super::engine::{Generation, Reply};
 use super::errors::{ApiError, ErrorBody};
 use crate::engine::Finish;
-use crate::engine::session::Completed;
-use crate::engine::text::Token;
+use crate::generate::Completed;
+use crate::generate::text::Token;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, StreamExt};

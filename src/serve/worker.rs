@@ -5,9 +5,9 @@
 use super::engine::{Command, Inbox, Reply, Submission};
 use super::metrics::Metrics;
 use crate::engine::Counters;
-use crate::engine::session::{Completed, Generate, GenerateOptions, Length, Update};
-use crate::engine::text::Token;
 use crate::error::{Error, Result};
+use crate::generate::text::Token;
+use crate::generate::{Completed, Generate, GenerateOptions, Length, Update};
 use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -399,7 +399,7 @@ mod tests {
     use super::super::engine::{Engine, Generation, engine};
     use super::*;
     use crate::engine::Finish;
-    use crate::engine::session::{Candidate, Failed, Outcome};
+    use crate::generate::{Candidate, Failed, Outcome};
     use crate::rewrite::Work;
     use std::sync::Arc;
     use std::time::Duration;

@@ -1,7 +1,7 @@
 //! Lines that the engine works on.
 
 use super::record::Line;
-use crate::engine::session::{Completed, Generate};
+use crate::generate::{Completed, Generate};
 use crate::rewrite::{Rewriting, Work};
 use anyhow::anyhow;
 use std::collections::{BTreeMap, HashMap};

@@ -211,7 +211,7 @@ mod tests {
         match packing {
             Packing::None => out.extend_from_slice(bytes),
             Packing::Gzip => {
-                drop(flate2::read::MultiGzDecoder::new(bytes).read_to_end(&mut out).unwrap())
+                flate2::read::MultiGzDecoder::new(bytes).read_to_end(&mut out).unwrap();
             }
             Packing::Zstd => out = zstd::decode_all(bytes).unwrap(),
         }

@@ -4,10 +4,11 @@ use super::{
     SamplingParams, StreamOptions, Usage, finite, now, token_text, top_logprobs, with_top,
 };
 use crate::engine::Finish;
-use crate::engine::session::{Completed, GenerateOptions};
-use crate::engine::text::Token;
+use crate::generate::text::Token;
+use crate::generate::{Completed, GenerateOptions};
+use crate::serve::body::{Json, RequestBody};
 use crate::serve::engine::Generation;
-use crate::serve::errors::{ApiError, ErrorBody, Json, RequestBody};
+use crate::serve::errors::{ApiError, ErrorBody};
 use crate::serve::layers::RequestId;
 use crate::serve::sse::{self, Item};
 use crate::serve::state::{Shared, StateArc};

@@ -1,7 +1,7 @@
 //! From tokens to text: incremental decoding, stop strings, and words that a candidate must or must
 //! not hold.
 
-use super::{Event, Finish, Top, Verdict};
+use crate::engine::{Event, Finish, Top, Verdict};
 use crate::error::{Error, Result};
 use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
