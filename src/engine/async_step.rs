@@ -6,31 +6,18 @@
 //! that step's result for the sequence is dropped, and the position that it wrote is written again
 //! if the sequence goes on.
 
-use super::{Choice, Engine, Sequence, Sink, sample_rows};
-use crate::engine::SampleRow;
+use super::request::Sink;
+use super::sampling_job::{InFlightStep, SamplingJob, sampling_rows};
+use super::sequence::{Sequence, SequenceId};
+use super::{Engine, SampleRow};
 use crate::error::Result;
 use crate::ops::{Backend, Batch};
-
-/// A step whose tokens are being chosen.
-pub(super) struct Flight<B: Backend> {
-    choosing: B::Choosing,
-    /// Request and candidate of each choice; `None` if it is not wanted any more.
-    targets: Vec<Option<(u64, u32)>>,
-}
-
-impl<B: Backend> Flight<B> {
-    pub fn new<'s>(
-        choosing: B::Choosing,
-        sequences: impl Iterator<Item = &'s Sequence>,
-    ) -> Flight<B> {
-        Flight { choosing, targets: sequences.map(|s| Some((s.request.id, s.candidate))).collect() }
-    }
-}
+use std::collections::{HashMap, HashSet};
 
 impl<B: Backend> Engine<'_, B> {
-    /// Whether the next step can do without knowing what these choices, one for each running
-    /// sequence, come to.
-    pub(super) fn may_fly(&self, rows: &[SampleRow]) -> bool {
+    /// Whether the next step can be launched without knowing the tokens of these rows, one for each
+    /// running sequence.
+    pub(super) fn can_launch_next(&self, rows: &[SampleRow]) -> bool {
         let plain = |s: &Sequence| {
             let sampling = &s.request.sampling;
             s.forced.is_empty()
@@ -43,32 +30,34 @@ impl<B: Backend> Engine<'_, B> {
             && rows.iter().all(|r| self.backend.chooses_alone(r))
     }
 
-    fn find(&self, target: Option<(u64, u32)>) -> Option<usize> {
-        let (request, candidate) = target?;
-        self.running
-            .iter()
-            .position(|s| s.request.id == request && s.candidate == candidate && !s.done)
+    /// Where each running sequence is.
+    pub(super) fn places(&self) -> HashMap<SequenceId, usize> {
+        self.running.iter().enumerate().map(|(at, s)| (s.id(), at)).collect()
     }
 
-    /// Begins the step after `flight` with the tokens that it chooses. Does nothing if others are
-    /// to be admitted first, if there is no room, or nothing to go on with.
-    pub(super) fn fly_on(&mut self, flight: &Flight<B>) -> Result<Option<Flight<B>>> {
-        let places: Vec<(usize, usize)> = flight
+    /// Launches the step after `current` with the tokens that are being sampled. Does nothing if
+    /// others are to be admitted first, if there is no room, or nothing to go on with.
+    pub(super) fn launch_next(
+        &mut self,
+        current: &InFlightStep<B>,
+        places: &HashMap<SequenceId, usize>,
+    ) -> Result<Option<InFlightStep<B>>> {
+        let wanted: Vec<(usize, usize)> = current
             .targets
             .iter()
             .enumerate()
-            .filter_map(|(choice, t)| Some((self.find(*t)?, choice)))
+            .filter_map(|(job, target)| Some((*places.get(target.as_ref()?)?, job)))
             .collect();
         let admits = !self.waiting.is_empty()
             && (self.running.len() < self.options.sequences || self.over_its_share().is_some());
-        if admits || places.len() < self.running.len() {
+        if admits || wanted.len() < self.running.len() {
             return Ok(None);
         }
-        let (mut batch, mut choices): (Batch, Vec<Choice>) = Default::default();
-        for (at, choice) in places {
+        let (mut batch, mut jobs): (Batch, Vec<SamplingJob>) = Default::default();
+        for (at, pending_token) in wanted {
             let s = &self.running[at];
             if s.outputs() + 1 >= s.request.max_new {
-                continue; // the token that is being chosen is its last
+                continue; // the token that is being sampled is its last
             }
             if !self.take_blocks(at, 1) {
                 return Ok(None);
@@ -76,32 +65,43 @@ impl<B: Backend> Engine<'_, B> {
             let s = &self.running[at];
             let row = batch.ids.len();
             batch.push(&[0], s.computed, &s.blocks);
-            batch.fed.push((row, choice));
-            choices.push(self.choice(at, &[], Some(choice), row));
+            batch.fed.push((row, pending_token));
+            jobs.push(SamplingJob::new((at, s), &[], Some(pending_token), row));
         }
-        if choices.is_empty() {
+        if jobs.is_empty() {
             return Ok(None);
         }
-        self.model.forward(self.backend, &batch, &mut self.cache, &mut self.scratch);
-        self.counters.steps += 1;
-        self.counters.computed_tokens += batch.ids.len() as u64;
-        let rows = sample_rows(&self.running, &choices);
-        let choosing = self.model.start_sample(self.backend, &rows, &mut self.scratch)?;
-        choices.iter().for_each(|c| self.running[c.at].computed += 1);
-        Ok(Some(Flight::new(choosing, choices.iter().map(|c| &self.running[c.at]))))
+        self.forward(&batch);
+        let rows = sampling_rows(&self.running, &jobs);
+        let pending = self.model.start_sample(self.backend, &rows, &mut self.scratch)?;
+        jobs.iter().for_each(|job| self.running[job.at].computed += 1);
+        Ok(Some(InFlightStep::new(pending, &self.running, &jobs)))
     }
 
-    /// Takes the tokens of `flight`, behind which another one may have begun.
-    pub(super) fn land(&mut self, flight: Flight<B>, sink: Sink) -> Result<()> {
-        let chosen = self.backend.finish_sample(flight.choosing)?;
-        for (target, chosen) in flight.targets.into_iter().zip(chosen) {
-            let Some(at) = self.find(target) else { continue };
-            let goes_on = self.take(at, &[], &mut [chosen], sink);
-            if !goes_on && let Some(next) = &mut self.flight {
-                next.targets.iter_mut().filter(|t| **t == target).for_each(|t| *t = None);
+    /// Takes the tokens of `current`, behind which another step may have been launched.
+    pub(super) fn complete(
+        &mut self,
+        current: InFlightStep<B>,
+        places: &HashMap<SequenceId, usize>,
+        sink: Sink,
+    ) -> Result<()> {
+        let sampled = self.backend.finish_sample(current.pending)?;
+        let mut ended = HashSet::new();
+        for (target, token) in current.targets.into_iter().zip(sampled) {
+            let Some((id, &at)) = target.and_then(|id| Some((id, places.get(&id)?))) else {
+                continue;
+            };
+            if !self.accept(at, &[], &mut [token], sink) {
+                ended.insert(id);
             }
             if self.options.prefix_cache {
                 self.register(at);
+            }
+        }
+        // what the next step samples for them follows a token that they do not have
+        if let Some(next) = &mut self.in_flight {
+            for target in &mut next.targets {
+                *target = target.filter(|id| !ended.contains(id));
             }
         }
         self.retire();

@@ -2,7 +2,7 @@
 
 use super::options::{GenerateOptions, Length};
 use super::text::{Growing, Rules, Token};
-use crate::engine::{Counters, Engine, EngineOptions, Event, Finish, Request, Top, Verdict};
+use crate::engine::{Counters, Engine, EngineOptions, Event, FinishReason, Request, Top, Verdict};
 use crate::error::{Error, Result};
 use crate::models::bloom::Bloom;
 use crate::ops::Backend;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 pub struct Candidate {
     pub text: String,
     pub tokens: Vec<Token>,
-    pub finish: Finish,
+    pub finish: FinishReason,
 }
 
 impl Candidate {
@@ -58,7 +58,13 @@ pub enum Update<'a> {
     /// Computing a prompt begins.
     Started { id: u64 },
     /// New text of a candidate, with the tokens that are certain now; the last one has a `finish`.
-    Text { id: u64, candidate: u32, text: &'a str, tokens: &'a [Token], finish: Option<Finish> },
+    Text {
+        id: u64,
+        candidate: u32,
+        text: &'a str,
+        tokens: &'a [Token],
+        finish: Option<FinishReason>,
+    },
 }
 
 struct Pending<'a> {
@@ -66,14 +72,16 @@ struct Pending<'a> {
     prompt_scores: Vec<(f32, Top)>,
     cached: usize,
     candidates: Vec<Growing<'a>>,
+    /// Candidates that have not ended.
+    growing: usize,
 }
 
 /// A session, whatever device it runs on.
 pub trait Generate {
     /// Queues a prompt under an id that is not in flight.
     fn submit(&mut self, id: u64, prompt: Vec<u32>, options: &GenerateOptions) -> Result<()>;
-    /// Forgets a prompt.
-    fn cancel(&mut self, id: u64);
+    /// Forgets prompts.
+    fn cancel(&mut self, ids: &[u64]);
     /// Forgets all prompts and what was computed for them, whatever state a failure left them in.
     fn reset(&mut self);
     /// One forward pass; prompts that are done come back, and those that failed alone. An error is
@@ -152,15 +160,18 @@ impl<B: Backend> Generate for Session<'_, B> {
             prompt_scores: vec![],
             cached: 0,
             candidates: vec![candidate; request.candidates as usize],
+            growing: request.candidates as usize,
         };
         self.engine.submit(request)?;
         self.pending.insert(id, pending);
         Ok(())
     }
 
-    fn cancel(&mut self, id: u64) {
-        self.engine.cancel(id);
-        self.pending.remove(&id);
+    fn cancel(&mut self, ids: &[u64]) {
+        self.engine.cancel(ids);
+        for id in ids {
+            self.pending.remove(id);
+        }
     }
 
     fn reset(&mut self) {
@@ -189,7 +200,7 @@ impl<B: Backend> Generate for Session<'_, B> {
     }
 
     fn counters(&self) -> Counters {
-        self.engine.counters
+        self.engine.counters()
     }
 
     fn generated_tokens(&self) -> u64 {
@@ -225,6 +236,7 @@ impl<B: Backend> Generate for Session<'_, B> {
             let Some(p) = pending.get_mut(&id) else { return Verdict::End };
             generated += u64::from(matches!(event, Event::Token { .. }));
             let c = &mut p.candidates[candidate as usize];
+            let had_ended = c.finish.is_some();
             // what goes wrong with one text must not end the others
             let grown = catch_unwind(AssertUnwindSafe(|| c.take(event)));
             let grown = grown
@@ -241,14 +253,17 @@ impl<B: Backend> Generate for Session<'_, B> {
             if !text.is_empty() || !tokens.is_empty() || finish.is_some() {
                 on_update(Update::Text { id, candidate, text, tokens, finish });
             }
-            if finish.is_some() && p.candidates.iter().all(|c| c.finish.is_some()) {
-                done.push(id);
+            if finish.is_some() && !had_ended {
+                p.growing -= 1;
+                if p.growing == 0 {
+                    done.push(id);
+                }
             }
             verdict
         });
         self.generated_tokens += generated;
-        for f in &failed {
-            self.cancel(f.id);
+        if !failed.is_empty() {
+            self.cancel(&failed.iter().map(|f| f.id).collect::<Vec<_>>());
         }
         stepped?;
         let done =
@@ -296,7 +311,7 @@ fn completed(id: u64, p: Pending) -> Completed {
         text: c.text,
         tokens: c.tokens,
         // only prompts whose candidates all have ended are done
-        finish: c.finish.unwrap_or(Finish::Stop),
+        finish: c.finish.unwrap_or(FinishReason::Stop),
     });
     Completed {
         id,

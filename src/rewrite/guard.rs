@@ -5,7 +5,7 @@ use super::fidelity::Fidelity;
 use super::markup::{self, PromptMarkup};
 use super::prompter::Prompter;
 use super::style::Additions;
-use crate::engine::Finish;
+use crate::engine::FinishReason;
 use crate::error::{Error, Result};
 use crate::generate::{Completed, GenerateOptions};
 use crate::random::{Derived, derived_seed};
@@ -78,7 +78,7 @@ pub struct Candidate {
     pub tokens: usize,
     pub logprob: f32,
     #[serde(rename = "finish_reason")]
-    pub finish: Finish,
+    pub finish: FinishReason,
 }
 
 /// A prompt with its rewrites.
@@ -279,7 +279,7 @@ impl Rewriting {
             let nothing: Vec<Option<Draft>> = self.plans.iter().map(|_| None).collect();
             let mut input = self.assembler().assemble(&nothing, false);
             input.reason.get_or_insert("there are no words to rewrite".to_owned());
-            let mut input = self.measured(input, (0, 0.0, Finish::Stop));
+            let mut input = self.measured(input, (0, 0.0, FinishReason::Stop));
             if let (Some(fault), Some(reason)) = (self.fault(&input), &mut input.reason) {
                 *reason = format!("{reason}; the input {fault}");
             }
@@ -301,7 +301,7 @@ impl Rewriting {
     fn judge(&mut self, completed: &[Completed], i: usize) {
         let streams = self.streams();
         let mut texts = completed.iter().map(|c| &c.candidates[i]);
-        let (mut tokens, mut logprob, mut finish) = (0, 0.0, Finish::Stop);
+        let (mut tokens, mut logprob, mut finish) = (0, 0.0, FinishReason::Stop);
         let mut drafts = vec![];
         for plan in &self.plans {
             let Some(c) = (!plan.reading.is_empty()).then(|| texts.next()).flatten() else {
@@ -310,11 +310,11 @@ impl Rewriting {
             };
             tokens += c.tokens.len();
             logprob += c.tokens.iter().map(|t| t.logprob.max(-9999.0)).sum::<f32>();
-            finish = if c.finish == Finish::Stop { finish } else { c.finish };
+            finish = if c.finish == FinishReason::Stop { finish } else { c.finish };
             drafts.push(Some(match streams {
                 // what was given out stands
                 true => Draft { text: whole_characters(&c.text).trim().to_owned(), cut: false },
-                false => Draft::new(&c.text, c.finish != Finish::Stop),
+                false => Draft::new(&c.text, c.finish != FinishReason::Stop),
             }));
         }
         let model = (tokens, logprob, finish);
@@ -379,7 +379,7 @@ impl Rewriting {
     fn measured(
         &self,
         text: Assembled,
-        (tokens, logprob, finish): (usize, f32, Finish),
+        (tokens, logprob, finish): (usize, f32, FinishReason),
     ) -> Candidate {
         let Assembled { text, source, reason } = text;
         let (kept, missing) = self.fidelity.score(&self.wanted, &text);

@@ -2,7 +2,7 @@
 //! over others.
 
 use super::errors::ApiError;
-use crate::engine::Finish;
+use crate::engine::FinishReason;
 use crate::generate::text::Token;
 use crate::generate::{Completed, GenerateOptions};
 use crate::rewrite::Work;
@@ -22,7 +22,7 @@ pub enum Reply {
         candidate: u32,
         text: String,
         tokens: Vec<Token>,
-        finish: Option<Finish>,
+        finish: Option<FinishReason>,
     },
     Done(Box<Completed>),
     /// It waits for its turn.

@@ -543,9 +543,9 @@ mod tests {
             self.inner.reset();
         }
 
-        fn cancel(&mut self, id: u64) {
-            self.prompts.remove(&id);
-            self.inner.cancel(id);
+        fn cancel(&mut self, ids: &[u64]) {
+            self.prompts.retain(|id, _| !ids.contains(id));
+            self.inner.cancel(ids);
         }
 
         fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Outcome>> {

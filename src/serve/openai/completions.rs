@@ -1,7 +1,7 @@
 //! `/v1/completions`: continues texts as they are.
 
 use super::{SamplingParams, StreamOptions, Usage, finite, now, token_text, top_logprobs};
-use crate::engine::{Finish, Sampling};
+use crate::engine::{FinishReason, Sampling};
 use crate::generate::generation_config::GenerationDefaults;
 use crate::generate::{Candidate, Completed, GenerateOptions};
 use crate::serve::body::{Json, RequestBody};
@@ -73,7 +73,7 @@ pub struct CompletionChoice {
     pub text: String,
     pub index: usize,
     pub logprobs: Option<CompletionLogprobs>,
-    pub finish_reason: Option<Finish>,
+    pub finish_reason: Option<FinishReason>,
 }
 
 #[derive(Debug, Default, Serialize, ToSchema)]
@@ -158,8 +158,8 @@ impl Form {
         }
     }
 
-    fn finish(&self, finish: Finish) -> Finish {
-        if self.only_prompt { Finish::Length } else { finish }
+    fn finish(&self, finish: FinishReason) -> FinishReason {
+        if self.only_prompt { FinishReason::Length } else { finish }
     }
 }
 
