@@ -1,7 +1,7 @@
 //! Criterion benches of what is done with a prompt's text: bytes a second stay the same however
 //! long it is, hostile or not.
 
-use beautiful_prompt::rewrite::{Kept, Verbatim};
+use beautiful_prompt::rewrite::{Fidelity, PromptMarkup};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 
@@ -17,7 +17,7 @@ const KINDS: [(&str, &str); 8] = [
 ];
 
 fn prompts(c: &mut Criterion) {
-    let kept = Kept::default();
+    let fidelity = Fidelity::default();
     for (name, unit) in KINDS {
         let mut group = c.benchmark_group(name);
         group.sample_size(10);
@@ -25,10 +25,10 @@ fn prompts(c: &mut Criterion) {
             let text = unit.repeat(bytes / unit.len());
             group.throughput(Throughput::Bytes(text.len() as u64));
             group.bench_with_input(BenchmarkId::new("parse", bytes), &text, |b, t| {
-                b.iter(|| Verbatim::parse(black_box(t)))
+                b.iter(|| PromptMarkup::parse(black_box(t)))
             });
             group.bench_with_input(BenchmarkId::new("measure", bytes), &text, |b, t| {
-                b.iter(|| kept.measure(black_box(t), black_box(t)))
+                b.iter(|| fidelity.score(black_box(t), black_box(t)))
             });
         }
     }

@@ -116,7 +116,7 @@ fn generate_counting<B: DecodeBackend>(
         engine.step(&mut sink).unwrap();
     }
     assert_eq!(engine.blocks_in_use(), 0, "blocks leaked");
-    (out, engine.counters)
+    (out, engine.counters())
 }
 
 /// A sequence's tokens and log-probabilities are the same, bit for bit, alone, together, in another

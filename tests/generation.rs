@@ -1,7 +1,7 @@
 //! The engine: transformers' tokens, and the same tokens whatever the company.
 
 use beautiful_prompt::engine::{
-    Counters, Engine, EngineOptions, Event, Finish, Request, Sampling, Verdict,
+    Counters, Engine, EngineOptions, Event, FinishReason, Request, Sampling, Verdict,
 };
 use beautiful_prompt::models::bloom::Bloom;
 use beautiful_prompt::models::bloom::BloomCheckpoint;
@@ -69,7 +69,7 @@ fn run_counting(
             .unwrap();
     }
     assert_eq!(engine.blocks_in_use(), 0, "blocks leaked");
-    (out, engine.counters)
+    (out, engine.counters())
 }
 
 #[test]
@@ -135,7 +135,7 @@ fn a_refused_token_ends_its_candidate_and_length_is_reported() {
             })
             .unwrap();
     }
-    assert_eq!((finishes, count), (vec![Finish::Length], 3));
+    assert_eq!((finishes, count), (vec![FinishReason::Length], 3));
     assert_eq!(engine.blocks_in_use(), 0);
 }
 
@@ -260,8 +260,8 @@ fn cancelled_requests_free_their_blocks_at_once() {
     };
     (0..30).for_each(|_| engine.step(&mut collect).unwrap());
     assert!(engine.blocks_in_use() > 0 && engine.waiting() > 0);
-    (0..3).for_each(|id| engine.cancel(id));
-    engine.cancel(17);
+    engine.cancel(&[0, 1, 2]);
+    engine.cancel(&[17]);
     while !engine.is_idle() {
         engine.step(&mut collect).unwrap();
     }
@@ -299,7 +299,7 @@ fn requests_end_at_their_deadline() {
             })
             .unwrap();
     }
-    assert_eq!(ended, [(0, 0, Finish::Deadline), (0, 1, Finish::Deadline)]);
+    assert_eq!(ended, [(0, 0, FinishReason::Deadline), (0, 1, FinishReason::Deadline)]);
     assert_eq!((finished, engine.blocks_in_use()), (2, 0));
 }
 

@@ -1,10 +1,8 @@
 //! Whole requests with every option at once: bans, texts to keep, stops, candidates, drafts, prefix
 //! cache, deadlines, preemption, cancellation and log-probabilities, on the embedded model.
 
-use beautiful_prompt::engine::session::{
-    Completed, Generate, GenerateOptions, Length, Session, Update,
-};
-use beautiful_prompt::engine::{EngineOptions, Finish, Sampling};
+use beautiful_prompt::engine::{EngineOptions, FinishReason, Sampling};
+use beautiful_prompt::generate::{Completed, Generate, GenerateOptions, Length, Session, Update};
 use beautiful_prompt::models::bloom::Bloom;
 use beautiful_prompt::models::embedded;
 use beautiful_prompt::ops::cpu::Cpu;
@@ -43,7 +41,7 @@ const STOPS: [&str; 5] = [", by", "focus", "ist", ", ", "th"];
 struct Streamed {
     text: String,
     tokens: Vec<u32>,
-    finish: Option<Finish>,
+    finish: Option<FinishReason>,
 }
 
 struct Asked {
@@ -128,7 +126,7 @@ fn serve(
         }
         for (id, from) in &started {
             if asked[*id as usize].cancelled.is_some_and(|after| from + after == step) {
-                session.cancel(*id);
+                session.cancel(&[*id]);
                 streamed.remove(id);
             }
         }
@@ -165,7 +163,8 @@ fn serve(
 fn check(a: &Asked, completed: &Completed, streamed: &[Streamed], eos: u32) {
     let o = &a.options;
     assert_eq!(completed.candidates.len(), o.candidates as usize);
-    if o.prompt_logprobs && completed.candidates.iter().all(|c| c.finish != Finish::Deadline) {
+    if o.prompt_logprobs && completed.candidates.iter().all(|c| c.finish != FinishReason::Deadline)
+    {
         assert_eq!(completed.prompt_scores.len(), a.prompt.len() - 1);
     }
     let Length::New(most) = o.length else { unreachable!("asked for above") };
@@ -175,7 +174,7 @@ fn check(a: &Asked, completed: &Completed, streamed: &[Streamed], eos: u32) {
         assert_eq!(s.finish, Some(c.finish));
         assert!(c.tokens.len() <= most);
         assert_eq!(o.ban.find(&c.text), None, "banned: {}", c.text);
-        if c.finish == Finish::Deadline {
+        if c.finish == FinishReason::Deadline {
             continue;
         }
         assert!(o.keep.missing(&c.text).is_empty(), "{:?} lacks {:?}", c.text, o.keep);

@@ -1,7 +1,7 @@
 //! What rewrites add: seeds of their own, media that go together, styles, artists or none, fewer
 //! worn phrases.
 
-use beautiful_prompt::engine::session::GenerateOptions;
+use beautiful_prompt::generate::GenerateOptions;
 use beautiful_prompt::models::embedded;
 use beautiful_prompt::random::{Derived, derived_seed};
 use beautiful_prompt::rewrite::{Additions, GuardOptions, Prompter, Rewriting, Style};

@@ -102,7 +102,7 @@ pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Result<BloomCheck
 /// What measuring a model takes beside its weights.
 pub fn plan<B: DecodeBackend>(model: &Bloom<B>, o: &LlmOptions) -> MemoryPlan {
     let flags = "--batch or --prompt-tokens";
-    let engine = crate::engine::plan(model, &o.engine());
+    let engine = crate::engine::memory_plan(model, &o.engine());
     // ids of prompts, in requests and in sequences
     let ids = 32.0 * o.batch as f64 * (o.prompt_tokens + o.new_tokens) as f64;
     MemoryPlan::new()

@@ -6,7 +6,7 @@ use super::files::check_distinct;
 use super::guard::GuardArgs;
 use super::model::{ModelArgs, SamplingArgs};
 use super::print::{self, note, print_line};
-use super::rewrite::Rewriter;
+use super::rewriter::Rewriter;
 use crate::data::records::{read_pairs, read_prompts};
 use crate::eval::facts::{Facts, count_facts, read_facts};
 use crate::eval::{Rewrite, report};

@@ -3,9 +3,9 @@
 use super::batch::check_length;
 use super::model::{ModelArgs, SamplingArgs};
 use super::print;
-use crate::engine::session::{Length, Update};
 use crate::engine::{EngineOptions, Sampling};
-use crate::models::generation_config::GenerationDefaults;
+use crate::generate::generation_config::GenerationDefaults;
+use crate::generate::{Length, Update};
 use anyhow::{Context, ensure};
 use clap::Args;
 use serde_json::json;

@@ -1,7 +1,7 @@
 //! The arguments that hold a rewrite to its prompt.
 
 use super::additions::AdditionArgs;
-use crate::engine::session::GenerateOptions;
+use crate::generate::GenerateOptions;
 use crate::rewrite::{DEFAULT_MIN_KEPT, GuardOptions};
 use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;

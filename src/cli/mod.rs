@@ -16,6 +16,7 @@ mod inspect;
 mod model;
 mod print;
 mod rewrite;
+mod rewriter;
 mod selftest;
 mod serve;
 mod shell;

@@ -1,25 +1,20 @@
 //! `bprompt rewrite`: plain prompts into rich ones, one at a time or files of them.
 
-use super::batch::{self, Settings, Shard};
-use super::engine::EngineArgs;
+use super::batch::{self, BatchArgs, FileArgs};
 use super::files::is_stdout;
-use super::guard::GuardArgs;
-use super::model::{Loaded, ModelArgs, SamplingArgs};
 use super::print::{self, note};
+use super::rewriter::{Format, Rewriter, RewriterArgs, one_line, record};
 use crate::engine::EngineOptions;
-use crate::engine::session::{Completed, Generate, GenerateOptions, Update};
+use crate::generate::Update;
 use crate::random::prompt_seed;
 use crate::rewrite::{
-    Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, Source as TextSource,
-    whole_characters,
+    Candidate, DEFAULT_MIN_KEPT, Rewriting, Source as TextSource, whole_characters,
 };
-use crate::text::template::Template;
 use anyhow::{bail, ensure};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use indicatif::ProgressBar;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::io::{IsTerminal, Write};
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 #[derive(Args)]
@@ -27,169 +22,27 @@ pub struct RewriteArgs {
     /// Plain prompts; without them and without --input, standard input has one a line.
     #[arg(value_name = "PROMPT", conflicts_with = "input")]
     prompts: Vec<String>,
-    /// Candidates for each prompt, at least 1.
-    #[arg(short, long = "candidates", visible_alias = "n", value_name = "N", default_value_t = 1)]
-    n: u32,
-    /// v1, v2 or a file with {raw} in it; by default the model's own, else v1.
-    #[arg(long, value_name = "NAME|FILE")]
-    pub template: Option<String>,
+    #[command(flatten)]
+    files: FileArgs,
+    #[command(flatten)]
+    rewriter: RewriterArgs,
     /// One JSON object a prompt: id, prompt, candidates, seed.
-    #[arg(long)]
+    #[arg(long, help_heading = None)]
     json: bool,
     /// Most bytes of a prompt, at least 1; longer ones are refused before they take memory.
-    #[arg(long, value_name = "BYTES", default_value_t = 65536)]
-    pub max_prompt_bytes: usize,
-    #[command(flatten)]
-    pub files: FileArgs,
-    #[command(flatten)]
-    guard: GuardArgs,
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
-    #[command(flatten)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    pub engine: EngineArgs,
-}
-
-/// Files of prompts, and where their results go.
-#[derive(Args, Debug)]
-#[command(next_help_heading = "Files")]
-pub struct FileArgs {
-    /// Files of prompts, or patterns such as "part-*.jsonl.gz"; `-` for standard input. JSON lines
-    /// with "prompt" and, if they want, "id" and settings of their own, or text with one a line;
-    /// plain, gzip or zstd.
-    #[arg(short, long, value_name = "FILES", num_args = 1..)]
-    pub input: Vec<String>,
-    /// Where results go, `-` for standard output; compressed if the name ends in .gz or .zst.
-    #[arg(short, long, value_name = "FILE", default_value = "-")]
-    pub output: PathBuf,
-    /// How lines are read and results written; by default JSON lines, or text if the output's name
-    /// ends in .txt.
-    #[arg(long, value_enum)]
-    pub format: Option<Format>,
-    /// Take every n-th line alone, from the i-th on: one of n parts for n machines.
-    #[arg(long, value_name = "I/N", requires = "input")]
-    pub shard: Option<Shard>,
-    /// Go on where an interrupted run stopped, with the same settings.
-    #[arg(long)]
-    pub resume: bool,
-    /// Replace an existing output file, once the results are whole.
-    #[arg(long, conflicts_with = "resume")]
-    pub force: bool,
-    /// Leave out input lines that cannot be rewritten, and count them.
-    #[arg(long)]
-    pub skip_bad_lines: bool,
-    /// With --format openai, what requests call the model; its folder's name if not given.
-    #[arg(long, value_name = "NAME", requires = "input")]
-    pub served_model_name: Option<String>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    Jsonl,
-    Text,
-    /// OpenAI's batch files: requests with custom_id, url and body; answers in the same way.
-    Openai,
-}
-
-/// A loaded model with the template and settings of the command line.
-pub struct Rewriter {
-    pub loaded: Loaded,
-    pub template: Template,
-    pub options: GenerateOptions,
-    pub guard: GuardOptions,
-}
-
-impl Rewriter {
-    pub fn prompter(&self) -> Prompter {
-        Prompter { tokenizer: self.loaded.tokenizer.clone(), template: self.template.clone() }
-    }
-
-    pub fn session(&self, engine: EngineOptions) -> anyhow::Result<Box<dyn Generate + '_>> {
-        self.loaded.session(engine)
-    }
-
-    /// Rewrites one prompt, alone.
-    pub fn rewrite(
-        &self,
-        session: &mut dyn Generate,
-        mut rewriting: Rewriting,
-        on_update: &mut dyn FnMut(Update),
-    ) -> anyhow::Result<Rewrite> {
-        loop {
-            let work = rewriting.work()?;
-            if work.is_empty() {
-                return Ok(rewriting.finish());
-            }
-            for (part, (ids, options)) in work.into_iter().enumerate() {
-                session.submit(part as u64, ids, &options)?;
-            }
-            let mut done: Vec<Completed> = Vec::new();
-            while !session.is_idle() {
-                for outcome in session.step(on_update)? {
-                    done.push(outcome?);
-                }
-            }
-            done.sort_by_key(|c| c.id);
-            rewriting.take(&done);
-        }
-    }
+    #[arg(long, value_name = "BYTES", default_value_t = 65536, help_heading = None)]
+    max_prompt_bytes: usize,
 }
 
 impl RewriteArgs {
-    pub fn rewriter(&self) -> anyhow::Result<Rewriter> {
-        let model = ModelArgs { long_running: self.has_files(), ..self.model.clone() };
-        let loaded = model.load()?;
-        let template = loaded.template(self.template.as_deref())?;
-        let mut options = self.sampling.options(&loaded.defaults, self.n)?;
-        let guard = self.guard.options(&mut options)?;
-        Ok(Rewriter { loaded, template, options, guard })
-    }
-
     /// How results are written.
-    pub fn format(&self) -> Format {
+    fn format(&self) -> Format {
         let name = self.files.output.to_string_lossy().to_lowercase();
         let name = name.strip_suffix(".gz").or(name.strip_suffix(".zst")).unwrap_or(&name);
         // prompts that came without a file are answered as those on the command line are
         let text = name.ends_with(".txt")
             || (self.files.input.is_empty() && !self.json && is_stdout(&self.files.output));
         self.files.format.unwrap_or(if text { Format::Text } else { Format::Jsonl })
-    }
-
-    /// Files that are read beside the input.
-    pub fn other_files(&self) -> Vec<PathBuf> {
-        let template = self.template.iter().filter(|t| Path::new(t).is_file()).map(PathBuf::from);
-        self.guard.files().into_iter().chain(self.model.model.clone()).chain(template).collect()
-    }
-
-    /// What the results depend on, under the names of the flags.
-    pub fn settings(&self, rewriter: &Rewriter, format: Format) -> anyhow::Result<Settings> {
-        let Rewriter { loaded, template, options, guard } = rewriter;
-        let values = json!({
-            "model": loaded.fingerprint,
-            "dtype": format!("{:?}", self.model.dtype).to_lowercase(),
-            "template": template.text(),
-            "format": format!("{format:?}").to_lowercase(),
-            "shard": self.files.shard.unwrap_or_default().to_string(),
-            "candidates": options.candidates,
-            "seed": options.sampling.seed,
-            "logit-bias": options.bias,
-            "stop": options.stops,
-            "ignore-eos": options.ignore_eos,
-            "keep": options.keep.iter().collect::<Vec<_>>(),
-            "ban": self.guard.banned()?,
-            "min-kept": guard.min_kept,
-            "rounds": guard.rounds,
-            "max-clip-tokens": guard.max_clip_tokens,
-            "style": guard.additions.style.as_ref().map(|s| s.to_string()),
-            "no-artists": guard.additions.no_artists,
-            "any-medium": guard.additions.any_medium,
-            "variety": guard.additions.variety,
-        });
-        let Value::Object(values) = values else { unreachable!("an object was written above") };
-        let mut settings = Settings(values);
-        settings.add_sampling(&options.sampling, options.length);
-        Ok(settings)
     }
 
     /// Whether this is work for files rather than for a few prompts and a terminal.
@@ -204,7 +57,7 @@ impl RewriteArgs {
     }
 
     /// Where prompts come from.
-    pub fn source(&self) -> batch::Source<'_> {
+    fn source(&self) -> batch::Source<'_> {
         match (self.prompts.is_empty(), self.files.input.is_empty()) {
             (false, _) => batch::Source::Prompts(&self.prompts),
             (true, false) => batch::Source::Files(&self.files.input),
@@ -222,11 +75,18 @@ impl RewriteArgs {
             );
         }
         if self.has_files() {
-            return batch::run(&self);
+            let args = BatchArgs {
+                files: &self.files,
+                rewriter: &self.rewriter,
+                source: self.source(),
+                format: self.format(),
+                max_prompt_bytes: self.max_prompt_bytes,
+            };
+            return batch::run(&args);
         }
-        let engine = self.engine.options()?;
+        let engine = self.rewriter.engine.options()?;
         self.prompts.iter().try_for_each(|p| batch::check_length(p, self.max_prompt_bytes))?;
-        let rewriter = self.rewriter()?;
+        let rewriter = self.rewriter.load(false)?;
         for (i, prompt) in self.prompts.iter().enumerate() {
             self.one(&rewriter, engine, i, prompt)?;
         }
@@ -248,6 +108,7 @@ impl RewriteArgs {
         let rewriting = Rewriting::new(rewriter.prompter(), prompt, options, guard)?;
         let length = rewriter.prompter().encode(prompt)?.len();
         let cache_tokens = self
+            .rewriter
             .engine
             .cache_tokens
             .unwrap_or(rewriter.options.cache_tokens(length, rewriter.loaded.config.context));
@@ -354,16 +215,6 @@ impl<W: Write> TextStream<W> {
         }
         Ok(())
     }
-}
-
-/// The JSON object of a prompt's rewrites.
-pub fn record(id: Value, prompt: &str, rewrite: &Rewrite) -> Value {
-    json!({ "id": id, "prompt": prompt, "candidates": rewrite.candidates, "seed": rewrite.seed })
-}
-
-/// A candidate's text where a line stands for a candidate.
-pub fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

@@ -5,12 +5,13 @@
 //! queue. Where all places are taken, or all memory, and an owner has none, one that has more than
 //! its share gives up the newest of its own.
 
-use super::{BLOCK, DecodeBackend, Engine};
+use super::Engine;
+use crate::ops::{BLOCK, DecodeBackend};
 use std::collections::{HashMap, HashSet};
 
 impl<B: DecodeBackend> Engine<'_, B> {
     /// Sequences that run, by owner.
-    fn running_by_owner(&self) -> HashMap<u64, usize> {
+    pub(super) fn running_by_owner(&self) -> HashMap<u64, usize> {
         let mut counts = HashMap::new();
         self.running.iter().for_each(|s| *counts.entry(s.request.owner).or_default() += 1);
         counts
@@ -30,9 +31,8 @@ impl<B: DecodeBackend> Engine<'_, B> {
         (places / owners.len().max(1)).max(1)
     }
 
-    /// The waiting sequence whose turn it is.
-    pub(super) fn next_waiting(&self) -> Option<usize> {
-        let counts = self.running_by_owner();
+    /// The waiting sequence whose turn it is, where so many run for each owner.
+    pub(super) fn next_waiting(&self, counts: &HashMap<u64, usize>) -> Option<usize> {
         let mut best: Option<(usize, usize)> = None;
         for (at, s) in self.waiting.iter().enumerate() {
             let running = counts.get(&s.request.owner).copied().unwrap_or(0);

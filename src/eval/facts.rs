@@ -8,7 +8,7 @@
 
 use crate::data::records;
 use crate::error::{Error, Result};
-use crate::rewrite::Kept;
+use crate::rewrite::Fidelity;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -57,14 +57,14 @@ pub fn read_facts(path: &Path) -> Result<Vec<Facts>> {
 pub fn count_facts<'a>(
     rewrites: impl IntoIterator<Item = (&'a Facts, &'a str)>,
 ) -> Vec<KindOfFact> {
-    let kept = Kept::default();
+    let fidelity = Fidelity::default();
     let empty =
         |kind: &str| KindOfFact { kind: kind.to_owned(), facts: 0, stated: 0, kept: 0, share: 1.0 };
     let (mut kinds, mut all): (Vec<KindOfFact>, KindOfFact) = (vec![], empty(ALL));
     for (facts, output) in rewrites {
         for fact in &facts.facts {
-            let stated = says(&kept, &facts.prompt, fact);
-            let survives = stated && says(&kept, output, fact);
+            let stated = says(&fidelity, &facts.prompt, fact);
+            let survives = stated && says(&fidelity, output, fact);
             let i = kinds.iter().position(|k| k.kind == fact.kind).unwrap_or_else(|| {
                 kinds.push(empty(&fact.kind));
                 kinds.len() - 1
@@ -84,8 +84,10 @@ pub fn count_facts<'a>(
 }
 
 /// Whether a text says all keywords of a fact.
-fn says(kept: &Kept, text: &str, fact: &Fact) -> bool {
-    fact.keywords.iter().all(|keyword| kept.measure(keyword.trim_start_matches('='), text).0 == 1.0)
+fn says(fidelity: &Fidelity, text: &str, fact: &Fact) -> bool {
+    fact.keywords
+        .iter()
+        .all(|keyword| fidelity.score(keyword.trim_start_matches('='), text).0 == 1.0)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! How much rewrites differ from each other, and whether what they add goes together.
 
-use crate::rewrite::Kept;
+use crate::rewrite::Fidelity;
 use crate::text::artists::names_artist;
 use crate::text::content_words::words;
 use crate::text::mediums::Mediums;
@@ -27,7 +27,7 @@ pub struct Variety {
 
 /// Measures pairs of input and output.
 pub fn variety<'a>(rewrites: impl Iterator<Item = (&'a str, &'a str)>) -> Variety {
-    let (kept, mediums) = (Kept::default(), Mediums::built_in());
+    let (fidelity, mediums) = (Fidelity::default(), Mediums::built_in());
     let medium = |name| mediums.named(name).expect("the built-in list names it");
     let photo = medium("photo");
     let painted = medium("painting") | medium("digital") | medium("drawing");
@@ -35,7 +35,7 @@ pub fn variety<'a>(rewrites: impl Iterator<Item = (&'a str, &'a str)>) -> Variet
     let (mut count, mut artists, mut contradictions, mut both) = (0, 0, 0, 0);
     for (input, output) in rewrites {
         let added: Vec<String> =
-            kept.added(input, output).iter().map(|p| words(p).join(" ")).collect();
+            fidelity.added(input, output).iter().map(|p| words(p).join(" ")).collect();
         count += 1;
         artists += usize::from(added.iter().any(|p| names_artist(p)));
         contradictions += usize::from(mediums.contradicts(output) && !mediums.contradicts(input));

@@ -2,5 +2,4 @@
 
 pub mod bloom;
 pub mod embedded;
-pub mod generation_config;
 pub mod params;

@@ -1,17 +1,28 @@
 //! From the model's texts, one for each part between BREAKs, to a prompt with everything in its
 //! place.
 
-use super::guard::Source;
-use super::kept::Known;
-use super::verbatim::{Chunk, PartKind, Places, Verbatim, has_marks, phrase_spans};
+use super::fidelity::Known;
+use super::markup::{Chunk, PartKind, Places, PromptMarkup, has_marks, phrase_spans};
 use crate::text::clip::clip_tokens;
 use crate::text::content_words::{is_combining, words};
 use crate::text::literals::Literals;
 use crate::text::{Tokenizer, straighten};
+use serde::Serialize;
 use std::collections::HashSet;
 
 /// Characters that a reason names.
 const NAMED: usize = 5;
+
+/// Where a candidate's text comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    Model,
+    /// The input, with phrases that the model added.
+    Phrases,
+    /// The input alone.
+    Input,
+}
 
 /// What the model can do for a part between BREAKs.
 pub struct Plan {
@@ -69,10 +80,10 @@ impl Draft {
     pub fn new(text: &str, cut: bool) -> Draft {
         let text = text.trim();
         let whole = |p: &&str| {
-            !p.contains(char::REPLACEMENT_CHARACTER) && Verbatim::parse(p).chunks.len() == 1
+            !p.contains(char::REPLACEMENT_CHARACTER) && PromptMarkup::parse(p).chunks.len() == 1
         };
         let text = match text.contains(char::REPLACEMENT_CHARACTER)
-            || Verbatim::parse(text).chunks.len() > 1
+            || PromptMarkup::parse(text).chunks.len() > 1
         {
             true => text.split(',').filter(whole).collect::<Vec<_>>().join(",").trim().to_owned(),
             false => text.to_owned(),
@@ -170,7 +181,7 @@ impl Assembler<'_> {
     /// The model's text, or which special part it has no place for.
     fn woven(&self, chunk: &Chunk, draft: &Draft) -> Result<Line, String> {
         let (text, tags) = (chunk.weave(&draft.text), chunk.tags());
-        let whole = Verbatim::parse(&format!("{text}{tags}"));
+        let whole = PromptMarkup::parse(&format!("{text}{tags}"));
         let mut places = Places::of(&whole);
         if let Some(lost) = chunk.parts.iter().find(|p| !places.take(p)) {
             return Err(format!("the model's text has no place for {}", lost.written));
@@ -181,7 +192,7 @@ impl Assembler<'_> {
     }
 
     fn phrase(&self, text: &str) -> Phrase {
-        let parsed = Verbatim::parse(text);
+        let parsed = PromptMarkup::parse(text);
         let held = self.keep.missing("").len() > self.keep.missing(text).len();
         let new = !self.known.knows_some(&parsed.plain());
         Phrase { text: text.to_owned(), new, stays: held || !parsed.is_plain() }
@@ -255,5 +266,5 @@ fn render(lines: &[Line]) -> String {
 
 /// CLIP tokens of the longest part between BREAKs, without what image programs take out.
 pub fn longest_part(text: &str) -> usize {
-    Verbatim::parse(text).chunks.iter().map(|c| clip_tokens(&c.counted())).max().unwrap_or(2)
+    PromptMarkup::parse(text).chunks.iter().map(|c| clip_tokens(&c.counted())).max().unwrap_or(2)
 }

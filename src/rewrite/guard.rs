@@ -1,10 +1,13 @@
 //! Rewrites that have to keep a prompt's meaning: candidates in rounds, and what to fall back on.
 
-use super::assemble::{Assembled, Assembler, Draft, Plan, longest_part};
-use super::{Additions, Kept, Prompter, Verbatim, verbatim};
-use crate::engine::Finish;
-use crate::engine::session::{Completed, GenerateOptions};
+use super::assemble::{Assembled, Assembler, Draft, Plan, Source, longest_part};
+use super::fidelity::Fidelity;
+use super::markup::{self, PromptMarkup};
+use super::prompter::Prompter;
+use super::style::Additions;
+use crate::engine::FinishReason;
 use crate::error::{Error, Result};
+use crate::generate::{Completed, GenerateOptions};
 use crate::random::{Derived, derived_seed};
 use crate::text::phrases::Phrases;
 use serde::Serialize;
@@ -23,7 +26,7 @@ pub const DEFAULT_MIN_KEPT: f64 = 0.9;
 /// What a rewrite has to satisfy. Words to keep and to ban are among the [`GenerateOptions`].
 #[derive(Clone, Debug)]
 pub struct GuardOptions {
-    /// Least part of the prompt's meaning, from 0 to 1, that a candidate keeps ([`Kept`]); any if
+    /// Least part of the prompt's meaning, from 0 to 1, that a candidate keeps ([`Fidelity`]); any if
     /// nothing.
     pub min_kept: Option<f64>,
     /// How often to generate for it.
@@ -55,17 +58,6 @@ impl GuardOptions {
     }
 }
 
-/// Where a candidate's text comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Source {
-    Model,
-    /// The input, with phrases that the model added.
-    Phrases,
-    /// The input alone.
-    Input,
-}
-
 /// One rewrite.
 #[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 #[schema(as = RewriteCandidate)]
@@ -86,7 +78,7 @@ pub struct Candidate {
     pub tokens: usize,
     pub logprob: f32,
     #[serde(rename = "finish_reason")]
-    pub finish: Finish,
+    pub finish: FinishReason,
 }
 
 /// A prompt with its rewrites.
@@ -115,7 +107,7 @@ pub struct Rewriting {
     guard: GuardOptions,
     /// What no part may add, once it is known.
     banned: Option<Arc<Phrases>>,
-    kept: Kept,
+    fidelity: Fidelity,
     good: Vec<Candidate>,
     failed: Vec<Failed>,
     rewrite: Rewrite,
@@ -154,14 +146,14 @@ impl Rewriting {
             cached_tokens: 0,
             output_tokens: 0,
         };
-        let chunks = Verbatim::parse(&wanted).chunks;
+        let chunks = PromptMarkup::parse(&wanted).chunks;
         let mut plans: Vec<Plan> =
             chunks.into_iter().map(|c| Plan::new(c, &prompter.tokenizer)).collect();
-        if !verbatim::says_something(&wanted) {
+        if !markup::says_something(&wanted) {
             // a model would make something up
             plans.iter_mut().for_each(|p| p.reading.clear());
         }
-        let (banned, kept, good, failed) = Default::default();
+        let (banned, fidelity, good, failed) = Default::default();
         Ok(Rewriting {
             prompter,
             wanted,
@@ -169,7 +161,7 @@ impl Rewriting {
             options,
             guard,
             banned,
-            kept,
+            fidelity,
             good,
             failed,
             rewrite,
@@ -287,7 +279,7 @@ impl Rewriting {
             let nothing: Vec<Option<Draft>> = self.plans.iter().map(|_| None).collect();
             let mut input = self.assembler().assemble(&nothing, false);
             input.reason.get_or_insert("there are no words to rewrite".to_owned());
-            let mut input = self.measured(input, (0, 0.0, Finish::Stop));
+            let mut input = self.measured(input, (0, 0.0, FinishReason::Stop));
             if let (Some(fault), Some(reason)) = (self.fault(&input), &mut input.reason) {
                 *reason = format!("{reason}; the input {fault}");
             }
@@ -299,7 +291,7 @@ impl Rewriting {
     fn assembler(&self) -> Assembler<'_> {
         Assembler {
             plans: &self.plans,
-            known: self.kept.known(&self.wanted),
+            known: self.fidelity.known(&self.wanted),
             keep: &self.options.keep,
             max_clip_tokens: self.guard.max_clip_tokens,
         }
@@ -309,7 +301,7 @@ impl Rewriting {
     fn judge(&mut self, completed: &[Completed], i: usize) {
         let streams = self.streams();
         let mut texts = completed.iter().map(|c| &c.candidates[i]);
-        let (mut tokens, mut logprob, mut finish) = (0, 0.0, Finish::Stop);
+        let (mut tokens, mut logprob, mut finish) = (0, 0.0, FinishReason::Stop);
         let mut drafts = vec![];
         for plan in &self.plans {
             let Some(c) = (!plan.reading.is_empty()).then(|| texts.next()).flatten() else {
@@ -318,11 +310,11 @@ impl Rewriting {
             };
             tokens += c.tokens.len();
             logprob += c.tokens.iter().map(|t| t.logprob.max(-9999.0)).sum::<f32>();
-            finish = if c.finish == Finish::Stop { finish } else { c.finish };
+            finish = if c.finish == FinishReason::Stop { finish } else { c.finish };
             drafts.push(Some(match streams {
                 // what was given out stands
                 true => Draft { text: whole_characters(&c.text).trim().to_owned(), cut: false },
-                false => Draft::new(&c.text, c.finish != Finish::Stop),
+                false => Draft::new(&c.text, c.finish != FinishReason::Stop),
             }));
         }
         let model = (tokens, logprob, finish);
@@ -387,11 +379,11 @@ impl Rewriting {
     fn measured(
         &self,
         text: Assembled,
-        (tokens, logprob, finish): (usize, f32, Finish),
+        (tokens, logprob, finish): (usize, f32, FinishReason),
     ) -> Candidate {
         let Assembled { text, source, reason } = text;
-        let (kept, missing) = self.kept.measure(&self.wanted, &text);
-        let added = self.kept.added(&self.wanted, &text);
+        let (kept, missing) = self.fidelity.score(&self.wanted, &text);
+        let added = self.fidelity.added(&self.wanted, &text);
         let counts = self.guard.count_clip_tokens || self.guard.max_clip_tokens.is_some();
         let clip_tokens = counts.then(|| longest_part(&text));
         Candidate {
@@ -418,7 +410,7 @@ fn without_banned(prompt: &str, ban: &Phrases) -> String {
         if gone.is_empty() {
             return text;
         }
-        text = verbatim::without(&text, &gone);
+        text = markup::without(&text, &gone);
     }
     ban.strip(&text)
 }

@@ -2,8 +2,8 @@
 //! model's text.
 
 use super::*;
-use crate::engine::session::Candidate as Continuation;
-use crate::engine::text::Token;
+use crate::generate::Candidate as Continuation;
+use crate::generate::text::Token;
 use crate::models::embedded;
 use crate::text::literals::Literals;
 use proptest::prelude::*;
@@ -16,7 +16,7 @@ fn prompter() -> Prompter {
 }
 
 /// What the engine gives back for a text.
-fn completed(texts: &[String], finish: Finish) -> Completed {
+fn completed(texts: &[String], finish: FinishReason) -> Completed {
     let token = |text: &String| Token {
         id: 5,
         logprob: -(text.len() as f32) / 9.0,
@@ -41,7 +41,7 @@ fn rewrite(prompt: &str, texts: &[&str], options: GenerateOptions, guard: GuardO
         let said = |(_, o): &(Vec<u32>, GenerateOptions)| {
             let texts: Vec<String> =
                 (0..o.candidates).map(|_| (*texts.next().unwrap()).to_owned()).collect();
-            completed(&texts, Finish::Stop)
+            completed(&texts, FinishReason::Stop)
         };
         let done: Vec<Completed> = work.iter().map(said).collect();
         rewriting.take(&done);
@@ -101,7 +101,7 @@ fn long_prompts_come_back_whole() {
     let mut rewriting =
         Rewriting::new(prompter(), prompt, warm(1), GuardOptions::default()).unwrap();
     assert_eq!(rewriting.work().unwrap().len(), 1);
-    rewriting.take(&[completed(&[said.to_owned()], Finish::Length)]);
+    rewriting.take(&[completed(&[said.to_owned()], FinishReason::Length)]);
     assert!(rewriting.work().unwrap().is_empty(), "it left out too much to try again");
     let c = rewriting.finish().candidates.remove(0);
     assert_eq!(
@@ -152,7 +152,7 @@ fn brackets_that_stand_alone_come_back() {
             prompter().encode("a cat, night").unwrap(),
             "the model does not see it"
         );
-        rewriting.take(&[completed(&["a cat at night, 8k".to_owned()], Finish::Stop)]);
+        rewriting.take(&[completed(&["a cat at night, 8k".to_owned()], FinishReason::Stop)]);
         let c = rewriting.finish().candidates.remove(0);
         let expected = (format!("a cat at night, 8k, {bracket}"), Source::Model, 1.0);
         assert_eq!((c.text, c.source, c.kept), expected);
@@ -225,7 +225,7 @@ proptest! {
                 break;
             }
             prop_assert!(round < rounds);
-            let finish = if cut { Finish::Length } else { Finish::Stop };
+            let finish = if cut { FinishReason::Length } else { FinishReason::Stop };
             let said: Vec<Completed> = work
                 .iter()
                 .map(|_| completed(&(0..n).map(|_| texts.next().unwrap().clone()).collect::<Vec<_>>(), finish))
@@ -236,7 +236,7 @@ proptest! {
         prop_assert_eq!(candidates.len(), n as usize);
         for c in candidates {
             let reason = c.reason.clone().unwrap_or_default();
-            let (kept, missing) = Kept::default().measure(&wanted, &c.text);
+            let (kept, missing) = Fidelity::default().score(&wanted, &c.text);
             prop_assert_eq!((c.kept, &c.missing), (kept, &missing));
             prop_assert!(prompt.contains('\u{fffd}') || !c.text.contains('\u{fffd}'), "{:?}", c);
             prop_assert!(c.source == Source::Model || !reason.is_empty(), "{:?}", c);

@@ -1,7 +1,7 @@
 //! The cost of hostile prompts grows with their length, not with its square.
 
-use super::verbatim::{phrase_spans, without};
-use super::{Kept, Verbatim};
+use super::markup::{phrase_spans, without};
+use super::{Fidelity, PromptMarkup};
 use crate::text::content_words::word_spans;
 
 /// Texts of so many bytes that are made to be hard.
@@ -22,8 +22,8 @@ fn hostile(bytes: usize) -> Vec<String> {
     texts
 }
 
-fn work(text: &str, kept: &Kept) {
-    let parsed = Verbatim::parse(text);
+fn work(text: &str, fidelity: &Fidelity) {
+    let parsed = PromptMarkup::parse(text);
     let words: Vec<_> = word_spans(text).map(|w| w.0).collect();
     without(text, &words);
     phrase_spans(text);
@@ -31,13 +31,13 @@ fn work(text: &str, kept: &Kept) {
         .chunks
         .iter()
         .for_each(|c| drop(c.weave("a red cat in the rain, w1, w2, highly detailed")));
-    assert_eq!(kept.measure(text, text).0, 1.0);
-    kept.added("a cat", text);
+    assert_eq!(fidelity.score(text, text).0, 1.0);
+    fidelity.added("a cat", text);
 }
 
 /// Processor time of this thread alone, the least of three times.
 #[cfg(unix)]
-fn nanoseconds(text: &str, kept: &Kept) -> u128 {
+fn nanoseconds(text: &str, fidelity: &Fidelity) -> u128 {
     let now = || {
         let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: the clock exists on every Unix, and `t` is a place for its answer.
@@ -46,7 +46,7 @@ fn nanoseconds(text: &str, kept: &Kept) -> u128 {
     };
     let once = |_| {
         let before = now();
-        work(text, kept);
+        work(text, fidelity);
         now() - before
     };
     (0..3).map(once).min().expect("three times")
@@ -57,10 +57,10 @@ fn nanoseconds(text: &str, kept: &Kept) -> u128 {
 #[cfg(unix)]
 #[test]
 fn costs_grow_with_the_length() {
-    let kept = Kept::default();
+    let fidelity = Fidelity::default();
     let mut steep = vec![];
     for (short, long) in hostile(4_000).iter().zip(&hostile(32_000)) {
-        let (a, b) = (nanoseconds(short, &kept), nanoseconds(long, &kept));
+        let (a, b) = (nanoseconds(short, &fidelity), nanoseconds(long, &fidelity));
         if b >= 32 * a {
             steep.push(format!("{:?}: {a} ns, {b} ns", short.chars().take(12).collect::<String>()));
         }

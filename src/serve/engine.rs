@@ -2,9 +2,9 @@
 //! over others.
 
 use super::errors::ApiError;
-use crate::engine::Finish;
-use crate::engine::session::{Completed, GenerateOptions};
-use crate::engine::text::Token;
+use crate::engine::FinishReason;
+use crate::generate::text::Token;
+use crate::generate::{Completed, GenerateOptions};
 use crate::rewrite::Work;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -22,7 +22,7 @@ pub enum Reply {
         candidate: u32,
         text: String,
         tokens: Vec<Token>,
-        finish: Option<Finish>,
+        finish: Option<FinishReason>,
     },
     Done(Box<Completed>),
     /// It waits for its turn.

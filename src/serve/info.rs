@@ -1,6 +1,7 @@
 //! Tokens, health, versions and metrics.
 
-use super::errors::{ApiError, ErrorBody, Json, RequestBody};
+use super::body::{Json, RequestBody};
+use super::errors::{ApiError, ErrorBody};
 use super::state::StateArc;
 use axum::extract::State;
 use axum::http::{StatusCode, header};

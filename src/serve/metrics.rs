@@ -1,8 +1,8 @@
 //! Prometheus metrics under vLLM's names, so that dashboards, autoscalers and gateways made for it
 //! work.
 
-use crate::engine::session::Completed;
-use crate::engine::{Counters, Finish};
+use crate::engine::{Counters, FinishReason};
+use crate::generate::Completed;
 use crate::ops::BLOCK;
 use axum::http::Method;
 use prometheus::{
@@ -232,9 +232,9 @@ impl Metrics {
         self.request_max_tokens.observe(max_tokens as f64);
         for c in &completed.candidates {
             let reason = match c.finish {
-                Finish::Stop => "stop",
-                Finish::Length => "length",
-                Finish::Deadline => "abort",
+                FinishReason::Stop => "stop",
+                FinishReason::Length => "length",
+                FinishReason::Deadline => "abort",
             };
             self.success.with_label_values(&[reason]).inc();
         }

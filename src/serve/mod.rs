@@ -1,5 +1,6 @@
 //! The HTTP server: OpenAI's API, rewriting, metrics, a page.
 
+mod body;
 mod connection;
 pub mod engine;
 pub mod errors;

@@ -1,13 +1,14 @@
 //! `/v1/rewrite`: plain prompts into rich ones that keep their meaning; and the routes of the
 //! existing web-UI extension.
 
+use super::body::{Json, RequestBody};
 use super::engine::{Generation, Owner, Reply};
-use super::errors::{ApiError, ErrorBody, Json, RequestBody};
+use super::errors::{ApiError, ErrorBody};
 use super::layers::RequestId;
 use super::openai::{OneOrMany, PromptTokensDetails, SamplingParams, Usage, bans, keeps, now};
 use super::sse;
 use super::state::{Shared, StateArc};
-use crate::engine::session::{Completed, GenerateOptions};
+use crate::generate::{Completed, GenerateOptions};
 use crate::random::prompt_seed;
 use crate::rewrite::{
     Additions, Candidate, DEFAULT_MIN_KEPT, GuardOptions, Prompter, Rewrite, Rewriting, Style,
@@ -470,7 +471,7 @@ pub async fn generate_prompt(
     };
     let mut options: GenerateOptions = sampling.options(&shared.defaults, None, &shared)?;
     if let Some(length) = r.max_length {
-        options.length = crate::engine::session::Length::Total(length.max(1));
+        options.length = crate::generate::Length::Total(length.max(1));
     }
     let own = shared.clone();
     let make = move || {

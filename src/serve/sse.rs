@@ -2,9 +2,9 @@
 
 use super::engine::{Generation, Reply};
 use super::errors::{ApiError, ErrorBody};
-use crate::engine::Finish;
-use crate::engine::session::Completed;
-use crate::engine::text::Token;
+use crate::engine::FinishReason;
+use crate::generate::Completed;
+use crate::generate::text::Token;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, StreamExt};
@@ -27,7 +27,7 @@ pub enum Item {
         candidate: u32,
         text: String,
         tokens: Vec<Token>,
-        finish: Option<Finish>,
+        finish: Option<FinishReason>,
     },
     Done(Box<Completed>),
     /// All generations are done.

@@ -5,9 +5,9 @@
 use super::engine::{Command, Inbox, Reply, Submission};
 use super::metrics::Metrics;
 use crate::engine::Counters;
-use crate::engine::session::{Completed, Generate, GenerateOptions, Length, Update};
-use crate::engine::text::Token;
 use crate::error::{Error, Result};
+use crate::generate::text::Token;
+use crate::generate::{Completed, Generate, GenerateOptions, Length, Update};
 use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -173,48 +173,57 @@ impl Worker<'_> {
     fn serve(mut self) -> Result<()> {
         loop {
             let idle = self.session.is_idle() && self.queue.is_empty() && self.suspects.is_empty();
+            let mut first = None;
             if idle {
                 self.inbox.pulse.rest();
                 let Ok(command) = self.inbox.commands.recv() else { return Ok(()) };
                 self.inbox.pulse.beat();
-                self.obey(command)?;
+                first = Some(command);
             }
-            while let Ok(command) = self.inbox.commands.try_recv() {
-                self.obey(command)?;
-            }
+            self.obey(first)?;
             self.admit()?;
             self.step()?;
         }
     }
 
-    fn obey(&mut self, command: Command) -> Result<()> {
-        match command {
-            Command::Submit(submission) => {
-                self.queue.push_back(submission.id);
-                self.clients.insert(submission.id, Client::new(*submission));
-            }
-            Command::Cancel(id) => {
-                if self.take_out(id)?.is_some() {
-                    self.metrics.cancelled();
-                    self.measure();
+    /// Does what a command says, if there is one, and what those behind it say.
+    fn obey(&mut self, first: Option<Command>) -> Result<()> {
+        let mut cancelled = Vec::new();
+        for command in first.into_iter().chain(self.inbox.commands.try_iter()) {
+            match command {
+                Command::Submit(submission) => {
+                    self.queue.push_back(submission.id);
+                    self.clients.insert(submission.id, Client::new(*submission));
                 }
+                Command::Cancel(id) => cancelled.push(id),
             }
+        }
+        let gone = self.take_out(&cancelled)?;
+        if !gone.is_empty() {
+            gone.iter().for_each(|_| self.metrics.cancelled());
+            self.measure();
         }
         Ok(())
     }
 
-    /// Takes a prompt out, wherever it is.
-    fn take_out(&mut self, id: u64) -> Result<Option<Client>> {
-        let Some(client) = self.clients.remove(&id) else { return Ok(None) };
-        self.queue.retain(|q| *q != id);
-        self.suspects.retain(|s| *s != id);
-        if client.place != Place::Queue {
+    /// Takes prompts out, wherever they are.
+    fn take_out(&mut self, ids: &[u64]) -> Result<Vec<Client>> {
+        let gone: Vec<Client> = ids.iter().filter_map(|id| self.clients.remove(id)).collect();
+        if gone.is_empty() {
+            return Ok(gone);
+        }
+        let clients = &self.clients;
+        self.queue.retain(|id| clients.contains_key(id));
+        self.suspects.retain(|id| clients.contains_key(id));
+        let known = gone.iter().filter(|c| c.place != Place::Queue);
+        let known: Vec<u64> = known.map(|c| c.submission.id).collect();
+        if !known.is_empty() {
             let session = &mut *self.session;
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| session.cancel(id))) {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| session.cancel(&known))) {
                 self.renew(&message(panic))?;
             }
         }
-        Ok(Some(client))
+        Ok(gone)
     }
 
     /// Hands the session what it does not know yet; a suspect alone.
@@ -275,7 +284,7 @@ impl Worker<'_> {
             Err(panic) => return self.recover(&message(panic)),
         };
         for (id, what) in contradicted {
-            self.take_out(id)?.into_iter().for_each(|c| self.fail(c, what));
+            self.take_out(&[id])?.into_iter().for_each(|c| self.fail(c, what));
         }
         self.measure();
         for outcome in done {
@@ -398,8 +407,8 @@ fn message(panic: Box<dyn Any + Send>) -> String {
 mod tests {
     use super::super::engine::{Engine, Generation, engine};
     use super::*;
-    use crate::engine::Finish;
-    use crate::engine::session::{Candidate, Failed, Outcome};
+    use crate::engine::FinishReason;
+    use crate::generate::{Candidate, Failed, Outcome};
     use crate::rewrite::Work;
     use std::sync::Arc;
     use std::time::Duration;
@@ -434,8 +443,8 @@ mod tests {
             Ok(())
         }
 
-        fn cancel(&mut self, id: u64) {
-            self.running.retain(|r| r.0 != id);
+        fn cancel(&mut self, ids: &[u64]) {
+            self.running.retain(|r| !ids.contains(&r.0));
         }
 
         fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Outcome>> {
@@ -458,7 +467,7 @@ mod tests {
                 }
                 let token = Token { id: *at as u32, logprob: 0.0, top: vec![], end: 0 };
                 *at += 1;
-                let finish = (at == length).then_some(Finish::Length);
+                let finish = (at == length).then_some(FinishReason::Length);
                 let text = word(prompt, *at - 1);
                 on_update(Update::Text {
                     id: *id,
@@ -471,7 +480,8 @@ mod tests {
             let done = self.running.extract_if(.., |r| r.2 == r.3);
             let completed = |(id, prompt_ids, _, length): (u64, Vec<u32>, usize, usize)| {
                 let text = (0..length).map(|k| word(&prompt_ids, k)).collect();
-                let candidates = vec![Candidate { text, tokens: vec![], finish: Finish::Length }];
+                let candidates =
+                    vec![Candidate { text, tokens: vec![], finish: FinishReason::Length }];
                 Completed { id, prompt_ids, prompt_scores: vec![], cached: 0, candidates }
             };
             let done: Vec<Outcome> = done.map(|r| Ok(completed(r))).collect();

@@ -48,7 +48,12 @@ impl Answer {
 
 impl Server {
     pub fn start(flags: &[&str]) -> Server {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_bprompt"))
+        Server::start_program(env!("CARGO_BIN_EXE_bprompt"), flags)
+    }
+
+    /// A server of some build of the program.
+    pub fn start_program(program: &str, flags: &[&str]) -> Server {
+        let mut child = Command::new(program)
             .args(["serve", "--port", "0", "--device", "cpu", "--threads", "1"])
             .args(flags)
             .stderr(Stdio::piped())

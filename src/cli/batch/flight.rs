@@ -1,7 +1,7 @@
 //! Lines that the engine works on.
 
 use super::record::Line;
-use crate::engine::session::{Completed, Generate};
+use crate::generate::{Completed, Generate};
 use crate::rewrite::{Rewriting, Work};
 use anyhow::anyhow;
 use std::collections::{BTreeMap, HashMap};
@@ -66,7 +66,7 @@ impl<'s> Flight<'s> {
         let first = self.next;
         for (part, (ids, options)) in job.work.iter().enumerate() {
             if let Err(e) = self.session.submit(self.next, ids.clone(), options) {
-                (first..self.next).for_each(|id| self.cancel(id));
+                self.cancel(&(first..self.next).collect::<Vec<_>>());
                 return Err(e.into());
             }
             self.prompts.insert(self.next, (job.line.number, part));
@@ -75,9 +75,11 @@ impl<'s> Flight<'s> {
         Ok(true)
     }
 
-    fn cancel(&mut self, id: u64) {
-        self.session.cancel(id);
-        self.prompts.remove(&id);
+    fn cancel(&mut self, ids: &[u64]) {
+        self.session.cancel(ids);
+        for id in ids {
+            self.prompts.remove(id);
+        }
     }
 
     /// Forgets this line and all behind it.
@@ -87,7 +89,7 @@ impl<'s> Flight<'s> {
         }
         let ids: Vec<u64> =
             self.prompts.iter().filter(|(_, (of, _))| *of >= line).map(|(id, _)| *id).collect();
-        ids.into_iter().for_each(|id| self.cancel(id));
+        self.cancel(&ids);
     }
 
     /// One pass of the engine; jobs whose round is done come back, and those that failed alone with

@@ -4,6 +4,7 @@
 //! Each output line names its input line, results are only ever appended whole, and `--resume` cuts
 //! off what a killed run left unfinished: nothing is lost or written twice.
 
+mod args;
 mod flight;
 mod input;
 mod openai;
@@ -13,15 +14,14 @@ mod record;
 mod settings;
 mod target;
 
-pub use input::Shard;
+pub use args::{BatchArgs, FileArgs, Source};
 pub use record::{check_length, check_lengths};
-pub use settings::Settings;
 
 use super::files::check_distinct;
 use super::print::note;
-use super::rewrite::{Format, RewriteArgs, Rewriter, one_line, record};
+use super::rewriter::{Format, Rewriter, one_line, record};
 use crate::engine::EngineOptions;
-use crate::engine::session::{Generate, Length};
+use crate::generate::{Generate, Length};
 use crate::rewrite::{DEFAULT_MIN_KEPT, Prompter, Rewrite, Rewriting, Source as TextSource};
 use anyhow::{Context, anyhow, ensure};
 use flight::{Flight, Job, guarded};
@@ -30,6 +30,7 @@ use output::{Output, Written};
 use progress::Progress;
 use record::{Common, Line};
 use serde_json::{Value, json};
+use settings::Settings;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
@@ -42,21 +43,11 @@ const PENDING: usize = 4096;
 /// Bytes that a line of JSON may have beside its prompt.
 const BESIDE_PROMPT: usize = 1 << 20;
 
-pub fn run(args: &RewriteArgs) -> anyhow::Result<()> {
+pub fn run(args: &BatchArgs) -> anyhow::Result<()> {
     if !rewrite(args)? {
         std::process::exit(130);
     }
     Ok(())
-}
-
-/// Where prompts come from.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Source<'a> {
-    Files(&'a [String]),
-    /// Nobody said where from.
-    Stdin,
-    /// The command line.
-    Prompts(&'a [String]),
 }
 
 /// How an output was begun, and what was there.
@@ -68,21 +59,22 @@ struct Begun {
     begin: Begin,
 }
 
-fn begin(args: &RewriteArgs, format: Format) -> anyhow::Result<Begun> {
+fn begin(args: &BatchArgs) -> anyhow::Result<Begun> {
+    let format = args.format;
     let prompts = if format == Format::Openai { 16 } else { 1 };
     let longest = args.max_prompt_bytes.saturating_mul(prompts).saturating_add(BESIDE_PROMPT);
     let shard = args.files.shard.unwrap_or_default();
     let options = LineOptions { shard, longest, text: format == Format::Text };
-    let lines = match args.source() {
+    let lines = match args.source {
         Source::Files(files) => Lines::open(files, options)?,
         Source::Stdin => Lines::open(&["-".to_owned()], options)?,
         Source::Prompts(prompts) => Lines::of_prompts(prompts, options),
     };
     let mut reads: Vec<&Path> = lines.files().collect();
-    let others = args.other_files();
+    let others = args.rewriter.files();
     reads.extend(others.iter().map(|p| p.as_path()));
     let output = &args.files.output;
-    check_distinct(&[output, &target::partial(output), &settings::path(output)], &reads)?;
+    check_distinct(&[output, &target::partial(output), &target::settings_path(output)], &reads)?;
     let begin = match (args.files.resume, args.files.force) {
         (true, _) => Begin::Resume,
         (_, true) => Begin::Replace,
@@ -96,7 +88,7 @@ fn begin(args: &RewriteArgs, format: Format) -> anyhow::Result<Begun> {
             if earlier.is_none() && holds_something {
                 note!(
                     "{}: is missing, so it cannot be checked that {} was begun with these settings",
-                    settings::path(path).display(),
+                    target::settings_path(path).display(),
                     path.display()
                 );
             }
@@ -137,19 +129,19 @@ impl Begun {
 }
 
 /// Rewrites files; `false` if somebody interrupted.
-fn rewrite(args: &RewriteArgs) -> anyhow::Result<bool> {
-    let format = args.format();
-    let mut begun = begin(args, format)?;
+fn rewrite(args: &BatchArgs) -> anyhow::Result<bool> {
+    let format = args.format;
+    let mut begun = begin(args)?;
     if format == Format::Openai {
         return openai::run(args, begun);
     }
-    let mut rewriter = args.rewriter()?;
+    let mut rewriter = args.rewriter.load(true)?;
     if let (None, Some(seed)) =
-        (args.sampling.seed, begun.earlier.as_ref().and_then(|e| e.get("seed").as_u64()))
+        (args.rewriter.sampling.seed, begun.earlier.as_ref().and_then(|e| e.get("seed").as_u64()))
     {
         rewriter.options.sampling.seed = seed;
     }
-    begun.settle(args.settings(&rewriter, format)?)?;
+    begun.settle(Settings::of(args, &rewriter)?)?;
     let each = if format == Format::Text { rewriter.options.candidates as u64 } else { 1 };
     let written = begun.written(each)?;
     let Begun { target, mut lines, begin, .. } = begun;
@@ -157,12 +149,12 @@ fn rewrite(args: &RewriteArgs) -> anyhow::Result<bool> {
     if format == Format::Text {
         lines.skip(written.results)?;
     } else if written.results > 0 {
-        skip_written(&mut lines, &common(args, &rewriter, format), &written, target.name())?;
+        skip_written(&mut lines, &common(args, &rewriter), &written, target.name())?;
     }
     let stop = super::interrupt_flag()?;
     let mut progress = Progress::new(written.results, total);
     let session = rewriter.session(engine_options(args, &rewriter)?)?;
-    let mut run = Run::new(args, &rewriter, format, target);
+    let mut run = Run::new(args, &rewriter, target);
     let result = run.all(lines.read_ahead()?, session, &stop, &mut progress);
     run.out.flush()?;
     progress.clear();
@@ -175,7 +167,7 @@ fn rewrite(args: &RewriteArgs) -> anyhow::Result<bool> {
         return Ok(false);
     }
     ensure!(
-        args.source() != Source::Stdin
+        args.source != Source::Stdin
             || run.out.finished > 0
             || !run.bad.is_empty()
             || written.results > 0,
@@ -205,13 +197,13 @@ fn note_partial(out: &Output, begin: Begin, ended_early: bool) {
 }
 
 /// What holds for all lines.
-fn common<'a>(args: &RewriteArgs, rewriter: &'a Rewriter, format: Format) -> Common<'a> {
+fn common<'a>(args: &BatchArgs, rewriter: &'a Rewriter) -> Common<'a> {
     Common {
         options: &rewriter.options,
         guard: &rewriter.guard,
         longest: args.max_prompt_bytes,
-        same_candidates: format == Format::Text,
-        alone: matches!(args.source(), Source::Prompts([_])),
+        same_candidates: args.format == Format::Text,
+        alone: matches!(args.source, Source::Prompts([_])),
     }
 }
 
@@ -239,15 +231,18 @@ fn skip_written(
 }
 
 /// Room for all running sequences, and for at least one of any length.
-fn engine_options(args: &RewriteArgs, rewriter: &Rewriter) -> anyhow::Result<EngineOptions> {
+fn engine_options(args: &BatchArgs, rewriter: &Rewriter) -> anyhow::Result<EngineOptions> {
     let longest = rewriter.loaded.config.context;
     let room = match rewriter.options.length {
         Length::New(n) => n.saturating_add(128),
         Length::Total(n) => n,
     };
-    let engine = args.engine.options()?;
+    let engine = args.rewriter.engine.options()?;
     let needed = engine.sequences.saturating_mul(room.min(longest)).max(longest);
-    Ok(EngineOptions { cache_tokens: args.engine.cache_tokens.unwrap_or(needed), ..engine })
+    Ok(EngineOptions {
+        cache_tokens: args.rewriter.engine.cache_tokens.unwrap_or(needed),
+        ..engine
+    })
 }
 
 struct Run<'a> {
@@ -273,13 +268,13 @@ struct Run<'a> {
 type Input = Receiver<anyhow::Result<RawLine>>;
 
 impl<'a> Run<'a> {
-    fn new(args: &RewriteArgs, rewriter: &'a Rewriter, format: Format, target: Target) -> Run<'a> {
+    fn new(args: &BatchArgs, rewriter: &'a Rewriter, target: Target) -> Run<'a> {
         Run {
-            common: common(args, rewriter, format),
+            common: common(args, rewriter),
             prompter: rewriter.prompter(),
-            format,
+            format: args.format,
             skip_bad_lines: args.files.skip_bad_lines,
-            sequences: args.engine.sequences,
+            sequences: args.rewriter.engine.sequences,
             out: Output::new(target),
             bad: vec![],
             failure: None,
@@ -508,10 +503,12 @@ impl<'a> Run<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::rewriter::RewriterArgs;
     use crate::engine::Counters;
-    use crate::engine::session::{GenerateOptions, Outcome, Update};
     use crate::error::Result;
+    use crate::generate::{GenerateOptions, Outcome, Update};
     use clap::Parser;
+    use input::Shard;
     use std::collections::BTreeMap;
     use std::sync::atomic::AtomicUsize;
 
@@ -521,7 +518,9 @@ mod tests {
     #[derive(Parser)]
     struct Program {
         #[command(flatten)]
-        args: RewriteArgs,
+        files: FileArgs,
+        #[command(flatten)]
+        rewriter: RewriterArgs,
     }
 
     /// A session that somebody watches: what is in flight before a step, and how many prompts are
@@ -544,9 +543,9 @@ mod tests {
             self.inner.reset();
         }
 
-        fn cancel(&mut self, id: u64) {
-            self.prompts.remove(&id);
-            self.inner.cancel(id);
+        fn cancel(&mut self, ids: &[u64]) {
+            self.prompts.retain(|id, _| !ids.contains(id));
+            self.inner.cancel(ids);
         }
 
         fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Outcome>> {
@@ -609,20 +608,27 @@ mod tests {
             "4",
             "--min-kept",
             "0",
-            "x",
         ];
-        let mut args = Program::try_parse_from(flags).unwrap_or_else(|e| panic!("{e}")).args;
-        args.files.skip_bad_lines = skip_bad_lines;
-        let rewriter = args.rewriter().unwrap();
+        let mut program = Program::try_parse_from(flags).unwrap_or_else(|e| panic!("{e}"));
+        program.files.skip_bad_lines = skip_bad_lines;
+        let prompts: Vec<String> = (1..=LINES).map(prompt).collect();
+        let args = BatchArgs {
+            files: &program.files,
+            rewriter: &program.rewriter,
+            source: Source::Prompts(&prompts),
+            format: Format::Jsonl,
+            max_prompt_bytes: 1000,
+        };
+        let rewriter = args.rewriter.load(false).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("out.jsonl");
         let options = LineOptions { shard: Shard::default(), longest: 1000, text: false };
-        let lines = Lines::of_prompts(&(1..=LINES).map(prompt).collect::<Vec<_>>(), options);
+        let lines = Lines::of_prompts(&prompts, options);
         let target = Target::open(&path, Begin::New).unwrap();
         let before = |prompts: &Prompts| before(&rewriter, prompts);
         let inner = rewriter.session(engine_options(&args, &rewriter).unwrap()).unwrap();
         let session = Box::new(Watched { inner, prompts: BTreeMap::new(), before: &before, after });
-        let mut run = Run::new(&args, &rewriter, Format::Jsonl, target);
+        let mut run = Run::new(&args, &rewriter, target);
         let result =
             run.all(lines.read_ahead().unwrap(), session, stop, &mut Progress::new(0, None));
         (result, run.bad, std::fs::read_to_string(&path).unwrap())

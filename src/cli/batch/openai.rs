@@ -4,10 +4,10 @@
 use super::input::{Lines, RawLine};
 use super::output::Output;
 use super::progress::Progress;
-use super::{Begun, PENDING, Settings, record};
+use super::settings::Settings;
+use super::{BatchArgs, Begun, PENDING, record};
 use crate::cli::hosted::{HostOptions, Hosted};
 use crate::cli::print::note;
-use crate::cli::rewrite::RewriteArgs;
 use crate::random::{Derived, derived_seed};
 use crate::serve::{HttpOptions, Shared, app};
 use anyhow::{Context, anyhow, bail, ensure};
@@ -24,12 +24,12 @@ use tokio::task::{AbortHandle, JoinSet};
 use tower::ServiceExt;
 
 /// Answers a file of requests; `false` if somebody interrupted.
-pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
-    let engine = args.engine.options()?;
+pub fn run(args: &BatchArgs, mut begun: Begun) -> anyhow::Result<bool> {
+    let engine = args.rewriter.engine.options()?;
     let host = HostOptions {
-        model: args.model.clone(),
+        model: args.rewriter.model.clone(),
         name: args.files.served_model_name.clone(),
-        template: args.template.clone(),
+        template: args.rewriter.template.clone(),
         engine,
         // a request may hold hundreds of prompts
         max_queue: 1 << 16,
@@ -59,7 +59,7 @@ pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
         requests: JoinSet::new(),
         handles: vec![],
         other_models: BTreeSet::new(),
-        seed: args.sampling.seed,
+        seed: args.rewriter.sampling.seed,
         failures: 0,
         first_failure: None,
     };
@@ -91,15 +91,15 @@ pub fn run(args: &RewriteArgs, mut begun: Begun) -> anyhow::Result<bool> {
 
 /// What the answers depend on beside the requests. How tokens are drawn is the model's
 /// recommendation, which holds where a request says nothing.
-fn settings(args: &RewriteArgs, shared: &Shared, fingerprint: &str) -> Settings {
+fn settings(args: &BatchArgs, shared: &Shared, fingerprint: &str) -> Settings {
     let mut settings = Settings::default();
     let values = [
         ("format", json!("openai")),
         ("shard", json!(args.files.shard.unwrap_or_default().to_string())),
         ("model", json!(fingerprint)),
-        ("dtype", json!(format!("{:?}", args.model.dtype).to_lowercase())),
+        ("dtype", json!(format!("{:?}", args.rewriter.model.dtype).to_lowercase())),
         ("template", json!(shared.prompter.template.text())),
-        ("seed", json!(args.sampling.seed)),
+        ("seed", json!(args.rewriter.sampling.seed)),
     ];
     settings.0.extend(values.map(|(flag, value)| (flag.to_owned(), value)));
     settings.add_sampling(&shared.defaults.sampling, shared.defaults.length);

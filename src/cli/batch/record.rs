@@ -2,7 +2,7 @@
 
 use super::input::{LineKind, RawLine};
 use crate::cli::model::check_sampling;
-use crate::engine::session::{GenerateOptions, Length};
+use crate::generate::{GenerateOptions, Length};
 use crate::random::{Derived, derived_seed};
 use crate::rewrite::GuardOptions;
 use crate::text::literals::Literals;

@@ -57,7 +57,7 @@ pub struct Target {
 }
 
 /// The name of a file that belongs to another.
-pub fn beside(path: &Path, ending: &str) -> PathBuf {
+fn beside(path: &Path, ending: &str) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(ending);
     path.with_file_name(name)
@@ -66,6 +66,11 @@ pub fn beside(path: &Path, ending: &str) -> PathBuf {
 /// Where results are until they are whole, if a good output is to be replaced.
 pub fn partial(output: &Path) -> PathBuf {
     beside(output, ".partial")
+}
+
+/// The file that holds an output's settings.
+pub fn settings_path(output: &Path) -> PathBuf {
+    beside(output, ".settings.json")
 }
 
 impl Target {
@@ -149,8 +154,7 @@ impl Target {
             let cannot = || format!("{}: cannot replace it", self.name);
             // the settings first: where it ends between the two, --resume still goes on with the
             // partial file
-            let settings = |path| super::settings::path(path);
-            std::fs::rename(settings(&locked.path), settings(&locked.place))
+            std::fs::rename(settings_path(&locked.path), settings_path(&locked.place))
                 .with_context(cannot)?;
             std::fs::rename(&locked.path, &locked.place).with_context(cannot)?;
         }
@@ -166,7 +170,7 @@ impl Drop for LockedFile {
             && self.file.metadata().is_ok_and(|m| m.len() == 0)
             && is_at(&self.file, &self.path)
         {
-            let _ = std::fs::remove_file(super::settings::path(&self.path));
+            let _ = std::fs::remove_file(settings_path(&self.path));
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -275,11 +279,11 @@ mod tests {
         // gone on with
         let mut target = Target::open(&out, Begin::Resume).unwrap();
         let (_, path) = target.file().unwrap();
-        std::fs::write(super::super::settings::path(path), "{}").unwrap();
+        std::fs::write(settings_path(path), "{}").unwrap();
         target.write(b"more\n").unwrap();
         target.complete().unwrap();
         assert!(read(&out) == "new\nmore\n" && !partial.exists());
-        assert!(super::super::settings::path(&out).exists());
+        assert!(settings_path(&out).exists());
     }
 
     #[test]
@@ -291,7 +295,7 @@ mod tests {
         std::os::unix::fs::symlink(&real, &link).unwrap();
         let mut target = Target::open(&link, Begin::Replace).unwrap();
         target.write(b"new\n").unwrap();
-        std::fs::write(super::super::settings::path(target.file().unwrap().1), "{}").unwrap();
+        std::fs::write(settings_path(target.file().unwrap().1), "{}").unwrap();
         target.complete().unwrap();
         assert!(link.is_symlink() && std::fs::read_to_string(&real).unwrap() == "new\n");
     }

@@ -3,11 +3,12 @@
 use super::{
     SamplingParams, StreamOptions, Usage, finite, now, token_text, top_logprobs, with_top,
 };
-use crate::engine::Finish;
-use crate::engine::session::{Completed, GenerateOptions};
-use crate::engine::text::Token;
+use crate::engine::FinishReason;
+use crate::generate::text::Token;
+use crate::generate::{Completed, GenerateOptions};
+use crate::serve::body::{Json, RequestBody};
 use crate::serve::engine::Generation;
-use crate::serve::errors::{ApiError, ErrorBody, Json, RequestBody};
+use crate::serve::errors::{ApiError, ErrorBody};
 use crate::serve::layers::RequestId;
 use crate::serve::sse::{self, Item};
 use crate::serve::state::{Shared, StateArc};
@@ -81,7 +82,7 @@ pub struct ChatChoice {
     pub index: usize,
     pub message: Answer,
     pub logprobs: Option<ChatLogprobs>,
-    pub finish_reason: Finish,
+    pub finish_reason: FinishReason,
 }
 
 #[derive(Debug, Default, Serialize, ToSchema)]
@@ -108,7 +109,7 @@ struct ChunkChoice {
     index: usize,
     delta: Answer,
     logprobs: Option<ChatLogprobs>,
-    finish_reason: Option<Finish>,
+    finish_reason: Option<FinishReason>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]

@@ -1,11 +1,12 @@
 //! `/v1/completions`: continues texts as they are.
 
 use super::{SamplingParams, StreamOptions, Usage, finite, now, token_text, top_logprobs};
-use crate::engine::session::{Candidate, Completed, GenerateOptions};
-use crate::engine::{Finish, Sampling};
-use crate::models::generation_config::GenerationDefaults;
+use crate::engine::{FinishReason, Sampling};
+use crate::generate::generation_config::GenerationDefaults;
+use crate::generate::{Candidate, Completed, GenerateOptions};
+use crate::serve::body::{Json, RequestBody};
 use crate::serve::engine::Generation;
-use crate::serve::errors::{ApiError, ErrorBody, Json, RequestBody};
+use crate::serve::errors::{ApiError, ErrorBody};
 use crate::serve::layers::RequestId;
 use crate::serve::sse::{self, Item};
 use crate::serve::state::{Shared, StateArc};
@@ -72,7 +73,7 @@ pub struct CompletionChoice {
     pub text: String,
     pub index: usize,
     pub logprobs: Option<CompletionLogprobs>,
-    pub finish_reason: Option<Finish>,
+    pub finish_reason: Option<FinishReason>,
 }
 
 #[derive(Debug, Default, Serialize, ToSchema)]
@@ -157,8 +158,8 @@ impl Form {
         }
     }
 
-    fn finish(&self, finish: Finish) -> Finish {
-        if self.only_prompt { Finish::Length } else { finish }
+    fn finish(&self, finish: FinishReason) -> FinishReason {
+        if self.only_prompt { FinishReason::Length } else { finish }
     }
 }
 
@@ -230,7 +231,7 @@ fn prepare(
     // a plain interface: the model's distribution as it is
     let defaults = GenerationDefaults {
         sampling: Sampling { temperature: 1.0, ..Sampling::default() },
-        length: crate::engine::session::Length::New(16),
+        length: crate::generate::Length::New(16),
     };
     let max_tokens = if form.only_prompt { Some(1) } else { r.max_tokens };
     let mut options = r.sampling.options(&defaults, max_tokens, shared)?;

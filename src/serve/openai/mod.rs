@@ -5,12 +5,13 @@ pub mod completions;
 pub mod models;
 mod unsupported;
 
-use super::errors::{ApiError, read};
+use super::body::read;
+use super::errors::ApiError;
 use super::state::Shared;
 use crate::engine::Sampling;
-use crate::engine::session::{Completed, GenerateOptions, Length};
-use crate::engine::text::Token;
-use crate::models::generation_config::GenerationDefaults;
+use crate::generate::generation_config::GenerationDefaults;
+use crate::generate::text::Token;
+use crate::generate::{Completed, GenerateOptions, Length};
 use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
 use serde::{Deserialize, Serialize};

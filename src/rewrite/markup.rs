@@ -15,7 +15,7 @@ use std::ops::Range;
 
 /// A prompt cut at BREAK.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Verbatim {
+pub struct PromptMarkup {
     pub chunks: Vec<Chunk>,
 }
 
@@ -52,17 +52,17 @@ pub enum PartKind {
     Choice,
 }
 
-impl Verbatim {
-    pub fn parse(prompt: &str) -> Verbatim {
-        Verbatim::read(prompt, !is_shout(prompt))
+impl PromptMarkup {
+    pub fn parse(prompt: &str) -> PromptMarkup {
+        PromptMarkup::read(prompt, !is_shout(prompt))
     }
 
     /// A text that answers `prompt`: AND is a word in both or in neither.
-    pub fn parse_answer(prompt: &str, text: &str) -> Verbatim {
-        Verbatim::read(text, !is_shout(prompt))
+    pub fn parse_answer(prompt: &str, text: &str) -> PromptMarkup {
+        PromptMarkup::read(text, !is_shout(prompt))
     }
 
-    fn read(prompt: &str, and: bool) -> Verbatim {
+    fn read(prompt: &str, and: bool) -> PromptMarkup {
         let mut chunks = vec![];
         let mut specials = vec![];
         let mut from = 0;
@@ -76,7 +76,7 @@ impl Verbatim {
             }
         }
         chunks.push(Chunk::new(prompt, from..prompt.len(), &specials));
-        Verbatim { chunks }
+        PromptMarkup { chunks }
     }
 
     /// Whether there is nothing special.
@@ -249,7 +249,7 @@ enum Place<'a> {
 
 impl<'a> Places<'a> {
     /// The parts of a text.
-    pub fn of(text: &'a Verbatim) -> Places<'a> {
+    pub fn of(text: &'a PromptMarkup) -> Places<'a> {
         let mut have = HashMap::new();
         for part in text.parts() {
             let (written, before, after) =
@@ -649,18 +649,18 @@ mod tests {
     use super::*;
 
     fn one(text: &str) -> Chunk {
-        let mut chunks = Verbatim::parse(text).chunks;
+        let mut chunks = PromptMarkup::parse(text).chunks;
         assert_eq!(chunks.len(), 1, "{text}");
         chunks.remove(0)
     }
 
     fn parts(text: &str) -> Vec<String> {
-        Verbatim::parse(text).parts().map(|p| p.written.clone()).collect()
+        PromptMarkup::parse(text).parts().map(|p| p.written.clone()).collect()
     }
 
     #[test]
     fn the_model_gets_plain_words() {
-        let v = Verbatim::parse(
+        let v = PromptMarkup::parse(
             "a (red cat:1.2), [rain], ((mood: 1.1)) <lora:film grain:0.8> __season__ street",
         );
         assert_eq!(v.plain(), "a red cat, rain, mood street");
@@ -668,14 +668,14 @@ mod tests {
         let all =
             ["(red cat:1.2)", "[rain]", "((mood: 1.1))", "<lora:film grain:0.8>", "__season__"];
         assert_eq!(v.parts().map(|p| p.written.as_str()).collect::<Vec<_>>(), all);
-        assert!(Verbatim::parse("a cat, 3 < 4 and breakfast").is_plain());
-        assert!(Verbatim::parse("CATS AND DOGS").is_plain(), "a shout");
+        assert!(PromptMarkup::parse("a cat, 3 < 4 and breakfast").is_plain());
+        assert!(PromptMarkup::parse("CATS AND DOGS").is_plain(), "a shout");
         assert!(
-            Verbatim::parse("a AND\u{fe0f} b BREAK\u{301} c").is_plain(),
+            PromptMarkup::parse("a AND\u{fe0f} b BREAK\u{301} c").is_plain(),
             "an accent goes on with the word"
         );
         assert!(
-            Verbatim::parse(r"smile \(anime\), a (b c __ d").is_plain(),
+            PromptMarkup::parse(r"smile \(anime\), a (b c __ d").is_plain(),
             "escaped or unbalanced"
         );
         assert_eq!(one("((16:9:1.2) view:1.1), (3)").plain, "16:9 view, 3");
@@ -707,7 +707,7 @@ mod tests {
 
     #[test]
     fn parts_know_what_stands_beside_them() {
-        let v = Verbatim::parse("a photo of __x__ {a|b} in, __y__, (z:1) end BREAK __w__");
+        let v = PromptMarkup::parse("a photo of __x__ {a|b} in, __y__, (z:1) end BREAK __w__");
         let beside: Vec<_> = v.parts().map(|p| (p.before.as_deref(), p.after.as_deref())).collect();
         let expected = [
             (Some("of"), Some("{a|b}")),

@@ -1,6 +1,6 @@
 //! How much of a prompt's meaning a rewrite keeps.
 
-use super::verbatim::{Places, Verbatim, phrase_spans};
+use super::markup::{Places, PromptMarkup, phrase_spans};
 use crate::text::content_words::{ContentWords, is_combining, word_spans, words};
 use std::collections::HashSet;
 use std::ops::Range;
@@ -43,17 +43,17 @@ enum Unit {
 /// Measures what rewrites keep: content words by their stems, numbers as words or digits, colours,
 /// words of place where they stand beside content, negations with what they negate, emoji, quoted
 /// text word for word, and special parts to the letter where they stood.
-pub struct Kept {
+pub struct Fidelity {
     content: ContentWords,
     spatial: HashSet<&'static str>,
     vague: HashSet<&'static str>,
     negations: HashSet<&'static str>,
 }
 
-impl Default for Kept {
+impl Default for Fidelity {
     fn default() -> Self {
         let set = |list: &'static str| list.split_whitespace().collect();
-        Kept {
+        Fidelity {
             content: ContentWords::default(),
             spatial: set(SPATIAL),
             vague: set(VAGUE),
@@ -62,10 +62,11 @@ impl Default for Kept {
     }
 }
 
-impl Kept {
+impl Fidelity {
     /// The part of what `input` says that `output` says too, from 0 to 1, and what it leaves out.
-    pub fn measure(&self, input: &str, output: &str) -> (f64, Vec<String>) {
-        let (input, output) = (Verbatim::parse(input), Verbatim::parse_answer(input, output));
+    pub fn score(&self, input: &str, output: &str) -> (f64, Vec<String>) {
+        let (input, output) =
+            (PromptMarkup::parse(input), PromptMarkup::parse_answer(input, output));
         let (plain, answer) = (input.plain(), output.plain());
         let (wanted, have) = (Said::of(&plain), Said::of(&answer));
         let units = self.units(&wanted, true);
@@ -96,10 +97,10 @@ impl Kept {
 
     /// What of `output` is not in `input`: phrases between commas.
     pub fn added(&self, input: &str, output: &str) -> Vec<String> {
-        let known = self.known(&Verbatim::parse(input).plain());
+        let known = self.known(&PromptMarkup::parse(input).plain());
         let phrases = phrase_spans(output).into_iter().map(|span| output[span].trim());
         phrases
-            .filter(|p| known.lacks_some(&Verbatim::parse(p).plain()))
+            .filter(|p| known.lacks_some(&PromptMarkup::parse(p).plain()))
             .map(str::to_owned)
             .collect()
     }
@@ -370,7 +371,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn missing(input: &str, output: &str) -> Vec<String> {
-        Kept::default().measure(input, output).1
+        Fidelity::default().score(input, output).1
     }
 
     #[test]
@@ -384,7 +385,7 @@ mod tests {
         assert_eq!(missing("a cat with a hat", "a cat without a hat"), ["hat"]);
         assert_eq!(missing("no red cars, a bus", "no red cars, a bus"), [""; 0]);
         assert_eq!(missing("a dog that can’t swim", "a dog that can't swim"), [""; 0]);
-        assert_eq!(Kept::default().measure("in the", "anything").0, 1.0);
+        assert_eq!(Fidelity::default().score("in the", "anything").0, 1.0);
     }
 
     #[test]
@@ -421,7 +422,7 @@ mod tests {
             ["(red cat:1.2)", "BREAK"]
         );
         assert_eq!(
-            Kept::default().measure(input, "a (red cat:1.3) night <lora:x:0.8>").0,
+            Fidelity::default().score(input, "a (red cat:1.3) night <lora:x:0.8>").0,
             4.0 / 6.0
         );
         assert_eq!(missing("(cat:1.1), (cat:1.1)", "(cat:1.1)"), ["(cat:1.1)"]);
@@ -442,11 +443,11 @@ mod tests {
 
     #[test]
     fn added_phrases_say_something_new() {
-        let added = Kept::default()
+        let added = Fidelity::default()
             .added("a cat in the rain", "a cat in the rain, highly detailed, the rain, 8k");
         assert_eq!(added, ["highly detailed", "8k"]);
-        let kept = Kept::default();
-        let known = kept.known("two cats in the rain");
+        let fidelity = Fidelity::default();
+        let known = fidelity.known("two cats in the rain");
         assert!(
             known.lacks_all("in the style of x")
                 && !known.lacks_all("three cats")
@@ -473,29 +474,29 @@ mod tests {
 
         #[test]
         fn a_prompt_keeps_itself(text in hostile()) {
-            prop_assert_eq!(Kept::default().measure(&text, &text), (1.0, vec![]));
+            prop_assert_eq!(Fidelity::default().score(&text, &text), (1.0, vec![]));
             let more = format!("{text}, zxq");
-            prop_assert!(text.ends_with('\\') || Kept::default().measure(&text, &more).0 == 1.0, "{}", more);
+            prop_assert!(text.ends_with('\\') || Fidelity::default().score(&text, &more).0 == 1.0, "{}", more);
         }
 
         #[test]
         fn no_text_is_too_odd(input in any::<String>(), output in hostile()) {
-            let (kept, missing) = Kept::default().measure(&input, &output);
+            let (kept, missing) = Fidelity::default().score(&input, &output);
             prop_assert!((0.0..=1.0).contains(&kept) && (kept == 1.0) == missing.is_empty());
-            prop_assert_eq!(Kept::default().measure(&input, &input).0, 1.0);
-            Kept::default().added(&input, &output);
+            prop_assert_eq!(Fidelity::default().score(&input, &input).0, 1.0);
+            Fidelity::default().added(&input, &output);
         }
 
         /// Content words that all differ: without any one of them less is kept.
         #[test]
         fn every_content_word_counts(words in prop::collection::hash_set("[bdfgk][aou][xzv][a-z]{0,3}", 2..9), i in any::<prop::sample::Index>()) {
-            let kept = Kept::default();
-            let stems: HashSet<String> = words.iter().map(|w| kept.content.stem(w)).collect();
-            prop_assume!(stems.len() == words.len() && words.iter().all(|w| !kept.content.is_stop_word(w)));
+            let fidelity = Fidelity::default();
+            let stems: HashSet<String> = words.iter().map(|w| fidelity.content.stem(w)).collect();
+            prop_assume!(stems.len() == words.len() && words.iter().all(|w| !fidelity.content.is_stop_word(w)));
             let words: Vec<String> = words.into_iter().collect();
             let mut fewer = words.clone();
             let gone = fewer.remove(i.index(fewer.len()));
-            let (part, missing) = kept.measure(&words.join(" "), &fewer.join(" "));
+            let (part, missing) = fidelity.score(&words.join(" "), &fewer.join(" "));
             prop_assert!(part < 1.0);
             prop_assert_eq!(missing, [gone]);
         }

@@ -1,7 +1,7 @@
 //! From tokens to text: incremental decoding, stop strings, and words that a candidate must or must
 //! not hold.
 
-use super::{Event, Finish, TopTokens, Verdict};
+use crate::engine::{Event, FinishReason, TopTokens, Verdict};
 use crate::error::{Error, Result};
 use crate::text::literals::Literals;
 use crate::text::phrases::Phrases;
@@ -78,7 +78,7 @@ pub struct Growing<'a> {
     reserved: usize,
     pub text: String,
     pub tokens: Vec<Token>,
-    pub finish: Option<Finish>,
+    pub finish: Option<FinishReason>,
     /// What was given out: bytes and tokens.
     given: (usize, usize),
     /// Bytes before which no banned phrase begins, nor a stop text.
@@ -87,7 +87,7 @@ pub struct Growing<'a> {
     /// Bytes of the text before `min_new` tokens, in which no stop text counts.
     stops_from: usize,
     /// Tokens that are to be written at the end, and why it ends then.
-    forced: Option<(usize, Finish)>,
+    forced: Option<(usize, FinishReason)>,
     rewinds: usize,
     /// Tokens that it may still be told of.
     pushes: usize,
@@ -157,10 +157,10 @@ impl<'a> Growing<'a> {
         id: u32,
         logprob: f32,
         top: TopTokens,
-        finish: Option<Finish>,
+        finish: Option<FinishReason>,
     ) -> Result<Verdict> {
         // the text of a token that ends the candidate is left out, as a stop text is
-        let stops = finish == Some(Finish::Stop)
+        let stops = finish == Some(FinishReason::Stop)
             && (id == self.eos || self.rules.stop_token_ids.contains(&id));
         if id != self.eos && (!stops || self.rules.include_stop) {
             let new = self.decoder.push(id)?;
@@ -169,7 +169,7 @@ impl<'a> Growing<'a> {
         self.tokens.push(Token { id, logprob, top, end: self.text.len() });
         self.pushes = self.pushes.saturating_sub(1);
         if self.pushes == 0 {
-            self.end(Finish::Length);
+            self.end(FinishReason::Length);
             return Ok(Verdict::End);
         }
         let finish = match &mut self.forced {
@@ -194,13 +194,13 @@ impl<'a> Growing<'a> {
         }
         if ended {
             self.cut(cut);
-            self.finish = if stop.is_some() { Some(Finish::Stop) } else { finish };
+            self.finish = if stop.is_some() { Some(FinishReason::Stop) } else { finish };
         }
         Ok(if self.finish.is_some() { Verdict::End } else { Verdict::Go })
     }
 
     /// Ends the candidate with what there is.
-    pub fn end(&mut self, finish: Finish) {
+    pub fn end(&mut self, finish: FinishReason) {
         if let Some(found) = self.rules.ban.find(&self.text) {
             self.cut(found.start);
         }
@@ -236,7 +236,7 @@ impl<'a> Growing<'a> {
         self.rewinds += 1;
         if self.rewinds > REWINDS {
             self.cut(found.start);
-            self.finish = Some(Finish::Stop);
+            self.finish = Some(FinishReason::Stop);
             return Ok(Some(Verdict::End));
         }
         let keep = self.token_at(found.start).max(self.given.1).min(self.tokens.len() - 1);
@@ -251,7 +251,7 @@ impl<'a> Growing<'a> {
         &mut self,
         cut: usize,
         stopped: bool,
-        finish: Option<Finish>,
+        finish: Option<FinishReason>,
     ) -> Result<Option<Verdict>> {
         let left = self.max_new.saturating_sub(self.tokens.len());
         let ends = stopped || finish.is_some();
@@ -266,7 +266,7 @@ impl<'a> Growing<'a> {
             let grown =
                 |more: &str| !self.rules.keep.missing(&format!("{}{more}", self.text)).is_empty();
             if !ends && (grown("a") || grown(".0")) {
-                self.finish = Some(Finish::Length);
+                self.finish = Some(FinishReason::Length);
                 return Ok(Some(Verdict::End));
             }
             return Ok(None);
@@ -294,7 +294,7 @@ impl<'a> Growing<'a> {
         self.rewind(keep, cut)?;
         self.forced = Some((
             tokens.len(),
-            if stopped { Finish::Stop } else { finish.unwrap_or(Finish::Length) },
+            if stopped { FinishReason::Stop } else { finish.unwrap_or(FinishReason::Length) },
         ));
         Ok(Some(Verdict::Force { keep, tokens }))
     }
@@ -439,7 +439,7 @@ mod tests {
         let mut forced: Vec<u32> = vec![];
         for pushed in 0.. {
             if pushed == deadline {
-                c.end(Finish::Deadline);
+                c.end(FinishReason::Deadline);
             }
             if c.finish.is_none() {
                 let at = c.tokens.len();
@@ -456,9 +456,9 @@ mod tests {
                 };
                 let stops = forced.is_empty() && (id == EOS || rules.stop_token_ids.contains(&id));
                 let finish = if stops {
-                    Some(Finish::Stop)
+                    Some(FinishReason::Stop)
                 } else {
-                    (at + 1 >= max_new).then_some(Finish::Length)
+                    (at + 1 >= max_new).then_some(FinishReason::Length)
                 };
                 match c.push(id, 0.0, vec![], finish).expect("tokens of the vocabulary") {
                     Verdict::Go => assert!(finish.is_none(), "ended and going on"),

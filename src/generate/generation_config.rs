@@ -1,7 +1,7 @@
 //! `generation_config.json`: the sampling settings a model recommends.
 
+use super::options::Length;
 use crate::engine::Sampling;
-use crate::engine::session::Length;
 use crate::error::{Error, Result};
 use serde::Deserialize;
 use std::path::Path;

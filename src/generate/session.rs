@@ -1,98 +1,24 @@
 //! Prompts in, texts out: the engine with a tokenizer around it.
 
+use super::options::{GenerateOptions, Length};
 use super::text::{Growing, Rules, Token};
-use super::{
-    Counters, Engine, EngineOptions, Event, Finish, Request, Sampling, TopTokens, Verdict,
+use crate::engine::{
+    Counters, Engine, EngineOptions, Event, FinishReason, Request, TopTokens, Verdict,
 };
 use crate::error::{Error, Result};
 use crate::models::bloom::Bloom;
-use crate::ops::{BLOCK, DecodeBackend};
+use crate::ops::DecodeBackend;
 use crate::text::Tokenizer;
-use crate::text::literals::Literals;
-use crate::text::phrases::Phrases;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
-
-/// How to continue a prompt.
-#[derive(Clone, Debug)]
-pub struct GenerateOptions {
-    pub candidates: u32,
-    pub sampling: Sampling,
-    /// Added to the logits of tokens.
-    pub bias: Vec<(u32, f32)>,
-    pub length: Length,
-    /// No end before so many tokens.
-    pub min_new: usize,
-    pub ignore_eos: bool,
-    /// Texts and tokens that end a continuation, and are left out unless `include_stop` says
-    /// otherwise. They do not count before `min_new` tokens, nor within what has to be kept.
-    pub stops: Vec<String>,
-    pub stop_token_ids: Vec<u32>,
-    pub include_stop: bool,
-    /// What a continuation must not hold, and what it must.
-    pub ban: Arc<Phrases>,
-    pub keep: Arc<Literals>,
-    pub prompt_logprobs: bool,
-    pub top_logprobs: usize,
-    pub deadline: Option<Instant>,
-    /// Whose prompt it is: prompts of one owner share one share of the places; each has its own if
-    /// not given.
-    pub owner: Option<u64>,
-}
-
-impl Default for GenerateOptions {
-    fn default() -> Self {
-        GenerateOptions {
-            candidates: 1,
-            sampling: Sampling::default(),
-            bias: Vec::new(),
-            length: Length::New(128),
-            min_new: 0,
-            ignore_eos: false,
-            stops: Vec::new(),
-            stop_token_ids: Vec::new(),
-            include_stop: false,
-            ban: Arc::default(),
-            keep: Arc::default(),
-            prompt_logprobs: false,
-            top_logprobs: 0,
-            deadline: None,
-            owner: None,
-        }
-    }
-}
-
-impl GenerateOptions {
-    /// Positions of the KV cache that a prompt of so many tokens may take alone, with all its
-    /// candidates, in a model of this `context`.
-    pub fn cache_tokens(&self, prompt: usize, context: usize) -> usize {
-        let new = match self.length {
-            Length::New(n) => n,
-            Length::Total(n) => n.saturating_sub(prompt).max(1),
-        };
-        let new = new.min(context.saturating_sub(prompt).max(1));
-        // whole blocks: the last of the prompt and the last of the output may be begun ones
-        (prompt + new + 2 * BLOCK) * self.candidates.max(1) as usize
-    }
-}
-
-/// When a continuation is long enough.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Length {
-    /// New tokens.
-    New(usize),
-    /// Tokens with the prompt's.
-    Total(usize),
-}
 
 /// One continuation.
 #[derive(Clone, Debug)]
 pub struct Candidate {
     pub text: String,
     pub tokens: Vec<Token>,
-    pub finish: Finish,
+    pub finish: FinishReason,
 }
 
 impl Candidate {
@@ -134,7 +60,13 @@ pub enum Update<'a> {
     /// Computing a prompt begins.
     Started { id: u64 },
     /// New text of a candidate, with the tokens that are certain now; the last one has a `finish`.
-    Text { id: u64, candidate: u32, text: &'a str, tokens: &'a [Token], finish: Option<Finish> },
+    Text {
+        id: u64,
+        candidate: u32,
+        text: &'a str,
+        tokens: &'a [Token],
+        finish: Option<FinishReason>,
+    },
 }
 
 struct Pending<'a> {
@@ -142,14 +74,16 @@ struct Pending<'a> {
     prompt_scores: Vec<(f32, TopTokens)>,
     cached: usize,
     candidates: Vec<Growing<'a>>,
+    /// Candidates that have not ended.
+    growing: usize,
 }
 
 /// A session, whatever device it runs on.
 pub trait Generate {
     /// Queues a prompt under an id that is not in flight.
     fn submit(&mut self, id: u64, prompt: Vec<u32>, options: &GenerateOptions) -> Result<()>;
-    /// Forgets a prompt.
-    fn cancel(&mut self, id: u64);
+    /// Forgets prompts.
+    fn cancel(&mut self, ids: &[u64]);
     /// Forgets all prompts and what was computed for them, whatever state a failure left them in.
     fn reset(&mut self);
     /// One forward pass; prompts that are done come back, and those that failed alone. An error is
@@ -228,15 +162,18 @@ impl<B: DecodeBackend> Generate for Session<'_, B> {
             prompt_scores: vec![],
             cached: 0,
             candidates: vec![candidate; request.candidates as usize],
+            growing: request.candidates as usize,
         };
         self.engine.submit(request)?;
         self.pending.insert(id, pending);
         Ok(())
     }
 
-    fn cancel(&mut self, id: u64) {
-        self.engine.cancel(id);
-        self.pending.remove(&id);
+    fn cancel(&mut self, ids: &[u64]) {
+        self.engine.cancel(ids);
+        for id in ids {
+            self.pending.remove(id);
+        }
     }
 
     fn reset(&mut self) {
@@ -265,7 +202,7 @@ impl<B: DecodeBackend> Generate for Session<'_, B> {
     }
 
     fn counters(&self) -> Counters {
-        self.engine.counters
+        self.engine.counters()
     }
 
     fn generated_tokens(&self) -> u64 {
@@ -301,6 +238,7 @@ impl<B: DecodeBackend> Generate for Session<'_, B> {
             let Some(p) = pending.get_mut(&id) else { return Verdict::End };
             generated += u64::from(matches!(event, Event::Token { .. }));
             let c = &mut p.candidates[candidate as usize];
+            let had_ended = c.finish.is_some();
             // what goes wrong with one text must not end the others
             let grown = catch_unwind(AssertUnwindSafe(|| c.take(event)));
             let grown = grown
@@ -317,14 +255,17 @@ impl<B: DecodeBackend> Generate for Session<'_, B> {
             if !text.is_empty() || !tokens.is_empty() || finish.is_some() {
                 on_update(Update::Text { id, candidate, text, tokens, finish });
             }
-            if finish.is_some() && p.candidates.iter().all(|c| c.finish.is_some()) {
-                done.push(id);
+            if finish.is_some() && !had_ended {
+                p.growing -= 1;
+                if p.growing == 0 {
+                    done.push(id);
+                }
             }
             verdict
         });
         self.generated_tokens += generated;
-        for f in &failed {
-            self.cancel(f.id);
+        if !failed.is_empty() {
+            self.cancel(&failed.iter().map(|f| f.id).collect::<Vec<_>>());
         }
         stepped?;
         let done =
@@ -372,7 +313,7 @@ fn completed(id: u64, p: Pending) -> Completed {
         text: c.text,
         tokens: c.tokens,
         // only prompts whose candidates all have ended are done
-        finish: c.finish.unwrap_or(Finish::Stop),
+        finish: c.finish.unwrap_or(FinishReason::Stop),
     });
     Completed {
         id,
