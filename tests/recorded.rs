@@ -12,7 +12,7 @@
 
 mod served;
 
-use beautiful_prompt::ops::cpu::simd::InstructionSet;
+use beautiful_prompt::ops::cpu::simd::{InstructionSet, Isa};
 use serde_json::{Value, json};
 use served::{Answer, Server};
 use std::collections::BTreeMap;
