@@ -20,6 +20,48 @@ use std::rc::Rc;
 
 const EPS: f32 = 1e-5;
 
+/// Layers and tokens of the small model that steps are tried with.
+const LAYERS: usize = 2;
+const VOCABULARY: usize = 50;
+
+struct SmallModel<B: Backend> {
+    embedding: B::Matrix,
+    embedding_norm: LayerNorm<B::Vector>,
+    layers: Vec<Layer<B>>,
+    residual_post_norm: bool,
+}
+
+impl<B: Backend> SmallModel<B> {
+    /// The hidden states that each batch comes to, one batch after the other.
+    fn run(
+        &self,
+        backend: &B,
+        heads: &Heads,
+        batches: &[Batch],
+        mut cache: B::Cache,
+        read: &dyn Fn(&B::Buffer) -> Result<Vec<f32>>,
+    ) -> Result<Vec<f32>> {
+        let mut scratch = Scratch::default();
+        let mut states = Vec::new();
+        for batch in batches {
+            backend.begin(batch, &mut scratch.pass);
+            backend.forward(Forward {
+                batch,
+                embedding: &self.embedding,
+                embedding_norm: &self.embedding_norm,
+                layers: &self.layers,
+                heads,
+                eps: EPS,
+                residual_post_norm: self.residual_post_norm,
+                cache: &mut cache,
+                scratch: &mut scratch,
+            });
+            states.extend(read(&scratch.x)?);
+        }
+        Ok(states)
+    }
+}
+
 /// What is tried.
 #[derive(Clone, Debug)]
 pub struct Shapes {
@@ -275,20 +317,13 @@ impl<L: Launcher> Test<'_, L> {
         Ok(())
     }
 
-    /// Decoding steps of a small model: operation by operation, recorded and repeated, and in one
-    /// kernel.
-    fn steps(
+    /// A small model of random weights, ours and the CPU's.
+    fn small_models(
         &mut self,
-        count: usize,
-        size: usize,
-        sequences: usize,
+        width: usize,
         int8: bool,
         residual_post_norm: bool,
-    ) -> Result<()> {
-        const LAYERS: usize = 2;
-        const VOCABULARY: usize = 50;
-        let width = count * size;
-        let heads = Heads { count, size, slopes: alibi_slopes(count) };
+    ) -> Result<(SmallModel<Cuda<L>>, SmallModel<Cpu>)> {
         let (embedding, cpu_embedding) = self.matrix(VOCABULARY, width, int8)?;
         let (embedding_norm, cpu_embedding_norm) = self.norm(width)?;
         let (mut layers, mut cpu_layers) = (Vec::new(), Vec::new());
@@ -328,11 +363,22 @@ impl<L: Launcher> Test<'_, L> {
                 down: cpu_down,
             });
         }
+        let ours = SmallModel { embedding, embedding_norm, layers, residual_post_norm };
+        let theirs = SmallModel {
+            embedding: cpu_embedding,
+            embedding_norm: cpu_embedding_norm,
+            layers: cpu_layers,
+            residual_post_norm,
+        };
+        Ok((ours, theirs))
+    }
+
+    /// A token for each sequence, three times.
+    fn decoding_batches(&mut self, sequences: usize) -> Vec<Batch> {
         // the first sequences are longer than one block of threads takes
-        let steps = 3;
         let start = |s: usize| [160, 0, 14][s % 3];
         let blocks = |s: usize| -> Vec<u32> { (0..11).map(|b| (s * 11 + b) as u32).collect() };
-        let batches: Vec<Batch> = (0..steps)
+        (0..3)
             .map(|step| {
                 let mut batch = Batch::default();
                 for s in 0..sequences {
@@ -340,7 +386,22 @@ impl<L: Launcher> Test<'_, L> {
                 }
                 batch
             })
-            .collect();
+            .collect()
+    }
+
+    /// Decoding steps of a small model: operation by operation, recorded and repeated, and in one
+    /// kernel.
+    fn steps(
+        &mut self,
+        count: usize,
+        size: usize,
+        sequences: usize,
+        int8: bool,
+        residual_post_norm: bool,
+    ) -> Result<()> {
+        let heads = Heads { count, size, slopes: alibi_slopes(count) };
+        let (ours, theirs) = self.small_models(count * size, int8, residual_post_norm)?;
+        let batches = self.decoding_batches(sequences);
         let ways = [
             (false, Persistent::Never),
             (true, Persistent::Never),
@@ -352,44 +413,14 @@ impl<L: Launcher> Test<'_, L> {
         let mut results = Vec::new();
         for &(records, persistent) in ways {
             (self.cuda.records, self.cuda.persistent) = (records, persistent);
-            let mut cache = self.cuda.cache(self.half, LAYERS, &heads, 11 * sequences)?;
-            let mut scratch = Scratch::default();
-            let mut result = Vec::new();
-            for batch in &batches {
-                self.cuda.begin(batch, &mut scratch.pass);
-                self.cuda.forward(Forward {
-                    batch,
-                    embedding: &embedding,
-                    embedding_norm: &embedding_norm,
-                    layers: &layers,
-                    heads: &heads,
-                    eps: EPS,
-                    residual_post_norm,
-                    cache: &mut cache,
-                    scratch: &mut scratch,
-                });
-                result.extend(self.cuda.download(&scratch.x, width)?);
-            }
-            results.push(result);
+            let cache = self.cuda.cache(self.half, LAYERS, &heads, 11 * sequences)?;
+            let read = |x: &_| self.cuda.download(x, count * size);
+            results.push(ours.run(&self.cuda, &heads, &batches, cache, &read)?);
         }
         (self.cuda.records, self.cuda.persistent) = (true, Persistent::Never);
-        let mut expected = Vec::new();
-        let mut cache = self.cpu.cache(DType::F32, LAYERS, &heads, 11 * sequences)?;
-        let mut scratch = Scratch::default();
-        for batch in &batches {
-            self.cpu.forward(Forward {
-                batch,
-                embedding: &cpu_embedding,
-                embedding_norm: &cpu_embedding_norm,
-                layers: &cpu_layers,
-                heads: &heads,
-                eps: EPS,
-                residual_post_norm,
-                cache: &mut cache,
-                scratch: &mut scratch,
-            });
-            expected.extend_from_slice(&scratch.x);
-        }
+        let cache = self.cpu.cache(DType::F32, LAYERS, &heads, 11 * sequences)?;
+        let read = |x: &Vec<f32>| Ok(x.clone());
+        let expected = theirs.run(&self.cpu, &heads, &batches, cache, &read)?;
         let int8 = if int8 { ", int8" } else { "" };
         let case = format!("{sequences} sequences, {LAYERS} layers of {count} x {size}{int8}");
         // activations are rounded seven times a layer
@@ -557,20 +588,7 @@ impl<L: Launcher> Test<'_, L> {
         let x: Vec<f32> = x.iter().map(|v| v * scale).collect();
         let narrow = self.cuda.upload(&x, width, true)?;
         let seen: Vec<u32> = (0..vocabulary as u32).step_by(5).take(40).collect();
-        let plain = Sampling { seed: 11, ..Sampling::default() };
-        let penalty = Sampling { repetition_penalty: 1.7, ..plain };
-        let warm = Sampling { temperature: 0.8, ..plain };
-        let both = Sampling { temperature: 1.3, seed: u64::MAX - 5, ..penalty };
-        let ranked = Sampling { top_k: 20, top_p: 0.9, ..both };
-        let likely = Sampling { top_k: 7, min_p: 0.2, ..warm };
-        let nucleus = Sampling { top_p: 0.5, ..warm };
-        let floor = Sampling { min_p: 0.4, ..both };
-        // more tokens than a list in shared memory holds, in the larger vocabularies
-        let long = Sampling { top_k: vocabulary - 1, min_p: 0.3, ..warm };
-        let flat = Sampling { top_p: 0.95, temperature: 6.0, ..both };
-        let wide = Sampling { top_k: vocabulary - 9, top_p: 0.97, min_p: 0.01, ..flat };
-        let settings =
-            [plain, penalty, warm, both, ranked, likely, nucleus, floor, long, flat, wide];
+        let settings = sampling_settings(vocabulary);
         let bias: Vec<(u32, f32)> = (0..vocabulary as u32)
             .step_by(3)
             .take(60)
@@ -584,7 +602,7 @@ impl<L: Launcher> Test<'_, L> {
                 // of the others only some are filtered, which takes long in the emulator
                 let sampling = match i % 16 {
                     _ if i < count => &settings[i % settings.len()],
-                    5 => &ranked,
+                    5 => &settings[RANKED],
                     n => &settings[n % 4],
                 };
                 let plain = SampleRow {
@@ -677,4 +695,24 @@ impl<L: Launcher> Test<'_, L> {
         self.report("tokens after fed ones that differ", case, different as f32, 0.0);
         Ok(())
     }
+}
+
+/// Which of the settings takes of the likely tokens those that make up most.
+const RANKED: usize = 4;
+
+/// Ways to sample that differ in what they need.
+fn sampling_settings(vocabulary: usize) -> [Sampling; 11] {
+    let plain = Sampling { seed: 11, ..Sampling::default() };
+    let penalty = Sampling { repetition_penalty: 1.7, ..plain };
+    let warm = Sampling { temperature: 0.8, ..plain };
+    let both = Sampling { temperature: 1.3, seed: u64::MAX - 5, ..penalty };
+    let ranked = Sampling { top_k: 20, top_p: 0.9, ..both };
+    let likely = Sampling { top_k: 7, min_p: 0.2, ..warm };
+    let nucleus = Sampling { top_p: 0.5, ..warm };
+    let floor = Sampling { min_p: 0.4, ..both };
+    // more tokens than a list in shared memory holds, in the larger vocabularies
+    let long = Sampling { top_k: vocabulary - 1, min_p: 0.3, ..warm };
+    let flat = Sampling { top_p: 0.95, temperature: 6.0, ..both };
+    let wide = Sampling { top_k: vocabulary - 9, top_p: 0.97, min_p: 0.01, ..flat };
+    [plain, penalty, warm, both, ranked, likely, nucleus, floor, long, flat, wide]
 }

@@ -96,6 +96,19 @@ struct Case {
 }
 
 impl Case {
+    /// Random tokens at the end of each sequence's positions.
+    fn batch(&self, vocabulary: usize) -> Batch {
+        let blocks = self.positions.div_ceil(BLOCK);
+        let mut words = Words::new(3, self.all() as u64);
+        let mut batch = Batch::default();
+        for s in 0..self.sequences {
+            let ids: Vec<u32> = (0..self.tokens).map(|_| words.below(vocabulary) as u32).collect();
+            let table: Vec<u32> = (0..blocks).map(|b| (s * blocks + b) as u32).collect();
+            batch.push(&ids, self.positions - self.tokens, &table);
+        }
+        batch
+    }
+
     fn all(&self) -> usize {
         self.sequences * self.tokens
     }
@@ -197,22 +210,16 @@ pub fn run<B: Backend + Machine>(
     })
 }
 
+/// What norms add to the variance.
+const EPS: f32 = 1e-5;
+
 impl<B: Backend + Machine> Bench<'_, B> {
     /// All operations on one kind of batch.
     fn case(&self, case: Case, cache_dtype: DType) -> Result<()> {
-        let per_sequence = case.positions.div_ceil(BLOCK);
-        let blocks = case.sequences * per_sequence;
+        let blocks = case.sequences * case.positions.div_ceil(BLOCK);
         let mut cache = self.backend.cache(cache_dtype, self.config.layers, &self.heads, blocks)?;
-        let mut words = Words::new(3, case.all() as u64);
-        let mut batch = Batch::default();
-        for s in 0..case.sequences {
-            let ids: Vec<u32> =
-                (0..case.tokens).map(|_| words.below(self.config.vocab_size) as u32).collect();
-            let table: Vec<u32> =
-                (0..per_sequence).map(|b| (s * per_sequence + b) as u32).collect();
-            batch.push(&ids, case.positions - case.tokens, &table);
-        }
-        let (b, eps) = (self.backend, 1e-5);
+        let batch = case.batch(self.config.vocab_size);
+        let (b, eps) = (self.backend, EPS);
         let (h, n) = (self.config.hidden_size as f64, case.all() as f64);
         let mut pass = B::Pass::default();
         b.begin(&batch, &mut pass);
@@ -220,16 +227,8 @@ impl<B: Backend + Machine> Bench<'_, B> {
         // queries see the positions before their own span, and on average half of that
         let seen = (case.positions - case.tokens) as f64 + (case.tokens as f64 + 1.0) / 2.0;
         let kv = 2.0 * case.sequences as f64 * case.positions as f64 * h * self.cached;
-        let layers = self.layers.len() as f64;
-        let product = |weight: f64, outputs: f64, inputs: f64| {
-            let bytes = outputs * inputs * weight + 2.0 * n * (outputs + inputs);
-            Least {
-                bytes,
-                flops: 2.0 * n * outputs * inputs,
-                working_set: layers * outputs * inputs * weight,
-            }
-        };
         let w = self.weight;
+        let product = |w: f64, outputs: f64, inputs: f64| self.linear_floor(n, w, outputs, inputs);
         let layer = |i: usize| &self.layers[i % self.layers.len()];
         self.time("embedding + norm", case, whole(n * h * (w + 4.0), 0.0), &mut |i| {
             b.embed_norm(&batch, &pass, &self.table, &layer(i).norm, eps, &mut x);
@@ -251,8 +250,11 @@ impl<B: Backend + Machine> Bench<'_, B> {
             );
             Ok(())
         })?;
-        let read =
-            Least { bytes: kv + 4.0 * n * h, flops: 4.0 * n * seen * h, working_set: layers * kv };
+        let read = Least {
+            bytes: kv + 4.0 * n * h,
+            flops: 4.0 * n * seen * h,
+            working_set: self.layers.len() as f64 * kv,
+        };
         self.time("attention", case, read, &mut |i| {
             b.attention(
                 &batch,
@@ -278,11 +280,28 @@ impl<B: Backend + Machine> Bench<'_, B> {
             b.linear(&wide, &layer(i).down, Epilogue::BiasResidual(&x2), &mut x);
             Ok(())
         })?;
+        self.head_case(case, &batch, &x)
+    }
+
+    /// The least that a linear layer of `n` rows moves and computes.
+    fn linear_floor(&self, n: f64, weight: f64, outputs: f64, inputs: f64) -> Least {
+        let layers = self.layers.len() as f64;
+        Least {
+            bytes: outputs * inputs * weight + 2.0 * n * (outputs + inputs),
+            flops: 2.0 * n * outputs * inputs,
+            working_set: layers * outputs * inputs * weight,
+        }
+    }
+
+    /// The head and the ways to sample from it.
+    fn head_case(&self, case: Case, batch: &Batch, x: &B::Buffer) -> Result<()> {
+        let (b, h) = (self.backend, self.config.hidden_size as f64);
+        let mut normed = B::Buffer::default();
         // the head sees each sequence's last token
         let rows: Vec<usize> = batch.spans.iter().map(|s| s.start + s.len - 1).collect();
-        b.gather_norm(&x, &rows, norm(0), eps, &mut normed);
+        b.gather_norm(x, &rows, &self.layers[0].norm, EPS, &mut normed);
         let (vocabulary, r) = (self.config.vocab_size as f64, rows.len() as f64);
-        let counted = whole(vocabulary * h * w, 2.0 * r * vocabulary * h);
+        let counted = whole(vocabulary * h * self.weight, 2.0 * r * vocabulary * h);
         let plain = Sampling { temperature: 1.0, seed: 5, ..Sampling::default() };
         let ways = [
             ("head + greedy", Sampling::default()),
