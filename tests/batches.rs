@@ -139,7 +139,11 @@ fn openai_batch_files_are_answered_in_their_form() {
         let (url, body) = match id % 3 {
             0 => (
                 "/v1/chat/completions",
-                json!({ "messages": [{ "role": "user", "content": format!("a fox {id}") }], "seed": id, "max_tokens": 9 }),
+                json!({
+                    "messages": [{ "role": "user", "content": format!("a fox {id}") }],
+                    "seed": id,
+                    "max_tokens": 9,
+                }),
             ),
             1 => (
                 "/v1/completions",
@@ -618,7 +622,8 @@ fn what_is_no_prompt_is_named() {
 fn failed_openai_requests_are_counted_under_their_names() {
     let f = tempfile::tempdir().unwrap();
     let request = |id: &str, model: &str, more: Value| {
-        let mut body = json!({ "model": model, "messages": [{ "role": "user", "content": "a fox" }], "max_tokens": 5 });
+        let messages = json!([{ "role": "user", "content": "a fox" }]);
+        let mut body = json!({ "model": model, "messages": messages, "max_tokens": 5 });
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         json!({ "custom_id": id, "method": "POST", "url": "/v1/chat/completions", "body": body })
             .to_string()
@@ -706,6 +711,10 @@ fn rewrites_are_held_to_their_prompts() {
         );
         assert!(c["kept"] == 1.0 && c["clip_tokens"].as_u64().unwrap() <= 40, "{c}");
     }
+}
+
+#[test]
+fn rewrites_that_cannot_be_had_are_explained() {
     // what no model says comes from the prompt itself, with the reason
     let out = stdout(&[
         "rewrite",

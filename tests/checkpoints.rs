@@ -335,12 +335,16 @@ proptest! {
 
     /// The pickle itself, byte by byte, past the checksum of the zip file.
     #[test]
-    fn mutated_pickles_never_panic(edits in prop::collection::vec((any::<usize>(), any::<u8>(), any::<u8>()), 1..6)) {
+    fn mutated_pickles_never_panic(
+        edits in prop::collection::vec((any::<usize>(), any::<u8>(), any::<u8>()), 1..6),
+    ) {
         let folder = copy("bf16_pytorch");
         let path = folder.path().join("pytorch_model.bin");
-        let mut zip = zip::ZipArchive::new(std::fs::File::open(golden("bf16_pytorch").join("pytorch_model.bin")).unwrap()).unwrap();
+        let whole = golden("bf16_pytorch").join("pytorch_model.bin");
+        let mut zip = zip::ZipArchive::new(std::fs::File::open(whole).unwrap()).unwrap();
         let mut out = zip::ZipWriter::new(std::fs::File::create(&path).unwrap());
-        let stored = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+        let stored = zip::write::SimpleFileOptions::default()
+            .compression_method(zip::CompressionMethod::Stored);
         for i in 0..zip.len() {
             let mut file = zip.by_index(i).unwrap();
             let name = file.name().unwrap().into_owned();

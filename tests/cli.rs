@@ -249,6 +249,7 @@ fn killed_and_interrupted_batches_resume_without_loss_or_repetition() {
         {
             std::thread::sleep(Duration::from_millis(2));
         }
+        // SAFETY: a signal to our own child, which was not waited for yet.
         unsafe { libc::kill(child.id() as i32, signal) };
         kills += u32::from(!child.wait().unwrap().success());
         let so_far = std::fs::read_to_string(&output).unwrap();

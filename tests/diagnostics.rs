@@ -14,7 +14,8 @@ struct Inputs(tempfile::TempDir);
 impl Inputs {
     fn new() -> Inputs {
         let inputs = Inputs(tempfile::tempdir().unwrap());
-        let styles = "highly detailed, digital painting, concept art, sharp focus, cinematic lighting, octane render";
+        let styles = "highly detailed, digital painting, concept art, sharp focus, \
+            cinematic lighting, octane render";
         let prompts: String =
             (0..30).map(|i| format!("a fox number {i} on a hill, {styles}\n")).collect();
         std::fs::write(inputs.at("prompts.txt"), prompts).unwrap();
@@ -266,34 +267,10 @@ fn empty_pairs_are_named_with_their_line_or_left_out_and_counted() {
     }
 }
 
-/// Sizes that no machine has the memory for: each is refused with the number and a flag, at once
-/// and before anything is done.
+/// Sizes that make no sense at all.
 #[test]
-fn what_no_machine_has_memory_for_is_planned_and_refused() {
+fn what_makes_no_sense_is_out_of_range() {
     let inputs = Inputs::new();
-    for (line, flag) in [
-        ("bench llm --batch 1048576 --prompt-tokens 500 --new-tokens 8", "--batch"),
-        ("bench kernels --squares 1048576 --batch 1 --prefill 1x16", "--squares"),
-        ("bench kernels --batch 1000000 --context 16777216", "--batch or --context"),
-        ("bench kernels --prefill 1048576x16777216", "--prefill"),
-        ("bench train --batch 1000000 --tokens 1000000", "--batch or --tokens"),
-        ("bench train --hidden 262144 --layers 4096 --heads 4096", "--hidden, --layers or --vocab"),
-        ("rewrite --seed 1 --input @short.txt --cache-tokens 1000000000000", "--cache-tokens"),
-        ("rewrite --seed 1 --cache-tokens 18446744073709551615 fox", "--cache-tokens"),
-        (
-            "rewrite --seed 1 --input @short.txt --sequences 1048576 --cache-tokens 1000000000000",
-            "--cache-tokens",
-        ),
-        ("serve --port 0 --cache-tokens 1000000000000", "--cache-tokens"),
-    ] {
-        let said = inputs.failure(line);
-        assert!(
-            said.contains("of memory (") && said.contains("are left here; lower"),
-            "{line}: {said}"
-        );
-        assert!(said.split("; lower ").nth(1).unwrap().contains(flag), "{line}: {said}");
-    }
-    // what makes no sense at all is out of range
     for (line, flag) in [
         ("bench llm --batch 18446744073709551615", "--batch"),
         ("bench llm --prompt-tokens 1000000000", "--prompt-tokens"),
@@ -343,6 +320,35 @@ fn what_no_machine_has_memory_for_is_planned_and_refused() {
             let said = inputs.failure(&format!("bench {command} --{flag} 0"));
             assert!(said.contains(&format!("--{flag} ")), "bench {command} --{flag} 0: {said}");
         }
+    }
+}
+
+/// Sizes that no machine has the memory for: each is refused with the number and a flag, at once
+/// and before anything is done.
+#[test]
+fn what_no_machine_has_memory_for_is_planned_and_refused() {
+    let inputs = Inputs::new();
+    for (line, flag) in [
+        ("bench llm --batch 1048576 --prompt-tokens 500 --new-tokens 8", "--batch"),
+        ("bench kernels --squares 1048576 --batch 1 --prefill 1x16", "--squares"),
+        ("bench kernels --batch 1000000 --context 16777216", "--batch or --context"),
+        ("bench kernels --prefill 1048576x16777216", "--prefill"),
+        ("bench train --batch 1000000 --tokens 1000000", "--batch or --tokens"),
+        ("bench train --hidden 262144 --layers 4096 --heads 4096", "--hidden, --layers or --vocab"),
+        ("rewrite --seed 1 --input @short.txt --cache-tokens 1000000000000", "--cache-tokens"),
+        ("rewrite --seed 1 --cache-tokens 18446744073709551615 fox", "--cache-tokens"),
+        (
+            "rewrite --seed 1 --input @short.txt --sequences 1048576 --cache-tokens 1000000000000",
+            "--cache-tokens",
+        ),
+        ("serve --port 0 --cache-tokens 1000000000000", "--cache-tokens"),
+    ] {
+        let said = inputs.failure(line);
+        assert!(
+            said.contains("of memory (") && said.contains("are left here; lower"),
+            "{line}: {said}"
+        );
+        assert!(said.split("; lower ").nth(1).unwrap().contains(flag), "{line}: {said}");
     }
     // what goes beyond the context ends there
     inputs.stdout("generate --prompt fox --max-tokens 18446744073709551615 --seed 1 --stop a");

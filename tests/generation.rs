@@ -348,7 +348,8 @@ proptest! {
         let alone = Cpu::new(1, Isa::detect());
         let model = Bloom::load(&alone, checkpoint.clone(), dtype).unwrap();
         let requests: Vec<Request> = lengths.iter().enumerate().map(|(i, &n)| {
-            let prompt: Vec<u32> = (0..n as u32).map(|t| 4 + (t * 31 + i as u32 * 17) % 140).collect();
+            let prompt: Vec<u32> =
+                (0..n as u32).map(|t| 4 + (t * 31 + i as u32 * 17) % 140).collect();
             let sampling = Sampling {
                 // nearly greedy ones repeat themselves, which drafts guess
                 temperature: [1.0, 0.1, 0.0][i % 3],
@@ -363,10 +364,17 @@ proptest! {
         }).collect();
         let mut expected = BTreeMap::new();
         for r in &requests {
-            expected.extend(run(&alone, &model, std::slice::from_ref(r), EngineOptions::default()).0);
+            let one = std::slice::from_ref(r);
+            expected.extend(run(&alone, &model, one, EngineOptions::default()).0);
         }
         let cpu = Cpu::new(threads, Isa::detect());
-        let options = EngineOptions { cache_tokens: 256, batch_tokens: budget, sequences, prefix_cache, draft_tokens };
+        let options = EngineOptions {
+            cache_tokens: 256,
+            batch_tokens: budget,
+            sequences,
+            prefix_cache,
+            draft_tokens,
+        };
         let reversed: Vec<Request> = requests.iter().rev().cloned().collect();
         prop_assert_eq!(&run(&cpu, &model, &requests, options).0, &expected);
         prop_assert_eq!(&run(&cpu, &model, &reversed, options).0, &expected);
@@ -378,7 +386,8 @@ proptest! {
         let mut again = requests.clone();
         again.iter_mut().for_each(|r| r.id += 100);
         let twice: Vec<Request> = requests.iter().chain(&again).cloned().collect();
-        let out = run(&cpu, &model, &twice, EngineOptions { sequences: 1, cache_tokens: 4096, ..options }).0;
+        let roomy = EngineOptions { sequences: 1, cache_tokens: 4096, ..options };
+        let out = run(&cpu, &model, &twice, roomy).0;
         for (key, tokens) in &expected {
             prop_assert_eq!(&out[key], tokens);
             prop_assert_eq!(&out[&(key.0 + 100, key.1)], tokens, "from the prefix cache");

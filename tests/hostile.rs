@@ -25,16 +25,43 @@ fn choices(events: &[Value]) -> BTreeMap<u64, (String, Option<String>)> {
     choices
 }
 
+/// A rewrite that is refused is so before the first piece, and else keeps each text once.
+fn is_answered_whole_and_in_pieces(server: &Server, body: &Value) {
+    let ask = |stream: bool| {
+        let mut body = body.clone();
+        body["stream"] = json!(stream);
+        let a = server.post("/v1/rewrite", body);
+        assert!(a.status == 200 || a.status == 400, "{}: {}", a.status, a.body);
+        a
+    };
+    let (whole, pieces) = (ask(false), ask(true));
+    let refused = whole.status == 400;
+    assert_eq!(pieces.status == 400, refused, "{body}: {}", pieces.body);
+    if refused {
+        return;
+    }
+    let fine = pieces.events().iter().all(|e| e.get("error").is_none());
+    assert!(fine, "{body}: {}", pieces.body);
+    for c in whole.json()["results"][0]["candidates"].as_array().unwrap() {
+        assert!(c["finish_reason"].is_string());
+        let text = c["text"].as_str().unwrap();
+        for keep in body["keep"].as_array().into_iter().flatten() {
+            let count = text.matches(keep.as_str().unwrap()).count();
+            assert_eq!(count, 1, "once, not again and again: {text}");
+        }
+    }
+}
+
 /// Requests that once ended the server, or never ended.
 #[test]
 fn no_request_ends_the_server() {
     let server = Server::start(&[]);
     for seed in 0..2 {
         let mut body = json!({
-            "messages": [{ "role": "user", "content": "a wizard portrait" }], "n": 32, "seed": seed, "temperature": 1,
-            "bad_words": ["by", "art", "highly", "detailed", "digital \
-            painting", "intricate", "elegant", "sharp focus",
-                "illustration", "concept art", "fantasy"],
+            "messages": [{ "role": "user", "content": "a wizard portrait" }],
+            "n": 32, "seed": seed, "temperature": 1,
+            "bad_words": ["by", "art", "highly", "detailed", "digital painting", "intricate",
+                "elegant", "sharp focus", "illustration", "concept art", "fantasy"],
             "ignore_eos": true, "max_tokens": 200, "stream": true,
         });
         let pieces = choices(&server.post("/v1/chat/completions", body.clone()).events());
@@ -52,48 +79,21 @@ fn no_request_ends_the_server() {
             assert!(finish.is_some(), "every candidate has a reason");
         }
     }
-    for body in [
+    let rewrites = [
         json!({ "prompt": "a wizard portrait", "seed": 43, "ban": ["digital painting", "art"] }),
         json!({ "prompt": "a red cat", "seed": 13, "ban": ["highly detailed"], "stop": [", by"] }),
         json!({ "prompt": "x", "keep": ["by"], "stop": [", "] }),
         json!({ "prompt": "a cat", "keep": ["red umbrella"], "stop": "umbrella" }),
-        json!({ "prompt": "a cat", "keep": ["red \
-            umbrella"], "stop": "umbrella", "include_stop_str_in_output": true }),
-        json!({ "prompt": "a fast car", "keep": ["100 mph"], "ban": ["fast", "speed"], "n": 8, "seed": 1 }),
-    ] {
-        let mut refused = false;
-        for stream in [false, true] {
-            let mut body = body.clone();
-            body["stream"] = json!(stream);
-            let a = server.post("/v1/rewrite", body.clone());
-            assert!(a.status == 200 || a.status == 400, "{} for {body}: {}", a.status, a.body);
-            if stream {
-                // what is refused whole is refused before the first piece
-                assert_eq!(a.status == 400, refused, "{body}: {}", a.body);
-                assert!(
-                    refused || a.events().iter().all(|e| e.get("error").is_none()),
-                    "{body}: {}",
-                    a.body
-                );
-                continue;
-            }
-            refused = a.status == 400;
-            if !refused {
-                let result = &a.json()["results"][0];
-                for c in result["candidates"].as_array().unwrap() {
-                    assert!(c["finish_reason"].is_string());
-                    for keep in body["keep"].as_array().into_iter().flatten() {
-                        let text = c["text"].as_str().unwrap();
-                        assert_eq!(
-                            text.matches(keep.as_str().unwrap()).count(),
-                            1,
-                            "once, not again and again: {text}"
-                        );
-                    }
-                }
-            }
-        }
-    }
+        json!({
+            "prompt": "a cat", "keep": ["red umbrella"], "stop": "umbrella",
+            "include_stop_str_in_output": true,
+        }),
+        json!({
+            "prompt": "a fast car", "keep": ["100 mph"], "ban": ["fast", "speed"], "n": 8,
+            "seed": 1,
+        }),
+    ];
+    rewrites.iter().for_each(|body| is_answered_whole_and_in_pieces(&server, body));
     assert_eq!(server.get("/health").status, 200);
     assert_eq!(
         server.post("/v1/completions", json!({ "prompt": "a cat", "max_tokens": 4 })).status,
@@ -224,7 +224,8 @@ fn tokens_that_end_a_candidate() {
     let server = Server::start(&[]);
     let id = server.post("/tokenize", json!({ "prompt": " cat" })).json()["tokens"][0].clone();
     // nothing but this token comes
-    let base = json!({ "prompt": "a", "temperature": 0, "max_tokens": 8, "logit_bias": { id.to_string(): 100 } });
+    let bias = json!({ id.to_string(): 100 });
+    let base = json!({ "prompt": "a", "temperature": 0, "max_tokens": 8, "logit_bias": bias });
     let ask = |more: Value| {
         let mut body = base.clone();
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -294,8 +295,9 @@ fn errors_name_the_field() {
         }
         let mut body = base.clone();
         let harmless = json!({
-            "user": "me", "metadata": { "a": "b" }, "store": false, "tools": null, "tool_choice": "none", "best_of": 1,
-            "response_format": { "type": "text" }, "suffix": null, "temperature": 1e-38, "parallel_tool_calls": true,
+            "user": "me", "metadata": { "a": "b" }, "store": false, "tools": null,
+            "tool_choice": "none", "best_of": 1, "response_format": { "type": "text" },
+            "suffix": null, "temperature": 1e-38, "parallel_tool_calls": true,
             "stream_options": { "include_usage": true }, "service_tier": "auto",
         });
         body.as_object_mut().unwrap().extend(harmless.as_object().unwrap().clone());
@@ -378,7 +380,10 @@ fn deaf(server: &Server, body: &Value) -> TcpStream {
 #[test]
 fn a_client_that_does_not_read_keeps_no_place() {
     let server = Server::start(&["--sequences", "1", "--max-queue", "1", "--write-timeout", "0"]);
-    let mut body = json!({ "prompt": "a", "max_tokens": 200, "ignore_eos": true, "logprobs": 20, "stream": true, "n": 4 });
+    let mut body = json!({
+        "prompt": "a", "max_tokens": 200, "ignore_eos": true, "logprobs": 20, "stream": true,
+        "n": 4,
+    });
     let streams: Vec<TcpStream> = (0..2).map(|_| deaf(&server, &body)).collect();
     body["stream"] = json!(false);
     server.wait_for("the engine is done with them", |s| {
@@ -392,7 +397,10 @@ fn a_client_that_does_not_read_keeps_no_place() {
 #[test]
 fn a_client_that_does_not_read_is_left() {
     let server = Server::start(&["--write-timeout", "0.3"]);
-    let body = json!({ "prompt": "a", "max_tokens": 480, "ignore_eos": true, "logprobs": 20, "stream": true, "n": 64 });
+    let body = json!({
+        "prompt": "a", "max_tokens": 480, "ignore_eos": true, "logprobs": 20, "stream": true,
+        "n": 64,
+    });
     let mut stream = deaf(&server, &body);
     server.wait_for("its work is cancelled", |s| {
         s.get("/metrics")
@@ -416,7 +424,8 @@ fn half_closed_connections_get_their_answers() {
         ("1.0", 0, true),
         ("1.0", 600, false),
     ] {
-        let mut body = json!({ "prompt": "a", "max_tokens": 300, "ignore_eos": true, "n": if pause > 0 { 16 } else { 1 } });
+        let n = if pause > 0 { 16 } else { 1 };
+        let mut body = json!({ "prompt": "a", "max_tokens": 300, "ignore_eos": true, "n": n });
         body["stream"] = json!(stream);
         let connection = server.send_json_as(version, "/v1/completions", &body);
         std::thread::sleep(Duration::from_millis(pause));

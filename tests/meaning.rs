@@ -52,8 +52,11 @@ fn the_default_keeps_the_meaning() {
 fn facts_are_measured() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("facts.jsonl");
-    let line = r#"{"prompt": "two grey cats on a wall", "facts": [{"kind": "entity", "keywords": ["cats"]}, {"kind": "count", "keywords": ["cats", "==2"]}, {"kind": "attribute", "keywords": ["wall", "stone"]}]}"#;
-    std::fs::write(&path, line).unwrap();
+    let line = r#"{"prompt": "two grey cats on a wall", "facts": [
+        {"kind": "entity", "keywords": ["cats"]},
+        {"kind": "count", "keywords": ["cats", "==2"]},
+        {"kind": "attribute", "keywords": ["wall", "stone"]}]}"#;
+    std::fs::write(&path, line.replace('\n', "")).unwrap();
     let file = path.to_str().unwrap();
     let r = json(&["eval", "--facts", file, "--min-kept", "1", "--seed", "1", "--json"]);
     let counts = |k: &Value| ["facts", "stated", "kept"].map(|n| k[n].as_u64().unwrap());

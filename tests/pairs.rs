@@ -32,7 +32,8 @@ fn prompts() -> Vec<String> {
         "at dawn",
     ];
     let styles = [
-        "highly detailed, digital painting, concept art, sharp focus, cinematic lighting, octane render",
+        "highly detailed, digital painting, concept art, sharp focus, cinematic lighting, \
+            octane render",
         "oil painting, intricate, soft light, vibrant colors, trending on artstation, masterpiece",
         "photorealistic, studio lighting, 8k, depth of field, award winning photography",
     ];

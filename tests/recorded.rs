@@ -265,7 +265,8 @@ fn answers(b: &mut Bench, isa: &str) {
         (
             "rewrite",
             json!({
-                "prompt": "a hut", "seed": 3, "style": "watercolor", "keep": ["dawn"], "ban": ["4k"],
+                "prompt": "a hut", "seed": 3, "style": "watercolor", "keep": ["dawn"],
+                "ban": ["4k"],
             }),
         ),
         ("chat/completions", json!({ "messages": messages, "seed": 3, "n": 2 })),

@@ -301,34 +301,44 @@ fn rewrites_hold_and_lack_what_is_asked() {
     };
     assert_eq!(text(1).trim(), whole["candidates"][1]["text"].as_str().unwrap());
 
-    let extension = json!({ "raw_prompt": "a \
-        cat", "model_name": "any", "num_return_sequences": 3, "max_length": 60 });
+    let extension = json!({ "raw_prompt": "a cat", "model_name": "any", "num_return_sequences": 3, "max_length": 60 });
     let a = server.post("/beautifulprompt/generate_prompt", extension).json();
     assert_eq!((a["prompts"].as_array().unwrap().len(), &a["success"]), (3, &json!(true)));
+}
+
+fn requests_to_mutate() -> [(&'static str, Value); 5] {
+    [
+        (
+            "/v1/completions",
+            json!({
+                "prompt": "a cat", "max_tokens": 4, "logprobs": 2, "stop": ["x"], "echo": true,
+                "logit_bias": { "5": 1.5 },
+            }),
+        ),
+        (
+            "/v1/chat/completions",
+            json!({
+                "messages": [{ "role": "user", "content": "a cat" }], "max_tokens": 4,
+                "stream": true,
+            }),
+        ),
+        (
+            "/v1/rewrite",
+            json!({
+                "prompt": ["a (cat:1.2)"], "keep": ["b"], "ban": ["c"], "min_kept": 0.5,
+                "max_tokens": 9, "template": "x {raw}",
+            }),
+        ),
+        ("/tokenize", json!({ "prompt": "a cat" })),
+        ("/detokenize", json!({ "tokens": [5, 6] })),
+    ]
 }
 
 /// Whatever is sent, the answer is no failure of the server's.
 #[test]
 fn mutated_requests_get_answers() {
     let server = Server::start(&["--max-queue", "64", "--request-timeout", "0.3"]);
-    let seeds = [
-        (
-            "/v1/completions",
-            json!({ "prompt": "a \
-                cat", "max_tokens": 4, "logprobs": 2, "stop": ["x"], "echo": true, "logit_bias": { "5": 1.5 } }),
-        ),
-        (
-            "/v1/chat/completions",
-            json!({ "messages": [{ "role": "user", "content": "a cat" }], "max_tokens": 4, "stream": true }),
-        ),
-        (
-            "/v1/rewrite",
-            json!({ "prompt": ["a \
-                (cat:1.2)"], "keep": ["b"], "ban": ["c"], "min_kept": 0.5, "max_tokens": 9, "template": "x {raw}" }),
-        ),
-        ("/tokenize", json!({ "prompt": "a cat" })),
-        ("/detokenize", json!({ "tokens": [5, 6] })),
-    ];
+    let seeds = requests_to_mutate();
     let odd = [
         "null",
         "-1",

@@ -69,8 +69,13 @@ proptest! {
     #[test]
     fn the_regex_engine_splits_random_text_as_oniguruma_should(
         text in prop::collection::vec(
-            prop_oneof![Just(' '), Just('('), Just('|'), Just('.'), Just('،'), Just('।'), Just('['), Just(']'), Just('\n'),
-                        Just('\u{3000}'), Just('\u{a0}'), any::<char>(), prop::char::range('a', 'e')], 0..60)
+            prop_oneof![
+                Just(' '), Just('('), Just('|'), Just('.'), Just('،'), Just('।'), Just('['),
+                Just(']'), Just('\n'), Just('\u{3000}'), Just('\u{a0}'), any::<char>(),
+                prop::char::range('a', 'e'),
+            ],
+            0..60,
+        )
     ) {
         let text: String = text.into_iter().collect();
         prop_assert_eq!(split_by_regex(&text), split_by_hand(&text));

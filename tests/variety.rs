@@ -120,13 +120,18 @@ fn prompts_given_together_have_seeds_by_their_places() {
         records(&["rewrite", "--json", "--seed", "5", "--max-tokens", "4", "a boat"])[0]["seed"],
         5
     );
-    // so do those of one request to the server
+}
+
+#[test]
+fn prompts_of_one_request_have_seeds_by_their_places() {
     let f = tempfile::tempdir().unwrap();
     let file = f.path().join("requests.jsonl");
     let mut lines = String::new();
     for (id, prompt) in [("many", json!(["a boat", "a boat", "a boat"])), ("one", json!("a boat"))]
     {
-        let body = json!({ "prompt": prompt, "seed": 5, "max_tokens": 24, "variety": 0.3, "style": "anime" });
+        let body = json!({
+            "prompt": prompt, "seed": 5, "max_tokens": 24, "variety": 0.3, "style": "anime",
+        });
         lines += &format!(
             "{}\n",
             json!({ "custom_id": id, "method": "POST", "url": "/v1/rewrite", "body": body })

@@ -165,6 +165,29 @@ impl<B: DecodeBackend> Runner<'_, B> {
     }
 }
 
+impl Phase {
+    /// A phase of passes of so many tokens that took these times.
+    fn new(
+        times: &mut [f64],
+        tokens: usize,
+        least: Least,
+        peaks: Peaks,
+        cache: Option<usize>,
+    ) -> Phase {
+        times.sort_by(f64::total_cmp);
+        let seconds = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
+        let compared = Compared::new(seconds, least, peaks, cache);
+        Phase {
+            tokens_per_second: tokens as f64 / seconds,
+            milliseconds: seconds * 1e3,
+            bytes: least.bytes,
+            flops: least.flops,
+            floor_milliseconds: compared.floor * 1e3,
+            compared,
+        }
+    }
+}
+
 /// Measures `model`.
 pub fn run<B: DecodeBackend + Machine>(
     backend: &B,
@@ -208,19 +231,8 @@ pub fn run<B: DecodeBackend + Machine>(
     let counted = Counted::new(model, dtype);
     let cache = backend.last_cache();
     let phase = |times: &mut Vec<f64>, tokens: usize, (bytes, flops): (f64, f64), peaks: Peaks| {
-        times.sort_by(f64::total_cmp);
-        let seconds = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
         // every pass goes through all weights and all of the cache
-        let compared =
-            Compared::new(seconds, Least { bytes, flops, working_set: bytes }, peaks, cache);
-        Phase {
-            tokens_per_second: tokens as f64 / seconds,
-            milliseconds: seconds * 1e3,
-            bytes,
-            flops,
-            floor_milliseconds: compared.floor * 1e3,
-            compared,
-        }
+        Phase::new(times, tokens, Least { bytes, flops, working_set: bytes }, peaks, cache)
     };
     let tokens = o.batch * o.prompt_tokens;
     let prefill = phase(

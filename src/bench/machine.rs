@@ -237,13 +237,14 @@ fn dot_peak(cpu: &Cpu, kind: DotKind) -> f64 {
     if !cpu.isa().has_bf16() {
         return peak_f32(cpu);
     }
-    // SAFETY: the instruction set was checked above.
     match kind {
-        DotKind::Bf16 => rate(cpu, (STEPS * 12 * 32 * 2) as f64, |_| unsafe {
-            black_box(bf16());
+        DotKind::Bf16 => rate(cpu, (STEPS * 12 * 32 * 2) as f64, |_| {
+            // SAFETY: the instruction set was checked above.
+            black_box(unsafe { bf16() });
         }),
-        DotKind::Int8 => rate(cpu, (STEPS * 12 * 64 * 2) as f64, |_| unsafe {
-            black_box(int8());
+        DotKind::Int8 => rate(cpu, (STEPS * 12 * 64 * 2) as f64, |_| {
+            // SAFETY: the instruction set was checked above.
+            black_box(unsafe { int8() });
         }),
     }
 }

@@ -163,48 +163,51 @@ impl KernelArgs {
                 kernels::run(&cuda, config, dtype, &options)?
             }
         };
-        if self.json {
-            print::json(&report)?;
-            return Ok(());
+        match self.json {
+            true => Ok(print::json(&report)?),
+            false => print_kernels(&report),
         }
-        print_line!("{} weights, {} ({})", report.weights, report.processor, report.isa)?;
-        print_line!(
-            "best measured: read {:.1} GB/s, peak {:.0} GFLOP/s; beside each figure what was \
-            reached before and after it",
-            report.best.read_gigabytes_per_second,
-            report.best.peak_gigaflops
-        )?;
-        print_line!(
-            "{:30}{:>10}{:>8}{:>11}{:>9}{:>9}{:>9}{:>9}{:>11}{:>15}",
-            "",
-            "tokens",
-            "of",
-            "us",
-            "GB/s",
-            "of",
-            "TFLOP/s",
-            "of",
-            "floor us",
-            "fraction"
-        )?;
-        for r in &report.rows {
-            print_line!(
-                "{:30}{:>10}{:>8}{:>11.1}{:>9.1}{:>9.1}{:>9.2}{:>9.2}{:>11.1}{:>15}",
-                r.operation,
-                format!("{} x {}", r.sequences, r.tokens),
-                r.positions,
-                r.microseconds,
-                r.gigabytes_per_second,
-                r.compared.peaks.read_gigabytes_per_second,
-                r.teraflops,
-                r.compared.peaks.peak_gigaflops / 1e3,
-                r.floor_microseconds,
-                r.compared.shown()
-            )?;
-        }
-        explain(report.rows.iter().map(|r| r.compared.bound))?;
-        Ok(())
     }
+}
+
+fn print_kernels(report: &kernels::KernelReport) -> anyhow::Result<()> {
+    print_line!("{} weights, {} ({})", report.weights, report.processor, report.isa)?;
+    print_line!(
+        "best measured: read {:.1} GB/s, peak {:.0} GFLOP/s; beside each figure what was \
+        reached before and after it",
+        report.best.read_gigabytes_per_second,
+        report.best.peak_gigaflops
+    )?;
+    print_line!(
+        "{:30}{:>10}{:>8}{:>11}{:>9}{:>9}{:>9}{:>9}{:>11}{:>15}",
+        "",
+        "tokens",
+        "of",
+        "us",
+        "GB/s",
+        "of",
+        "TFLOP/s",
+        "of",
+        "floor us",
+        "fraction"
+    )?;
+    for r in &report.rows {
+        print_line!(
+            "{:30}{:>10}{:>8}{:>11.1}{:>9.1}{:>9.1}{:>9.2}{:>9.2}{:>11.1}{:>15}",
+            r.operation,
+            format!("{} x {}", r.sequences, r.tokens),
+            r.positions,
+            r.microseconds,
+            r.gigabytes_per_second,
+            r.compared.peaks.read_gigabytes_per_second,
+            r.teraflops,
+            r.compared.peaks.peak_gigaflops / 1e3,
+            r.floor_microseconds,
+            r.compared.shown()
+        )?;
+    }
+    explain(report.rows.iter().map(|r| r.compared.bound))?;
+    Ok(())
 }
 
 fn published(shape: &str) -> anyhow::Result<BloomConfig> {
@@ -322,7 +325,8 @@ impl LlmArgs {
 fn explain(bounds: impl Iterator<Item = Bound> + Clone) -> std::io::Result<()> {
     if bounds.clone().any(|b| b == Bound::Cache) {
         print_line!(
-            "from cache: all that is read fits into the last cache, so memory's bandwidth is no floor"
+            "from cache: all that is read fits into the last cache, so memory's bandwidth is no \
+            floor"
         )?;
     }
     if bounds.clone().any(|b| b == Bound::Beyond) {

@@ -94,8 +94,7 @@ impl ServeBenchArgs {
         Ok(limits)
     }
 
-    pub fn run(self) -> anyhow::Result<()> {
-        super::ignore_broken_pipes();
+    fn check(&self) -> anyhow::Result<()> {
         within("--num-prompts", self.num_prompts, 1..=10_000_000, "[1, 10000000]")?;
         within("--output-len", self.output_len, 1..=MAX_CONTEXT, "[1, 16777216]")?;
         within("--random-input-len", self.random_input_len, 1..=MAX_CONTEXT, "[1, 16777216]")?;
@@ -103,13 +102,11 @@ impl ServeBenchArgs {
         within("--temperature", self.temperature, 0.0..=100.0, "[0, 100]")?;
         // a request in eleven days at the least
         within("--request-rate", self.request_rate.unwrap_or(1.0), 1e-6..=1e9, "[1e-6, 1e9]")?;
-        within(
-            "--max-concurrency",
-            self.max_concurrency.unwrap_or(1),
-            1..=1 << 20,
-            "[1, 1048576]",
-        )?;
-        let prompts = match &self.input {
+        within("--max-concurrency", self.max_concurrency.unwrap_or(1), 1..=1 << 20, "[1, 1048576]")
+    }
+
+    fn prompts(&self) -> anyhow::Result<Prompts> {
+        Ok(match &self.input {
             Some(file) => {
                 let prompts = read_prompts(file)?;
                 ensure!(!prompts.is_empty(), "{}: holds no prompts", file.display());
@@ -119,7 +116,25 @@ impl ServeBenchArgs {
                 tokens: self.random_input_len,
                 vocabulary: self.random_vocabulary,
             },
-        };
+        })
+    }
+
+    /// What the load's requests call the model.
+    async fn model_name(&self, server: &Server) -> anyhow::Result<String> {
+        if let Some(name) = self.served_model_name.clone() {
+            return Ok(name);
+        }
+        let models = server.json("/v1/models", None).await?;
+        let first = models["data"][0]["id"].as_str();
+        let first =
+            first.context("the server lists no model; name one with --served-model-name")?;
+        Ok(first.to_owned())
+    }
+
+    pub fn run(self) -> anyhow::Result<()> {
+        super::ignore_broken_pipes();
+        self.check()?;
+        let prompts = self.prompts()?;
         let endpoint = match self.endpoint {
             EndpointChoice::Completions => Endpoint::Completions,
             EndpointChoice::Chat => Endpoint::Chat,
@@ -141,16 +156,7 @@ impl ServeBenchArgs {
             ProgressBar::hidden()
         };
         let report = runtime.block_on(async {
-            let model = match self.served_model_name.clone() {
-                Some(name) => name,
-                None => {
-                    let models = server.json("/v1/models", None).await?;
-                    let first = models["data"][0]["id"].as_str();
-                    first
-                        .context("the server lists no model; name one with --served-model-name")?
-                        .to_owned()
-                }
-            };
+            let model = self.model_name(&server).await?;
             let options = LoadOptions {
                 endpoint,
                 model,

@@ -3,7 +3,7 @@
 use super::batch::check_lengths;
 use super::files::check_distinct;
 use super::print::print_line;
-use crate::data::pairs::{PairOptions, make_pairs};
+use crate::data::pairs::{MadePairs, PairOptions, make_pairs};
 use crate::data::phrases::StylePhrases;
 use crate::data::records::{read_prompts, write_pairs};
 use crate::data::tails::TailLimits;
@@ -85,7 +85,7 @@ impl DataCommand {
 }
 
 impl PairsArgs {
-    fn run(self) -> anyhow::Result<()> {
+    fn check(&self) -> anyhow::Result<()> {
         anyhow::ensure!(
             (0.0..1.0).contains(&self.validation),
             "--validation {} is outside [0, 1)",
@@ -99,6 +99,11 @@ impl PairsArgs {
         ] {
             anyhow::ensure!((0.0..=1.0).contains(&part), "{flag} {part} is outside [0, 1]");
         }
+        Ok(())
+    }
+
+    /// Where both sides of the pairs go; fails if something is there that should stay.
+    fn outputs(&self) -> anyhow::Result<[PathBuf; 2]> {
         let validation_output = self.validation_output.clone().unwrap_or_else(|| {
             let ending =
                 self.output.extension().unwrap_or("jsonl".as_ref()).to_string_lossy().into_owned();
@@ -114,6 +119,12 @@ impl PairsArgs {
                 path.display()
             );
         }
+        Ok([self.output.clone(), validation_output])
+    }
+
+    fn run(self) -> anyhow::Result<()> {
+        self.check()?;
+        let [output, validation_output] = self.outputs()?;
         let prompts = read_prompts(&self.input)?;
         check_lengths(&self.input, &prompts, self.max_prompt_bytes)?;
         let mut styles = StylePhrases::default();
@@ -147,23 +158,26 @@ impl PairsArgs {
             self.input.display(),
             prompts.len()
         );
-        write_pairs(&self.output, &made.train)?;
+        write_pairs(&output, &made.train)?;
         write_pairs(&validation_output, &made.validation)?;
-        for (what, count) in &made.counts {
-            print_line!("{count:>8}  {what}")?;
-        }
-        let v = variety(made.train.iter().map(|p| (p.raw_prompt.as_str(), p.prompt.as_str())));
-        print_line!("{:>8}  distinct tails", v.distinct_tails)?;
-        print_line!(
-            "{:>7.1}%  of what is added is one of 60 phrases",
-            100.0 * v.commonest_phrases
-        )?;
-        print_line!("{:>7.1}%  of the targets add artists", 100.0 * v.with_artists)?;
-        print_line!(
-            "{:>7.1}%  of the targets name media that exclude each other",
-            100.0 * v.contradictions
-        )?;
-        print_line!("wrote {} and {}", self.output.display(), validation_output.display())?;
+        report(&made)?;
+        print_line!("wrote {} and {}", output.display(), validation_output.display())?;
         Ok(())
     }
+}
+
+/// Says how many pairs there are, and how varied they are.
+fn report(made: &MadePairs) -> anyhow::Result<()> {
+    for (what, count) in &made.counts {
+        print_line!("{count:>8}  {what}")?;
+    }
+    let v = variety(made.train.iter().map(|p| (p.raw_prompt.as_str(), p.prompt.as_str())));
+    print_line!("{:>8}  distinct tails", v.distinct_tails)?;
+    print_line!("{:>7.1}%  of what is added is one of 60 phrases", 100.0 * v.commonest_phrases)?;
+    print_line!("{:>7.1}%  of the targets add artists", 100.0 * v.with_artists)?;
+    print_line!(
+        "{:>7.1}%  of the targets name media that exclude each other",
+        100.0 * v.contradictions
+    )?;
+    Ok(())
 }

@@ -9,7 +9,8 @@ use super::print::{self, note, print_line};
 use super::rewriter::Rewriter;
 use crate::data::records::{read_pairs, read_prompts};
 use crate::eval::facts::{Facts, count_facts, read_facts};
-use crate::eval::{Rewrite, report};
+use crate::eval::{Rewrite, RewriteReport, report};
+use crate::generate::Generate;
 use crate::rewrite::{Rewriting, Source};
 use crate::text::content_words::words;
 use anyhow::ensure;
@@ -121,6 +122,29 @@ impl EvalArgs {
         let template = loaded.template(None)?;
         let rewriter = Rewriter { loaded, template, options, guard };
         let mut session = rewriter.session(self.engine.options()?)?;
+        let rewrites = self.rewrite_all(&rewriter, &mut *session, prompts)?;
+        let mut r = report(&rewrites);
+        let outputs: HashMap<&str, &str> =
+            rewrites.iter().map(|r| (r.input.as_str(), r.output.as_str())).collect();
+        let known = facts.iter().filter_map(|f| Some((f, *outputs.get(f.prompt.as_str())?)));
+        r.facts = if facts.is_empty() { vec![] } else { count_facts(known) };
+        let counters = session.counters();
+        r.tokens_per_step =
+            rewrites.iter().map(|r| r.tokens).sum::<usize>() as f64 / counters.steps.max(1) as f64;
+        r.drafts_accepted = counters.accepted_tokens as f64 / counters.drafted_tokens.max(1) as f64;
+        match self.json {
+            true => Ok(print::json(&r)?),
+            false => print_report(&r),
+        }
+    }
+
+    /// Rewrites the prompts, one after the other.
+    fn rewrite_all(
+        &self,
+        rewriter: &Rewriter,
+        session: &mut dyn Generate,
+        prompts: Vec<String>,
+    ) -> anyhow::Result<Vec<Rewrite>> {
         let mut rewrites = Vec::new();
         for (i, prompt) in prompts.into_iter().enumerate() {
             let started = Instant::now();
@@ -128,7 +152,7 @@ impl EvalArgs {
             // the same noise for all would make their outputs alike
             options.sampling.seed = options.sampling.seed.wrapping_add(i as u64);
             let rewriting = Rewriting::new(rewriter.prompter(), &prompt, options, guard)?;
-            let done = rewriter.rewrite(&mut *session, rewriting, &mut |_| {})?;
+            let done = rewriter.rewrite(session, rewriting, &mut |_| {})?;
             let candidate = &done.candidates[0];
             let rewrite = Rewrite {
                 seconds: started.elapsed().as_secs_f64(),
@@ -143,63 +167,44 @@ impl EvalArgs {
             }
             rewrites.push(rewrite);
         }
-        let mut r = report(&rewrites);
-        let outputs: HashMap<&str, &str> =
-            rewrites.iter().map(|r| (r.input.as_str(), r.output.as_str())).collect();
-        let known = facts.iter().filter_map(|f| Some((f, *outputs.get(f.prompt.as_str())?)));
-        r.facts = if facts.is_empty() { vec![] } else { count_facts(known) };
-        let counters = session.counters();
-        r.tokens_per_step =
-            rewrites.iter().map(|r| r.tokens).sum::<usize>() as f64 / counters.steps.max(1) as f64;
-        r.drafts_accepted = counters.accepted_tokens as f64 / counters.drafted_tokens.max(1) as f64;
-        if self.json {
-            print::json(&r)?;
-            return Ok(());
-        }
-        print_line!("prompts                         {}", r.prompts)?;
-        print_line!("content words kept              {:.1} %", 100.0 * r.kept_content_words)?;
-        print_line!("meaning kept                    {:.1} %", 100.0 * r.kept_meaning)?;
-        print_line!("outputs that fell back          {:.1} %", 100.0 * r.fallbacks)?;
-        print_line!("outputs that keep all           {:.1} %", 100.0 * r.kept_all)?;
-        for k in &r.facts {
-            let name = format!("facts kept, {}", k.kind);
-            print_line!(
-                "{name:32}{:.1} % ({} of {} stated, of {})",
-                100.0 * k.share,
-                k.kept,
-                k.stated,
-                k.facts
-            )?;
-        }
-        print_line!("outputs adding 8 or more words  {:.1} %", 100.0 * r.adds_eight_words)?;
-        print_line!("outputs repeating 4 words thrice {:.1} %", 100.0 * r.repeats_four_words)?;
-        print_line!("distinct tails                  {}", r.variety.distinct_tails)?;
-        print_line!(
-            "added that 60 phrases make up   {:.1} %",
-            100.0 * r.variety.commonest_phrases
-        )?;
-        print_line!("outputs that add artists        {:.1} %", 100.0 * r.variety.with_artists)?;
-        print_line!("outputs of contradicting media  {:.1} %", 100.0 * r.variety.contradictions)?;
-        print_line!(
-            "both photo and painted          {:.1} %",
-            100.0 * r.variety.photo_and_painting
-        )?;
-        print_line!(
-            "words in, out                   {:.1}, {:.1}",
-            r.mean_words_in,
-            r.mean_words_out
-        )?;
-        print_line!("tokens a rewrite                {:.1}", r.mean_tokens)?;
-        print_line!(
-            "tokens a step, drafts accepted   {:.2}, {:.1} %",
-            r.tokens_per_step,
-            100.0 * r.drafts_accepted
-        )?;
-        print_line!(
-            "seconds a rewrite               {:.3} median, {:.3} slowest",
-            r.median_seconds,
-            r.slowest_seconds
-        )?;
-        Ok(())
+        Ok(rewrites)
     }
+}
+
+fn print_report(r: &RewriteReport) -> anyhow::Result<()> {
+    print_line!("prompts                         {}", r.prompts)?;
+    print_line!("content words kept              {:.1} %", 100.0 * r.kept_content_words)?;
+    print_line!("meaning kept                    {:.1} %", 100.0 * r.kept_meaning)?;
+    print_line!("outputs that fell back          {:.1} %", 100.0 * r.fallbacks)?;
+    print_line!("outputs that keep all           {:.1} %", 100.0 * r.kept_all)?;
+    for k in &r.facts {
+        let name = format!("facts kept, {}", k.kind);
+        print_line!(
+            "{name:32}{:.1} % ({} of {} stated, of {})",
+            100.0 * k.share,
+            k.kept,
+            k.stated,
+            k.facts
+        )?;
+    }
+    print_line!("outputs adding 8 or more words  {:.1} %", 100.0 * r.adds_eight_words)?;
+    print_line!("outputs repeating 4 words thrice {:.1} %", 100.0 * r.repeats_four_words)?;
+    print_line!("distinct tails                  {}", r.variety.distinct_tails)?;
+    print_line!("added that 60 phrases make up   {:.1} %", 100.0 * r.variety.commonest_phrases)?;
+    print_line!("outputs that add artists        {:.1} %", 100.0 * r.variety.with_artists)?;
+    print_line!("outputs of contradicting media  {:.1} %", 100.0 * r.variety.contradictions)?;
+    print_line!("both photo and painted          {:.1} %", 100.0 * r.variety.photo_and_painting)?;
+    print_line!("words in, out                   {:.1}, {:.1}", r.mean_words_in, r.mean_words_out)?;
+    print_line!("tokens a rewrite                {:.1}", r.mean_tokens)?;
+    print_line!(
+        "tokens a step, drafts accepted   {:.2}, {:.1} %",
+        r.tokens_per_step,
+        100.0 * r.drafts_accepted
+    )?;
+    print_line!(
+        "seconds a rewrite               {:.3} median, {:.3} slowest",
+        r.median_seconds,
+        r.slowest_seconds
+    )?;
+    Ok(())
 }

@@ -96,6 +96,7 @@ impl HostOptions {
         let ids = 0..config.vocab_size as u32;
         let longest_token =
             ids.map(|id| prompter.tokenizer.token_bytes(id).len()).max().unwrap_or(0);
+        let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let shared = Arc::new(Shared {
             engine,
             tokenizer: prompter.tokenizer.clone(),
@@ -103,9 +104,7 @@ impl HostOptions {
             defaults,
             config,
             name,
-            created: std::time::SystemTime::now()
-                .duration_since(std::time::UNIX_EPOCH)
-                .map_or(0, |d| d.as_secs()),
+            created: created.map_or(0, |d| d.as_secs()),
             metrics,
             request_timeout: self.request_timeout,
             stall_timeout: self.stall_timeout,

@@ -4,8 +4,10 @@ use super::DeviceArgs;
 use super::hub::model_folder;
 use super::model::ModelParts;
 use super::print::{self, print_line};
+use crate::models::bloom::BloomCheckpoint;
 use crate::rewrite::Prompter;
 use crate::tensor::DType;
+use crate::text::Tokenizer;
 use crate::text::template::Template;
 use anyhow::Context;
 use clap::Args;
@@ -35,49 +37,77 @@ impl InspectArgs {
         let template = template.map_or_else(|| Template::named("v1"), Ok)?;
         let tokenizer = Arc::new(tokenizer);
         Prompter { tokenizer: tokenizer.clone(), template }.encode("a cat")?;
-        let c = &checkpoint.config;
         let mut dtypes: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
         let mut element = DType::F32;
-        for p in c.parameters() {
+        for p in checkpoint.config.parameters() {
             let t = checkpoint.weights.parameter(&p)?;
             element = t.dtype;
             let sum = dtypes.entry(t.dtype.name()).or_default();
             *sum = (sum.0 + p.len(), sum.1 + t.bytes.len());
         }
-        let bytes: usize = dtypes.values().map(|d| d.1).sum();
         let special = special_tokens(&folder)?;
-        let files: Vec<String> = checkpoint
-            .weights
-            .files
-            .iter()
-            .filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned()))
-            .collect();
-        let unused = checkpoint.unused();
-        let kv = c.kv_bytes_per_token(element.size());
-        if self.json {
-            let object = json!({
-                "architecture": "bloom",
-                "layers": c.layers,
-                "hidden_size": c.hidden_size,
-                "heads": c.heads,
-                "head_size": c.head_size(),
-                "vocab_size": c.vocab_size,
-                "context": c.context,
-                "tied_head": c.tied,
-                "residual_post_layer_norm": c.residual_post_layer_norm,
-                "layer_norm_epsilon": c.layer_norm_epsilon,
-                "parameters": c.parameter_count(),
-                "dtypes": dtypes.iter().map(|(k, v)| (k.to_string(), v.0)).collect::<BTreeMap<_, _>>(),
-                "weight_bytes": bytes,
-                "kv_bytes_per_token": kv,
-                "files": files,
-                "unused_tensors": unused,
-                "tokenizer_vocab_size": tokenizer.vocab_size(),
-                "special_tokens": special,
-            });
-            print::json(&object)?;
-            return Ok(());
+        let found =
+            Found { checkpoint: &checkpoint, tokenizer: &tokenizer, dtypes, element, special };
+        match self.json {
+            true => Ok(print::json(&found.json())?),
+            false => found.print(),
         }
+    }
+}
+
+/// What a folder holds.
+struct Found<'c> {
+    checkpoint: &'c BloomCheckpoint,
+    tokenizer: &'c Tokenizer,
+    /// Parameters and bytes by the type that they are stored in.
+    dtypes: BTreeMap<&'c str, (usize, usize)>,
+    /// The type of the last parameter.
+    element: DType,
+    special: BTreeMap<String, String>,
+}
+
+impl Found<'_> {
+    fn weight_bytes(&self) -> usize {
+        self.dtypes.values().map(|d| d.1).sum()
+    }
+
+    fn kv_bytes_per_token(&self) -> usize {
+        self.checkpoint.config.kv_bytes_per_token(self.element.size())
+    }
+
+    fn files(&self) -> Vec<String> {
+        let name = |f: &PathBuf| Some(f.file_name()?.to_string_lossy().into_owned());
+        self.checkpoint.weights.files.iter().filter_map(name).collect()
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let c = &self.checkpoint.config;
+        let counts: BTreeMap<_, _> =
+            self.dtypes.iter().map(|(k, v)| (k.to_string(), v.0)).collect();
+        json!({
+            "architecture": "bloom",
+            "layers": c.layers,
+            "hidden_size": c.hidden_size,
+            "heads": c.heads,
+            "head_size": c.head_size(),
+            "vocab_size": c.vocab_size,
+            "context": c.context,
+            "tied_head": c.tied,
+            "residual_post_layer_norm": c.residual_post_layer_norm,
+            "layer_norm_epsilon": c.layer_norm_epsilon,
+            "parameters": c.parameter_count(),
+            "dtypes": counts,
+            "weight_bytes": self.weight_bytes(),
+            "kv_bytes_per_token": self.kv_bytes_per_token(),
+            "files": self.files(),
+            "unused_tensors": self.checkpoint.unused(),
+            "tokenizer_vocab_size": self.tokenizer.vocab_size(),
+            "special_tokens": self.special,
+        })
+    }
+
+    fn print(&self) -> anyhow::Result<()> {
+        let c = &self.checkpoint.config;
         print_line!(
             "architecture  BLOOM, {} layers, hidden {}, {} heads of {}",
             c.layers,
@@ -95,14 +125,16 @@ impl InspectArgs {
             print_line!("residual      after the layer norms")?;
         }
         print_line!("parameters    {}", c.parameter_count())?;
-        for (name, (count, bytes)) in &dtypes {
+        for (name, (count, bytes)) in &self.dtypes {
             print_line!("  {name:<10}  {count} ({:.1} MB)", *bytes as f64 / 1e6)?;
         }
         print_line!(
-            "memory        {:.1} MB of weights, {kv} bytes of KV cache a token",
-            bytes as f64 / 1e6
+            "memory        {:.1} MB of weights, {} bytes of KV cache a token",
+            self.weight_bytes() as f64 / 1e6,
+            self.kv_bytes_per_token()
         )?;
-        print_line!("files         {}", files.join(", "))?;
+        print_line!("files         {}", self.files().join(", "))?;
+        let unused = self.checkpoint.unused();
         if !unused.is_empty() {
             print_line!(
                 "unused        {} tensors: {}",
@@ -110,9 +142,9 @@ impl InspectArgs {
                 unused.iter().take(4).copied().collect::<Vec<_>>().join(", ")
             )?;
         }
-        print_line!("tokenizer     {} tokens", tokenizer.vocab_size())?;
-        for (name, token) in special {
-            let id = tokenizer.token_id(&token);
+        print_line!("tokenizer     {} tokens", self.tokenizer.vocab_size())?;
+        for (name, token) in &self.special {
+            let id = self.tokenizer.token_id(token);
             print_line!(
                 "  {name:<10}  {token} = {}",
                 id.map_or("not in the vocabulary".into(), |i| i.to_string())

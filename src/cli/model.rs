@@ -95,8 +95,8 @@ pub struct ModelArgs {
     pub no_cuda_graphs: bool,
     /// Do decoding steps of up to 8 sequences in one kernel that stays on the processors through
     /// all layers.
-    #[arg(long, value_enum, default_value_t = PersistentChoice::Auto, env = "BPROMPT_PERSISTENT", help_heading = GPU,
-        hide = no_gpu())]
+    #[arg(long, value_enum, default_value_t = PersistentChoice::Auto, env = "BPROMPT_PERSISTENT")]
+    #[arg(help_heading = GPU, hide = no_gpu())]
     pub persistent: PersistentChoice,
     #[command(flatten)]
     pub compute: DeviceArgs,

@@ -105,8 +105,7 @@ fn limit(flag: &str, value: f64) -> anyhow::Result<Option<Duration>> {
 }
 
 impl ServeArgs {
-    pub fn run(self) -> anyhow::Result<()> {
-        super::ignore_broken_pipes();
+    fn begin_log(&self) -> anyhow::Result<()> {
         let filter =
             EnvFilter::try_new(&self.log).with_context(|| format!("--log {}", self.log))?;
         let log = tracing_subscriber::fmt()
@@ -119,6 +118,10 @@ impl ServeArgs {
             LogFormat::Text => log.with_target(false).init(),
             LogFormat::Json => log.json().flatten_event(true).with_target(false).init(),
         }
+        Ok(())
+    }
+
+    fn http_options(&self) -> anyhow::Result<HttpOptions> {
         ensure!(
             self.max_queue <= 1 << 20,
             "--max-queue {} is too many; {} at most",
@@ -127,7 +130,7 @@ impl ServeArgs {
         );
         ensure!(self.body_limit > 0, "--body-limit must be at least 1");
         ensure!(self.api_key.iter().all(|k| !k.is_empty()), "--api-key: a key is empty");
-        let http = HttpOptions {
+        Ok(HttpOptions {
             body_limit: self.body_limit,
             header_timeout: above_zero("--header-timeout", self.header_timeout)?,
             body_timeout: above_zero("--body-timeout", self.body_timeout)?,
@@ -135,7 +138,13 @@ impl ServeArgs {
             cors_origins: self.cors_origin.clone(),
             shutdown_delay: seconds("--shutdown-delay", self.shutdown_delay)?,
             shutdown_timeout: seconds("--shutdown-timeout", self.shutdown_timeout)?,
-        };
+        })
+    }
+
+    pub fn run(self) -> anyhow::Result<()> {
+        super::ignore_broken_pipes();
+        self.begin_log()?;
+        let http = self.http_options()?;
         let request_timeout = limit("--request-timeout", self.request_timeout)?;
         let stall_timeout = limit("--stall-timeout", self.stall_timeout)?;
         let options = self.engine.options()?;

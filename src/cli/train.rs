@@ -387,49 +387,10 @@ impl SftArgs {
             Some(path) => self.examples(path, &start)?,
             None => vec![],
         };
-        let optimizer = AdamWOptions {
-            beta1: self.beta1,
-            beta2: self.beta2,
-            epsilon: self.epsilon,
-            weight_decay: self.weight_decay,
-        };
         self.check_memory(&start.model.config, &train, &validation)?;
-        let settings = json!({
-            "examples": train.len(),
-            "tokens": train.iter().map(|e| e.ids.len()).sum::<usize>(),
-            "parameters": start.model.values.len(),
-            "optimizer": optimizer,
-            "learning_rate": self.learning_rate,
-            "schedule": self.schedule,
-            "warmup": self.warmup,
-            "clip": self.clip,
-            "epochs": self.epochs,
-            "max_steps": self.max_steps,
-            "batch": self.batch,
-            "micro_tokens": self.micro_tokens,
-            "precision": format!("{:?}", self.precision),
-            "seed": self.seed,
-        });
         std::fs::create_dir_all(&self.output)
             .with_context(|| format!("{}: cannot create", self.output.display()))?;
-        let options = SftOptions {
-            optimizer,
-            learning_rate: self.learning_rate,
-            schedule: self.schedule,
-            warmup: self.warmup,
-            clip: self.clip,
-            epochs: self.epochs,
-            max_steps: self.max_steps,
-            batch: self.batch,
-            micro_tokens: self.micro_tokens,
-            precision: self.precision.into(),
-            seed: self.seed,
-            save_every: self.save_every,
-            validate_every: self.validate_every,
-            keep: self.keep,
-            output: self.output.clone(),
-            settings,
-        };
+        let options = self.options(&start.model, &train);
         let Start { model, companions, .. } = start;
         let mut sft = Sft { cpu: &cpu, model, companions, train, validation, options };
         note!(
@@ -450,24 +411,69 @@ impl SftArgs {
                 );
                 std::process::exit(130);
             }
-            Outcome::Finished { validation_loss } => {
-                let dtype = match self.save_dtype {
-                    SaveDtype::F32 => DType::F32,
-                    SaveDtype::F16 => DType::F16,
-                    SaveDtype::Bf16 => DType::Bf16,
-                };
-                // the weights come last: a folder that has them has all else
-                sft.companions.write(&self.output)?;
-                save_model(&self.output, &sft.model.config, &sft.model.values, dtype)?;
-                match validation_loss {
-                    Some(loss) => {
-                        print_line!("{}: validation loss {loss:.4}", self.output.display())?
-                    }
-                    None => print_line!("{}: trained", self.output.display())?,
-                }
-                Ok(())
-            }
+            Outcome::Finished { validation_loss } => self.finish(&sft, validation_loss),
         }
+    }
+
+    /// What the run does, and the settings that it keeps beside its results.
+    fn options(&self, model: &TrainModel, train: &[Example]) -> SftOptions {
+        let optimizer = AdamWOptions {
+            beta1: self.beta1,
+            beta2: self.beta2,
+            epsilon: self.epsilon,
+            weight_decay: self.weight_decay,
+        };
+        let settings = json!({
+            "examples": train.len(),
+            "tokens": train.iter().map(|e| e.ids.len()).sum::<usize>(),
+            "parameters": model.values.len(),
+            "optimizer": optimizer,
+            "learning_rate": self.learning_rate,
+            "schedule": self.schedule,
+            "warmup": self.warmup,
+            "clip": self.clip,
+            "epochs": self.epochs,
+            "max_steps": self.max_steps,
+            "batch": self.batch,
+            "micro_tokens": self.micro_tokens,
+            "precision": format!("{:?}", self.precision),
+            "seed": self.seed,
+        });
+        SftOptions {
+            optimizer,
+            learning_rate: self.learning_rate,
+            schedule: self.schedule,
+            warmup: self.warmup,
+            clip: self.clip,
+            epochs: self.epochs,
+            max_steps: self.max_steps,
+            batch: self.batch,
+            micro_tokens: self.micro_tokens,
+            precision: self.precision.into(),
+            seed: self.seed,
+            save_every: self.save_every,
+            validate_every: self.validate_every,
+            keep: self.keep,
+            output: self.output.clone(),
+            settings,
+        }
+    }
+
+    /// Writes the trained model and says how good it is.
+    fn finish(&self, sft: &Sft, validation_loss: Option<f64>) -> anyhow::Result<()> {
+        let dtype = match self.save_dtype {
+            SaveDtype::F32 => DType::F32,
+            SaveDtype::F16 => DType::F16,
+            SaveDtype::Bf16 => DType::Bf16,
+        };
+        // the weights come last: a folder that has them has all else
+        sft.companions.write(&self.output)?;
+        save_model(&self.output, &sft.model.config, &sft.model.values, dtype)?;
+        match validation_loss {
+            Some(loss) => print_line!("{}: validation loss {loss:.4}", self.output.display())?,
+            None => print_line!("{}: trained", self.output.display())?,
+        }
+        Ok(())
     }
 }
 

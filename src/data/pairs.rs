@@ -84,14 +84,13 @@ struct Parsed {
     style_count: usize,
 }
 
-/// Makes pairs of `prompts`; the same input gives the same output.
-pub fn make_pairs(
+/// Takes the prompts apart that pairs can be made of.
+fn read(
     prompts: &[String],
     styles: &StylePhrases,
-    tokenizer: &Tokenizer,
     options: &PairOptions,
-) -> MadePairs {
-    let mut counts = Counts::default();
+    counts: &mut Counts,
+) -> Vec<Parsed> {
     counts.add("prompts read", prompts.len());
     let mut seen = HashSet::new();
     let mut parsed = Vec::new();
@@ -113,6 +112,18 @@ pub fn make_pairs(
             None => parsed.push(parse(text, styles)),
         }
     }
+    parsed
+}
+
+/// Makes pairs of `prompts`; the same input gives the same output.
+pub fn make_pairs(
+    prompts: &[String],
+    styles: &StylePhrases,
+    tokenizer: &Tokenizer,
+    options: &PairOptions,
+) -> MadePairs {
+    let mut counts = Counts::default();
+    let parsed = read(prompts, styles, options, &mut counts);
 
     // near duplicates: the first of a pair stays; looser similarity keeps splits apart
     let texts: Vec<&str> = parsed.iter().map(|p| p.text.as_str()).collect();

@@ -73,7 +73,8 @@ pub fn read_training_pairs(path: &Path) -> Result<(Vec<Pair>, Vec<Error>)> {
 
 fn pair(path: &Path, place: &str, value: Value) -> Result<Pair> {
     serde_json::from_value(value).map_err(|e| {
-        Error::file(path, format!("{place}: {e}; expected {{\"raw_prompt\": …, \"prompt\": …}}"))
+        let expected = r#"{"raw_prompt": …, "prompt": …}"#;
+        Error::file(path, format!("{place}: {e}; expected {expected}"))
     })
 }
 

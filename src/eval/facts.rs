@@ -99,9 +99,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("facts.jsonl");
         let line = r#"{"id": 7, "prompt": "three black hens beside a wooden gate", "facts": [
-            {"kind": "entity", "detail": "whole", "keywords": ["hens"]}, {"kind": "entity", "keywords": ["gate"]},
-            {"kind": "attribute", "keywords": ["hen's", "black"]}, {"kind": "attribute", "keywords": ["gate", "wood"]},
-            {"kind": "relation", "keywords": ["hens", "gate", "beside"]}, {"kind": "count", "keywords": ["hens", "==3"]}]}"#;
+            {"kind": "entity", "detail": "whole", "keywords": ["hens"]},
+            {"kind": "entity", "keywords": ["gate"]},
+            {"kind": "attribute", "keywords": ["hen's", "black"]},
+            {"kind": "attribute", "keywords": ["gate", "wood"]},
+            {"kind": "relation", "keywords": ["hens", "gate", "beside"]},
+            {"kind": "count", "keywords": ["hens", "==3"]}]}"#;
         std::fs::write(&path, line.replace('\n', "")).unwrap();
         let facts = read_facts(&path).unwrap();
         let count = |output: &str| {

@@ -88,7 +88,8 @@ impl GenerationDefaults {
             },
             length: match (s.max_new_tokens, s.max_length) {
                 (Some(n), _) => Length::New(n.max(1)),
-                (None, Some(n)) if n > 20 => Length::Total(n), // 20 is what transformers writes for "not set"
+                // 20 is what transformers writes for "not set"
+                (None, Some(n)) if n > 20 => Length::Total(n),
                 _ => d.length,
             },
         })

@@ -400,15 +400,8 @@ mod tests {
         TOKENIZER.get_or_init(embedded::tokenizer)
     }
 
-    /// A candidate whose tokens are chosen at random from a few, with the engine's part played:
-    /// what was given out, and what it came to.
-    fn grow(
-        rules: Rules,
-        max_new: usize,
-        seed: u64,
-        deadline: usize,
-    ) -> (String, Vec<u32>, Growing<'static>) {
-        let tokenizer = tokenizer();
+    /// A few tokens, parts of characters among them.
+    fn vocabulary() -> Vec<u32> {
         let words = [
             " art",
             " by",
@@ -424,12 +417,22 @@ mod tests {
             "'",
             " ",
             "-",
+            "東🐱é",
         ];
-        let ids = |w: &&str| tokenizer.encode_literal(w).expect("plain words");
-        let mut vocabulary: Vec<u32> = words.iter().flat_map(ids).collect();
-        // parts of characters too
-        vocabulary.extend(ids(&"東🐱é"));
-        vocabulary.push(EOS);
+        let ids = |w: &&str| tokenizer().encode_literal(w).expect("plain words");
+        words.iter().flat_map(ids).chain([EOS]).collect()
+    }
+
+    /// A candidate whose tokens are chosen at random from a few, with the engine's part played:
+    /// what was given out, and what it came to.
+    fn grow(
+        rules: Rules,
+        max_new: usize,
+        seed: u64,
+        deadline: usize,
+    ) -> (String, Vec<u32>, Growing<'static>) {
+        let tokenizer = tokenizer();
+        let vocabulary = vocabulary();
         let rules = Arc::new(rules);
         let mut c = Growing::new(tokenizer, rules.clone(), EOS, max_new)
             .expect("room for what is to be kept");
@@ -498,12 +501,17 @@ mod tests {
             ]), 0..3),
             keep in proptest::collection::vec(proptest::sample::select(vec!["red \
                 umbrella", "f/1.8", "🐱", "100 mph"]), 0..3),
-            stop_comma: bool, include_stop: bool, min_new in 0usize..6, max_new in 40usize..60, seed: u64,
+            stop_comma: bool,
+            include_stop: bool,
+            min_new in 0usize..6,
+            max_new in 40usize..60,
+            seed: u64,
             deadline in proptest::option::of(0usize..40),
         ) {
+            let comma = tokenizer().encode_literal(",").unwrap();
             let rules = Rules {
                 stops: stops.iter().map(|s| s.to_string()).collect(),
-                stop_token_ids: if stop_comma { tokenizer().encode_literal(",").unwrap() } else { vec![] },
+                stop_token_ids: if stop_comma { comma } else { vec![] },
                 include_stop,
                 min_new,
                 ban: Arc::new(Phrases::new(&ban)),
@@ -512,7 +520,8 @@ mod tests {
             if rules.check().is_err() {
                 return Ok(());
             }
-            let (given, given_tokens, c) = grow(rules.clone(), max_new, seed, deadline.unwrap_or(usize::MAX));
+            let end = deadline.unwrap_or(usize::MAX);
+            let (given, given_tokens, c) = grow(rules.clone(), max_new, seed, end);
             prop_assert_eq!(&given, &c.text);
             prop_assert_eq!(given_tokens, c.tokens.iter().map(|t| t.id).collect::<Vec<_>>());
             prop_assert_eq!(rules.ban.find(&c.text), None, "{}", c.text);

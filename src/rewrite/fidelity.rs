@@ -460,11 +460,12 @@ mod tests {
     fn hostile() -> impl Strategy<Value = String> {
         let pieces = "cat red two twenty -one 3.5 1,000 no without under on the one (cat:1.2) ( ) \
             [ ] { } | {a|b} {2$$x|y} ${v} [a:b:0.5] \
-                      __w__ __ _ <lora:x:1> <lora: BREAK AND , . : ; \" ' ’ “ ” \\ \u{fe0f} 🐱 ß é \
-                      e\u{301} 猫 кот \u{a0} \u{fffd} \u{200d} \n";
+                      __w__ __ _ <lora:x:1> <lora: BREAK AND , . : ; \" ' ’ “ ” \\ \u{fe0f} \
+                      🐱 ß é e\u{301} 猫 кот \u{a0} \u{fffd} \u{200d} \n";
         let pieces: Vec<String> =
             pieces.split(' ').filter(|p| !p.is_empty()).map(str::to_owned).collect();
-        let piece = prop_oneof![4 => prop::sample::select(pieces), 1 => any::<char>().prop_map(String::from)];
+        let any_sign = any::<char>().prop_map(String::from);
+        let piece = prop_oneof![4 => prop::sample::select(pieces), 1 => any_sign];
         prop::collection::vec((piece, prop::sample::select(vec!["", " ", " ", ", "])), 0..24)
             .prop_map(|v| v.into_iter().map(|(piece, space)| piece + space).collect())
     }
@@ -476,7 +477,8 @@ mod tests {
         fn a_prompt_keeps_itself(text in hostile()) {
             prop_assert_eq!(Fidelity::default().score(&text, &text), (1.0, vec![]));
             let more = format!("{text}, zxq");
-            prop_assert!(text.ends_with('\\') || Fidelity::default().score(&text, &more).0 == 1.0, "{}", more);
+            let (kept, _) = Fidelity::default().score(&text, &more);
+            prop_assert!(text.ends_with('\\') || kept == 1.0, "{}", more);
         }
 
         #[test]
@@ -489,10 +491,14 @@ mod tests {
 
         /// Content words that all differ: without any one of them less is kept.
         #[test]
-        fn every_content_word_counts(words in prop::collection::hash_set("[bdfgk][aou][xzv][a-z]{0,3}", 2..9), i in any::<prop::sample::Index>()) {
+        fn every_content_word_counts(
+            words in prop::collection::hash_set("[bdfgk][aou][xzv][a-z]{0,3}", 2..9),
+            i in any::<prop::sample::Index>(),
+        ) {
             let fidelity = Fidelity::default();
             let stems: HashSet<String> = words.iter().map(|w| fidelity.content.stem(w)).collect();
-            prop_assume!(stems.len() == words.len() && words.iter().all(|w| !fidelity.content.is_stop_word(w)));
+            let counts = |w: &String| !fidelity.content.is_stop_word(w);
+            prop_assume!(stems.len() == words.len() && words.iter().all(counts));
             let words: Vec<String> = words.into_iter().collect();
             let mut fewer = words.clone();
             let gone = fewer.remove(i.index(fewer.len()));

@@ -26,8 +26,8 @@ pub const DEFAULT_MIN_KEPT: f64 = 0.9;
 /// What a rewrite has to satisfy. Words to keep and to ban are among the [`GenerateOptions`].
 #[derive(Clone, Debug)]
 pub struct GuardOptions {
-    /// Least part of the prompt's meaning, from 0 to 1, that a candidate keeps ([`Fidelity`]); any if
-    /// nothing.
+    /// Least part of the prompt's meaning, from 0 to 1, that a candidate keeps ([`Fidelity`]); any
+    /// if nothing.
     pub min_kept: Option<f64>,
     /// How often to generate for it.
     pub rounds: u32,

@@ -96,7 +96,8 @@ fn what_the_vocabulary_lacks_stays_as_it_is() {
 
 #[test]
 fn long_prompts_come_back_whole() {
-    let prompt = "an old wizard with a long silver beard reading a heavy leather book beside a tall candle in a stone tower";
+    let prompt = "an old wizard with a long silver beard reading a heavy leather book beside a \
+        tall candle in a stone tower";
     let said = "an old wizard in a tower, wizardd, leatherly, soft light, a heavy storm, 8k, tren";
     let mut rewriting =
         Rewriting::new(prompter(), prompt, warm(1), GuardOptions::default()).unwrap();
@@ -181,8 +182,8 @@ fn phrases_to_keep_are_checked_in_what_is_returned() {
 fn hostile(most: usize) -> impl Strategy<Value = String> {
     let pieces = "cat cats red two one no without under on art greg rutkowski 8k (cat:1.2) \
         (art:1.1) ( ) [ ] { } | {a|b} [a:b:0.5] [night] \
-                  __w__ <lora:x:1> <lora:art:1> <lora: BREAK AND : ; \" ' ’ \\ \u{fe0f} 🐱 ß é 猫 \
-                  кот \u{a0} \u{fffd} 100 mph 1.8";
+                  __w__ <lora:x:1> <lora:art:1> <lora: BREAK AND : ; \" ' ’ \\ \u{fe0f} 🐱 \
+                  ß é 猫 кот \u{a0} \u{fffd} 100 mph 1.8";
     let pieces: Vec<String> =
         pieces.split(' ').filter(|p| !p.is_empty()).map(str::to_owned).collect();
     let piece =
@@ -214,7 +215,8 @@ proptest! {
         options.ban = Arc::new(Phrases::new(&ban));
         let guard = GuardOptions { min_kept, rounds, max_clip_tokens, ..GuardOptions::default() };
         let Ok(mut rewriting) = Rewriting::new(prompter(), &prompt, options.clone(), guard) else {
-            prop_assert!(prompt.trim().is_empty() || without_banned(prompt.trim(), &options.ban).is_empty());
+            let left = without_banned(prompt.trim(), &options.ban);
+            prop_assert!(prompt.trim().is_empty() || left.is_empty());
             return Ok(());
         };
         let (streams, wanted) = (rewriting.streams(), rewriting.wanted.clone());
@@ -226,10 +228,9 @@ proptest! {
             }
             prop_assert!(round < rounds);
             let finish = if cut { FinishReason::Length } else { FinishReason::Stop };
-            let said: Vec<Completed> = work
-                .iter()
-                .map(|_| completed(&(0..n).map(|_| texts.next().unwrap().clone()).collect::<Vec<_>>(), finish))
-                .collect();
+            let mut some = || (0..n).map(|_| texts.next().unwrap().clone()).collect::<Vec<_>>();
+            let said: Vec<Completed> =
+                work.iter().map(|_| completed(&some(), finish)).collect();
             rewriting.take(&said);
         }
         let candidates = rewriting.finish().candidates;
@@ -242,12 +243,14 @@ proptest! {
             prop_assert!(c.source == Source::Model || !reason.is_empty(), "{:?}", c);
             prop_assert!(c.source == Source::Model || kept == 1.0, "{:?}", c);
             let missing = options.keep.missing(&c.text);
-            prop_assert!(missing.is_empty() || reason.contains("lacks") || reason.contains("kept") || reason.contains("CLIP"), "{:?}", c);
+            let told = ["lacks", "kept", "CLIP"].iter().any(|word| reason.contains(word));
+            prop_assert!(missing.is_empty() || told, "{:?}", c);
             let banned = options.ban.find(&c.text);
             prop_assert!(banned.is_none() || !reason.is_empty(), "{:?}", c);
             prop_assert!(min_kept.is_none_or(|least| kept >= least), "{:?}", c);
             if let (Some(most), Some(clip)) = (max_clip_tokens, c.clip_tokens) {
-                prop_assert!(clip == longest_part(&c.text) && (clip <= most || reason.contains("CLIP tokens")), "{:?}", c);
+                prop_assert_eq!(clip, longest_part(&c.text), "{:?}", c);
+                prop_assert!(clip <= most || reason.contains("CLIP tokens"), "{:?}", c);
             }
             prop_assert!(!streams || c.source == Source::Model);
         }

@@ -90,7 +90,10 @@ pub async fn detokenize(
 }
 
 /// Whether the engine works: it has not stopped and does not stand still.
-#[utoipa::path(get, path = "/health", tag = "Operation", responses((status = 200), (status = 503, body = ErrorBody)))]
+#[utoipa::path(
+    get, path = "/health", tag = "Operation",
+    responses((status = 200), (status = 503, body = ErrorBody)),
+)]
 pub async fn health(State(shared): StateArc) -> Result<StatusCode, ApiError> {
     match shared.trouble() {
         Some(trouble) => Err(ApiError::unhealthy(trouble)),
@@ -99,7 +102,10 @@ pub async fn health(State(shared): StateArc) -> Result<StatusCode, ApiError> {
 }
 
 /// Whether to send requests here; no longer once the server is shutting down.
-#[utoipa::path(get, path = "/ready", tag = "Operation", responses((status = 200), (status = 503, body = ErrorBody)))]
+#[utoipa::path(
+    get, path = "/ready", tag = "Operation",
+    responses((status = 200), (status = 503, body = ErrorBody)),
+)]
 pub async fn ready(state: StateArc) -> Result<StatusCode, ApiError> {
     match state.draining.load(Ordering::Relaxed) {
         true => Err(ApiError::draining()),
@@ -113,7 +119,10 @@ pub struct Version {
 }
 
 /// The program's version.
-#[utoipa::path(get, path = "/version", tag = "Operation", responses((status = 200, body = Version)))]
+#[utoipa::path(
+    get, path = "/version", tag = "Operation",
+    responses((status = 200, body = Version)),
+)]
 pub async fn version() -> axum::Json<Version> {
     axum::Json(Version { version: env!("CARGO_PKG_VERSION") })
 }

@@ -76,6 +76,39 @@ impl Maker {
         self.add(IntGauge::with_opts(self.opts(name, help)))
     }
 
+    /// What the engine counts itself.
+    fn engine_counters(&self) -> Vec<(IntCounter, ReadCounter)> {
+        let counter = |name: &str, help: &str, read: ReadCounter| (self.counter(name, help), read);
+        vec![
+            counter("num_preemptions_total", "Sequences that gave up their blocks.", |c| {
+                c.preemptions
+            }),
+            counter("prefix_cache_queries_total", "Prompt tokens looked up.", |c| c.prefix_queries),
+            counter("prefix_cache_hits_total", "Prompt tokens found computed.", |c| c.prefix_hits),
+            counter("gpu_prefix_cache_queries_total", "Prompt tokens looked up.", |c| {
+                c.prefix_queries
+            }),
+            counter("gpu_prefix_cache_hits_total", "Prompt tokens found computed.", |c| {
+                c.prefix_hits
+            }),
+            counter("spec_decode_num_drafts_total", "Drafts checked.", |c| c.drafts),
+            counter("spec_decode_num_draft_tokens_total", "Tokens drafted.", |c| c.drafted_tokens),
+            counter("spec_decode_num_accepted_tokens_total", "Drafted tokens accepted.", |c| {
+                c.accepted_tokens
+            }),
+        ]
+    }
+
+    fn describe_cache(&self, blocks: usize) {
+        let info = IntGaugeVec::new(
+            Opts::new("vllm:cache_config_info", "Sizes of the KV cache."),
+            &["block_size", "num_gpu_blocks", "engine"],
+        );
+        self.add(info)
+            .with_label_values(&[&BLOCK.to_string(), &blocks.to_string(), &"0".to_string()])
+            .set(1);
+    }
+
     fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {
         let opts = HistogramOpts { common_opts: self.opts(name, help), buckets: buckets.to_vec() };
         self.add(Histogram::with_opts(opts))
@@ -92,43 +125,13 @@ impl Metrics {
         let usage = |name: &str| {
             m.add(Gauge::with_opts(m.opts(name, "Part of the KV cache that sequences hold.")))
         };
-        let info = IntGaugeVec::new(
-            Opts::new("vllm:cache_config_info", "Sizes of the KV cache."),
-            &["block_size", "num_gpu_blocks", "engine"],
-        );
-        m.add(info)
-            .with_label_values(&[&BLOCK.to_string(), &blocks.to_string(), &"0".to_string()])
-            .set(1);
-        let counter = |name: &str, help: &str, read: ReadCounter| (m.counter(name, help), read);
+        m.describe_cache(blocks);
         Metrics {
             running: m.gauge("num_requests_running", "Sequences in the batch."),
             waiting: m.gauge("num_requests_waiting", "Sequences that wait for room."),
             // the second is the name of old, which some scrapers still ask for
             cache_usage: [usage("kv_cache_usage_perc"), usage("gpu_cache_usage_perc")],
-            counters: vec![
-                counter("num_preemptions_total", "Sequences that gave up their blocks.", |c| {
-                    c.preemptions
-                }),
-                counter("prefix_cache_queries_total", "Prompt tokens looked up.", |c| {
-                    c.prefix_queries
-                }),
-                counter("prefix_cache_hits_total", "Prompt tokens found computed.", |c| {
-                    c.prefix_hits
-                }),
-                counter("gpu_prefix_cache_queries_total", "Prompt tokens looked up.", |c| {
-                    c.prefix_queries
-                }),
-                counter("gpu_prefix_cache_hits_total", "Prompt tokens found computed.", |c| {
-                    c.prefix_hits
-                }),
-                counter("spec_decode_num_drafts_total", "Drafts checked.", |c| c.drafts),
-                counter("spec_decode_num_draft_tokens_total", "Tokens drafted.", |c| {
-                    c.drafted_tokens
-                }),
-                counter("spec_decode_num_accepted_tokens_total", "Drafted tokens accepted.", |c| {
-                    c.accepted_tokens
-                }),
-            ],
+            counters: m.engine_counters(),
             prompt_tokens: m.counter("prompt_tokens_total", "Tokens of prompts."),
             generation_tokens: m.counter("generation_tokens_total", "Tokens generated."),
             success: m.add(IntCounterVec::new(

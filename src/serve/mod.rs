@@ -182,7 +182,8 @@ pub async fn serve(
                 tracing::info!("shutting down; {} requests in flight", shared.engine.in_flight());
                 leaving.set(Some(tokio::time::sleep(options.shutdown_delay)));
             }
-            () = async { leaving.as_mut().as_pin_mut().expect("checked").await }, if leaving.is_some() => break,
+            () = async { leaving.as_mut().as_pin_mut().expect("checked").await },
+                if leaving.is_some() => break,
         }
     }
     let now = tokio::time::Instant::now();
@@ -214,8 +215,11 @@ fn accept(stream: TcpStream, router: Router, options: &HttpOptions, graceful: &G
             tokio::select! {
                 answer = router.oneshot(request.map(Body::new)) => {
                     let answer = answer.unwrap_or_else(|e| match e {});
-                    let events = answer.headers().get(header::CONTENT_TYPE).is_some_and(|t| t == "text/event-stream");
-                    Ok(if events { answer.map(|body| client.clone().watched(body)) } else { answer })
+                    let kind = answer.headers().get(header::CONTENT_TYPE);
+                    Ok(match kind.is_some_and(|t| t == "text/event-stream") {
+                        true => answer.map(|body| client.clone().watched(body)),
+                        false => answer,
+                    })
                 }
                 () = client.left() => Err(std::io::Error::from(ErrorKind::ConnectionAborted)),
             }

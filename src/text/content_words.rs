@@ -9,11 +9,13 @@ use unicode_normalization::UnicodeNormalization;
 const LONGEST_STEMMED: usize = 64;
 
 /// Words that say nothing about the picture by themselves.
-const STOP_WORDS: &str = "a about after all also am an and any are as at be because been being both but by can could did \
-do does doing during each few for from further get gets had has have having he her here hers him his how i if in into \
-is it its itself just like made make me more most my of off on once only or other our out over own same she should so \
-some such than that the their theirs them then there these they this those through to too under until up upon very \
-was we were what when where which while who whom why will with would you your";
+const STOP_WORDS: &str = "\
+    a about after all also am an and any are as at be because been being both but by can could \
+    did do does doing during each few for from further get gets had has have having he her \
+    here hers him his how i if in into is it its itself just like made make me more most my of \
+    off on once only or other our out over own same she should so some such than that the \
+    their theirs them then there these they this those through to too under until up upon very \
+    was we were what when where which while who whom why will with would you your";
 
 /// The words of `text` in lower case, characters that only look different made the same (NFKC):
 /// runs of letters and digits with their accents, with inner apostrophes and without a possessive's
@@ -64,8 +66,16 @@ pub(crate) fn is_combining(c: char) -> bool {
 
 /// Letters of scripts that write no spaces: Chinese, Japanese, Thai, Lao, Burmese, Khmer.
 fn is_unspaced(c: char) -> bool {
-    matches!(c as u32, 0x3040..=0x30ff | 0x31f0..=0x31ff | 0x3400..=0x4dbf | 0x4e00..=0x9fff | 0xf900..=0xfaff | 0x20000..=0x3ffff
-        | 0x0e00..=0x0eff | 0x1000..=0x109f | 0x1780..=0x17ff)
+    let chinese_or_japanese = matches!(
+        c as u32,
+        0x3040..=0x30ff
+            | 0x31f0..=0x31ff
+            | 0x3400..=0x4dbf
+            | 0x4e00..=0x9fff
+            | 0xf900..=0xfaff
+            | 0x20000..=0x3ffff
+    );
+    chinese_or_japanese || matches!(c as u32, 0x0e00..=0x0eff | 0x1000..=0x109f | 0x1780..=0x17ff)
 }
 
 /// Finds content words: everything but stop words, stemmed (Snowball English).

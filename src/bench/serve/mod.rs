@@ -51,8 +51,13 @@ impl LoadOptions {
     fn body(&self, i: usize) -> Value {
         let mut words = Words::new(self.seed, i as u64 + 1);
         let mut body = json!({
-            "model": self.model, "max_tokens": self.max_tokens, "temperature": self.temperature, "seed": self.seed + i as u64,
-            "ignore_eos": self.ignore_eos, "stream": true, "stream_options": { "include_usage": true },
+            "model": self.model,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed + i as u64,
+            "ignore_eos": self.ignore_eos,
+            "stream": true,
+            "stream_options": { "include_usage": true },
         });
         let prompt = match &self.prompts {
             Prompts::Texts(texts) => json!(texts[i % texts.len()]),

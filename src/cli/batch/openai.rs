@@ -330,13 +330,20 @@ async fn answer(router: Router, number: u64, request: Parsed) -> Answer {
         let message = body["error"]["message"].as_str().unwrap_or("no message");
         format!("status {}: {message}", status.as_u16())
     });
-    let response = json!({ "status_code": status.as_u16(), "request_id": format!("req-{number}"), "body": body });
+    let response = json!({
+        "status_code": status.as_u16(),
+        "request_id": format!("req-{number}"),
+        "body": body,
+    });
     Answer { line: number, text: result(number, request.custom_id, response, Value::Null), failure }
 }
 
 fn result(number: u64, custom_id: Value, response: Value, error: Value) -> String {
-    format!(
-        "{}\n",
-        json!({ "id": format!("batch_req_{number}"), "custom_id": custom_id, "response": response, "error": error })
-    )
+    let line = json!({
+        "id": format!("batch_req_{number}"),
+        "custom_id": custom_id,
+        "response": response,
+        "error": error,
+    });
+    format!("{line}\n")
 }

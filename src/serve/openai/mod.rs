@@ -104,41 +104,51 @@ pub struct SamplingParams {
     pub timeout: Option<f64>,
 }
 
+fn above_zero(name: &str, v: Option<f64>, default: f32, to: f64) -> Result<f32, ApiError> {
+    match v {
+        None => Ok(default),
+        // a double's least numbers are none for the engine
+        Some(v) if v > 0.0 && v <= to => Ok((v as f32).max(f32::MIN_POSITIVE)),
+        Some(v) => {
+            Err(ApiError::field(name, format!("{name} is {v}, expected above 0, at most {to}")))
+        }
+    }
+}
+fn within<T: PartialOrd + std::fmt::Display>(
+    name: &str,
+    v: T,
+    from: T,
+    to: T,
+) -> Result<T, ApiError> {
+    if v >= from && v <= to {
+        return Ok(v);
+    }
+    Err(ApiError::field(name, format!("{name} is {v}, expected {from} to {to}")))
+}
+
+/// How long a candidate gets, at least `min_new` tokens.
+fn length(max_tokens: Option<u32>, min_new: usize, default: Length) -> Result<Length, ApiError> {
+    let length = match max_tokens {
+        Some(0) => {
+            return Err(ApiError::field("max_tokens", "max_tokens is 0, expected at least 1"));
+        }
+        Some(n) => Length::New(n as usize),
+        None => default,
+    };
+    if let (Some(most), true) = (max_tokens, matches!(length, Length::New(n) if n < min_new)) {
+        let message = format!("min_tokens is {min_new}, more than the max_tokens of {most}");
+        return Err(ApiError::field("min_tokens", message));
+    }
+    Ok(length)
+}
+
 impl SamplingParams {
-    /// What an engine needs to know; `defaults` hold where the request says nothing.
-    pub fn options(
-        self,
-        defaults: &GenerationDefaults,
-        max_tokens: Option<u32>,
-        shared: &Shared,
-    ) -> Result<GenerateOptions, ApiError> {
-        fn above_zero(name: &str, v: Option<f64>, default: f32, to: f64) -> Result<f32, ApiError> {
-            match v {
-                None => Ok(default),
-                // a double's least numbers are none for the engine
-                Some(v) if v > 0.0 && v <= to => Ok((v as f32).max(f32::MIN_POSITIVE)),
-                Some(v) => Err(ApiError::field(
-                    name,
-                    format!("{name} is {v}, expected above 0, at most {to}"),
-                )),
-            }
-        }
-        fn within<T: PartialOrd + std::fmt::Display>(
-            name: &str,
-            v: T,
-            from: T,
-            to: T,
-        ) -> Result<T, ApiError> {
-            if v >= from && v <= to {
-                return Ok(v);
-            }
-            Err(ApiError::field(name, format!("{name} is {v}, expected {from} to {to}")))
-        }
-        let d = defaults.sampling;
+    /// How tokens are drawn; `d` holds where the request says nothing.
+    fn sampling(&self, d: Sampling) -> Result<Sampling, ApiError> {
         let top_k = within("top_k", self.top_k.unwrap_or(d.top_k as i64), -1, i64::MAX)?;
         let temperature =
             within("temperature", self.temperature.unwrap_or(d.temperature), 0.0, 100.0)?;
-        let sampling = Sampling {
+        Ok(Sampling {
             temperature: if temperature < GREEDY { 0.0 } else { temperature },
             top_k: top_k.max(0) as usize,
             top_p: above_zero("top_p", self.top_p, d.top_p, 1.0)?,
@@ -163,48 +173,57 @@ impl SamplingParams {
                 2.0,
             )?,
             seed: self.seed.map_or_else(crate::random::seed, |s| s as u64),
-        };
+        })
+    }
+
+    /// What is added to the logits of which tokens.
+    fn bias(&self, vocabulary: usize) -> Result<Vec<(u32, f32)>, ApiError> {
         let mut bias = Vec::new();
         most("logit_bias", self.logit_bias.as_ref().map_or(0, BTreeMap::len), MOST_BIASES)?;
-        for (token, value) in self.logit_bias.unwrap_or_default() {
-            let id =
-                token.parse::<u32>().ok().filter(|&id| (id as usize) < shared.config.vocab_size);
+        for (token, value) in self.logit_bias.iter().flatten() {
+            let id = token.parse::<u32>().ok().filter(|&id| (id as usize) < vocabulary);
             let id = id.ok_or_else(|| {
                 ApiError::field(
                     "logit_bias",
                     format!("logit_bias names \"{token}\", which is no token id of this model"),
                 )
             })?;
-            bias.push((id, within("logit_bias", value, -100.0, 100.0)?));
+            bias.push((id, within("logit_bias", *value, -100.0, 100.0)?));
         }
-        let stops = self.stop.map(OneOrMany::list).unwrap_or_default();
+        Ok(bias)
+    }
+
+    /// How long the request may take, where the server has a limit or not.
+    fn timeout(&self, limit: Option<Duration>) -> Result<Option<Duration>, ApiError> {
+        let own =
+            self.timeout.map(|t| above_zero("timeout", Some(t), 0.0, 86_400.0)).transpose()?;
+        Ok(own
+            .map(Duration::from_secs_f32)
+            .map_or(limit, |own| Some(limit.map_or(own, |l| own.min(l)))))
+    }
+
+    /// What an engine needs to know; `defaults` hold where the request says nothing.
+    pub fn options(
+        mut self,
+        defaults: &GenerationDefaults,
+        max_tokens: Option<u32>,
+        shared: &Shared,
+    ) -> Result<GenerateOptions, ApiError> {
+        let sampling = self.sampling(defaults.sampling)?;
+        let bias = self.bias(shared.config.vocab_size)?;
+        let stops = self.stop.take().map(OneOrMany::list).unwrap_or_default();
         check_phrases("stop", &stops, MOST_STOPS)?;
-        let ban = banned("bad_words", self.bad_words.unwrap_or_default())?;
-        let stop_token_ids = self.stop_token_ids.unwrap_or_default();
+        let ban = banned("bad_words", self.bad_words.take().unwrap_or_default())?;
+        let stop_token_ids = self.stop_token_ids.take().unwrap_or_default();
         most("stop_token_ids", stop_token_ids.len(), MOST_STOP_TOKENS)?;
         if let Some(id) = stop_token_ids.iter().find(|id| **id as usize >= shared.config.vocab_size)
         {
             let message = format!("stop_token_ids names {id}, which is no token id of this model");
             return Err(ApiError::field("stop_token_ids", message));
         }
-        let own =
-            self.timeout.map(|t| above_zero("timeout", Some(t), 0.0, 86_400.0)).transpose()?;
-        let limit = shared.request_timeout;
-        let timeout = own
-            .map(Duration::from_secs_f32)
-            .map_or(limit, |own| Some(limit.map_or(own, |l| own.min(l))));
-        let length = match max_tokens {
-            Some(0) => {
-                return Err(ApiError::field("max_tokens", "max_tokens is 0, expected at least 1"));
-            }
-            Some(n) => Length::New(n as usize),
-            None => defaults.length,
-        };
+        let timeout = self.timeout(shared.request_timeout)?;
         let min_new = self.min_tokens.unwrap_or(0) as usize;
-        if let (Some(most), true) = (max_tokens, matches!(length, Length::New(n) if n < min_new)) {
-            let message = format!("min_tokens is {min_new}, more than the max_tokens of {most}");
-            return Err(ApiError::field("min_tokens", message));
-        }
+        let length = length(max_tokens, min_new, defaults.length)?;
         Ok(GenerateOptions {
             candidates: within("n", self.n.unwrap_or(1), 1, MOST_CANDIDATES)?,
             sampling,
