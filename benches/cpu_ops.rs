@@ -98,8 +98,7 @@ fn training_products(c: &mut Criterion) {
                 matmul(
                     &cpu,
                     precision,
-                    &mut out,
-                    n,
+                    (&mut out, n),
                     View::new(&a, m, k),
                     View::new(&b, n, k).t(),
                     false,

@@ -191,6 +191,23 @@ fn error(ours: &[f32], theirs: &[f32]) -> f32 {
     if ours.len() == theirs.len() { worst.fold(0.0, f32::max) / most } else { f32::INFINITY }
 }
 
+/// Greedy, plain and filtered sampling, with and without penalties.
+fn samplings(vocabulary: usize) -> [Sampling; 11] {
+    let plain = Sampling { seed: 11, ..Sampling::default() };
+    let penalty = Sampling { repetition_penalty: 1.7, ..plain };
+    let warm = Sampling { temperature: 0.8, ..plain };
+    let both = Sampling { temperature: 1.3, seed: u64::MAX - 5, ..penalty };
+    let ranked = Sampling { top_k: 20, top_p: 0.9, ..both };
+    let likely = Sampling { top_k: 7, min_p: 0.2, ..warm };
+    let nucleus = Sampling { top_p: 0.5, ..warm };
+    let floor = Sampling { min_p: 0.4, ..both };
+    // more tokens than a list in shared memory holds, in the larger vocabularies
+    let long = Sampling { top_k: vocabulary - 1, min_p: 0.3, ..warm };
+    let flat = Sampling { top_p: 0.95, temperature: 6.0, ..both };
+    let wide = Sampling { top_k: vocabulary - 9, top_p: 0.97, min_p: 0.01, ..flat };
+    [plain, penalty, warm, both, ranked, likely, nucleus, floor, long, flat, wide]
+}
+
 impl<L: Launcher> Test<'_, L> {
     /// Numbers in (-1, 1) that the 16-bit type holds. Large matrices repeat a prime number of them,
     /// so that no two rows are equal and making them does not take longer than the kernels' work on
@@ -549,20 +566,8 @@ impl<L: Launcher> Test<'_, L> {
         let ours_x = self.cuda.upload(&x, width, self.half)?;
         let x = self.cpu.upload(&x, width);
         let seen: Vec<u32> = (0..vocabulary as u32).step_by(5).take(40).collect();
-        let plain = Sampling { seed: 11, ..Sampling::default() };
-        let penalty = Sampling { repetition_penalty: 1.7, ..plain };
-        let warm = Sampling { temperature: 0.8, ..plain };
-        let both = Sampling { temperature: 1.3, seed: u64::MAX - 5, ..penalty };
-        let ranked = Sampling { top_k: 20, top_p: 0.9, ..both };
-        let likely = Sampling { top_k: 7, min_p: 0.2, ..warm };
-        let nucleus = Sampling { top_p: 0.5, ..warm };
-        let floor = Sampling { min_p: 0.4, ..both };
-        // more tokens than a list in shared memory holds, in the larger vocabularies
-        let long = Sampling { top_k: vocabulary - 1, min_p: 0.3, ..warm };
-        let flat = Sampling { top_p: 0.95, temperature: 6.0, ..both };
-        let wide = Sampling { top_k: vocabulary - 9, top_p: 0.97, min_p: 0.01, ..flat };
-        let settings =
-            [plain, penalty, warm, both, ranked, likely, nucleus, floor, long, flat, wide];
+        let settings = samplings(vocabulary);
+        let ranked = settings[4];
         let bias: Vec<(u32, f32)> = (0..vocabulary as u32)
             .step_by(3)
             .take(60)

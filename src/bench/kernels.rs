@@ -10,7 +10,7 @@ use crate::engine::{Sampling, SamplingRow};
 use crate::error::Result;
 use crate::memory::MemoryPlan;
 use crate::models::bloom::{Bloom, BloomConfig};
-use crate::ops::{BLOCK, Batch, DecodeBackend, Epilogue, LayerNorm, Linear, NormInput};
+use crate::ops::{BLOCK, Batch, DecodeBackend, Epilogue, LayerNorm, Linear, NormInput, Tensor};
 use crate::random::Words;
 use crate::tensor::{DType, HostTensor};
 use serde::Serialize;
@@ -85,6 +85,19 @@ struct Case {
 }
 
 impl Case {
+    /// Random tokens at the end of each sequence's positions.
+    fn batch(&self, vocabulary: usize) -> Batch {
+        let blocks = self.positions.div_ceil(BLOCK);
+        let mut words = Words::new(3, self.all() as u64);
+        let mut batch = Batch::default();
+        for s in 0..self.sequences {
+            let ids: Vec<u32> = (0..self.tokens).map(|_| words.below(vocabulary) as u32).collect();
+            let table: Vec<u32> = (0..blocks).map(|b| (s * blocks + b) as u32).collect();
+            batch.push(&ids, self.positions - self.tokens, &table);
+        }
+        batch
+    }
+
     fn all(&self) -> usize {
         self.sequences * self.tokens
     }
@@ -162,19 +175,10 @@ pub fn run<B: DecodeBackend + Machine>(
 impl<B: DecodeBackend + Machine> Bench<'_, B> {
     /// All operations on one kind of batch.
     fn case(&self, case: Case) -> Result<()> {
-        let per_sequence = case.positions.div_ceil(BLOCK);
-        let blocks = case.sequences * per_sequence;
-        let mut cache = self.model.cache(self.backend, blocks)?;
         let (config, layers) = (&self.model.config, &self.model.decoder().layers);
-        let mut words = Words::new(3, case.all() as u64);
-        let mut batch = Batch::default();
-        for s in 0..case.sequences {
-            let ids: Vec<u32> =
-                (0..case.tokens).map(|_| words.below(config.vocab_size) as u32).collect();
-            let table: Vec<u32> =
-                (0..per_sequence).map(|b| (s * per_sequence + b) as u32).collect();
-            batch.push(&ids, case.positions - case.tokens, &table);
-        }
+        let batch = case.batch(config.vocab_size);
+        let blocks = case.sequences * case.positions.div_ceil(BLOCK);
+        let mut cache = self.model.cache(self.backend, blocks)?;
         let b = self.backend;
         let (h, n) = (config.hidden_size as f64, case.all() as f64);
         let mut on_device = B::DeviceBatch::default();
@@ -224,9 +228,17 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
             b.linear(&mut x, &wide, &layer(i).down, Epilogue::BiasResidual(&x2));
             Ok(())
         })?;
-        // the head sees each sequence's last token
+        self.lm_head_case(case, &batch, &x)
+    }
+
+    /// The LM head and the ways to sample from it.
+    fn lm_head_case(&self, case: Case, batch: &Batch, x: &Tensor<B>) -> Result<()> {
+        let (b, config, w) = (self.backend, &self.model.config, self.weight);
+        let h = config.hidden_size as f64;
+        // the LM head sees each sequence's last token
         let rows: Vec<usize> = batch.spans.iter().map(|s| s.start + s.len - 1).collect();
-        b.layer_norm_rows(&mut normed, &x, &rows, norm(0));
+        let mut normed = Tensor::default();
+        b.layer_norm_rows(&mut normed, x, &rows, &self.model.decoder().layers[0].input_norm);
         let (vocabulary, r) = (config.vocab_size as f64, rows.len() as f64);
         let counted = whole(vocabulary * h * w, 2.0 * r * vocabulary * h);
         let plain = Sampling { temperature: 1.0, seed: 5, ..Sampling::default() };

@@ -130,119 +130,143 @@ impl<'a> Machine<'a> {
         let mut m = Machine { input, at: 0, stack: Vec::new(), memo: HashMap::new() };
         loop {
             let op = m.byte()?;
-            match op {
-                0x80 => {
-                    m.byte()?; // PROTO
-                }
-                0x95 => {
-                    m.take(8)?; // FRAME
-                }
-                b'.' => return m.pop(),
-                b'(' => m.stack.push(Value::Mark),
-                b'N' => m.stack.push(Value::None),
-                0x88 | 0x89 => m.stack.push(Value::Bool),
-                b'K' => {
-                    let n = m.byte()? as i64;
-                    m.stack.push(Value::Int(n));
-                }
-                b'M' => {
-                    let n = m.number::<2>()? as i64;
-                    m.stack.push(Value::Int(n));
-                }
-                b'J' => {
-                    let n = m.number::<4>()? as u32 as i32 as i64;
-                    m.stack.push(Value::Int(n));
-                }
-                0x8a => {
-                    let len = m.byte()? as usize;
-                    let digits = m.take(len)?;
-                    if len > 8 {
-                        return Err(m.damaged("an integer is too large"));
-                    }
-                    let mut wide =
-                        [if digits.last().is_some_and(|b| b & 0x80 != 0) { 0xff } else { 0 }; 8];
-                    wide[..len].copy_from_slice(digits);
-                    m.stack.push(Value::Int(i64::from_le_bytes(wide)));
-                }
-                b'G' => {
-                    m.take(8)?; // a float: nothing here needs its value
-                    m.stack.push(Value::None);
-                }
-                b'X' => m.text::<4>()?,
-                0x8c => m.text::<1>()?,
-                0x8d => m.text::<8>()?,
-                b'c' => {
-                    let module = m.line()?;
-                    let name = m.line()?;
-                    m.stack.push(Value::Global(format!("{module}.{name}").into()));
-                }
-                0x93 => {
-                    let (name, module) = (m.pop()?, m.pop()?);
-                    let (Value::Text(name), Value::Text(module)) = (name, module) else {
-                        return Err(m.damaged("a global has no name"));
-                    };
-                    m.stack.push(Value::Global(format!("{module}.{name}").into()));
-                }
-                b'}' => m.stack.push(Value::Dict(Rc::default())),
-                b']' => m.stack.push(Value::List),
-                b')' => m.tuple(vec![])?,
-                0x85..=0x87 => {
-                    let count = (op - 0x84) as usize;
-                    let at = m
-                        .stack
-                        .len()
-                        .checked_sub(count)
-                        .ok_or_else(|| m.damaged("the stack is empty"))?;
-                    let items = m.stack.split_off(at);
-                    m.tuple(items)?;
-                }
-                b't' => {
-                    let items = m.until_mark()?;
-                    m.tuple(items)?;
-                }
-                b'q' => {
-                    let slot = m.byte()? as usize;
-                    m.store(slot)?;
-                }
-                b'r' => {
-                    let slot = m.number::<4>()? as usize;
-                    m.store(slot)?;
-                }
-                0x94 => m.store(m.memo.len())?,
-                b'h' => {
-                    let slot = m.byte()? as usize;
-                    m.recall(slot)?;
-                }
-                b'j' => {
-                    let slot = m.number::<4>()? as usize;
-                    m.recall(slot)?;
-                }
-                b's' => {
-                    let (value, key) = (m.pop()?, m.pop()?);
-                    m.set(vec![key, value])?;
-                }
-                b'u' => {
-                    let items = m.until_mark()?;
-                    m.set(items)?;
-                }
-                b'a' => {
-                    m.pop()?;
-                }
-                b'e' => {
-                    m.until_mark()?;
-                }
-                b'Q' => m.storage()?,
-                b'R' => m.call()?,
-                b'b' => {
-                    m.pop()?; // BUILD: attributes of the dict, such as _metadata
-                }
-                _ => {
-                    return Err(
-                        m.damaged(&format!("operation 0x{op:02x} does not occur in a state dict"))
-                    );
-                }
+            if op == b'.' {
+                return m.pop();
+            }
+            if !m.literal(op)? && !m.container(op)? && !m.memo(op)? {
+                return Err(
+                    m.damaged(&format!("operation 0x{op:02x} does not occur in a state dict"))
+                );
             }
         }
+    }
+
+    /// Operations that push a constant; `false` if this is none.
+    fn literal(&mut self, op: u8) -> Result<bool> {
+        match op {
+            0x80 => {
+                self.byte()?; // PROTO
+            }
+            0x95 => {
+                self.take(8)?; // FRAME
+            }
+            b'(' => self.stack.push(Value::Mark),
+            b'N' => self.stack.push(Value::None),
+            0x88 | 0x89 => self.stack.push(Value::Bool),
+            b'K' => {
+                let n = self.byte()? as i64;
+                self.stack.push(Value::Int(n));
+            }
+            b'M' => {
+                let n = self.number::<2>()? as i64;
+                self.stack.push(Value::Int(n));
+            }
+            b'J' => {
+                let n = self.number::<4>()? as u32 as i32 as i64;
+                self.stack.push(Value::Int(n));
+            }
+            0x8a => {
+                let len = self.byte()? as usize;
+                let digits = self.take(len)?;
+                if len > 8 {
+                    return Err(self.damaged("an integer is too large"));
+                }
+                let mut wide =
+                    [if digits.last().is_some_and(|b| b & 0x80 != 0) { 0xff } else { 0 }; 8];
+                wide[..len].copy_from_slice(digits);
+                self.stack.push(Value::Int(i64::from_le_bytes(wide)));
+            }
+            b'G' => {
+                self.take(8)?; // a float: nothing here needs its value
+                self.stack.push(Value::None);
+            }
+            b'X' => self.text::<4>()?,
+            0x8c => self.text::<1>()?,
+            0x8d => self.text::<8>()?,
+            b'c' => {
+                let module = self.line()?;
+                let name = self.line()?;
+                self.stack.push(Value::Global(format!("{module}.{name}").into()));
+            }
+            0x93 => {
+                let (name, module) = (self.pop()?, self.pop()?);
+                let (Value::Text(name), Value::Text(module)) = (name, module) else {
+                    return Err(self.damaged("a global has no name"));
+                };
+                self.stack.push(Value::Global(format!("{module}.{name}").into()));
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// Operations that make or fill a container, or call; `false` if this is none.
+    fn container(&mut self, op: u8) -> Result<bool> {
+        match op {
+            b'}' => self.stack.push(Value::Dict(Rc::default())),
+            b']' => self.stack.push(Value::List),
+            b')' => self.tuple(vec![])?,
+            0x85..=0x87 => {
+                let count = (op - 0x84) as usize;
+                let at = self
+                    .stack
+                    .len()
+                    .checked_sub(count)
+                    .ok_or_else(|| self.damaged("the stack is empty"))?;
+                let items = self.stack.split_off(at);
+                self.tuple(items)?;
+            }
+            b't' => {
+                let items = self.until_mark()?;
+                self.tuple(items)?;
+            }
+            b's' => {
+                let (value, key) = (self.pop()?, self.pop()?);
+                self.set(vec![key, value])?;
+            }
+            b'u' => {
+                let items = self.until_mark()?;
+                self.set(items)?;
+            }
+            b'a' => {
+                self.pop()?;
+            }
+            b'e' => {
+                self.until_mark()?;
+            }
+            b'Q' => self.storage()?,
+            b'R' => self.call()?,
+            b'b' => {
+                self.pop()?; // BUILD: attributes of the dict, such as _metadata
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// Operations on the memo; `false` if this is none.
+    fn memo(&mut self, op: u8) -> Result<bool> {
+        match op {
+            b'q' => {
+                let slot = self.byte()? as usize;
+                self.store(slot)?;
+            }
+            b'r' => {
+                let slot = self.number::<4>()? as usize;
+                self.store(slot)?;
+            }
+            0x94 => self.store(self.memo.len())?,
+            b'h' => {
+                let slot = self.byte()? as usize;
+                self.recall(slot)?;
+            }
+            b'j' => {
+                let slot = self.number::<4>()? as usize;
+                self.recall(slot)?;
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
     }
 
     fn damaged(&self, what: &str) -> String {

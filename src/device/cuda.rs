@@ -57,6 +57,28 @@ fn failed(what: impl std::fmt::Display) -> impl FnOnce(result::DriverError) -> E
     }
 }
 
+/// What a context's kernels run on and are found by.
+type Loaded = (sys::CUstream, Vec<sys::CUmodule>, HashMap<String, Function>);
+
+/// Makes a GPU's context current and loads its kernels.
+fn load(device: sys::CUdevice, images: Vec<&'static images::Image>) -> Result<Loaded> {
+    // SAFETY: plain calls of the driver; images end as it expects.
+    unsafe {
+        let context = result::primary_ctx::retain(device).map_err(failed("no context"))?;
+        result::ctx::set_current(context).map_err(failed("no context"))?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(failed("no stream"))?;
+        let (mut modules, mut functions) = (Vec::new(), HashMap::new());
+        for i in images {
+            let what = || failed(format!("kernels of {} for {}", i.name, i.arch));
+            let module = result::module::load_data(i.bytes.as_ptr().cast()).map_err(what())?;
+            modules.push(module);
+            functions.extend(functions_of(module).map_err(what())?);
+        }
+        Ok((stream, modules, functions))
+    }
+}
+
 impl Driver {
     /// Whether this program could use a GPU and the machine has a driver for one: if
     /// [`Driver::open`] fails then, it is worth a word.
@@ -65,8 +87,8 @@ impl Driver {
         !images::IMAGES.is_empty() && unsafe { sys::is_culib_present() }
     }
 
-    /// The first GPU; `CUDA_VISIBLE_DEVICES` chooses another.
-    pub fn open() -> Result<Driver> {
+    /// Fails if this build, the machine or its driver cannot run the kernels.
+    fn check_driver() -> Result<()> {
         if images::IMAGES.is_empty() {
             return Err(Error::Unsupported(
                 "this program was built without CUDA kernels: install nvcc (pip install -r \
@@ -106,9 +128,19 @@ impl Driver {
                 "CUDA: the driver sees no GPU; use --device cpu".into(),
             ));
         }
+        Ok(())
+    }
+
+    /// The first GPU; `CUDA_VISIBLE_DEVICES` chooses another.
+    ///
+    /// # Errors
+    /// If there is none that this program has kernels for.
+    pub fn open() -> Result<Driver> {
+        Driver::check_driver()?;
         let device = result::device::get(0).map_err(failed("the first GPU"))?;
         use sys::CUdevice_attribute as A;
         let attribute = |a: A| -> Result<u32> {
+            // SAFETY: the device is one of the driver's.
             let value = unsafe { result::device::get_attribute(device, a) };
             value.map(|v| v as u32).map_err(failed("a GPU's properties"))
         };
@@ -133,35 +165,24 @@ impl Driver {
             hopper: images.iter().any(|i| i.arch == "sm_90a")
                 && std::env::var_os(HOPPER).is_none_or(|v| v != "0"),
         };
-        unsafe {
-            let context = result::primary_ctx::retain(device).map_err(failed("no context"))?;
-            result::ctx::set_current(context).map_err(failed("no context"))?;
-            let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
-                .map_err(failed("no stream"))?;
-            let (mut modules, mut functions) = (Vec::new(), HashMap::new());
-            for i in images {
-                let what = || failed(format!("kernels of {} for {}", i.name, i.arch));
-                let module = result::module::load_data(i.bytes.as_ptr().cast()).map_err(what())?;
-                modules.push(module);
-                functions.extend(functions_of(module).map_err(what())?);
-            }
-            let memory_bytes =
-                result::device::total_mem(device).map_err(failed("the GPU's memory"))?;
-            let (functions, staging) = (RefCell::new(functions), Staging::default());
-            let (recording, changes) = (Cell::new(false), Cell::new(0));
-            Ok(Driver {
-                name,
-                capability,
-                memory_bytes,
-                limits,
-                stream,
-                modules,
-                functions,
-                staging,
-                recording,
-                changes,
-            })
-        }
+        // SAFETY: the device is one of the driver's.
+        let memory_bytes = unsafe { result::device::total_mem(device) };
+        let memory_bytes = memory_bytes.map_err(failed("the GPU's memory"))?;
+        let (stream, modules, functions) = load(device, images)?;
+        let (functions, staging) = (RefCell::new(functions), Staging::default());
+        let (recording, changes) = (Cell::new(false), Cell::new(0));
+        Ok(Driver {
+            name,
+            capability,
+            memory_bytes,
+            limits,
+            stream,
+            modules,
+            functions,
+            staging,
+            recording,
+            changes,
+        })
     }
 
     fn function(&self, kernel: &str) -> Result<Function> {
@@ -171,7 +192,8 @@ impl Driver {
         if function.shared_bytes == 0 {
             // all for shared memory, in percent: blocks of the larger kernels fit twice, and
             // kernels for which multiprocessors are divided alike can overlap
-            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT as PART;
+            use sys::CUfunction_attribute_enum as Attribute;
+            const PART: Attribute = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
             // SAFETY: the module is loaded.
             unsafe { result::function::set_function_attribute(function.handle, PART, 100) }
                 .map_err(failed(kernel))?;
@@ -244,6 +266,7 @@ impl Launcher for Driver {
     fn free(&self, at: Address) {
         self.changes.set(self.changes.get() + 1);
         // what fails here has failed before and was reported then
+        // SAFETY: the address was allocated here and is given up.
         let _ = unsafe { result::free_async(at, self.stream) };
     }
 
@@ -253,18 +276,21 @@ impl Launcher for Driver {
             return self.staging.write(at, bytes, self.stream).map_err(failed("a copy to the GPU"));
         }
         // pageable memory: the driver has taken the bytes when the call returns
+        // SAFETY: whoever holds an address has as many bytes there.
         unsafe { result::memcpy_htod_async(at, bytes, self.stream) }
             .map_err(failed("a copy to the GPU"))
     }
 
     fn zero(&self, at: Address, bytes: usize) -> Result<()> {
         self.only_now("zeroed memory")?;
+        // SAFETY: as for a write.
         unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }
             .map_err(failed("zeroing memory"))
     }
 
     fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()> {
         self.only_now("a copy")?;
+        // SAFETY: the bytes are there until the stream has been waited for.
         unsafe {
             result::memcpy_dtoh_async(bytes, at, self.stream)
                 .map_err(failed("a copy from the GPU"))?;
@@ -287,11 +313,13 @@ impl Launcher for Driver {
     fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()> {
         let mut function = self.function(kernel)?;
         if shape.shared_bytes > function.shared_bytes {
-            use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
+            use sys::CUfunction_attribute_enum as Attribute;
+            const MAX: Attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the module is loaded.
             unsafe {
                 result::function::set_function_attribute(
                     function.handle,
-                    MOST,
+                    MAX,
                     shape.shared_bytes as i32,
                 )
             }
@@ -304,6 +332,7 @@ impl Launcher for Driver {
         let [x, y, z] = shape.grid;
         let launched = if self.capability.0 >= 9 || shape.cooperative {
             use sys::CUlaunchAttributeID as Id;
+            // SAFETY: attributes are plain data, for which zeros are a value.
             let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
             if shape.cooperative {
                 attributes[0].id = Id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
@@ -331,12 +360,15 @@ impl Launcher for Driver {
                 numAttrs: if shape.cluster > 1 { 2 } else { 1 },
             };
             let none = std::ptr::null_mut();
+            // SAFETY: the arguments are those of the kernel; who launches it vouches for what they
+            // point to.
             unsafe {
                 sys::cuLaunchKernelEx(&config, function.handle, parameters.as_mut_ptr(), none)
             }
             .result()
         } else {
             let threads = (shape.threads, 1, 1);
+            // SAFETY: as above.
             unsafe {
                 let shared = shape.shared_bytes;
                 result::launch_kernel(
@@ -361,14 +393,17 @@ impl Launcher for Driver {
         let done = work();
         self.recording.set(false);
         // ended in any case, or the stream would stay in it
+        // SAFETY: the capture was begun above.
         let graph = unsafe { result::stream::end_capture(self.stream) }
             .map_err(failed("recording launches"));
         let mut exec = std::ptr::null_mut();
         let made = graph.and_then(|graph| {
             let made = match &done {
+                // SAFETY: the graph was captured above.
                 Ok(()) => unsafe { sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0) }.result(),
                 Err(_) => Ok(()),
             };
+            // SAFETY: nobody else has the graph.
             unsafe { result::graph::destroy(graph) }.and(made).map_err(failed("a CUDA graph"))
         });
         done?;
@@ -377,6 +412,7 @@ impl Launcher for Driver {
     }
 
     fn replay(&self, recording: &Graph) -> Result<()> {
+        // SAFETY: the recording is whole, and its memory has not moved.
         unsafe { result::graph::launch(recording.0, self.stream) }
             .map_err(failed("launch of a CUDA graph"))
     }
@@ -412,6 +448,7 @@ impl Launcher for Driver {
     ) -> Result<TensorMap> {
         // SAFETY: the driver writes the whole map.
         let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
+        // SAFETY: all pointers are valid for the call.
         let done = unsafe {
             sys::cuTensorMapEncodeTiled(
                 &mut map,

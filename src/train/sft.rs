@@ -11,7 +11,7 @@ use crate::files::as_read;
 use crate::models::bloom::training::{TrainModel, Workspace};
 use crate::ops::cpu::Cpu;
 use crate::ops::train::Precision;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -88,20 +88,7 @@ impl Sft<'_> {
     ) -> Result<Outcome> {
         let checkpoints = self.options.output.join("checkpoints");
         let mut optimizer = AdamW::new(&self.model.config.parameters(), self.options.optimizer);
-        let mut done = 0;
-        if resume && let Some((_, folder)) = state::list(&checkpoints)?.pop() {
-            let saved = state::load(&folder, &mut self.model, &mut optimizer)?;
-            if saved.settings != as_read(&self.options.settings) {
-                return Err(Error::file(
-                    &folder,
-                    format!(
-                        "was trained with other settings ({}); --resume needs the same ones",
-                        difference(&saved.settings, &as_read(&self.options.settings))
-                    ),
-                ));
-            }
-            done = saved.step;
-        }
+        let mut done = if resume { self.restore(&checkpoints, &mut optimizer)? } else { 0 };
         let mut metrics = Metrics::open(&self.options.output.join("metrics.jsonl"), done)?;
         let curve = self.options.output.join("loss.svg");
         let total = self.total_steps();
@@ -119,16 +106,7 @@ impl Sft<'_> {
             }
             let first = (done % per_epoch) as usize * self.options.batch;
             let chosen = &order.1[first..(first + self.options.batch).min(order.1.len())];
-            let batches = pack(chosen.iter().map(|&i| &self.train[i]), self.options.micro_tokens);
-            let labels: usize = batches.iter().map(|b| b.labels.len()).sum();
-            let tokens: usize = batches.iter().map(|b| b.ids.len()).sum();
-            grads.fill(0.0);
-            let mut sum = 0.0;
-            for batch in &batches {
-                let out = Some((1.0 / labels.max(1) as f32, &mut grads));
-                sum += self.model.loss(self.cpu, self.options.precision, batch, &mut space, out);
-            }
-            let loss = sum / labels.max(1) as f64;
+            let (loss, tokens) = self.gradients(chosen, &mut space, &mut grads);
             let norm = clip_gradients(self.cpu, &mut grads, self.options.clip);
             if !loss.is_finite() || !norm.is_finite() {
                 metrics.draw(&curve)?;
@@ -177,6 +155,41 @@ impl Sft<'_> {
         }
         metrics.draw(&curve)?;
         Ok(Outcome::Finished { validation_loss })
+    }
+
+    /// Takes up the newest checkpoint, if there is one; returns the steps that it had taken.
+    fn restore(&mut self, checkpoints: &Path, optimizer: &mut AdamW) -> Result<u64> {
+        let Some((_, folder)) = state::list(checkpoints)?.pop() else { return Ok(0) };
+        let saved = state::load(&folder, &mut self.model, optimizer)?;
+        if saved.settings != as_read(&self.options.settings) {
+            return Err(Error::file(
+                &folder,
+                format!(
+                    "was trained with other settings ({}); --resume needs the same ones",
+                    difference(&saved.settings, &as_read(&self.options.settings))
+                ),
+            ));
+        }
+        Ok(saved.step)
+    }
+
+    /// Writes the gradient of the mean loss over the labels of some examples to `grads`; returns
+    /// that loss, and the tokens.
+    fn gradients(
+        &self,
+        examples: &[usize],
+        space: &mut Workspace<Cpu>,
+        grads: &mut Vec<f32>,
+    ) -> (f64, usize) {
+        let batches = pack(examples.iter().map(|&i| &self.train[i]), self.options.micro_tokens);
+        let labels: usize = batches.iter().map(|b| b.labels.len()).sum();
+        grads.fill(0.0);
+        let mut sum = 0.0;
+        for batch in &batches {
+            let out = Some((1.0 / labels.max(1) as f32, &mut *grads));
+            sum += self.model.loss(self.cpu, self.options.precision, batch, space, out);
+        }
+        (sum / labels.max(1) as f64, batches.iter().map(|b| b.ids.len()).sum())
     }
 
     /// Mean cross-entropy a label over the held-out examples.

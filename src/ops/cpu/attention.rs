@@ -198,6 +198,7 @@ impl<E: Attend> Blocks<E> {
                 // between.
                 let out: [&mut [f32]; TOGETHER] = std::array::from_fn(|j| {
                     let at = at + j * stride;
+                    // SAFETY: see above.
                     if j < count { unsafe { out.slice(at..at + size) } } else { &mut [] }
                 });
                 let queries = Queries { q, stride: 3 * n * size, count, position: span.past + i };
@@ -280,52 +281,50 @@ unsafe fn attend<S: Simd, E: Element>(
     view: &View<E>,
     mut out: Outputs,
 ) {
-    unsafe {
-        let Queries { q, stride, count, position } = *queries;
-        let mut state = [Softmax::<S> { most: f32::NEG_INFINITY, sum: S::splat(0.0) }; TOGETHER];
-        for out in &mut out {
-            out.fill(0.0);
-        }
-        let whole = position / BLOCK;
-        let mut scores = [[0f32; BLOCK]; TOGETHER];
-        for (b, &index) in view.blocks[..=whole].iter().enumerate() {
-            let at = index as usize * view.stride + view.head;
-            let keys = view.keys[at..at + BLOCK * view.size].as_ptr();
-            let values = view.values[at..at + BLOCK * view.size].as_ptr();
-            if count == 1 {
-                // a decoding query reads each of them once: they come from memory while the keys
-                // before are at work
-                let next = view.blocks.get(b + 1).filter(|_| b < whole);
-                let next = next.map_or(keys.wrapping_add(BLOCK * view.size), |&index| {
-                    view.keys.as_ptr().wrapping_add(index as usize * view.stride + view.head)
-                });
-                for i in (0..BLOCK * view.size).step_by(64 / size_of::<E>()) {
-                    prefetch::<_, true>(values.wrapping_add(i));
-                    prefetch::<_, true>(next.wrapping_add(i));
-                }
-            }
-            if S::REGISTERS >= 32 && count == TOGETHER && b < whole {
-                dots_together::<S, E>(q.as_ptr(), stride, keys, view.size, &mut scores);
-                let mut weights = [[0f32; BLOCK]; TOGETHER];
-                for j in 0..TOGETHER {
-                    let place = Place { block: b, position: position + j, slope, size: view.size };
-                    weights[j] = weigh::<S>(&scores[j], place, &mut state[j], out[j]);
-                }
-                values_together::<S, E>(&weights, values, view.size, &mut out);
-            } else {
-                for j in 0..count {
-                    let place = Place { block: b, position: position + j, slope, size: view.size };
-                    dots::<S, E>(q.as_ptr().add(j * stride), keys, view.size, &mut scores[j]);
-                    let weights = weigh::<S>(&scores[j], place, &mut state[j], out[j]);
-                    add_values::<S, E>(&weights[..place.valid()], values, view.size, out[j]);
-                }
+    let Queries { q, stride, count, position } = *queries;
+    let mut state = [Softmax::<S> { most: f32::NEG_INFINITY, sum: S::splat(0.0) }; TOGETHER];
+    for out in &mut out {
+        out.fill(0.0);
+    }
+    let whole = position / BLOCK;
+    let mut scores = [[0f32; BLOCK]; TOGETHER];
+    for (b, &index) in view.blocks[..=whole].iter().enumerate() {
+        let at = index as usize * view.stride + view.head;
+        let keys = view.keys[at..at + BLOCK * view.size].as_ptr();
+        let values = view.values[at..at + BLOCK * view.size].as_ptr();
+        if count == 1 {
+            // a decoding query reads each of them once: they come from memory while the keys
+            // before are at work
+            let next = view.blocks.get(b + 1).filter(|_| b < whole);
+            let next = next.map_or(keys.wrapping_add(BLOCK * view.size), |&index| {
+                view.keys.as_ptr().wrapping_add(index as usize * view.stride + view.head)
+            });
+            for i in (0..BLOCK * view.size).step_by(64 / size_of::<E>()) {
+                prefetch::<_, true>(values.wrapping_add(i));
+                prefetch::<_, true>(next.wrapping_add(i));
             }
         }
-        for j in 0..count {
-            let inverse = 1.0 / S::sum(state[j].sum);
-            for o in out[j].iter_mut() {
-                *o *= inverse;
+        if S::REGISTERS >= 32 && count == TOGETHER && b < whole {
+            dots_together::<S, E>(q.as_ptr(), stride, keys, view.size, &mut scores);
+            let mut weights = [[0f32; BLOCK]; TOGETHER];
+            for j in 0..TOGETHER {
+                let place = Place { block: b, position: position + j, slope, size: view.size };
+                weights[j] = weigh::<S>(&scores[j], place, &mut state[j], out[j]);
             }
+            values_together::<S, E>(&weights, values, view.size, &mut out);
+        } else {
+            for j in 0..count {
+                let place = Place { block: b, position: position + j, slope, size: view.size };
+                dots::<S, E>(q.as_ptr().add(j * stride), keys, view.size, &mut scores[j]);
+                let weights = weigh::<S>(&scores[j], place, &mut state[j], out[j]);
+                add_values::<S, E>(&weights[..place.valid()], values, view.size, out[j]);
+            }
+        }
+    }
+    for j in 0..count {
+        let inverse = 1.0 / S::sum(state[j].sum);
+        for o in out[j].iter_mut() {
+            *o *= inverse;
         }
     }
 }
@@ -358,24 +357,22 @@ unsafe fn dots<S: Simd, E: Element>(
     size: usize,
     scores: &mut [f32; BLOCK],
 ) {
-    unsafe {
-        let full = size / 16 * 16;
-        let rest = size - full;
-        let mut dots = [S::splat(0.0); BLOCK];
-        for d in (0..full).step_by(16) {
-            let q = S::load(q.add(d));
-            for (j, dot) in dots.iter_mut().enumerate() {
-                *dot = S::fma(q, E::load::<S>(keys.add(j * size + d)), *dot);
-            }
+    let full = size / 16 * 16;
+    let rest = size - full;
+    let mut dots = [S::splat(0.0); BLOCK];
+    for d in (0..full).step_by(16) {
+        let q = S::load(q.add(d));
+        for (j, dot) in dots.iter_mut().enumerate() {
+            *dot = S::fma(q, E::load::<S>(keys.add(j * size + d)), *dot);
         }
-        if rest > 0 {
-            let q = S::load_partial(q.add(full), rest);
-            for (j, dot) in dots.iter_mut().enumerate() {
-                *dot = S::fma(q, E::load_partial::<S>(keys.add(j * size + full), rest), *dot);
-            }
-        }
-        S::store(scores.as_mut_ptr(), S::sum16(&dots));
     }
+    if rest > 0 {
+        let q = S::load_partial(q.add(full), rest);
+        for (j, dot) in dots.iter_mut().enumerate() {
+            *dot = S::fma(q, E::load_partial::<S>(keys.add(j * size + full), rest), *dot);
+        }
+    }
+    S::store(scores.as_mut_ptr(), S::sum16(&dots));
 }
 
 /// [`dots`] for [`TOGETHER`] queries; each key is read once. Every sum has the order that it has in
@@ -391,40 +388,37 @@ unsafe fn dots_together<S: Simd, E: Element>(
     size: usize,
     scores: &mut [[f32; BLOCK]; TOGETHER],
 ) {
-    unsafe {
-        let full = size / 16 * 16;
-        let rest = size - full;
-        for first in (0..BLOCK).step_by(4) {
-            let keys = keys.add(first * size);
-            // query by query, four keys each
-            let mut dots = [S::splat(0.0); 16];
-            for d in (0..full).step_by(16) {
-                let k0 = E::load::<S>(keys.add(d));
-                let k1 = E::load::<S>(keys.add(size + d));
-                let k2 = E::load::<S>(keys.add(2 * size + d));
-                let k3 = E::load::<S>(keys.add(3 * size + d));
-                for (j, dots) in dots.chunks_exact_mut(4).enumerate() {
-                    let q = S::load(q.add(j * stride + d));
-                    dots[0] = S::fma(q, k0, dots[0]);
-                    dots[1] = S::fma(q, k1, dots[1]);
-                    dots[2] = S::fma(q, k2, dots[2]);
-                    dots[3] = S::fma(q, k3, dots[3]);
+    let full = size / 16 * 16;
+    let rest = size - full;
+    for first in (0..BLOCK).step_by(4) {
+        let keys = keys.add(first * size);
+        // query by query, four keys each
+        let mut dots = [S::splat(0.0); 16];
+        for d in (0..full).step_by(16) {
+            let k0 = E::load::<S>(keys.add(d));
+            let k1 = E::load::<S>(keys.add(size + d));
+            let k2 = E::load::<S>(keys.add(2 * size + d));
+            let k3 = E::load::<S>(keys.add(3 * size + d));
+            for (j, dots) in dots.chunks_exact_mut(4).enumerate() {
+                let q = S::load(q.add(j * stride + d));
+                dots[0] = S::fma(q, k0, dots[0]);
+                dots[1] = S::fma(q, k1, dots[1]);
+                dots[2] = S::fma(q, k2, dots[2]);
+                dots[3] = S::fma(q, k3, dots[3]);
+            }
+        }
+        if rest > 0 {
+            for (j, dots) in dots.chunks_exact_mut(4).enumerate() {
+                let q = S::load_partial(q.add(j * stride + full), rest);
+                for (k, dot) in dots.iter_mut().enumerate() {
+                    *dot = S::fma(q, E::load_partial::<S>(keys.add(k * size + full), rest), *dot);
                 }
             }
-            if rest > 0 {
-                for (j, dots) in dots.chunks_exact_mut(4).enumerate() {
-                    let q = S::load_partial(q.add(j * stride + full), rest);
-                    for (k, dot) in dots.iter_mut().enumerate() {
-                        *dot =
-                            S::fma(q, E::load_partial::<S>(keys.add(k * size + full), rest), *dot);
-                    }
-                }
-            }
-            let mut sums = [0f32; 16];
-            S::store(sums.as_mut_ptr(), S::sum16(&dots));
-            for (scores, sums) in scores.iter_mut().zip(sums.chunks_exact(4)) {
-                scores[first..first + 4].copy_from_slice(sums);
-            }
+        }
+        let mut sums = [0f32; 16];
+        S::store(sums.as_mut_ptr(), S::sum16(&dots));
+        for (scores, sums) in scores.iter_mut().zip(sums.chunks_exact(4)) {
+            scores[first..first + 4].copy_from_slice(sums);
         }
     }
 }
@@ -443,33 +437,31 @@ unsafe fn weigh<S: Simd>(
 ) -> [f32; BLOCK] {
     const LANE: [f32; BLOCK] =
         [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
-    unsafe {
-        let scale = 1.0 / (place.size as f32).sqrt();
-        let valid = place.valid();
-        // scaled scores plus slope * (key position - query position)
-        let first = (place.block * BLOCK) as f32 - place.position as f32;
-        let distance = S::add(S::load(LANE.as_ptr()), S::splat(first));
-        let bias = S::mul(distance, S::splat(place.slope));
-        let scores = S::fma(S::load(products.as_ptr()), S::splat(scale), bias);
-        // in registers: what is stored in part and loaded whole has to wait for memory
-        let scores = S::first(scores, valid, S::splat(f32::NEG_INFINITY));
-        let here = S::max_lane(scores);
-        if here > state.most {
-            if place.block > 0 {
-                let shrink = (state.most - here).exp();
-                state.sum = S::mul(state.sum, S::splat(shrink));
-                for o in out.iter_mut() {
-                    *o *= shrink;
-                }
+    let scale = 1.0 / (place.size as f32).sqrt();
+    let valid = place.valid();
+    // scaled scores plus slope * (key position - query position)
+    let first = (place.block * BLOCK) as f32 - place.position as f32;
+    let distance = S::add(S::load(LANE.as_ptr()), S::splat(first));
+    let bias = S::mul(distance, S::splat(place.slope));
+    let scores = S::fma(S::load(products.as_ptr()), S::splat(scale), bias);
+    // in registers: what is stored in part and loaded whole has to wait for memory
+    let scores = S::first(scores, valid, S::splat(f32::NEG_INFINITY));
+    let here = S::max_lane(scores);
+    if here > state.most {
+        if place.block > 0 {
+            let shrink = (state.most - here).exp();
+            state.sum = S::mul(state.sum, S::splat(shrink));
+            for o in out.iter_mut() {
+                *o *= shrink;
             }
-            state.most = here;
         }
-        let exps = S::first(S::exp(S::sub(scores, S::splat(state.most))), valid, S::splat(0.0));
-        state.sum = S::add(state.sum, exps);
-        let mut weights = [0.0; BLOCK];
-        S::store(weights.as_mut_ptr(), exps);
-        weights
+        state.most = here;
     }
+    let exps = S::first(S::exp(S::sub(scores, S::splat(state.most))), valid, S::splat(0.0));
+    state.sum = S::add(state.sum, exps);
+    let mut weights = [0.0; BLOCK];
+    S::store(weights.as_mut_ptr(), exps);
+    weights
 }
 
 /// Adds the weighted rows of `values` to `out`.
@@ -483,27 +475,21 @@ unsafe fn add_values<S: Simd, E: Element>(
     size: usize,
     out: &mut [f32],
 ) {
-    unsafe {
-        let full = size / 16 * 16;
-        let rest = size - full;
-        for d in (0..full).step_by(16) {
-            let mut o = S::load(out.as_ptr().add(d));
-            for (j, w) in weights.iter().enumerate() {
-                o = S::fma(S::splat(*w), E::load::<S>(values.add(j * size + d)), o);
-            }
-            S::store(out.as_mut_ptr().add(d), o);
+    let full = size / 16 * 16;
+    let rest = size - full;
+    for d in (0..full).step_by(16) {
+        let mut o = S::load(out.as_ptr().add(d));
+        for (j, w) in weights.iter().enumerate() {
+            o = S::fma(S::splat(*w), E::load::<S>(values.add(j * size + d)), o);
         }
-        if rest > 0 {
-            let mut o = S::load_partial(out.as_ptr().add(full), rest);
-            for (j, w) in weights.iter().enumerate() {
-                o = S::fma(
-                    S::splat(*w),
-                    E::load_partial::<S>(values.add(j * size + full), rest),
-                    o,
-                );
-            }
-            S::store_partial(out.as_mut_ptr().add(full), o, rest);
+        S::store(out.as_mut_ptr().add(d), o);
+    }
+    if rest > 0 {
+        let mut o = S::load_partial(out.as_ptr().add(full), rest);
+        for (j, w) in weights.iter().enumerate() {
+            o = S::fma(S::splat(*w), E::load_partial::<S>(values.add(j * size + full), rest), o);
         }
+        S::store_partial(out.as_mut_ptr().add(full), o, rest);
     }
 }
 
@@ -518,36 +504,34 @@ unsafe fn values_together<S: Simd, E: Element>(
     size: usize,
     out: &mut Outputs,
 ) {
-    unsafe {
-        let full = size / 16 * 16;
-        for d in (0..full).step_by(16) {
-            let mut o = [S::splat(0.0); TOGETHER];
-            for (o, out) in o.iter_mut().zip(out.iter()) {
-                *o = S::load(out.as_ptr().add(d));
-            }
-            for j in 0..BLOCK {
-                let v = E::load::<S>(values.add(j * size + d));
-                for (o, w) in o.iter_mut().zip(weights) {
-                    *o = S::fma(S::splat(w[j]), v, *o);
-                }
-            }
-            for (o, out) in o.iter().zip(out.iter_mut()) {
-                S::store(out.as_mut_ptr().add(d), *o);
+    let full = size / 16 * 16;
+    for d in (0..full).step_by(16) {
+        let mut o = [S::splat(0.0); TOGETHER];
+        for (o, out) in o.iter_mut().zip(out.iter()) {
+            *o = S::load(out.as_ptr().add(d));
+        }
+        for j in 0..BLOCK {
+            let v = E::load::<S>(values.add(j * size + d));
+            for (o, w) in o.iter_mut().zip(weights) {
+                *o = S::fma(S::splat(w[j]), v, *o);
             }
         }
-        let rest = size - full;
-        if rest > 0 {
-            for (weights, out) in weights.iter().zip(out.iter_mut()) {
-                let mut o = S::load_partial(out.as_ptr().add(full), rest);
-                for (j, w) in weights.iter().enumerate() {
-                    o = S::fma(
-                        S::splat(*w),
-                        E::load_partial::<S>(values.add(j * size + full), rest),
-                        o,
-                    );
-                }
-                S::store_partial(out.as_mut_ptr().add(full), o, rest);
+        for (o, out) in o.iter().zip(out.iter_mut()) {
+            S::store(out.as_mut_ptr().add(d), *o);
+        }
+    }
+    let rest = size - full;
+    if rest > 0 {
+        for (weights, out) in weights.iter().zip(out.iter_mut()) {
+            let mut o = S::load_partial(out.as_ptr().add(full), rest);
+            for (j, w) in weights.iter().enumerate() {
+                o = S::fma(
+                    S::splat(*w),
+                    E::load_partial::<S>(values.add(j * size + full), rest),
+                    o,
+                );
             }
+            S::store_partial(out.as_mut_ptr().add(full), o, rest);
         }
     }
 }

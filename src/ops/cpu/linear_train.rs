@@ -48,7 +48,7 @@ pub(super) fn linear(
         }
     });
     let weight = View::new(l.weight, n, k);
-    matmul(cpu, l.precision, y, n, View::new(x, tokens, k), weight.t(), true);
+    matmul(cpu, l.precision, (y, n), View::new(x, tokens, k), weight.t(), true);
 }
 
 /// Writes the gradient of the input to `dx`, adds those of weight and bias to `dw` and `db`.
@@ -62,8 +62,8 @@ pub(super) fn linear_backward(
     let (n, k) = l.shape();
     let tokens = x.len() / k;
     let dy_view = View::new(dy, tokens, n);
-    matmul(cpu, l.precision, dx, k, dy_view, View::new(l.weight, n, k), false);
-    matmul(cpu, l.precision, dw, k, dy_view.t(), View::new(x, tokens, k), true);
+    matmul(cpu, l.precision, (dx, k), dy_view, View::new(l.weight, n, k), false);
+    matmul(cpu, l.precision, (dw, k), dy_view.t(), View::new(x, tokens, k), true);
     add_columns(cpu, dy, db);
 }
 

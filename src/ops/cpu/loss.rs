@@ -37,7 +37,7 @@ pub(super) fn cross_entropy(
         let n = chunk.min(rows - start);
         let logits = &mut logits[..n * vocab];
         let x = View::new(&x[start * h..(start + n) * h], n, h);
-        matmul(cpu, precision, logits, vocab, x, head_view.t(), false);
+        matmul(cpu, precision, (logits, vocab), x, head_view.t(), false);
         let scale = gradients.as_ref().map(|g| g.0);
         let (rows_of, loss_of) =
             (Disjoint::new(logits), Disjoint::new(&mut losses[start..start + n]));
@@ -56,8 +56,9 @@ pub(super) fn cross_entropy(
         });
         if let Some((_, dx, dhead)) = &mut gradients {
             let g = View::new(logits, n, vocab);
-            matmul(cpu, precision, &mut dx[start * h..(start + n) * h], h, g, head_view, false);
-            matmul(cpu, precision, dhead, h, g.t(), x, true);
+            let dx = &mut dx[start * h..(start + n) * h];
+            matmul(cpu, precision, (dx, h), g, head_view, false);
+            matmul(cpu, precision, (dhead, h), g.t(), x, true);
         }
     }
     losses.iter().sum()

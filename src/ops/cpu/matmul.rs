@@ -50,8 +50,7 @@ const BLOCK: (usize, usize) = (256, 512);
 pub fn matmul(
     cpu: &Cpu,
     precision: Precision,
-    c: &mut [f32],
-    c_stride: usize,
+    (c, c_stride): (&mut [f32], usize),
     a: View,
     b: View,
     accumulate: bool,
@@ -97,27 +96,25 @@ pub unsafe fn matmul_tile(c: *mut f32, c_stride: usize, a: View, b: View, accumu
     if a.rows == 0 || b.cols == 0 || a.cols == 0 {
         return;
     }
-    unsafe {
-        gemm::gemm(
-            a.rows,
-            b.cols,
-            a.cols,
-            c,
-            1,
-            c_stride as isize,
-            accumulate,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
+    gemm::gemm(
+        a.rows,
+        b.cols,
+        a.cols,
+        c,
+        1,
+        c_stride as isize,
+        accumulate,
+        a.data.as_ptr(),
+        a.col_stride as isize,
+        a.row_stride as isize,
+        b.data.as_ptr(),
+        b.col_stride as isize,
+        b.row_stride as isize,
+        1.0,
+        1.0,
+        false,
+        false,
+        false,
+        gemm::Parallelism::None,
+    );
 }

@@ -39,6 +39,7 @@ pub fn matmul(cpu: &Cpu, c: &mut [f32], c_stride: usize, a: View, b: View, accum
         grow(pa, strips * 16 * pairs);
         grow(pb, panels * NR * pairs);
         let (da, db) = (Disjoint::new(pa), Disjoint::new(pb));
+        // SAFETY: every strip and every panel is one task's; the machine has the instructions.
         cpu.threads.run(strips + panels, |task| unsafe {
             if task < strips {
                 let out = da.slice(task * 16 * pairs..(task + 1) * 16 * pairs);
@@ -104,30 +105,27 @@ unsafe fn tile<const M: usize>(
     width: usize,
     add: bool,
 ) {
-    unsafe {
-        let mut sums = [[_mm512_setzero_ps(); 4]; M];
-        let mut b = b;
-        for p in 0..pairs {
-            let bs: [__m512bh; 4] = std::array::from_fn(|j| {
-                std::mem::transmute(_mm512_loadu_si512(b.add(j * 16).cast()))
-            });
-            for (i, row) in sums.iter_mut().enumerate() {
-                let x: __m512bh =
-                    std::mem::transmute(_mm512_set1_epi32(*a.add(i * a_stride + p) as i32));
-                for (sum, b) in row.iter_mut().zip(bs) {
-                    *sum = _mm512_dpbf16_ps(*sum, x, b);
-                }
+    let mut sums = [[_mm512_setzero_ps(); 4]; M];
+    let mut b = b;
+    for p in 0..pairs {
+        let bs: [__m512bh; 4] =
+            std::array::from_fn(|j| std::mem::transmute(_mm512_loadu_si512(b.add(j * 16).cast())));
+        for (i, row) in sums.iter_mut().enumerate() {
+            let x: __m512bh =
+                std::mem::transmute(_mm512_set1_epi32(*a.add(i * a_stride + p) as i32));
+            for (sum, b) in row.iter_mut().zip(bs) {
+                *sum = _mm512_dpbf16_ps(*sum, x, b);
             }
-            b = b.add(NR);
         }
-        for (i, row) in sums.iter().enumerate() {
-            for (j, sum) in row.iter().enumerate() {
-                let lanes = width.saturating_sub(j * 16).min(16);
-                let mask = ((1u32 << lanes) - 1) as __mmask16;
-                let p = c.add(i * c_stride + j * 16);
-                let old = if add { _mm512_maskz_loadu_ps(mask, p) } else { _mm512_setzero_ps() };
-                _mm512_mask_storeu_ps(p, mask, _mm512_add_ps(old, *sum));
-            }
+        b = b.add(NR);
+    }
+    for (i, row) in sums.iter().enumerate() {
+        for (j, sum) in row.iter().enumerate() {
+            let lanes = width.saturating_sub(j * 16).min(16);
+            let mask = ((1u32 << lanes) - 1) as __mmask16;
+            let p = c.add(i * c_stride + j * 16);
+            let old = if add { _mm512_maskz_loadu_ps(mask, p) } else { _mm512_setzero_ps() };
+            _mm512_mask_storeu_ps(p, mask, _mm512_add_ps(old, *sum));
         }
     }
 }
@@ -179,36 +177,33 @@ unsafe fn load_words(v: View, first: usize, rows: usize, k: usize) -> [__m512i; 
     let mut words = [_mm512_setzero_si512(); 16];
     let inner = v.cols.saturating_sub(k).min(32);
     let mask = |n: usize| ((1u32 << n) - 1) as __mmask16;
-    unsafe {
-        let at = |row: usize, k: usize| v.data.as_ptr().add(row * v.row_stride + k * v.col_stride);
-        if v.col_stride == 1 {
-            let (m0, m1) = (mask(inner.min(16)), mask(inner.saturating_sub(16)));
-            for (i, w) in words.iter_mut().enumerate().take(rows) {
-                if inner == 0 {
-                    break;
-                }
-                let low = _mm512_maskz_loadu_ps(m0, at(first + i, k));
-                let high = _mm512_maskz_loadu_ps(m1, at(first + i, k).wrapping_add(16));
-                *w = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+    let at = |row: usize, k: usize| v.data.as_ptr().add(row * v.row_stride + k * v.col_stride);
+    if v.col_stride == 1 {
+        let (m0, m1) = (mask(inner.min(16)), mask(inner.saturating_sub(16)));
+        for (i, w) in words.iter_mut().enumerate().take(rows) {
+            if inner == 0 {
+                break;
             }
-        } else {
-            debug_assert_eq!(v.row_stride, 1);
-            let lanes = mask(rows);
-            let order: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 16) as u16);
-            let order = _mm512_loadu_si512(order.as_ptr().cast());
-            for (i, w) in words.iter_mut().enumerate() {
-                let load = |step: usize| {
-                    if step < inner {
-                        _mm512_maskz_loadu_ps(lanes, at(first, k + step))
-                    } else {
-                        _mm512_setzero_ps()
-                    }
-                };
-                let both = _mm512_cvtne2ps_pbh(load(2 * i + 1), load(2 * i));
-                *w =
-                    _mm512_permutexvar_epi16(order, std::mem::transmute::<__m512bh, __m512i>(both));
-            }
+            let low = _mm512_maskz_loadu_ps(m0, at(first + i, k));
+            let high = _mm512_maskz_loadu_ps(m1, at(first + i, k).wrapping_add(16));
+            *w = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
         }
-    }
+    } else {
+        debug_assert_eq!(v.row_stride, 1);
+        let lanes = mask(rows);
+        let order: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 16) as u16);
+        let order = _mm512_loadu_si512(order.as_ptr().cast());
+        for (i, w) in words.iter_mut().enumerate() {
+            let load = |step: usize| {
+                if step < inner {
+                    _mm512_maskz_loadu_ps(lanes, at(first, k + step))
+                } else {
+                    _mm512_setzero_ps()
+                }
+            };
+            let both = _mm512_cvtne2ps_pbh(load(2 * i + 1), load(2 * i));
+            *w = _mm512_permutexvar_epi16(order, std::mem::transmute::<__m512bh, __m512i>(both));
+        }
+    };
     words
 }

@@ -37,6 +37,7 @@ struct Shared {
 // SAFETY: `Job::body` is only called for an index taken from `ticket`, and the caller of
 // `Threads::run` waits until every index that was taken is finished.
 unsafe impl Send for Shared {}
+// SAFETY: as above.
 unsafe impl Sync for Shared {}
 
 /// The pool. `run` may be called from one thread at a time; nested calls run on the caller alone.
@@ -201,6 +202,7 @@ pub struct Disjoint<T> {
 
 // SAFETY: access goes through `slice`, whose contract is that ranges in use never overlap.
 unsafe impl<T: Send> Send for Disjoint<T> {}
+// SAFETY: as above.
 unsafe impl<T: Send> Sync for Disjoint<T> {}
 
 impl<T> Disjoint<T> {
@@ -221,7 +223,7 @@ impl<T> Disjoint<T> {
     #[inline(always)]
     pub unsafe fn slice(&self, range: std::ops::Range<usize>) -> &mut [T] {
         assert!(range.start <= range.end && range.end <= self.len);
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
+        std::slice::from_raw_parts_mut(self.data.add(range.start), range.len())
     }
 
     /// A pointer to element `start`, from which `extent` elements lie inside the slice: for tiles

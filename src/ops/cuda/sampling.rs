@@ -152,7 +152,13 @@ impl<L: Launcher> Cuda<L> {
             .filter(|&i| matches!(SampledBy::of(rows[i].1, lm_head.rows()), SampledBy::Host))
             .collect();
         let at = self.launch_sampling(x, lm_head, rows, &mut |scratch, first_row, part| {
-            on_host.extend(self.list_top(scratch, lm_head, first_row, rows, part, &mut chosen)?);
+            on_host.extend(self.list_top(
+                scratch,
+                lm_head,
+                (first_row, part),
+                rows,
+                &mut chosen,
+            )?);
             Ok(())
         })?;
         if on_host.len() < rows.len() {
@@ -284,9 +290,8 @@ impl<L: Launcher> Cuda<L> {
         &self,
         scratch: &mut Scratch<L>,
         lm_head: &DeviceWeight<L>,
-        first_row: usize,
+        (first_row, part): (usize, &[usize]),
         rows: &[(usize, &SamplingRow)],
-        part: &[usize],
         chosen: &mut [SampledToken],
     ) -> Result<Vec<usize>> {
         let wanted = |&i: &usize| TopRequest {
@@ -338,7 +343,8 @@ impl<L: Launcher> Cuda<L> {
                 let start = changes.len();
                 changes.extend(changed(r));
                 let count = changes.len() - start;
-                changes.push(LogitChange { token: ABSENT, bias: 0.0 }); // ends the list for the kernel's search
+                // ends the list for the kernel's search
+                changes.push(LogitChange { token: ABSENT, bias: 0.0 });
                 SamplingJob {
                     row: (row - first_row) as u32,
                     inverse_temperature: if s.temperature > 0.0 {

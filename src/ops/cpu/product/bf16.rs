@@ -135,26 +135,24 @@ impl Lanes for Bf16 {
 
     #[inline(always)]
     unsafe fn zero() -> __m512 {
-        unsafe { _mm512_setzero_ps() }
+        _mm512_setzero_ps()
     }
     #[inline(always)]
     unsafe fn begin(out: *const f32) -> __m512 {
-        unsafe { _mm512_loadu_ps(out) }
+        _mm512_loadu_ps(out)
     }
     #[inline(always)]
     unsafe fn load(w: *const u8) -> __m512bh {
-        unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(w.cast())) }
+        std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(w.cast()))
     }
     #[inline(always)]
     unsafe fn dot(acc: __m512, w: __m512bh, a: *const u8) -> __m512 {
-        unsafe {
-            let a = _mm512_set1_epi32(a.cast::<i32>().read_unaligned());
-            _mm512_dpbf16_ps(acc, w, std::mem::transmute::<__m512i, __m512bh>(a))
-        }
+        let a = _mm512_set1_epi32(a.cast::<i32>().read_unaligned());
+        _mm512_dpbf16_ps(acc, w, std::mem::transmute::<__m512i, __m512bh>(a))
     }
     #[inline(always)]
     unsafe fn end(acc: __m512, out: *mut f32) {
-        unsafe { _mm512_storeu_ps(out, acc) }
+        _mm512_storeu_ps(out, acc)
     }
 }
 
@@ -194,8 +192,10 @@ mod tests {
             let run = |x: &[f32]| {
                 let mut out = vec![0f32; x.len() / cols * rows];
                 let place = Disjoint::new(&mut out);
-                product(&cpu, x, &matrix, &|t, first, sums: &mut [f32]| unsafe {
-                    place.slice(t * rows + first..t * rows + first + sums.len()).copy_from_slice(sums);
+                product(&cpu, x, &matrix, &|t, first, sums: &mut [f32]| {
+                    let at = t * rows + first..t * rows + first + sums.len();
+                    // SAFETY: every output is finished once.
+                    unsafe { place.slice(at) }.copy_from_slice(sums);
                 });
                 out
             };

@@ -34,12 +34,12 @@ pub trait Dot {
     /// Sixteen sums, each equal to [`Dot::sum`] of its accumulator.
     #[inline(always)]
     unsafe fn sum16(acc: &[Self::Acc; 16]) -> [f32; 16] {
-        std::array::from_fn(|i| unsafe { Self::sum(acc[i]) })
+        std::array::from_fn(|i| Self::sum(acc[i]))
     }
     /// [`Dot::sum16`] for eight.
     #[inline(always)]
     unsafe fn sum8(acc: &[Self::Acc; 8]) -> [f32; 8] {
-        std::array::from_fn(|i| unsafe { Self::sum(acc[i]) })
+        std::array::from_fn(|i| Self::sum(acc[i]))
     }
 }
 
@@ -60,15 +60,15 @@ macro_rules! element {
         impl Element for $t {
             #[inline(always)]
             unsafe fn load<S: Simd>(p: *const Self) -> S::V {
-                unsafe { S::$load(p) }
+                S::$load(p)
             }
             #[inline(always)]
             unsafe fn load_partial<S: Simd>(p: *const Self, n: usize) -> S::V {
-                unsafe { S::$partial(p, n) }
+                S::$partial(p, n)
             }
             #[inline(always)]
             unsafe fn store<S: Simd>(p: *mut Self, v: S::V) {
-                unsafe { S::$store(p, v) }
+                S::$store(p, v)
             }
             #[inline(always)]
             fn from_f32(x: f32) -> Self {
@@ -95,36 +95,36 @@ impl<S: Simd, E: Element> Dot for Float<S, E> {
 
     #[inline(always)]
     unsafe fn zero() -> S::V {
-        unsafe { S::splat(0.0) }
+        S::splat(0.0)
     }
     #[inline(always)]
     unsafe fn load_w(p: *const E) -> S::V {
-        unsafe { E::load::<S>(p) }
+        E::load::<S>(p)
     }
     #[inline(always)]
     unsafe fn load_w_partial(p: *const E, n: usize) -> S::V {
-        unsafe { E::load_partial::<S>(p, n) }
+        E::load_partial::<S>(p, n)
     }
     #[inline(always)]
     unsafe fn load_a(p: *const f32) -> S::V {
-        unsafe { S::load(p) }
+        S::load(p)
     }
     #[inline(always)]
     unsafe fn dot(acc: S::V, w: S::V, a: S::V) -> S::V {
-        unsafe { S::fma(w, a, acc) }
+        S::fma(w, a, acc)
     }
     #[inline(always)]
     unsafe fn sum(acc: S::V) -> f32 {
-        unsafe { S::sum(acc) }
+        S::sum(acc)
     }
     #[inline(always)]
     unsafe fn sum16(acc: &[S::V; 16]) -> [f32; 16] {
         let mut out = [0.0; 16];
-        unsafe { S::store(out.as_mut_ptr(), S::sum16(acc)) };
+        S::store(out.as_mut_ptr(), S::sum16(acc));
         out
     }
     #[inline(always)]
     unsafe fn sum8(acc: &[S::V; 8]) -> [f32; 8] {
-        unsafe { S::sum8(acc) }
+        S::sum8(acc)
     }
 }

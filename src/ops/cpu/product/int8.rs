@@ -200,11 +200,11 @@ impl Lanes for Portable {
     }
     #[inline(always)]
     unsafe fn load(w: *const u8) -> Self::W {
-        unsafe { w.cast::<Self::W>().read_unaligned() }
+        w.cast::<Self::W>().read_unaligned()
     }
     #[inline(always)]
     unsafe fn dot(acc: Self::Acc, w: Self::W, a: *const u8) -> Self::Acc {
-        let a = unsafe { a.cast::<[u8; INNER]>().read_unaligned() };
+        let a = a.cast::<[u8; INNER]>().read_unaligned();
         std::array::from_fn(|i| {
             (0..INNER).fold(acc[i], |sum, k| sum + w[i][k] as i32 * a[k] as i32)
         })
@@ -212,7 +212,7 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn end(acc: Self::Acc, out: *mut i32) {
         for (i, sum) in acc.into_iter().enumerate() {
-            unsafe { *out.add(i) += sum };
+            *out.add(i) += sum;
         }
     }
 }
@@ -234,25 +234,23 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn zero() -> __m512i {
-            unsafe { _mm512_setzero_si512() }
+            _mm512_setzero_si512()
         }
         #[inline(always)]
         unsafe fn begin(out: *const i32) -> __m512i {
-            unsafe { _mm512_loadu_si512(out.cast()) }
+            _mm512_loadu_si512(out.cast())
         }
         #[inline(always)]
         unsafe fn load(w: *const u8) -> __m512i {
-            unsafe { _mm512_loadu_si512(w.cast()) }
+            _mm512_loadu_si512(w.cast())
         }
         #[inline(always)]
         unsafe fn dot(acc: __m512i, w: __m512i, a: *const u8) -> __m512i {
-            unsafe {
-                _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(a.cast::<i32>().read_unaligned()), w)
-            }
+            _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(a.cast::<i32>().read_unaligned()), w)
         }
         #[inline(always)]
         unsafe fn end(acc: __m512i, out: *mut i32) {
-            unsafe { _mm512_storeu_si512(out.cast(), acc) }
+            _mm512_storeu_si512(out.cast(), acc)
         }
     }
 
@@ -268,48 +266,42 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn zero() -> Self::Acc {
-            unsafe { [_mm256_setzero_si256(); 4] }
+            [_mm256_setzero_si256(); 4]
         }
         #[inline(always)]
         unsafe fn begin(_: *const i32) -> Self::Acc {
-            unsafe { Self::zero() }
+            Self::zero()
         }
         #[inline(always)]
         unsafe fn load(w: *const u8) -> Self::W {
-            unsafe {
-                let part = w.cast::<__m128i>();
-                let [a, b, c, d] = [part, part.add(1), part.add(2), part.add(3)];
-                [
-                    _mm256_cvtepi8_epi16(_mm_loadu_si128(a)),
-                    _mm256_cvtepi8_epi16(_mm_loadu_si128(b)),
-                    _mm256_cvtepi8_epi16(_mm_loadu_si128(c)),
-                    _mm256_cvtepi8_epi16(_mm_loadu_si128(d)),
-                ]
-            }
+            let part = w.cast::<__m128i>();
+            let [a, b, c, d] = [part, part.add(1), part.add(2), part.add(3)];
+            [
+                _mm256_cvtepi8_epi16(_mm_loadu_si128(a)),
+                _mm256_cvtepi8_epi16(_mm_loadu_si128(b)),
+                _mm256_cvtepi8_epi16(_mm_loadu_si128(c)),
+                _mm256_cvtepi8_epi16(_mm_loadu_si128(d)),
+            ]
         }
         #[inline(always)]
         unsafe fn dot(acc: Self::Acc, w: Self::W, a: *const u8) -> Self::Acc {
-            unsafe {
-                let a = _mm256_cvtepu8_epi16(_mm_set1_epi32(a.cast::<i32>().read_unaligned()));
-                [
-                    _mm256_add_epi32(acc[0], _mm256_madd_epi16(w[0], a)),
-                    _mm256_add_epi32(acc[1], _mm256_madd_epi16(w[1], a)),
-                    _mm256_add_epi32(acc[2], _mm256_madd_epi16(w[2], a)),
-                    _mm256_add_epi32(acc[3], _mm256_madd_epi16(w[3], a)),
-                ]
-            }
+            let a = _mm256_cvtepu8_epi16(_mm_set1_epi32(a.cast::<i32>().read_unaligned()));
+            [
+                _mm256_add_epi32(acc[0], _mm256_madd_epi16(w[0], a)),
+                _mm256_add_epi32(acc[1], _mm256_madd_epi16(w[1], a)),
+                _mm256_add_epi32(acc[2], _mm256_madd_epi16(w[2], a)),
+                _mm256_add_epi32(acc[3], _mm256_madd_epi16(w[3], a)),
+            ]
         }
         #[inline(always)]
         unsafe fn end(acc: Self::Acc, out: *mut i32) {
             for half in 0..2 {
-                unsafe {
-                    // halves of 128 bits hold rows 0 1 4 5 and 2 3 6 7 after the addition of
-                    // neighbours
-                    let sums = _mm256_hadd_epi32(acc[2 * half], acc[2 * half + 1]);
-                    let sums = _mm256_permute4x64_epi64::<0b11_01_10_00>(sums);
-                    let out = out.add(8 * half).cast::<__m256i>();
-                    _mm256_storeu_si256(out, _mm256_add_epi32(sums, _mm256_loadu_si256(out)));
-                }
+                // halves of 128 bits hold rows 0 1 4 5 and 2 3 6 7 after the addition of
+                // neighbours
+                let sums = _mm256_hadd_epi32(acc[2 * half], acc[2 * half + 1]);
+                let sums = _mm256_permute4x64_epi64::<0b11_01_10_00>(sums);
+                let out = out.add(8 * half).cast::<__m256i>();
+                _mm256_storeu_si256(out, _mm256_add_epi32(sums, _mm256_loadu_si256(out)));
             }
         }
     }

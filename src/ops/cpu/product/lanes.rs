@@ -177,50 +177,48 @@ pub unsafe fn panel<L: Lanes>(w: Groups, a: Quads, tokens: Range<usize>, sums: &
     };
     // groups of a streaming tile are far apart: a stream each
     let step = if plan.streaming { w.count / plan.height } else { 1 };
-    unsafe {
-        for k in (0..inner).step_by(plan.chunk) {
-            let kn = plan.chunk.min(inner - k);
-            let mut g = 0;
-            while g < w.count {
-                let paired = g + plan.height <= w.count / plan.height * plan.height;
-                let (n, first) = match (paired, plan.streaming) {
-                    (false, _) => (1, g),
-                    (true, true) => (plan.height, g / plan.height),
-                    (true, false) => (plan.height, g),
+    for k in (0..inner).step_by(plan.chunk) {
+        let kn = plan.chunk.min(inner - k);
+        let mut g = 0;
+        while g < w.count {
+            let paired = g + plan.height <= w.count / plan.height * plan.height;
+            let (n, first) = match (paired, plan.streaming) {
+                (false, _) => (1, g),
+                (true, true) => (plan.height, g / plan.height),
+                (true, false) => (plan.height, g),
+            };
+            let at = w.at.add(first * w.bytes + k * GROUP);
+            let mut t = tokens.start;
+            let mut number = 0;
+            while t < tokens.end {
+                let m = plan.tile_m.min(tokens.end - t);
+                let tile = Tile {
+                    w: at,
+                    stride: step * w.bytes,
+                    streaming: plan.streaming,
+                    next: if plan.streaming {
+                        // where the stream goes on: the next group, or the first one's next
+                        // chunk
+                        match (first + 1 < step, k + kn < inner) {
+                            (true, _) => at.wrapping_add(w.bytes),
+                            (false, true) => w.at.wrapping_add((k + kn) * GROUP),
+                            (false, false) => w.at.wrapping_add(w.count * w.bytes),
+                        }
+                    } else {
+                        at.wrapping_add((n + number % n) * w.bytes)
+                    },
+                    a: a.data.as_ptr().add(t / 4 * a.bytes + k * 4),
+                    quad: a.bytes,
+                    kn,
+                    out: sums.as_mut_ptr().add(((t - tokens.start) * w.count + first) * GROUP),
+                    out_token: w.count * GROUP,
+                    out_group: step * GROUP,
                 };
-                let at = w.at.add(first * w.bytes + k * GROUP);
-                let mut t = tokens.start;
-                let mut number = 0;
-                while t < tokens.end {
-                    let m = plan.tile_m.min(tokens.end - t);
-                    let tile = Tile {
-                        w: at,
-                        stride: step * w.bytes,
-                        streaming: plan.streaming,
-                        next: if plan.streaming {
-                            // where the stream goes on: the next group, or the first one's next
-                            // chunk
-                            match (first + 1 < step, k + kn < inner) {
-                                (true, _) => at.wrapping_add(w.bytes),
-                                (false, true) => w.at.wrapping_add((k + kn) * GROUP),
-                                (false, false) => w.at.wrapping_add(w.count * w.bytes),
-                            }
-                        } else {
-                            at.wrapping_add((n + number % n) * w.bytes)
-                        },
-                        a: a.data.as_ptr().add(t / 4 * a.bytes + k * 4),
-                        quad: a.bytes,
-                        kn,
-                        out: sums.as_mut_ptr().add(((t - tokens.start) * w.count + first) * GROUP),
-                        out_token: w.count * GROUP,
-                        out_group: step * GROUP,
-                    };
-                    tile.run::<L>(m, n);
-                    t += m;
-                    number += 1;
-                }
-                g += n;
+                tile.run::<L>(m, n);
+                t += m;
+                number += 1;
             }
+            g += n;
         }
     }
 }
@@ -258,8 +256,7 @@ impl<S: Copy> Tile<S> {
     /// As for [`panel`].
     #[inline(always)]
     unsafe fn run<L: Lanes<Sum = S>>(&self, m: usize, n: usize) {
-        unsafe {
-            macro_rules! tiles {
+        macro_rules! tiles {
                 ($n:literal: $($m:literal)*) => {
                     match m {
                         $($m => self.tile::<L, $m, $n>(),)*
@@ -267,11 +264,10 @@ impl<S: Copy> Tile<S> {
                     }
                 };
             }
-            match (n, L::WIDE) {
-                (2, _) => tiles!(2: 1 2 3 4 5 6 7 8 9 10 11 12),
-                (_, true) => tiles!(1: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16),
-                (_, false) => tiles!(1: 1 2 3 4),
-            }
+        match (n, L::WIDE) {
+            (2, _) => tiles!(2: 1 2 3 4 5 6 7 8 9 10 11 12),
+            (_, true) => tiles!(1: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16),
+            (_, false) => tiles!(1: 1 2 3 4),
         }
     }
 
@@ -281,43 +277,39 @@ impl<S: Copy> Tile<S> {
     /// As for [`panel`].
     #[inline(always)]
     unsafe fn tile<L: Lanes<Sum = S>, const M: usize, const N: usize>(&self) {
-        unsafe {
-            // no closures: they would not be compiled with the instruction set
-            let mut acc = [[L::zero(); N]; M];
-            for (m, row) in acc.iter_mut().enumerate() {
-                for (n, acc) in row.iter_mut().enumerate() {
-                    *acc = L::begin(self.out.add(m * self.out_token + n * self.out_group));
-                }
+        // no closures: they would not be compiled with the instruction set
+        let mut acc = [[L::zero(); N]; M];
+        for (m, row) in acc.iter_mut().enumerate() {
+            for (n, acc) in row.iter_mut().enumerate() {
+                *acc = L::begin(self.out.add(m * self.out_token + n * self.out_group));
             }
-            if self.streaming {
-                // ahead in its own weights as far as they go, then in what comes next
-                let cut = self.kn.saturating_sub(AHEAD / GROUP);
-                for i in (0..cut).step_by(WORD) {
-                    for n in 0..N {
-                        prefetch::<_, true>(
-                            self.w.wrapping_add(n * self.stride + i * GROUP + AHEAD),
-                        );
-                    }
-                    self.step::<L, M, N>(&mut acc, i);
+        }
+        if self.streaming {
+            // ahead in its own weights as far as they go, then in what comes next
+            let cut = self.kn.saturating_sub(AHEAD / GROUP);
+            for i in (0..cut).step_by(WORD) {
+                for n in 0..N {
+                    prefetch::<_, true>(self.w.wrapping_add(n * self.stride + i * GROUP + AHEAD));
                 }
-                for i in (cut..self.kn).step_by(WORD) {
-                    for n in 0..N {
-                        prefetch::<_, true>(
-                            self.next.wrapping_add(n * self.stride + (i - cut) * GROUP),
-                        );
-                    }
-                    self.step::<L, M, N>(&mut acc, i);
-                }
-            } else {
-                for i in (0..self.kn).step_by(WORD) {
-                    prefetch::<_, false>(self.next.wrapping_add(i * GROUP));
-                    self.step::<L, M, N>(&mut acc, i);
-                }
+                self.step::<L, M, N>(&mut acc, i);
             }
-            for (m, row) in acc.iter().enumerate() {
-                for (n, acc) in row.iter().enumerate() {
-                    L::end(*acc, self.out.add(m * self.out_token + n * self.out_group));
+            for i in (cut..self.kn).step_by(WORD) {
+                for n in 0..N {
+                    prefetch::<_, true>(
+                        self.next.wrapping_add(n * self.stride + (i - cut) * GROUP),
+                    );
                 }
+                self.step::<L, M, N>(&mut acc, i);
+            }
+        } else {
+            for i in (0..self.kn).step_by(WORD) {
+                prefetch::<_, false>(self.next.wrapping_add(i * GROUP));
+                self.step::<L, M, N>(&mut acc, i);
+            }
+        }
+        for (m, row) in acc.iter().enumerate() {
+            for (n, acc) in row.iter().enumerate() {
+                L::end(*acc, self.out.add(m * self.out_token + n * self.out_group));
             }
         }
     }
@@ -332,15 +324,13 @@ impl<S: Copy> Tile<S> {
         acc: &mut [[L::Acc; N]; M],
         i: usize,
     ) {
-        unsafe {
-            let ws: [L::W; N] =
-                std::array::from_fn(|n| L::load(self.w.add(n * self.stride + i * GROUP)));
-            let a = self.a.add(i * 4);
-            for (m, row) in acc.iter_mut().enumerate() {
-                let a = a.add(m / 4 * self.quad + m % 4 * WORD);
-                for (acc, w) in row.iter_mut().zip(ws) {
-                    *acc = L::dot(*acc, w, a);
-                }
+        let ws: [L::W; N] =
+            std::array::from_fn(|n| L::load(self.w.add(n * self.stride + i * GROUP)));
+        let a = self.a.add(i * 4);
+        for (m, row) in acc.iter_mut().enumerate() {
+            let a = a.add(m / 4 * self.quad + m % 4 * WORD);
+            for (acc, w) in row.iter_mut().zip(ws) {
+                *acc = L::dot(*acc, w, a);
             }
         }
     }
@@ -357,7 +347,7 @@ macro_rules! panel_instance {
             tokens: std::ops::Range<usize>,
             sums: &mut [<$lanes as $crate::ops::cpu::product::lanes::Lanes>::Sum],
         ) {
-            unsafe { $crate::ops::cpu::product::lanes::panel::<$lanes>(w, a, tokens, sums) }
+            $crate::ops::cpu::product::lanes::panel::<$lanes>(w, a, tokens, sums)
         }
     };
 }

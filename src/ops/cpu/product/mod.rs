@@ -151,8 +151,7 @@ type Panel<D> = unsafe fn(
     &[<D as Dot>::W],
     usize,
     Range<usize>,
-    &[<D as Dot>::A],
-    usize,
+    (&[<D as Dot>::A], usize),
     Range<usize>,
     &mut [f32],
 );
@@ -187,7 +186,7 @@ fn run<D: Dot>(
                 sums.clear();
                 sums.resize(tokens.len() * n, 0.0);
                 // SAFETY: the instruction set was matched with `cpu.isa`; sizes were checked above.
-                unsafe { panel(w, inputs, rows.clone(), a, width, tokens.clone(), sums) };
+                unsafe { panel(w, inputs, rows.clone(), (a, width), tokens.clone(), sums) };
                 for (t, sums) in tokens.clone().zip(sums.chunks_exact_mut(n)) {
                     finish(t, rows.start, sums);
                 }
@@ -203,8 +202,7 @@ unsafe fn panel<D: Dot>(
     w: &[D::W],
     inputs: usize,
     rows: Range<usize>,
-    a: &[D::A],
-    width: usize,
+    (a, width): (&[D::A], usize),
     tokens: Range<usize>,
     sums: &mut [f32],
 ) {
@@ -218,29 +216,27 @@ unsafe fn panel<D: Dot>(
     let groups = n / height;
     let call = Call::<D> { w, inputs, first: rows.start, n, a, width, tokens, tile_m, one_tile };
     // no closures from here on: they would not be compiled with the instruction set
-    unsafe {
-        if one_tile {
-            for g in 0..groups {
-                for k in (0..inputs).step_by(CHUNK) {
-                    call.group(g, height, step, k, (g, k), sums);
-                }
-            }
-        } else {
+    if one_tile {
+        for g in 0..groups {
             for k in (0..inputs).step_by(CHUNK) {
-                for g in 0..groups {
-                    let next = match (g + 1 < groups, k + CHUNK < inputs) {
-                        (true, _) => ((g + 1) * height, k),
-                        (false, true) => (0, k + CHUNK),
-                        (false, false) => (n, 0), // likely the next panel
-                    };
-                    call.group(g * height, height, step, k, next, sums);
-                }
+                call.group(g, (height, step), k, (g, k), sums);
             }
         }
-        for i in groups * height..n {
-            for k in (0..inputs).step_by(CHUNK) {
-                call.group(i, 1, 1, k, (i + 1, k), sums);
+    } else {
+        for k in (0..inputs).step_by(CHUNK) {
+            for g in 0..groups {
+                let next = match (g + 1 < groups, k + CHUNK < inputs) {
+                    (true, _) => ((g + 1) * height, k),
+                    (false, true) => (0, k + CHUNK),
+                    (false, false) => (n, 0), // likely the next panel
+                };
+                call.group(g * height, (height, step), k, next, sums);
             }
+        }
+    }
+    for i in groups * height..n {
+        for k in (0..inputs).step_by(CHUNK) {
+            call.group(i, (1, 1), k, (i + 1, k), sums);
         }
     }
 }
@@ -268,47 +264,43 @@ impl<D: Dot> Call<'_, D> {
     unsafe fn group(
         &self,
         i: usize,
-        height: usize,
-        step: usize,
+        (height, step): (usize, usize),
         k: usize,
         next: (usize, usize),
         sums: &mut [f32],
     ) {
-        unsafe {
-            let kn = CHUNK.min(self.inputs - k);
-            let at = self.w.as_ptr().add((self.first + i) * self.inputs + k);
-            // the tiles ask for equal parts of the next group, so that memory is never idle
-            let next_kn = CHUNK.min(self.inputs - next.1);
-            let next = self.w.as_ptr().wrapping_add((self.first + next.0) * self.inputs + next.1);
-            let parts = self.tokens.len().div_ceil(self.tile_m);
-            let mut t = self.tokens.start;
-            let mut number = 0;
-            while t < self.tokens.end {
-                let m = self.tile_m.min(self.tokens.end - t);
-                let w = Rows {
-                    at,
-                    stride: step * self.inputs,
-                    ahead: match self.one_tile {
-                        true => Ahead::Bytes(AHEAD),
-                        false => {
-                            let from = number * height * next_kn / parts;
-                            Ahead::Lines {
-                                at: next
-                                    .wrapping_add(from / next_kn * self.inputs + from % next_kn),
-                                row: next_kn,
-                                left: next_kn - from % next_kn,
-                                skip: self.inputs - next_kn,
-                                lines: height.div_ceil(parts),
-                            }
+        let kn = CHUNK.min(self.inputs - k);
+        let at = self.w.as_ptr().add((self.first + i) * self.inputs + k);
+        // the tiles ask for equal parts of the next group, so that memory is never idle
+        let next_kn = CHUNK.min(self.inputs - next.1);
+        let next = self.w.as_ptr().wrapping_add((self.first + next.0) * self.inputs + next.1);
+        let parts = self.tokens.len().div_ceil(self.tile_m);
+        let mut t = self.tokens.start;
+        let mut number = 0;
+        while t < self.tokens.end {
+            let m = self.tile_m.min(self.tokens.end - t);
+            let w = Rows {
+                at,
+                stride: step * self.inputs,
+                ahead: match self.one_tile {
+                    true => Ahead::Bytes(AHEAD),
+                    false => {
+                        let from = number * height * next_kn / parts;
+                        Ahead::Lines {
+                            at: next.wrapping_add(from / next_kn * self.inputs + from % next_kn),
+                            row: next_kn,
+                            left: next_kn - from % next_kn,
+                            skip: self.inputs - next_kn,
+                            lines: height.div_ceil(parts),
                         }
-                    },
-                };
-                let a = self.a.as_ptr().add(t * self.width + k);
-                let at = sums.as_mut_ptr().add((t - self.tokens.start) * self.n + i);
-                tiles::<D>(m, height, w, a, self.width, kn, Sums { at, token: self.n, row: step });
-                t += m;
-                number += 1;
-            }
+                    }
+                },
+            };
+            let a = self.a.as_ptr().add(t * self.width + k);
+            let at = sums.as_mut_ptr().add((t - self.tokens.start) * self.n + i);
+            tiles::<D>((m, height), w, a, self.width, kn, Sums { at, token: self.n, row: step });
+            t += m;
+            number += 1;
         }
     }
 }
@@ -319,29 +311,26 @@ impl<D: Dot> Call<'_, D> {
 /// As for [`panel`].
 #[inline(always)]
 unsafe fn tiles<D: Dot>(
-    m: usize,
-    n: usize,
+    (m, n): (usize, usize),
     w: Rows<D::W>,
     a: *const D::A,
     width: usize,
     k: usize,
     out: Sums,
 ) {
-    unsafe {
-        match (m, n) {
-            (4, 6) => tile::<D, 4, 6>(w, a, width, k, out),
-            (3, 6) => tile::<D, 3, 6>(w, a, width, k, out),
-            (2, 6) => tile::<D, 2, 6>(w, a, width, k, out),
-            (1, 6) => tile::<D, 1, 6>(w, a, width, k, out),
-            (4, 2) => tile::<D, 4, 2>(w, a, width, k, out),
-            (3, 2) => tile::<D, 3, 2>(w, a, width, k, out),
-            (2, 2) => tile::<D, 2, 2>(w, a, width, k, out),
-            (1, 2) => tile::<D, 1, 2>(w, a, width, k, out),
-            (4, 1) => tile::<D, 4, 1>(w, a, width, k, out),
-            (3, 1) => tile::<D, 3, 1>(w, a, width, k, out),
-            (2, 1) => tile::<D, 2, 1>(w, a, width, k, out),
-            _ => tile::<D, 1, 1>(w, a, width, k, out),
-        }
+    match (m, n) {
+        (4, 6) => tile::<D, 4, 6>(w, a, width, k, out),
+        (3, 6) => tile::<D, 3, 6>(w, a, width, k, out),
+        (2, 6) => tile::<D, 2, 6>(w, a, width, k, out),
+        (1, 6) => tile::<D, 1, 6>(w, a, width, k, out),
+        (4, 2) => tile::<D, 4, 2>(w, a, width, k, out),
+        (3, 2) => tile::<D, 3, 2>(w, a, width, k, out),
+        (2, 2) => tile::<D, 2, 2>(w, a, width, k, out),
+        (1, 2) => tile::<D, 1, 2>(w, a, width, k, out),
+        (4, 1) => tile::<D, 4, 1>(w, a, width, k, out),
+        (3, 1) => tile::<D, 3, 1>(w, a, width, k, out),
+        (2, 1) => tile::<D, 2, 1>(w, a, width, k, out),
+        _ => tile::<D, 1, 1>(w, a, width, k, out),
     }
 }
 
@@ -397,78 +386,74 @@ unsafe fn tile<D: Dot, const M: usize, const N: usize>(
     k: usize,
     out: Sums,
 ) {
-    unsafe {
-        let mut acc = [[D::zero(); N]; M];
-        let full = k / D::STEP * D::STEP;
-        match w.ahead {
-            Ahead::Bytes(ahead) => {
-                for i in (0..full).step_by(D::STEP) {
-                    for n in 0..N {
-                        prefetch::<u8, true>(
-                            w.at.add(n * w.stride + i).cast::<u8>().wrapping_add(ahead),
-                        );
-                    }
-                    step::<D, M, N>(
-                        &mut acc,
-                        std::array::from_fn(|n| D::load_w(w.at.add(n * w.stride + i))),
-                        a.add(i),
-                        a_stride,
+    let mut acc = [[D::zero(); N]; M];
+    let full = k / D::STEP * D::STEP;
+    match w.ahead {
+        Ahead::Bytes(ahead) => {
+            for i in (0..full).step_by(D::STEP) {
+                for n in 0..N {
+                    prefetch::<u8, true>(
+                        w.at.add(n * w.stride + i).cast::<u8>().wrapping_add(ahead),
                     );
                 }
+                step::<D, M, N>(
+                    &mut acc,
+                    std::array::from_fn(|n| D::load_w(w.at.add(n * w.stride + i))),
+                    a.add(i),
+                    a_stride,
+                );
             }
-            Ahead::Lines { mut at, mut left, row, skip, lines } => {
-                let line = 64 / size_of::<D::W>();
-                // asking for a line twice costs less than a branch
-                let (second, third) =
-                    (line * (lines > 1) as usize, line * 2 * (lines > 2) as usize);
-                for i in (0..full).step_by(D::STEP) {
-                    prefetch::<_, true>(at);
-                    prefetch::<_, true>(at.wrapping_add(second));
-                    prefetch::<_, true>(at.wrapping_add(third));
-                    at = at.wrapping_add(lines * line);
-                    left = left.wrapping_sub(lines * line);
-                    if left as isize <= 0 {
-                        at = at.wrapping_add(skip);
-                        left = row;
-                    }
-                    step::<D, M, N>(
-                        &mut acc,
-                        std::array::from_fn(|n| D::load_w(w.at.add(n * w.stride + i))),
-                        a.add(i),
-                        a_stride,
-                    );
+        }
+        Ahead::Lines { mut at, mut left, row, skip, lines } => {
+            let line = 64 / size_of::<D::W>();
+            // asking for a line twice costs less than a branch
+            let (second, third) = (line * (lines > 1) as usize, line * 2 * (lines > 2) as usize);
+            for i in (0..full).step_by(D::STEP) {
+                prefetch::<_, true>(at);
+                prefetch::<_, true>(at.wrapping_add(second));
+                prefetch::<_, true>(at.wrapping_add(third));
+                at = at.wrapping_add(lines * line);
+                left = left.wrapping_sub(lines * line);
+                if left as isize <= 0 {
+                    at = at.wrapping_add(skip);
+                    left = row;
                 }
+                step::<D, M, N>(
+                    &mut acc,
+                    std::array::from_fn(|n| D::load_w(w.at.add(n * w.stride + i))),
+                    a.add(i),
+                    a_stride,
+                );
             }
         }
-        if full < k {
-            let ws =
-                std::array::from_fn(|n| D::load_w_partial(w.at.add(n * w.stride + full), k - full));
-            step::<D, M, N>(&mut acc, ws, a.add(full), a_stride);
+    }
+    if full < k {
+        let ws =
+            std::array::from_fn(|n| D::load_w_partial(w.at.add(n * w.stride + full), k - full));
+        step::<D, M, N>(&mut acc, ws, a.add(full), a_stride);
+    }
+    // Groups of 16 and 8, the rest one by one. The groups' bounds are constants of M and N:
+    // indexing `acc` with variables would keep it in memory all along.
+    let count = M * N;
+    let sixteen = if count >= 16 { 16 } else { 0 };
+    let eight = if count - sixteen >= 8 { 8 } else { 0 };
+    if sixteen > 0 {
+        let sums = D::sum16(&std::array::from_fn(|j| acc[j / N % M][j % N]));
+        for (j, sum) in sums.into_iter().enumerate() {
+            *out.at.add(j / N * out.token + j % N * out.row) += sum;
         }
-        // Groups of 16 and 8, the rest one by one. The groups' bounds are constants of M and N:
-        // indexing `acc` with variables would keep it in memory all along.
-        let count = M * N;
-        let sixteen = if count >= 16 { 16 } else { 0 };
-        let eight = if count - sixteen >= 8 { 8 } else { 0 };
-        if sixteen > 0 {
-            let sums = D::sum16(&std::array::from_fn(|j| acc[j / N % M][j % N]));
-            for (j, sum) in sums.into_iter().enumerate() {
-                *out.at.add(j / N * out.token + j % N * out.row) += sum;
-            }
+    }
+    if eight > 0 {
+        let sums = D::sum8(&std::array::from_fn(|j| acc[(sixteen + j) / N % M][(sixteen + j) % N]));
+        for (j, sum) in sums.into_iter().enumerate() {
+            let j = sixteen + j;
+            *out.at.add(j / N * out.token + j % N * out.row) += sum;
         }
-        if eight > 0 {
-            let sums =
-                D::sum8(&std::array::from_fn(|j| acc[(sixteen + j) / N % M][(sixteen + j) % N]));
-            for (j, sum) in sums.into_iter().enumerate() {
-                let j = sixteen + j;
-                *out.at.add(j / N * out.token + j % N * out.row) += sum;
-            }
-        }
-        for (m, row) in acc.iter().enumerate() {
-            for (n, acc) in row.iter().enumerate() {
-                if m * N + n >= sixteen + eight {
-                    *out.at.add(m * out.token + n * out.row) += D::sum(*acc);
-                }
+    }
+    for (m, row) in acc.iter().enumerate() {
+        for (n, acc) in row.iter().enumerate() {
+            if m * N + n >= sixteen + eight {
+                *out.at.add(m * out.token + n * out.row) += D::sum(*acc);
             }
         }
     }
@@ -486,11 +471,9 @@ unsafe fn step<D: Dot, const M: usize, const N: usize>(
     a_stride: usize,
 ) {
     for (m, row) in acc.iter_mut().enumerate() {
-        unsafe {
-            let x = D::load_a(a.add(m * a_stride));
-            for (acc, w) in row.iter_mut().zip(ws) {
-                *acc = D::dot(*acc, w, x);
-            }
+        let x = D::load_a(a.add(m * a_stride));
+        for (acc, w) in row.iter_mut().zip(ws) {
+            *acc = D::dot(*acc, w, x);
         }
     }
 }
@@ -509,12 +492,11 @@ mod instances {
                 w: &[<$d as Dot>::W],
                 inputs: usize,
                 rows: Range<usize>,
-                a: &[<$d as Dot>::A],
-                width: usize,
+                a: (&[<$d as Dot>::A], usize),
                 tokens: Range<usize>,
                 sums: &mut [f32],
             ) {
-                unsafe { panel::<$d>(w, inputs, rows, a, width, tokens, sums) }
+                panel::<$d>(w, inputs, rows, a, tokens, sums)
             }
         };
     }

@@ -135,32 +135,26 @@ pub trait Simd: Copy + 'static {
     #[inline(always)]
     unsafe fn store_bf16(p: *mut bf16, v: Self::V) {
         let mut a = [0f32; LANES];
-        unsafe {
-            Self::store(a.as_mut_ptr(), v);
-            for (i, x) in a.into_iter().enumerate() {
-                *p.add(i) = bf16::from_f32(x);
-            }
+        Self::store(a.as_mut_ptr(), v);
+        for (i, x) in a.into_iter().enumerate() {
+            *p.add(i) = bf16::from_f32(x);
         }
     }
     #[inline(always)]
     unsafe fn store_f16(p: *mut f16, v: Self::V) {
         let mut a = [0f32; LANES];
-        unsafe {
-            Self::store(a.as_mut_ptr(), v);
-            for (i, x) in a.into_iter().enumerate() {
-                *p.add(i) = f16::from_f32(x);
-            }
+        Self::store(a.as_mut_ptr(), v);
+        for (i, x) in a.into_iter().enumerate() {
+            *p.add(i) = f16::from_f32(x);
         }
     }
     /// Rounds to integers, ties to even; lanes must lie in 0..=255.
     #[inline(always)]
     unsafe fn store_u8(p: *mut u8, v: Self::V) {
         let mut a = [0f32; LANES];
-        unsafe {
-            Self::store(a.as_mut_ptr(), Self::round(v));
-            for (i, x) in a.into_iter().enumerate() {
-                *p.add(i) = x as u8;
-            }
+        Self::store(a.as_mut_ptr(), Self::round(v));
+        for (i, x) in a.into_iter().enumerate() {
+            *p.add(i) = x as u8;
         }
     }
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
@@ -183,11 +177,9 @@ pub trait Simd: Copy + 'static {
     #[inline(always)]
     unsafe fn first(v: Self::V, n: usize, rest: Self::V) -> Self::V {
         let mut a = [0f32; LANES];
-        unsafe {
-            Self::store(a.as_mut_ptr(), rest);
-            Self::store_partial(a.as_mut_ptr(), v, n);
-            Self::load(a.as_ptr())
-        }
+        Self::store(a.as_mut_ptr(), rest);
+        Self::store_partial(a.as_mut_ptr(), v, n);
+        Self::load(a.as_ptr())
     }
 
     /// Sixteen sums, each in the order of [`Simd::sum`].
@@ -195,81 +187,71 @@ pub trait Simd: Copy + 'static {
     unsafe fn sum16(v: &[Self::V; 16]) -> Self::V {
         let mut sums = [0f32; 16];
         for (s, v) in sums.iter_mut().zip(v) {
-            *s = unsafe { Self::sum(*v) };
+            *s = Self::sum(*v);
         }
-        unsafe { Self::load(sums.as_ptr()) }
+        Self::load(sums.as_ptr())
     }
 
     /// Eight sums, each in the order of [`Simd::sum`].
     #[inline(always)]
     unsafe fn sum8(v: &[Self::V; 8]) -> [f32; 8] {
-        std::array::from_fn(|i| unsafe { Self::sum(v[i]) })
+        std::array::from_fn(|i| Self::sum(v[i]))
     }
 
     #[inline(always)]
     unsafe fn load_f16_partial(p: *const f16, n: usize) -> Self::V {
         let mut a = [f16::ZERO; LANES];
-        unsafe {
-            std::ptr::copy_nonoverlapping(p, a.as_mut_ptr(), n);
-            Self::load_f16(a.as_ptr())
-        }
+        std::ptr::copy_nonoverlapping(p, a.as_mut_ptr(), n);
+        Self::load_f16(a.as_ptr())
     }
 
     #[inline(always)]
     unsafe fn load_bf16_partial(p: *const bf16, n: usize) -> Self::V {
         let mut a = [bf16::ZERO; LANES];
-        unsafe {
-            std::ptr::copy_nonoverlapping(p, a.as_mut_ptr(), n);
-            Self::load_bf16(a.as_ptr())
-        }
+        std::ptr::copy_nonoverlapping(p, a.as_mut_ptr(), n);
+        Self::load_bf16(a.as_ptr())
     }
 
     /// e^x within 2 ulp for x in [-87, 88]; saturates outside.
     #[inline(always)]
     unsafe fn exp(x: Self::V) -> Self::V {
-        unsafe {
-            let x = Self::max(Self::min(x, Self::splat(88.0)), Self::splat(-87.0));
-            let n = Self::round(Self::mul(x, Self::splat(std::f32::consts::LOG2_E)));
-            // x - n ln 2 in two steps, so that the product with the high part is exact
-            let r = Self::fma(n, Self::splat(-0.693_359_4), x);
-            let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
-            let mut p = Self::splat(1.987_569_2e-4);
-            for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-                p = Self::fma(p, r, Self::splat(c));
-            }
-            let p = Self::fma(Self::mul(p, r), r, Self::add(r, Self::splat(1.0)));
-            Self::scale_by_power(p, n)
+        let x = Self::max(Self::min(x, Self::splat(88.0)), Self::splat(-87.0));
+        let n = Self::round(Self::mul(x, Self::splat(std::f32::consts::LOG2_E)));
+        // x - n ln 2 in two steps, so that the product with the high part is exact
+        let r = Self::fma(n, Self::splat(-0.693_359_4), x);
+        let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
+        let mut p = Self::splat(1.987_569_2e-4);
+        for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+            p = Self::fma(p, r, Self::splat(c));
         }
+        let p = Self::fma(Self::mul(p, r), r, Self::add(r, Self::splat(1.0)));
+        Self::scale_by_power(p, n)
     }
 
     /// GELU in BLOOM's tanh form, written as x / (1 + exp(-2u)), u = sqrt(2/pi)(x + 0.044715 x^3).
     #[inline(always)]
     unsafe fn gelu(x: Self::V) -> Self::V {
-        unsafe {
-            let x2 = Self::mul(x, x);
-            let inner = Self::fma(x2, Self::splat(0.044715), Self::splat(1.0));
-            let u2 = Self::mul(Self::mul(x, inner), Self::splat(-2.0 * GELU_SCALE));
-            Self::div(x, Self::add(Self::splat(1.0), Self::exp(u2)))
-        }
+        let x2 = Self::mul(x, x);
+        let inner = Self::fma(x2, Self::splat(0.044715), Self::splat(1.0));
+        let u2 = Self::mul(Self::mul(x, inner), Self::splat(-2.0 * GELU_SCALE));
+        Self::div(x, Self::add(Self::splat(1.0), Self::exp(u2)))
     }
 
     /// d gelu(x) / dx times `g`.
     #[inline(always)]
     unsafe fn gelu_backward(x: Self::V, g: Self::V) -> Self::V {
-        unsafe {
-            let one = Self::splat(1.0);
-            let x2 = Self::mul(x, x);
-            let inner = Self::fma(x2, Self::splat(0.044715), one);
-            let u2 = Self::mul(Self::mul(x, inner), Self::splat(-2.0 * GELU_SCALE));
-            let s = Self::div(one, Self::add(one, Self::exp(u2)));
-            // gelu = x s(2u): derivative s + x s (1 - s) 2 u'
-            let du = Self::mul(
-                Self::fma(x2, Self::splat(3.0 * 0.044715), one),
-                Self::splat(2.0 * GELU_SCALE),
-            );
-            let t = Self::mul(Self::mul(x, Self::sub(one, s)), du);
-            Self::mul(g, Self::fma(s, t, s))
-        }
+        let one = Self::splat(1.0);
+        let x2 = Self::mul(x, x);
+        let inner = Self::fma(x2, Self::splat(0.044715), one);
+        let u2 = Self::mul(Self::mul(x, inner), Self::splat(-2.0 * GELU_SCALE));
+        let s = Self::div(one, Self::add(one, Self::exp(u2)));
+        // gelu = x s(2u): derivative s + x s (1 - s) 2 u'
+        let du = Self::mul(
+            Self::fma(x2, Self::splat(3.0 * 0.044715), one),
+            Self::splat(2.0 * GELU_SCALE),
+        );
+        let t = Self::mul(Self::mul(x, Self::sub(one, s)), du);
+        Self::mul(g, Self::fma(s, t, s))
     }
 }
 
@@ -289,21 +271,23 @@ macro_rules! simd_fn {
             // a plain loop needs no vocabulary: compiled with the instruction set, it is vectorized
             // all the same
             #[allow(clippy::extra_unused_type_parameters)]
+            // bodies are kernels: all of one is unsafe, and says so by being in this macro
+            #[allow(unsafe_op_in_unsafe_fn)]
             #[inline(always)]
             unsafe fn generic<$S: $crate::ops::cpu::simd::Simd>($($arg: $ty),*) $(-> $ret)? {
-                // bodies are kernels: all of them is unsafe, and says so by being in this macro
-                #[allow(unused_unsafe, clippy::macro_metavars_in_unsafe)]
-                unsafe { $body }
+                $body
             }
             #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_op_in_unsafe_fn)] // its contract is that of the body
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
             unsafe fn avx512($($arg: $ty),*) $(-> $ret)? {
-                unsafe { generic::<$crate::ops::cpu::simd::Avx512>($($arg),*) }
+                generic::<$crate::ops::cpu::simd::Avx512>($($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_op_in_unsafe_fn)] // its contract is that of the body
             #[target_feature(enable = "avx2,fma,f16c")]
             unsafe fn avx2($($arg: $ty),*) $(-> $ret)? {
-                unsafe { generic::<$crate::ops::cpu::simd::Avx2>($($arg),*) }
+                generic::<$crate::ops::cpu::simd::Avx2>($($arg),*)
             }
             // SAFETY: there is an `Isa` of machines alone that have the set; slices carry their
             // lengths.

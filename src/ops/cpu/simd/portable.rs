@@ -23,29 +23,29 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> V {
-        unsafe { p.cast::<V>().read_unaligned() }
+        p.cast::<V>().read_unaligned()
     }
     #[inline(always)]
     unsafe fn load_partial(p: *const f32, n: usize) -> V {
         let mut v = [0.0; LANES];
-        unsafe { std::ptr::copy_nonoverlapping(p, v.as_mut_ptr(), n) };
+        std::ptr::copy_nonoverlapping(p, v.as_mut_ptr(), n);
         v
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const f16) -> V {
-        std::array::from_fn(|i| unsafe { p.add(i).read_unaligned() }.to_f32())
+        std::array::from_fn(|i| p.add(i).read_unaligned().to_f32())
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const bf16) -> V {
-        std::array::from_fn(|i| unsafe { p.add(i).read_unaligned() }.to_f32())
+        std::array::from_fn(|i| p.add(i).read_unaligned().to_f32())
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: V) {
-        unsafe { p.cast::<V>().write_unaligned(v) }
+        p.cast::<V>().write_unaligned(v)
     }
     #[inline(always)]
     unsafe fn store_partial(p: *mut f32, v: V, n: usize) {
-        unsafe { std::ptr::copy_nonoverlapping(v.as_ptr(), p, n) }
+        std::ptr::copy_nonoverlapping(v.as_ptr(), p, n)
     }
     #[inline(always)]
     unsafe fn add(a: V, b: V) -> V {

@@ -137,133 +137,127 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
-        unsafe { _mm512_set1_ps(x) }
+        _mm512_set1_ps(x)
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> __m512 {
-        unsafe { _mm512_loadu_ps(p) }
+        _mm512_loadu_ps(p)
     }
     #[inline(always)]
     unsafe fn load_partial(p: *const f32, n: usize) -> __m512 {
-        unsafe { _mm512_maskz_loadu_ps(lane_mask(n), p) }
+        _mm512_maskz_loadu_ps(lane_mask(n), p)
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const f16) -> __m512 {
-        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+        _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const bf16) -> __m512 {
-        unsafe { expand_bf16_512(_mm256_loadu_si256(p.cast())) }
+        expand_bf16_512(_mm256_loadu_si256(p.cast()))
     }
     #[inline(always)]
     unsafe fn load_f16_partial(p: *const f16, n: usize) -> __m512 {
-        unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane_mask(n), p.cast())) }
+        _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lane_mask(n), p.cast()))
     }
     #[inline(always)]
     unsafe fn load_bf16_partial(p: *const bf16, n: usize) -> __m512 {
-        unsafe { expand_bf16_512(_mm256_maskz_loadu_epi16(lane_mask(n), p.cast())) }
+        expand_bf16_512(_mm256_maskz_loadu_epi16(lane_mask(n), p.cast()))
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: __m512) {
-        unsafe { _mm512_storeu_ps(p, v) }
+        _mm512_storeu_ps(p, v)
     }
     #[inline(always)]
     unsafe fn store_partial(p: *mut f32, v: __m512, n: usize) {
-        unsafe { _mm512_mask_storeu_ps(p, lane_mask(n), v) }
+        _mm512_mask_storeu_ps(p, lane_mask(n), v)
     }
     #[inline(always)]
     unsafe fn store_bf16(p: *mut bf16, v: __m512) {
-        unsafe {
-            // half a unit in the last place, a little less where the kept part is even
-            let bits = _mm512_castps_si512(v);
-            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-            _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)));
-        }
+        // half a unit in the last place, a little less where the kept part is even
+        let bits = _mm512_castps_si512(v);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)));
     }
     #[inline(always)]
     unsafe fn store_u8(p: *mut u8, v: __m512) {
-        unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))) }
+        _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)))
     }
     #[inline(always)]
     unsafe fn add(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_add_ps(a, b) }
+        _mm512_add_ps(a, b)
     }
     #[inline(always)]
     unsafe fn sub(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_sub_ps(a, b) }
+        _mm512_sub_ps(a, b)
     }
     #[inline(always)]
     unsafe fn mul(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_mul_ps(a, b) }
+        _mm512_mul_ps(a, b)
     }
     #[inline(always)]
     unsafe fn div(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_div_ps(a, b) }
+        _mm512_div_ps(a, b)
     }
     #[inline(always)]
     unsafe fn max(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_max_ps(a, b) }
+        _mm512_max_ps(a, b)
     }
     #[inline(always)]
     unsafe fn min(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_min_ps(a, b) }
+        _mm512_min_ps(a, b)
     }
     #[inline(always)]
     unsafe fn sqrt(a: __m512) -> __m512 {
-        unsafe { _mm512_sqrt_ps(a) }
+        _mm512_sqrt_ps(a)
     }
     #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
-        unsafe { _mm512_fmadd_ps(a, b, c) }
+        _mm512_fmadd_ps(a, b, c)
     }
     #[inline(always)]
     unsafe fn round(a: __m512) -> __m512 {
-        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+        _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a)
     }
     #[inline(always)]
     unsafe fn scale_by_power(a: __m512, n: __m512) -> __m512 {
-        unsafe { _mm512_scalef_ps(a, n) }
+        _mm512_scalef_ps(a, n)
     }
     #[inline(always)]
     unsafe fn sum(v: __m512) -> f32 {
-        unsafe {
-            let halves = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
-            sum_256(halves)
-        }
+        let halves = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+        sum_256(halves)
     }
     #[inline(always)]
     unsafe fn first(v: __m512, n: usize, rest: __m512) -> __m512 {
-        unsafe { _mm512_mask_blend_ps(lane_mask(n), rest, v) }
+        _mm512_mask_blend_ps(lane_mask(n), rest, v)
     }
     #[inline(always)]
     unsafe fn max_lane(v: __m512) -> f32 {
-        unsafe { _mm512_reduce_max_ps(v) }
+        _mm512_reduce_max_ps(v)
     }
     #[inline(always)]
     unsafe fn sum16(v: &[__m512; 16]) -> __m512 {
-        unsafe { fold16!(v, _mm512_add_ps) }
+        fold16!(v, _mm512_add_ps)
     }
     #[inline(always)]
     unsafe fn sum8(v: &[__m512; 8]) -> [f32; 8] {
         let mut out = [0.0; 8];
-        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), fold8!(v, _mm512_add_ps)) };
+        _mm256_storeu_ps(out.as_mut_ptr(), fold8!(v, _mm512_add_ps));
         out
     }
 }
 
 #[inline(always)]
 unsafe fn expand_bf16_512(v: __m256i) -> __m512 {
-    unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(v))) }
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(v)))
 }
 
 #[inline(always)]
 unsafe fn sum_256(v: __m256) -> f32 {
-    unsafe {
-        let q = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
-        let d = _mm_add_ps(q, _mm_movehl_ps(q, q));
-        _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps::<1>(d, d)))
-    }
+    let q = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+    let d = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps::<1>(d, d)))
 }
 
 #[derive(Clone, Copy)]
@@ -273,7 +267,7 @@ pub struct Avx2;
 pub struct V2(__m256, __m256);
 
 macro_rules! both {
-    ($f:ident($($arg:ident),*)) => { unsafe { V2($f($($arg.0),*), $f($($arg.1),*)) } };
+    ($f:ident($($arg:ident),*)) => { V2($f($($arg.0),*), $f($($arg.1),*)) };
 }
 
 impl Simd for Avx2 {
@@ -282,51 +276,41 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> V2 {
-        unsafe { V2(_mm256_set1_ps(x), _mm256_set1_ps(x)) }
+        V2(_mm256_set1_ps(x), _mm256_set1_ps(x))
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> V2 {
-        unsafe { V2(_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))) }
+        V2(_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8)))
     }
     #[inline(always)]
     unsafe fn load_partial(p: *const f32, n: usize) -> V2 {
         let mut a = [0f32; 16];
-        unsafe {
-            std::ptr::copy_nonoverlapping(p, a.as_mut_ptr(), n);
-            Self::load(a.as_ptr())
-        }
+        std::ptr::copy_nonoverlapping(p, a.as_mut_ptr(), n);
+        Self::load(a.as_ptr())
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const f16) -> V2 {
-        unsafe {
-            V2(
-                _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
-                _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())),
-            )
-        }
+        V2(
+            _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
+            _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())),
+        )
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const bf16) -> V2 {
-        unsafe {
-            let expand =
-                |v: __m128i| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(v)));
-            V2(expand(_mm_loadu_si128(p.cast())), expand(_mm_loadu_si128(p.add(8).cast())))
-        }
+        let expand =
+            |v: __m128i| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(v)));
+        V2(expand(_mm_loadu_si128(p.cast())), expand(_mm_loadu_si128(p.add(8).cast())))
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: V2) {
-        unsafe {
-            _mm256_storeu_ps(p, v.0);
-            _mm256_storeu_ps(p.add(8), v.1);
-        }
+        _mm256_storeu_ps(p, v.0);
+        _mm256_storeu_ps(p.add(8), v.1);
     }
     #[inline(always)]
     unsafe fn store_partial(p: *mut f32, v: V2, n: usize) {
         let mut a = [0f32; 16];
-        unsafe {
-            Self::store(a.as_mut_ptr(), v);
-            std::ptr::copy_nonoverlapping(a.as_ptr(), p, n);
-        }
+        Self::store(a.as_mut_ptr(), v);
+        std::ptr::copy_nonoverlapping(a.as_ptr(), p, n);
     }
     #[inline(always)]
     unsafe fn add(a: V2, b: V2) -> V2 {
@@ -363,29 +347,25 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn round(a: V2) -> V2 {
         const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-        unsafe { V2(_mm256_round_ps::<NEAREST>(a.0), _mm256_round_ps::<NEAREST>(a.1)) }
+        V2(_mm256_round_ps::<NEAREST>(a.0), _mm256_round_ps::<NEAREST>(a.1))
     }
     #[inline(always)]
     unsafe fn scale_by_power(a: V2, n: V2) -> V2 {
-        unsafe {
-            let power = |n: __m256| {
-                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
-            };
-            V2(_mm256_mul_ps(a.0, power(n.0)), _mm256_mul_ps(a.1, power(n.1)))
-        }
+        let power = |n: __m256| {
+            let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+        };
+        V2(_mm256_mul_ps(a.0, power(n.0)), _mm256_mul_ps(a.1, power(n.1)))
     }
     #[inline(always)]
     unsafe fn sum(v: V2) -> f32 {
-        unsafe { sum_256(_mm256_add_ps(v.0, v.1)) }
+        sum_256(_mm256_add_ps(v.0, v.1))
     }
     #[inline(always)]
     unsafe fn max_lane(v: V2) -> f32 {
-        unsafe {
-            let m = _mm256_max_ps(v.0, v.1);
-            let q = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps::<1>(m));
-            let d = _mm_max_ps(q, _mm_movehl_ps(q, q));
-            _mm_cvtss_f32(_mm_max_ss(d, _mm_shuffle_ps::<1>(d, d)))
-        }
+        let m = _mm256_max_ps(v.0, v.1);
+        let q = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps::<1>(m));
+        let d = _mm_max_ps(q, _mm_movehl_ps(q, q));
+        _mm_cvtss_f32(_mm_max_ss(d, _mm_shuffle_ps::<1>(d, d)))
     }
 }
