@@ -13,9 +13,11 @@ const PAIR: &str = "typedef struct {\n    uint32_t a;\n    float b;\n} Pair;\n";
 #[test]
 fn constants_and_structs() {
     let header = format!(
-        "// The file.\n#pragma once\n#include <stdint.h>\n\n// Some.\nconstexpr int N = 2 * (3 - 1);\n\
+        "// The file.\n#pragma once\n#include <stdint.h>\n\n// Some.\n\
+         constexpr int N = 2 * (3 - 1);\n\
          {PAIR}static_assert(sizeof(Pair) == 8);\nconstexpr uint32_t M =\n    0xfffffff0 + N + \
-         sizeof(Pair);\ntypedef struct {{\n    // Where.\n    const Pair* at;\n    Pair pairs[N];\n    \
+         sizeof(Pair);\ntypedef struct {{\n    // Where.\n    const Pair* at;\n    \
+         Pair pairs[N];\n    \
          void* other[2];\n}} Both;\nstatic_assert(sizeof(Both) == 56);\n"
     );
     let rust = abi::rust_of(&header, "abi.h").unwrap();
@@ -24,7 +26,8 @@ fn constants_and_structs() {
         "pub const M: u32 = 4294967292;\n",
         "#[repr(C)]\npub struct Pair {\npub a: u32,\npub b: f32,\n}\n",
         "const _: () = assert!(size_of::<Pair>() == 8);\n",
-        "pub struct Both {\n/// Where.\npub at: u64,\npub pairs: [Pair; 4],\npub other: [u64; 2],\n}\n",
+        "pub struct Both {\n/// Where.\npub at: u64,\npub pairs: [Pair; 4],\n\
+        pub other: [u64; 2],\n}\n",
     ] {
         assert!(rust.contains(expected), "{expected:?} is not in {rust:?}");
     }

@@ -301,7 +301,9 @@ fn rewrites_hold_and_lack_what_is_asked() {
     };
     assert_eq!(text(1).trim(), whole["candidates"][1]["text"].as_str().unwrap());
 
-    let extension = json!({ "raw_prompt": "a cat", "model_name": "any", "num_return_sequences": 3, "max_length": 60 });
+    let extension = json!({
+        "raw_prompt": "a cat", "model_name": "any", "num_return_sequences": 3, "max_length": 60,
+    });
     let a = server.post("/beautifulprompt/generate_prompt", extension).json();
     assert_eq!((a["prompts"].as_array().unwrap().len(), &a["success"]), (3, &json!(true)));
 }

@@ -83,7 +83,7 @@ pub struct SftArgs {
     /// Folder of the run: the trained model, checkpoints, metrics.jsonl, loss.svg.
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
-    /// BloomCheckpoint to start from, a folder or org/name of one in Hugging Face's cache; the embedded
+    /// Checkpoint to start from, a folder or org/name of one in Hugging Face's cache; the embedded
     /// model if neither this nor --config is given.
     #[arg(long, value_name = "DIR|NAME", conflicts_with = "config")]
     model: Option<PathBuf>,

@@ -92,7 +92,8 @@ impl Driver {
         if images::IMAGES.is_empty() {
             return Err(Error::Unsupported(
                 "this program was built without CUDA kernels: install nvcc (pip install -r \
-                kernels/requirements.txt), set NVCC to its path and build again; or use --device cpu"
+                kernels/requirements.txt), set NVCC to its path and build again; or use \
+                --device cpu"
                     .into(),
             ));
         }

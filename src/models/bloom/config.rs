@@ -267,8 +267,8 @@ mod tests {
 
     #[test]
     fn both_spellings_and_written_configs_read_back() {
-        let old =
-            br#"{"model_type":"bloom","n_embed":64,"num_hidden_layers":2,"num_attention_heads":3,"vocab_size":9}"#;
+        let old = br#"{"model_type":"bloom","n_embed":64,"num_hidden_layers":2,
+            "num_attention_heads":3,"vocab_size":9}"#;
         let e = BloomConfig::parse(old).unwrap_err();
         assert!(e.contains("not divisible"), "{e}");
         let mut c = BloomConfig::new(100, 96, 2, 3);

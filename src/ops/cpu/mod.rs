@@ -322,7 +322,8 @@ simd_fn! {
         }
         if full < n {
             let rest = n - full;
-            let v = S::add(S::load_partial(x.add(full), rest), S::load_partial(bias.add(full), rest));
+            let x = S::load_partial(x.add(full), rest);
+            let v = S::add(x, S::load_partial(bias.add(full), rest));
             S::store_partial(out.add(full), S::gelu(v), rest);
         }
     }

@@ -94,7 +94,8 @@ simd_fn! {
         for i in (0..n).step_by(16) {
             let lanes = 16.min(n - i);
             // lanes beyond the row have g = 0 and add nothing
-            let g = S::mul(S::load_partial(dy.as_ptr().add(i), lanes), S::load_partial(weight.as_ptr().add(i), lanes));
+            let gain = S::load_partial(weight.as_ptr().add(i), lanes);
+            let g = S::mul(S::load_partial(dy.as_ptr().add(i), lanes), gain);
             let xhat = S::mul(S::sub(S::load_partial(x.as_ptr().add(i), lanes), m), r);
             sum = S::add(sum, g);
             dot = S::fma(g, xhat, dot);
@@ -102,7 +103,8 @@ simd_fn! {
         let (sum, dot) = (S::splat(S::sum(sum) / n as f32), S::splat(S::sum(dot) / n as f32));
         for i in (0..n).step_by(16) {
             let lanes = 16.min(n - i);
-            let g = S::mul(S::load_partial(dy.as_ptr().add(i), lanes), S::load_partial(weight.as_ptr().add(i), lanes));
+            let gain = S::load_partial(weight.as_ptr().add(i), lanes);
+            let g = S::mul(S::load_partial(dy.as_ptr().add(i), lanes), gain);
             let xhat = S::mul(S::sub(S::load_partial(x.as_ptr().add(i), lanes), m), r);
             let d = S::mul(r, S::sub(S::sub(g, sum), S::mul(xhat, dot)));
             let p = dx.as_mut_ptr().add(i);

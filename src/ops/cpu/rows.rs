@@ -6,7 +6,9 @@ use half::{bf16, f16};
 
 simd_fn! {
     /// Layer norm of one row; returns its mean and reciprocal deviation.
-    pub fn layer_norm_row<S>(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, y: &mut [f32]) -> (f32, f32) {
+    pub fn layer_norm_row<S>(
+        x: &[f32], weight: &[f32], bias: &[f32], eps: f32, y: &mut [f32],
+    ) -> (f32, f32) {
         let n = x.len();
         assert!(weight.len() == n && bias.len() == n && y.len() == n);
         let full = n / 16 * 16;

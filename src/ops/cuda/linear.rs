@@ -216,7 +216,8 @@ impl<L: Launcher> Cuda<L> {
         self.run_by(self.linear_kernel(tokens, weight), args, weight, finish, next)
     }
 
-    /// A product of 16-bit rows, or with [`LinearKernel::Skinny`] of few rows to normalize, in a given way.
+    /// A linear layer of 16-bit rows, or with [`LinearKernel::Skinny`] of few rows to normalize, by
+    /// a given kernel.
     fn run_by(
         &self,
         by: LinearKernel,

@@ -32,7 +32,8 @@ impl<L: Launcher> Cuda<L> {
         lm_head.rows().div_ceil(outputs)
     }
 
-    /// Launches a kernel of the LM head, `lm_head_sample` or `lm_head_logits`; `rest` follows the weights.
+    /// Launches a kernel of the LM head, `lm_head_sample` or `lm_head_logits`; `rest` follows the
+    /// weights.
     pub(super) fn launch_lm_head(
         &self,
         family: &str,

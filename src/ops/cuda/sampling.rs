@@ -137,8 +137,8 @@ impl<L: Launcher> Cuda<L> {
             && !matches!(SampledBy::of(row, usize::MAX), SampledBy::Host)
     }
 
-    /// See [`crate::ops::DecodeBackend::sample`]. Choices over the whole vocabulary are made where the
-    /// products are; those by rank or probability, and lists of likely tokens, from logits in
+    /// See [`crate::ops::DecodeBackend::sample`]. Choices over the whole vocabulary are made where
+    /// the products are; those by rank or probability, and lists of likely tokens, from logits in
     /// device memory; lists of more than 1024 likely tokens are the host's.
     pub(super) fn sample_now(
         &self,

@@ -174,16 +174,21 @@ mod tests {
 
         /// Against sums in f64 of the same rounded numbers; all tokens at once, and each alone.
         #[test]
-        fn any_shape_is_exact_and_alone_as_in_company(rows in 1usize..120, cols in 1usize..700, tokens in 1usize..40) {
+        fn any_shape_is_exact_and_alone_as_in_company(
+            rows in 1usize..120, cols in 1usize..700, tokens in 1usize..40,
+        ) {
             let Some(isa) = InstructionSet::Avx512Bf16.get() else {
                 return Ok(());
             };
             let cpu = Cpu::new(2, isa);
             let mut words = Words::new(rows as u64, (cols * tokens) as u64);
-            let mut noise = |n: usize| (0..n).map(|_| bf16::from_f32(words.uniform() - 0.5)).collect::<Vec<_>>();
+            let mut noise = |n: usize| -> Vec<bf16> {
+                (0..n).map(|_| bf16::from_f32(words.uniform() - 0.5)).collect()
+            };
             let (w, x) = (noise(rows * cols), noise(tokens * cols));
             let x: Vec<f32> = x.into_iter().map(bf16::to_f32).collect();
-            let bytes = Bytes::resident(rows * cols * 2, |to| to.copy_from_slice(bytemuck::cast_slice(&w))).unwrap();
+            let fill = |to: &mut [u8]| to.copy_from_slice(bytemuck::cast_slice(&w));
+            let bytes = Bytes::resident(rows * cols * 2, fill).unwrap();
             let tensor = HostTensor { dtype: DType::Bf16, shape: vec![rows, cols], bytes };
             let matrix = Matrix::new(&cpu, tensor, None).unwrap();
             let mut row = vec![0f32; cols];
@@ -204,7 +209,8 @@ mod tests {
                 let ours = &all[t * rows..(t + 1) * rows];
                 prop_assert!(run(x) == ours, "token {} alone", t);
                 for (r, ours) in ours.iter().enumerate() {
-                    let exact: f64 = x.iter().zip(&w[r * cols..]).map(|(x, w)| *x as f64 * w.to_f64()).sum();
+                    let terms = x.iter().zip(&w[r * cols..]);
+                    let exact: f64 = terms.map(|(x, w)| *x as f64 * w.to_f64()).sum();
                     // a quarter is the largest term; each addition rounds the sum so far
                     let most = cols as f64 * 0.25 * cols as f64 * f32::EPSILON as f64;
                     prop_assert!((*ours as f64 - exact).abs() <= most, "row {} of token {}: {} \

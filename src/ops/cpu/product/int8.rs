@@ -172,7 +172,9 @@ simd_fn! {
 
 simd_fn! {
     /// Outputs of one token: takes the activations' offset out and applies both scales.
-    fn scale_sums<S>(sums: &[i32], row_sums: &[i32], row_scales: &[f32], scale: f32, out: &mut [f32]) {
+    fn scale_sums<S>(
+        sums: &[i32], row_sums: &[i32], row_scales: &[f32], scale: f32, out: &mut [f32],
+    ) {
         let n = out.len();
         let (sums, row_sums, row_scales) = (&sums[..n], &row_sums[..n], &row_scales[..n]);
         for i in 0..n {
