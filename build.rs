@@ -1,10 +1,14 @@
 //! Compiles `kernels/*.cu` with nvcc, for each architecture, and embeds the results. Without nvcc
-//! the build succeeds, and the program says what is missing when it is asked for CUDA.
+//! the build succeeds, and the program says what is missing when it is asked for CUDA. Makes the
+//! Rust side of the structs and constants that host and device share, too.
 //!
 //! nvcc is `NVCC`, else that of `CUDA_HOME` or `CUDA_PATH`, else the one in `PATH`.
 //! `BPROMPT_CUDA_ARCHS` lists what to compile for ("80,90a" if not set); PTX for later GPUs comes
 //! with it. `BPROMPT_NVCC_FLAGS` adds flags, such as `-lineinfo` for a profiler. What was compiled
 //! from the same text is not compiled again.
+
+#[path = "kernels/abi.rs"]
+mod abi;
 
 use std::collections::hash_map::DefaultHasher;
 use std::fmt::Write;
@@ -43,6 +47,10 @@ fn main() {
     }
     table.push_str("];\n");
     std::fs::write(out.join("images.rs"), table).expect("OUT_DIR can be written");
+    let header = "kernels/include/abi.h";
+    let text = std::fs::read_to_string(header).unwrap_or_else(|e| panic!("{header}: {e}"));
+    let rust = abi::rust_of(&text, header).unwrap_or_else(|e| panic!("{e}"));
+    std::fs::write(out.join("abi.rs"), rust).expect("OUT_DIR can be written");
 }
 
 fn nvcc() -> Option<PathBuf> {
@@ -87,8 +95,9 @@ fn compile(nvcc: &Path, out: &Path) -> Vec<Job> {
         }
     }
     let read = |p: &PathBuf| std::fs::read(p).unwrap_or_else(|e| panic!("{}: {e}", p.display()));
+    let include = Path::new("kernels/include");
     let headers: Vec<Vec<u8>> =
-        files(Path::new("kernels/include"), "cuh").iter().map(read).collect();
+        ["cuh", "h"].iter().flat_map(|e| files(include, e)).map(|f| read(&f)).collect();
     let more = std::env::var("BPROMPT_NVCC_FLAGS").unwrap_or_default();
     let failures = Mutex::new(Vec::new());
     let next = AtomicUsize::new(0);

@@ -2,8 +2,8 @@
 // A block of 4 warps takes one head of one query and up to 512 positions.
 #include "attention_decode.cuh"
 
-constexpr int WARPS = 4;
-constexpr int SPLIT = 512; // positions that one thread block takes
+constexpr int WARPS = ATTENTION_DECODE_WARPS;
+constexpr int SPLIT = ATTENTION_DECODE_SPLIT;
 
 #define ATTENTION_DECODE(T, SIZE)                                                               \
     KERNEL_SHARED(attention_decode_##T##_##SIZE, WARPS* WARP,                                   \

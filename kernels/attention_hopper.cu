@@ -22,10 +22,12 @@
 
 constexpr int CONSUMERS = 2;
 constexpr int CONSUMER_QUERIES = 64;
-constexpr int STEP = 64; // positions in a step
-constexpr int STAGES = 4;
+constexpr int STEP = ATTENTION_STEP;
+constexpr int STAGES = ATTENTION_HOPPER_STAGES;
 constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
-constexpr int COLUMNS = 64;                    // columns of a tile
+static_assert(THREADS == ATTENTION_HOPPER_THREADS, "as the host launches it");
+static_assert(CONSUMERS * CONSUMER_QUERIES == ATTENTION_HOPPER_QUERIES, "as the host divides them");
+constexpr int COLUMNS = ATTENTION_HOPPER_COLUMNS;
 constexpr int TILE_BYTES = STEP * COLUMNS * 2; // a cache block fills a quarter of a tile
 
 template <int SIZE>
@@ -44,7 +46,7 @@ DEVICE void load_steps(char* shared, uint64_t* full, uint64_t* empty, const Tens
                        uint32_t keys, uint32_t values, const AttentionArgs& a,
                        const uint32_t* table, uint32_t head, uint32_t end, int steps) {
     constexpr int TILES = tiles_of_head<SIZE>();
-    constexpr int BLOCKS = STEP / BLOCK;
+    constexpr int BLOCKS = STEP / CACHE_BLOCK;
     constexpr int COPIES = 2 * TILES * BLOCKS;
     static_assert(COPIES <= WARP, "a copy for each lane");
     int lane = lane_index();
@@ -57,11 +59,11 @@ DEVICE void load_steps(char* shared, uint64_t* full, uint64_t* empty, const Tens
         if (lane < COPIES) {
             // Blocks beyond the sequence load its last block again. Their scores are masked, but
             // their values must be numbers, since zero times NaN would be NaN.
-            uint32_t last = (end - 1) / BLOCK, number = s * BLOCKS + block;
+            uint32_t last = (end - 1) / CACHE_BLOCK, number = s * BLOCKS + block;
             uint32_t row = (part == 0 ? keys : values) +
-                           (table[number < last ? number : last] * a.heads + head) * BLOCK;
+                           (table[number < last ? number : last] * a.heads + head) * CACHE_BLOCK;
             char* to = shared + stage * stage_bytes<SIZE>() + (part * TILES + tile) * TILE_BYTES +
-                       block * BLOCK * COLUMNS * 2;
+                       block * CACHE_BLOCK * COLUMNS * 2;
             tma_load(to, cache, row, tile * COLUMNS, &full[stage]);
         }
     }

@@ -15,8 +15,9 @@
 #include "memory.cuh"
 #include "mma.cuh"
 
-constexpr int WARPS = 4; // each has 16 queries
-constexpr int STEP = 64; // positions in a step
+constexpr int WARPS = ATTENTION_PREFILL_WARPS; // each has 16 queries
+constexpr int STEP = ATTENTION_STEP;
+static_assert(16 * WARPS == ATTENTION_PREFILL_QUERIES, "all queries have a warp");
 
 // Starts copies of the keys and values of the positions from `first` on, with zeros from `end` on.
 template <class T, int SIZE>
@@ -28,8 +29,9 @@ DEVICE void load_step(char* keys, char* values, const AttentionArgs& a, const ui
         int r = i / CHUNKS, c = i % CHUNKS;
         uint32_t position = first + r;
         bool valid = position < end;
-        size_t block = valid ? table[position / BLOCK] : 0;
-        size_t at = ((block * a.heads + head) * BLOCK + position % BLOCK) * SIZE + c * 8;
+        size_t block = valid ? table[position / CACHE_BLOCK] : 0;
+        size_t at =
+            ((block * a.heads + head) * CACHE_BLOCK + position % CACHE_BLOCK) * SIZE + c * 8;
         cp_async(keys + r * STRIDE + c * 16, static_cast<const T*>(a.keys) + at, valid);
         cp_async(values + r * STRIDE + c * 16, static_cast<const T*>(a.values) + at, valid);
     }

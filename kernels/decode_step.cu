@@ -22,42 +22,17 @@
 #include "linear.cuh"
 #include "mma.cuh"
 
-constexpr int WARPS = 8;
+constexpr int WARPS = DECODE_WARPS;
 constexpr int THREADS = WARPS * WARP;
-constexpr int TOKENS = 8;
+constexpr int TOKENS = DECODE_TOKENS;
 constexpr int CHUNK_ROWS = 16, CHUNK_ROW_BYTES = 128, CHUNK_BYTES = CHUNK_ROWS * CHUNK_ROW_BYTES;
 constexpr int TILES = 4; // chunks side by side that are accumulated at the same time
 constexpr int GROUP_ROWS = TILES * CHUNK_ROWS;
-constexpr int SPLIT = WARPS * BLOCK; // positions that a block takes at a time
+static_assert(CHUNK_BYTES == DECODE_CHUNK_BYTES && GROUP_ROWS == DECODE_GROUP_OUTPUTS,
+              "as the host reserves it");
+constexpr int SPLIT = DECODE_SPLIT;
 // elements of padding between rows in shared memory, against bank conflicts
-constexpr int STRIDE_MORE = 32;
-constexpr int LINEARS = 4; // linears of a layer
-
-// Laid out as in src/ops/cuda/persistent.rs.
-struct DecodeLinear {
-    const void* weight; // [outputs, inputs]
-    const float *scales, *bias;
-};
-struct DecodeLayer {
-    DecodeLinear linears[LINEARS];             // queries, keys, values; dense; up; down
-    const float *input_norm[2], *post_norm[2]; // gain and shift
-};
-struct DecodeModel {
-    const DecodeLayer* layers;
-    const void* embedding;
-    const float *embedding_scales, *embedding_norm, *embedding_shift;
-    uint32_t count, width;
-    float eps;
-    uint32_t residual_post_norm;
-};
-struct DecodeStep {
-    float *x, *x2;
-    void *normed, *queries, *attended, *wide;
-    const uint32_t* slots;
-    uint32_t* barrier;        // how often blocks have come to a barrier
-    uint64_t layer_bytes;     // of the cache
-    uint32_t tokens, arrived; // and where the barrier stands as this launch begins
-};
+constexpr int LINEARS = DECODE_LINEARS;
 
 // This block's outputs of a linear.
 struct Share {
@@ -277,12 +252,12 @@ DEVICE void decode_step(const DecodeModel& m, const DecodeStep& step, const Toke
     Stream<W, DEPTH> stream(m, shared + warp_index() * DEPTH * CHUNK_BYTES);
     griddep_wait();
     uint32_t arrived = step.arrived, tokens = step.tokens, width = m.width,
-             stride = width + STRIDE_MORE;
+             stride = width + DECODE_PADDING;
     // tokens go to different blocks first, then to different warps
     for (uint32_t token = warp_index() * gridDim.x + blockIdx.x; token < tokens;
          token += THREADS / WARP * gridDim.x) {
         embed_row(step.x, ids, token, static_cast<const W*>(m.embedding), m.embedding_scales,
-                  m.embedding_norm, m.embedding_shift, width, m.eps);
+                  m.embedding_norm_weight, m.embedding_norm_bias, width, m.eps);
     }
     grid_sync(step.barrier, arrived);
     uint32_t head_size = width / attention.heads;
@@ -324,25 +299,25 @@ DEVICE void decode_step(const DecodeModel& m, const DecodeStep& step, const Toke
         uint32_t x_stride = stride;
         if (part % 2 == 0) {
             const float* const* norm = part == 0 ? layer.input_norm : layer.post_norm;
-            LinearInput in = {part == 0 ? step.x : step.x2,
-                              norm[0],
-                              norm[1],
-                              residual_normed,
-                              m.eps,
-                              tokens,
-                              width,
-                              0};
+            LinearArgs in = {part == 0 ? step.x : step.x2,
+                             norm[0],
+                             norm[1],
+                             residual_normed,
+                             m.eps,
+                             tokens,
+                             width,
+                             0};
             stage_normalized<T, WARPS>(in, rows, stride);
         } else {
             x = static_cast<const T*>(part == 1 ? step.attended : step.wide);
             x_stride = inputs_of(m, part);
-            e.mode = RESIDUAL;
+            e.mode = EPILOGUE_RESIDUAL;
             e.residual = residual_normed ? residual_normed : part == 1 ? step.x : step.x2;
             e.half_residual = m.residual_post_norm;
             e.out = part == 1 ? step.x2 : step.x;
         }
         if (part == 0) {
-            e.mode = QKV;
+            e.mode = EPILOGUE_QKV;
             e.out = step.queries;
             e.keys =
                 const_cast<char*>(static_cast<const char*>(attention.keys) + l * step.layer_bytes);
@@ -352,7 +327,7 @@ DEVICE void decode_step(const DecodeModel& m, const DecodeStep& step, const Toke
             e.heads = attention.heads;
             e.head_size = head_size;
         } else if (part == 2) {
-            e.mode = GELU;
+            e.mode = EPILOGUE_GELU;
             e.out = step.wide;
         }
         e.bias = layer.linears[part].bias;

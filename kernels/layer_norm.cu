@@ -12,7 +12,7 @@
 // them (sum, squares, output). Widths are multiples of 8.
 #include "embedding.cuh"
 
-constexpr int ROWS_PER_BLOCK = 4;
+static_assert(NORM_ROWS * WARP == NORM_THREADS, "a warp for each row");
 
 template <class T>
 DEVICE void embed_norm(float* out, const TokenIds& ids, const T* table, const float* scales,
@@ -22,7 +22,7 @@ DEVICE void embed_norm(float* out, const TokenIds& ids, const T* table, const fl
     prefetch_l2(weight, width * 4, threadIdx.x, blockDim.x);
     prefetch_l2(bias, width * 4, threadIdx.x, blockDim.x);
     griddep_wait();
-    uint32_t token = blockIdx.x * ROWS_PER_BLOCK + warp_index();
+    uint32_t token = blockIdx.x * NORM_ROWS + warp_index();
     if (token >= tokens) return;
     embed_row(out, ids, token, table, scales, weight, bias, width, eps);
 }
@@ -34,14 +34,14 @@ DEVICE void layer_norm(T* out, const float* x, const uint32_t* rows, const float
     prefetch_l2(weight, width * 4, threadIdx.x, blockDim.x);
     prefetch_l2(bias, width * 4, threadIdx.x, blockDim.x);
     griddep_wait();
-    uint32_t r = blockIdx.x * ROWS_PER_BLOCK + warp_index();
+    uint32_t r = blockIdx.x * NORM_ROWS + warp_index();
     if (r >= count) return;
     FloatRow row = {x + static_cast<size_t>(rows ? rows[r] : r) * width};
     normalize_row(out + static_cast<size_t>(r) * width, row, weight, bias, width, eps);
 }
 
 #define EMBED_NORM(T, suffix)                                                            \
-    KERNEL(embed_norm_##suffix, ROWS_PER_BLOCK* WARP)                                    \
+    KERNEL(embed_norm_##suffix, NORM_THREADS)                                            \
     (float* out, TokenIds ids, const T* table, const float* scales, const float* weight, \
      const float* bias, uint32_t tokens, uint32_t width, float eps) {                    \
         embed_norm<T>(out, ids, table, scales, weight, bias, tokens, width, eps);        \
@@ -52,7 +52,7 @@ EMBED_NORM(f16, f16)
 EMBED_NORM(int8_t, int8)
 
 #define LAYER_NORM(T)                                                                       \
-    KERNEL(layer_norm_##T, ROWS_PER_BLOCK* WARP)                                            \
+    KERNEL(layer_norm_##T, NORM_THREADS)                                                    \
     (T * out, const float* x, const uint32_t* rows, const float* weight, const float* bias, \
      uint32_t count, uint32_t width, float eps) {                                           \
         layer_norm<T>(out, x, rows, weight, bias, count, width, eps);                       \

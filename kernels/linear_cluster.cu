@@ -20,18 +20,6 @@
 
 #if HOPPER
 
-// The layer norm of the results in f32, wanted in 16 bits too. Laid out as in
-// src/ops/cuda/linear.rs.
-struct NextNorm {
-    const float* weight; // null if there is none
-    const float* bias;
-    void* normed; // [tokens, width]
-    // of the clusters that are done, for each tile of tokens: 0 before and after
-    uint32_t* counters;
-    float eps;
-    uint32_t unused;
-};
-
 // Normalizes the rows of the tile if this cluster is the last to have written outputs of them.
 // `last` is a word in the shared memory of every block.
 template <class T, int TOKENS>

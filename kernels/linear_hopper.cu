@@ -22,17 +22,19 @@
 
 #if HOPPER
 
-constexpr int TILE_M = 128, TILE_N = 256;
+constexpr int TILE_M = LINEAR_HOPPER_TOKENS, TILE_N = LINEAR_HOPPER_OUTPUTS;
 constexpr int CONSUMERS = 2;
 constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
-using Pipeline = TmaPipeline<TILE_M, TILE_N, 4, true>;
+static_assert(THREADS == LINEAR_HOPPER_THREADS, "as the host launches it");
+using Pipeline = TmaPipeline<TILE_M, TILE_N, LINEAR_HOPPER_STAGES, true>;
 constexpr uint32_t GROUP = 16; // tiles of tokens that are taken together
 
 constexpr int STAGED_COLUMNS = 64;
 constexpr int STAGED_STRIDE = STAGED_COLUMNS * 2 + 16; // the padding avoids bank conflicts
 constexpr int FLOAT_COLUMNS = 32,
-              FLOAT_STRIDE = FLOAT_COLUMNS * 4 + 32; // the same for results in f32
-constexpr int STAGED_BYTES = 16 * FLOAT_STRIDE;      // of each consuming warp
+              FLOAT_STRIDE = FLOAT_COLUMNS * 4 + 32;     // the same for results in f32
+constexpr int STAGED_BYTES = LINEAR_HOPPER_STAGED_BYTES; // of each consuming warp
+static_assert(STAGED_BYTES == 16 * FLOAT_STRIDE, "room for 16 tokens");
 
 // Writes a warp's 16 tokens by 256 outputs in 16 bits. The accumulators in `d` are ordered as by
 // wgmma_ss; `staged` is shared memory of this warp for 16 rows.
@@ -56,7 +58,7 @@ DEVICE void store_half_tile(const EpilogueArgs& of, char* staged, uint32_t first
                                  row < e.width ? e.bias[row + 1] : 0};
                 float a = d[column / 2 + i % 2 * 2] + bias[0],
                       b = d[column / 2 + i % 2 * 2 + 1] + bias[1];
-                four[i] = e.mode == GELU ? pack<T>(gelu(a), gelu(b)) : pack<T>(a, b);
+                four[i] = e.mode == EPILOGUE_GELU ? pack<T>(gelu(a), gelu(b)) : pack<T>(a, b);
             }
             stmatrix_x4(staged + (lane / 8 % 2 * 8 + lane % 8) * STAGED_STRIDE +
                             (j + lane / 16) * 16,
@@ -96,7 +98,7 @@ DEVICE void store_float_tile(const EpilogueArgs& e, char* staged, uint32_t first
         UNROLL
         for (int i = 0; i < ROWS; i++) {
             r[i] = Float4{};
-            if (MODE != RESIDUAL || !exists(part, i)) continue;
+            if (MODE != EPILOGUE_RESIDUAL || !exists(part, i)) continue;
             if (e.half_residual) {
                 const uint32_t* pairs = reinterpret_cast<const uint32_t*>(
                     static_cast<const T*>(e.residual) + offset(part, i));
@@ -150,12 +152,18 @@ template <class T>
 DEVICE void epilogue_tile(const EpilogueArgs& e, char* staged, uint32_t first_token,
                           uint32_t tokens, uint32_t first_row, const float (&d)[TILE_N / 2]) {
     switch (e.mode) {
-    case GELU: store_half_tile<T, GELU>(e, staged, first_token, tokens, first_row, d); break;
-    case QKV: store_half_tile<T, QKV>(e, staged, first_token, tokens, first_row, d); break;
-    case RESIDUAL:
-        store_float_tile<T, RESIDUAL>(e, staged, first_token, tokens, first_row, d);
+    case EPILOGUE_GELU:
+        store_half_tile<T, EPILOGUE_GELU>(e, staged, first_token, tokens, first_row, d);
         break;
-    default: store_float_tile<T, BIAS>(e, staged, first_token, tokens, first_row, d); break;
+    case EPILOGUE_QKV:
+        store_half_tile<T, EPILOGUE_QKV>(e, staged, first_token, tokens, first_row, d);
+        break;
+    case EPILOGUE_RESIDUAL:
+        store_float_tile<T, EPILOGUE_RESIDUAL>(e, staged, first_token, tokens, first_row, d);
+        break;
+    default:
+        store_float_tile<T, EPILOGUE_BIAS>(e, staged, first_token, tokens, first_row, d);
+        break;
     }
 }
 

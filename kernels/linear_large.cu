@@ -16,10 +16,10 @@
 #include "memory.cuh"
 #include "mma.cuh"
 
-constexpr int THREADS = 256;
-constexpr int TILE = 128; // tokens and outputs of a block
-constexpr int SLICE = 64; // inputs in a stage
-constexpr int STAGES = 3;
+constexpr int THREADS = LINEAR_LARGE_THREADS;
+constexpr int TILE = LINEAR_LARGE_TILE;
+constexpr int SLICE = LINEAR_SLICE;
+constexpr int STAGES = LINEAR_LARGE_STAGES;
 constexpr int WARP_M = 64, WARP_N = 32;
 
 // Bytes between rows of weights in shared memory.
@@ -37,7 +37,7 @@ DEVICE constexpr int stage_bytes() {
 DEVICE int swizzled(int r, int c) { return r * 128 + ((c ^ (r & 7)) << 4); }
 
 template <class T, class W>
-DEVICE void load_slice(char* stage, const LinearInput& in, const W* w, uint32_t outputs,
+DEVICE void load_slice(char* stage, const LinearArgs& in, const W* w, uint32_t outputs,
                        uint32_t first_token, uint32_t first_output, uint32_t k) {
     const T* x = static_cast<const T*>(in.x);
     UNROLL
@@ -103,7 +103,7 @@ struct WarpTile {
 };
 
 template <class T, class W>
-DEVICE WarpTile accumulate_warp(const LinearInput& in, const W* w, uint32_t outputs,
+DEVICE WarpTile accumulate_warp(const LinearArgs& in, const W* w, uint32_t outputs,
                                 uint32_t first_token, uint32_t first_output) {
     char* shared = shared_memory();
     int slices = (in.inputs + SLICE - 1) / SLICE;
@@ -173,7 +173,7 @@ DEVICE void for_each_pair(const WarpTile& sums, const float* scales, uint32_t ou
 }
 
 template <class T, class W>
-DEVICE void linear_large(const LinearInput& in, const W* w, const float* scales,
+DEVICE void linear_large(const LinearArgs& in, const W* w, const float* scales,
                          const EpilogueArgs& e) {
     uint32_t first_output = blockIdx.x * TILE, first_token = blockIdx.y * TILE;
     WarpTile sums = accumulate_warp<T, W>(in, w, e.width, first_token, first_output);
@@ -189,7 +189,7 @@ DEVICE void linear_large(const LinearInput& in, const W* w, const float* scales,
 // Computes a tile of the LM head and leaves it in shared memory. Tokens are along x, so that
 // consecutive blocks read the same weights.
 template <class T, class W>
-DEVICE AccumulatorTile lm_head_tile(const LinearInput& in, const W* w, const float* scales,
+DEVICE AccumulatorTile lm_head_tile(const LinearArgs& in, const W* w, const float* scales,
                                     uint32_t outputs) {
     static_assert(TILE == TILE_OUTPUTS, "the tiles of both kernels have the same outputs");
     static_assert(TILE * TILE_STRIDE * 4 <= STAGES * stage_bytes<W>(), "room for the accumulators");
@@ -205,22 +205,22 @@ DEVICE AccumulatorTile lm_head_tile(const LinearInput& in, const W* w, const flo
     return tile;
 }
 
-#define LARGE(T, W, suffix)                                                                     \
-    KERNEL(linear_large_##suffix, THREADS)                                                      \
-    (LinearInput in, const W* w, const float* scales, EpilogueArgs e) {                         \
-        linear_large<T, W>(in, w, scales, e);                                                   \
-    }                                                                                           \
-    EXPORT(linear_large_##suffix)                                                               \
-    KERNEL(lm_head_sample_large_##suffix, THREADS)                                              \
-    (LinearInput in, const W* w, const float* scales, SamplingArgs choices, uint32_t outputs) { \
-        sample_in_tile(lm_head_tile<T, W>(in, w, scales, outputs), choices, outputs);           \
-    }                                                                                           \
-    EXPORT(lm_head_sample_large_##suffix)                                                       \
-    KERNEL(lm_head_logits_large_##suffix, THREADS)                                              \
-    (LinearInput in, const W* w, const float* scales, float* out, SoftmaxStats* moments,        \
-     uint32_t outputs) {                                                                        \
-        write_logits(lm_head_tile<T, W>(in, w, scales, outputs), out, moments, outputs);        \
-    }                                                                                           \
+#define LARGE(T, W, suffix)                                                                    \
+    KERNEL(linear_large_##suffix, THREADS)                                                     \
+    (LinearArgs in, const W* w, const float* scales, EpilogueArgs e) {                         \
+        linear_large<T, W>(in, w, scales, e);                                                  \
+    }                                                                                          \
+    EXPORT(linear_large_##suffix)                                                              \
+    KERNEL(lm_head_sample_large_##suffix, THREADS)                                             \
+    (LinearArgs in, const W* w, const float* scales, SamplingArgs choices, uint32_t outputs) { \
+        sample_in_tile(lm_head_tile<T, W>(in, w, scales, outputs), choices, outputs);          \
+    }                                                                                          \
+    EXPORT(lm_head_sample_large_##suffix)                                                      \
+    KERNEL(lm_head_logits_large_##suffix, THREADS)                                             \
+    (LinearArgs in, const W* w, const float* scales, float* out, SoftmaxStats* moments,        \
+     uint32_t outputs) {                                                                       \
+        write_logits(lm_head_tile<T, W>(in, w, scales, outputs), out, moments, outputs);       \
+    }                                                                                          \
     EXPORT(lm_head_logits_large_##suffix)
 LARGE(bf16, bf16, bf16)
 LARGE(f16, f16, f16)

@@ -22,16 +22,15 @@
 #include "mma.cuh"
 #include "sampling.cuh"
 
-constexpr int WARPS = 8;
-constexpr int OUTPUTS = 16;
+constexpr int WARPS = SKINNY_WARPS;
+constexpr int OUTPUTS = SKINNY_OUTPUTS;
 
-// Rounds of weights in flight, where several blocks share a multiprocessor and where only one does.
-constexpr int SHALLOW = 6, DEEP = 12;
+constexpr int SHALLOW = SKINNY_SHALLOW, DEEP = SKINNY_DEEP;
 constexpr int ROUND_BYTES = 2 * 16 * WARP; // of a warp: 16 bytes of two rows in each lane
 
 // Copies the rows of `in` to rows of `stride` elements in shared memory.
 template <class T>
-DEVICE void stage_rows(const LinearInput& in, T* rows, uint32_t stride) {
+DEVICE void stage_rows(const LinearArgs& in, T* rows, uint32_t stride) {
     const T* x = static_cast<const T*>(in.x);
     uint32_t chunks = in.inputs / 8;
     constexpr int AT_ONCE = 4;
@@ -59,7 +58,7 @@ DEVICE void stage_rows(const LinearInput& in, T* rows, uint32_t stride) {
 // Shared memory holds the rings of the warps, each of which the sums of the warp take over; then
 // weight and bias of the norm if there is one; then the rows if they are normalized or staged.
 template <class T, class W, int TILES, bool NORMS = false, int DEPTH = SHALLOW>
-DEVICE float* accumulate_block(const LinearInput& in, const W* w, const float* scales,
+DEVICE float* accumulate_block(const LinearArgs& in, const W* w, const float* scales,
                                uint32_t outputs) {
     using Operand = Weights<T, W>;
     constexpr int STEPS = Operand::STEPS;
@@ -115,7 +114,7 @@ DEVICE float* accumulate_block(const LinearInput& in, const W* w, const float* s
             if (norms) {
                 cp_async_wait_group<DEPTH>();
                 block_sync();
-                LinearInput staged = in;
+                LinearArgs staged = in;
                 staged.weight = parameters;
                 staged.bias = parameters + in.inputs;
                 stage_normalized<T, WARPS>(staged, rows, stride);
@@ -208,7 +207,7 @@ DEVICE float* accumulate_block(const LinearInput& in, const W* w, const float* s
 }
 
 template <class T, class W, int TILES, int DEPTH = SHALLOW>
-DEVICE void linear_skinny(const LinearInput& in, const W* w, const float* scales,
+DEVICE void linear_skinny(const LinearArgs& in, const W* w, const float* scales,
                           const EpilogueArgs& e) {
     if (threadIdx.x == 0) prefetch_l2(e.bias + blockIdx.x * OUTPUTS, 4, 0, 1);
     float* sums = accumulate_block<T, W, TILES, true, DEPTH>(in, w, scales, e.width);
@@ -221,7 +220,7 @@ DEVICE void linear_skinny(const LinearInput& in, const W* w, const float* scales
 // Writes logits, `out` [tokens, outputs] in f32, and unless `stats` is null the softmax statistics
 // of each block's OUTPUTS of them, `stats` [tokens, blocks].
 template <class T, class W, int TILES>
-DEVICE void lm_head_logits(const LinearInput& in, const W* w, const float* scales, float* out,
+DEVICE void lm_head_logits(const LinearArgs& in, const W* w, const float* scales, float* out,
                            SoftmaxStats* stats, uint32_t outputs) {
     float* sums = accumulate_block<T, W, TILES>(in, w, scales, outputs);
     for (uint32_t i = threadIdx.x; i < in.tokens * OUTPUTS; i += WARPS * WARP) {
@@ -240,29 +239,29 @@ DEVICE void lm_head_logits(const LinearInput& in, const W* w, const float* scale
     }
 }
 
-#define SKINNY(T, W, suffix, TILES)                                                             \
-    KERNEL_SHARED(linear_skinny_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 3 : 1)            \
-    (LinearInput in, const W* w, const float* scales, EpilogueArgs e) {                         \
-        linear_skinny<T, W, TILES>(in, w, scales, e);                                           \
-    }                                                                                           \
-    EXPORT(linear_skinny_##suffix##_##TILES)                                                    \
-    KERNEL_SHARED(lm_head_logits_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 4 : 0)           \
-    (LinearInput in, const W* w, const float* scales, float* out, SoftmaxStats* stats,          \
-     uint32_t outputs) {                                                                        \
-        lm_head_logits<T, W, TILES>(in, w, scales, out, stats, outputs);                        \
-    }                                                                                           \
-    EXPORT(lm_head_logits_##suffix##_##TILES)                                                   \
-    KERNEL_SHARED(lm_head_sample_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 4 : 0)           \
-    (LinearInput in, const W* w, const float* scales, SamplingArgs choices, uint32_t outputs) { \
-        float* sums = accumulate_block<T, W, TILES>(in, w, scales, outputs);                    \
-        sample_in_block<OUTPUTS>(sums, OUTPUTS, 0, in.tokens, blockIdx.x, choices, outputs);    \
-    }                                                                                           \
+#define SKINNY(T, W, suffix, TILES)                                                            \
+    KERNEL_SHARED(linear_skinny_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 3 : 1)           \
+    (LinearArgs in, const W* w, const float* scales, EpilogueArgs e) {                         \
+        linear_skinny<T, W, TILES>(in, w, scales, e);                                          \
+    }                                                                                          \
+    EXPORT(linear_skinny_##suffix##_##TILES)                                                   \
+    KERNEL_SHARED(lm_head_logits_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 4 : 0)          \
+    (LinearArgs in, const W* w, const float* scales, float* out, SoftmaxStats* stats,          \
+     uint32_t outputs) {                                                                       \
+        lm_head_logits<T, W, TILES>(in, w, scales, out, stats, outputs);                       \
+    }                                                                                          \
+    EXPORT(lm_head_logits_##suffix##_##TILES)                                                  \
+    KERNEL_SHARED(lm_head_sample_##suffix##_##TILES, WARPS* WARP, TILES == 1 ? 4 : 0)          \
+    (LinearArgs in, const W* w, const float* scales, SamplingArgs choices, uint32_t outputs) { \
+        float* sums = accumulate_block<T, W, TILES>(in, w, scales, outputs);                   \
+        sample_in_block<OUTPUTS>(sums, OUTPUTS, 0, in.tokens, blockIdx.x, choices, outputs);   \
+    }                                                                                          \
     EXPORT(lm_head_sample_##suffix##_##TILES)
-#define SKINNY_DEEP(T, W, suffix)                                       \
-    KERNEL_SHARED(linear_skinny_##suffix##_1_deep, WARPS* WARP, 1)      \
-    (LinearInput in, const W* w, const float* scales, EpilogueArgs e) { \
-        linear_skinny<T, W, 1, DEEP>(in, w, scales, e);                 \
-    }                                                                   \
+#define SKINNY_DEEP(T, W, suffix)                                      \
+    KERNEL_SHARED(linear_skinny_##suffix##_1_deep, WARPS* WARP, 1)     \
+    (LinearArgs in, const W* w, const float* scales, EpilogueArgs e) { \
+        linear_skinny<T, W, 1, DEEP>(in, w, scales, e);                \
+    }                                                                  \
     EXPORT(linear_skinny_##suffix##_1_deep)
 #define SKINNY_ALL(T, W, suffix) \
     SKINNY_DEEP(T, W, suffix)    \

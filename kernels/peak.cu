@@ -3,7 +3,7 @@
 #include "memory.cuh"
 #include "mma.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = PEAK_THREADS;
 
 // Reads `count` chunks of 16 bytes once, eight at a time in each thread. `out` keeps the compiler
 // from removing the loads.

@@ -8,7 +8,7 @@
 #include "memory.cuh"
 #include "sampling.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = MERGE_THREADS;
 
 KERNEL(merge_samples, THREADS)(SamplingArgs args, SampledToken* out) {
     griddep_wait();
@@ -21,7 +21,7 @@ KERNEL(merge_samples, THREADS)(SamplingArgs args, SampledToken* out) {
     block_sync();
     if (threadIdx.x == 0) {
         for (int i = 1; i < THREADS / WARP; i++) p = merge(p, warps[i]);
-        out[args.list[blockIdx.x].slot] =
+        out[args.jobs[blockIdx.x].slot] =
             SampledToken{p.token, p.logit - (p.max + logf(p.sum_exp))};
     }
 }

@@ -21,12 +21,10 @@
 #include "memory.cuh"
 #include "sampling.cuh"
 
-constexpr int THREADS = 512;
+constexpr int THREADS = FILTERED_THREADS;
 constexpr int WARPS = THREADS / WARP;
-constexpr int LIST = 2048;
-// The largest list that is asked for; the rest of the memory is room for ties.
-constexpr int MAX_LISTED = LIST / 2;
-constexpr uint32_t TOO_MANY = 0xfffffffe;
+constexpr int LIST = FILTERED_LIST;
+constexpr int MAX_LISTED = FILTERED_MAX_LISTED;
 
 // Maps floats to unsigned integers in the same order, and back.
 DEVICE uint32_t ordered(float x) {
@@ -48,6 +46,7 @@ struct Shared {
     unsigned long long mass; // the probability mass that is still to be found
     uint32_t changed[1];     // one bit for each token, to the end of shared memory
 };
+static_assert(offsetof(Shared, changed) == FILTERED_SHARED_BYTES, "as the host reserves it");
 
 DEVICE float filtered_logit(const float* logits, const uint32_t* bits, const LogitChange* changes,
                             const SampledToken* previous, const SamplingJob& c, uint32_t token) {
@@ -378,12 +377,6 @@ KERNEL_ALONE(sample_filtered, THREADS)
     write_sample(best_of_block(s, best));
 }
 EXPORT(sample_filtered)
-
-// A row of which the `count` most likely tokens are wanted. Laid out as in
-// src/ops/cuda/sampling.rs.
-struct TopRequest {
-    uint32_t row, count;
-};
 
 KERNEL_ALONE(top_logprobs, THREADS)
 (SampledToken* out, const float* all_logits, const SoftmaxStats* all_stats, const TopRequest* tops,

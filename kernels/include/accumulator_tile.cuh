@@ -4,7 +4,7 @@
 #include "memory.cuh"
 #include "sampling.cuh"
 
-constexpr int TILE_OUTPUTS = 128;
+constexpr int TILE_OUTPUTS = LINEAR_CLUSTER_OUTPUTS;
 // Floats between tokens. The padding puts the pairs of four tokens that a warp writes together into
 // different banks.
 constexpr int TILE_STRIDE = TILE_OUTPUTS + 8;

@@ -15,7 +15,6 @@
 // and every lane ends up with the scores of two positions. Instructions then take less time than
 // memory. The order of every sum depends on the length of the sequence alone.
 #pragma once
-#include "attention.cuh"
 #include "memory.cuh"
 #include "mma.cuh"
 #include "threads.cuh"
@@ -78,9 +77,9 @@ DEVICE void attention_decode(const AttentionArgs& a, uint32_t head, uint32_t num
     // columns 64 i + 8 g + 2 j and + 1 are in [i][j][0] and [i][j][2]
     float accumulators[VALUE_STEPS][4][4] = {};
     float max_score = -INFINITY, sum_exp = 0;
-    for (uint32_t b = first / BLOCK + warp_index(); b * BLOCK < end; b += WARPS) {
-        uint32_t count = end - b * BLOCK; // positions from this block on
-        size_t offset = (static_cast<size_t>(table[b]) * a.heads + head) * BLOCK * SIZE;
+    for (uint32_t b = first / CACHE_BLOCK + warp_index(); b * CACHE_BLOCK < end; b += WARPS) {
+        uint32_t count = end - b * CACHE_BLOCK; // positions from this block on
+        size_t offset = (static_cast<size_t>(table[b]) * a.heads + head) * CACHE_BLOCK * SIZE;
         const char* keys = opaque_address(static_cast<const T*>(a.keys) + offset);
         const char* values = opaque_address(static_cast<const T*>(a.values) + offset);
         // rows beyond the last position load the last one again; their weights are zero
@@ -112,7 +111,8 @@ DEVICE void attention_decode(const AttentionArgs& a, uint32_t head, uint32_t num
             for (int i = 0; i < KEY_STEPS; i++)
                 mma_m16n8k16<T>(partial_scores, k[half][i].pairs, q[i]);
             uint32_t row = half * 8 + g;
-            float distance = static_cast<float>(b * BLOCK + row) - static_cast<float>(position);
+            float distance =
+                static_cast<float>(b * CACHE_BLOCK + row) - static_cast<float>(position);
             score[half] = row < count
                               ? (partial_scores[0] + partial_scores[3]) * scale + slope * distance
                               : -INFINITY;

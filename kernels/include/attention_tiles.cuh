@@ -2,7 +2,6 @@
 // over the lanes as the tensor cores have them: lane / 4 is the query (and the one 8 below it), 2
 // (lane % 4) the first of two columns.
 #pragma once
-#include "attention.cuh"
 #include "threads.cuh"
 
 // Loads queries as operands. `rows` are the two queries of this lane, counted from `first_token`.

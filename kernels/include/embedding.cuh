@@ -1,7 +1,6 @@
 // The embedding lookup followed by a layer norm.
 #pragma once
 #include "layer_norm.cuh"
-#include "sampling.cuh"
 
 // A row of the embedding table, in 16 bits, or in 8 bits with a scale.
 template <class T>
@@ -28,27 +27,21 @@ struct TableRow<int8_t> {
     }
 };
 
-// Laid out as in src/ops/cuda/mod.rs.
-struct TokenIds {
-    const uint32_t* ids;
-    const uint32_t* fed;         // of each token: the choice that it is, or 0xffffffff
-    const SampledToken* choices; // of the step before; null if nothing is fed
-    uint32_t vocabulary, unused;
-    DEVICE_MEMBER uint32_t of(uint32_t token) const {
-        uint32_t choice = choices ? fed[token] : 0xffffffff;
-        if (choice == 0xffffffff) return ids[token];
-        // a choice that was left to the host is no token; what comes of it is thrown away
-        uint32_t id = choices[choice].token;
-        return id < vocabulary ? id : 0;
-    }
-};
+// The id of a token. A job that was left to the host has no token yet; whatever is computed for it
+// is thrown away.
+DEVICE uint32_t token_id(const TokenIds& ids, uint32_t token) {
+    uint32_t job = ids.sampled ? ids.pending[token] : ABSENT;
+    if (job == ABSENT) return ids.ids[token];
+    uint32_t id = ids.sampled[job].token;
+    return id < ids.vocabulary ? id : 0;
+}
 
 // Writes the normalized embedding of a token, by one warp. `scales` is null for 16-bit tables.
 template <class T>
 DEVICE void embed_row(float* out, const TokenIds& ids, uint32_t token, const T* table,
                       const float* scales, const float* weight, const float* bias, uint32_t width,
                       float eps) {
-    uint32_t id = ids.of(token);
+    uint32_t id = token_id(ids, token);
     TableRow<T> row = {table + static_cast<size_t>(id) * width, scales ? scales[id] : 1.0f};
     float* to = out + static_cast<size_t>(token) * width;
     normalize(row, weight, bias, width, eps,

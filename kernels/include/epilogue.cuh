@@ -3,39 +3,22 @@
 #pragma once
 #include "numbers.cuh"
 
-enum EpilogueMode : uint32_t {
-    BIAS = 0,     // out f32 = sum + bias
-    GELU = 1,     // out 16 bits = gelu(sum + bias), tanh form
-    RESIDUAL = 2, // out f32 = sum + bias + residual
-    // rows are [head, 3, head size]: queries to out in 16 bits, keys and values to their cache
-    // blocks
-    QKV = 3,
-};
-
-// Laid out as `EpilogueArgs` in src/ops/cuda/linear.rs.
-struct EpilogueArgs {
-    void* out;            // [tokens, width], for QKV [tokens, width / 3]
-    const float* bias;    // [width]
-    const void* residual; // [tokens, width], in f32 or 16 bits
-    void* keys;           // this layer's cache: [block, head, 16, head size]
-    void* values;
-    const uint32_t* slots; // of each token: block * 16 + position in the block
-    uint32_t mode, width, half_residual, heads, head_size, unused;
-};
-
 DEVICE float gelu(float x) {
     float u = 0.79788456f * x * (1.0f + 0.044715f * x * x);
     return divide_approx(x, 1.0f + exp_approx(-2.0f * u));
 }
 
 // Whether the results are 16 bits wide.
-DEVICE bool half_output(const EpilogueArgs& e) { return e.mode == GELU || e.mode == QKV; }
+DEVICE bool half_output(const EpilogueArgs& e) {
+    return e.mode == EPILOGUE_GELU || e.mode == EPILOGUE_QKV;
+}
 
 // Where the 16-bit result for output `row` of a token is written. Eight neighbours from a multiple
 // of 8 on are contiguous, because head sizes are multiples of 8.
 template <class T>
 DEVICE T* half_output_at(const EpilogueArgs& e, uint32_t token, uint32_t row) {
-    if (e.mode == GELU) return static_cast<T*>(e.out) + static_cast<size_t>(token) * e.width + row;
+    if (e.mode == EPILOGUE_GELU)
+        return static_cast<T*>(e.out) + static_cast<size_t>(token) * e.width + row;
     uint32_t head = row / (3 * e.head_size), part = row / e.head_size % 3, d = row % e.head_size;
     if (part == 0)
         return static_cast<T*>(e.out) +
@@ -52,18 +35,18 @@ DEVICE void epilogue_pair(const EpilogueArgs& e, uint32_t token, uint32_t row, f
                           bool second) {
     a += e.bias[row];
     if (second) b += e.bias[row + 1];
-    if (e.mode == QKV) {
+    if (e.mode == EPILOGUE_QKV) {
         *reinterpret_cast<uint32_t*>(half_output_at<T>(e, token, row)) = pack<T>(a, b);
         return;
     }
-    if (e.mode == GELU) {
+    if (e.mode == EPILOGUE_GELU) {
         T* out = half_output_at<T>(e, token, row);
         out[0] = to_half<T>(gelu(a));
         if (second) out[1] = to_half<T>(gelu(b));
         return;
     }
     size_t at = static_cast<size_t>(token) * e.width + row;
-    if (e.mode == RESIDUAL) {
+    if (e.mode == EPILOGUE_RESIDUAL) {
         if (e.half_residual) {
             const T* r = static_cast<const T*>(e.residual) + at;
             a += to_float(r[0]);
@@ -93,14 +76,14 @@ DEVICE void epilogue_eight(const EpilogueArgs& e, uint32_t token, uint32_t row, 
         Pack16B out;
         UNROLL
         for (int i = 0; i < 8; i += 2) {
-            out.pairs[i / 2] =
-                e.mode == GELU ? pack<T>(gelu(v[i]), gelu(v[i + 1])) : pack<T>(v[i], v[i + 1]);
+            out.pairs[i / 2] = e.mode == EPILOGUE_GELU ? pack<T>(gelu(v[i]), gelu(v[i + 1]))
+                                                       : pack<T>(v[i], v[i + 1]);
         }
         *reinterpret_cast<Pack16B*>(half_output_at<T>(e, token, row)) = out;
         return;
     }
     size_t at = static_cast<size_t>(token) * e.width + row;
-    if (e.mode == RESIDUAL && e.half_residual) {
+    if (e.mode == EPILOGUE_RESIDUAL && e.half_residual) {
         Pack16B r = *reinterpret_cast<const Pack16B*>(static_cast<const T*>(e.residual) + at);
         UNROLL
         for (int i = 0; i < 8; i += 2) {
@@ -111,7 +94,7 @@ DEVICE void epilogue_eight(const EpilogueArgs& e, uint32_t token, uint32_t row, 
     UNROLL
     for (int i = 0; i < 8; i += 4) {
         Float4 out = {{v[i], v[i + 1], v[i + 2], v[i + 3]}};
-        if (e.mode == RESIDUAL && !e.half_residual) {
+        if (e.mode == EPILOGUE_RESIDUAL && !e.half_residual) {
             Float4 r =
                 *reinterpret_cast<const Float4*>(static_cast<const float*>(e.residual) + at + i);
             UNROLL

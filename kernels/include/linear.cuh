@@ -2,17 +2,6 @@
 #pragma once
 #include "layer_norm.cuh"
 
-// The rows to multiply. Laid out as `LinearInput` in src/ops/cuda/linear.rs.
-struct LinearInput {
-    const void* x;       // [tokens, inputs] in 16 bits; f32 if there is a norm
-    const float* weight; // of the norm; null if there is none
-    const float* bias;
-    void* normed; // where the first block also writes the normalized rows; may be null
-    float eps;
-    uint32_t tokens, inputs;
-    uint32_t staged; // whether the skinny kernels bring the rows to shared memory first
-};
-
 // How the 16 bytes of weights that a lane loads become operands of mma_m16n8k16: in STEPS
 // instructions, each of which takes 4 of the lane's inputs.
 template <class T, class W>
@@ -36,7 +25,7 @@ struct Weights<T, int8_t> {
 
 // Normalizes all tokens into rows of `stride` elements in shared memory, by a block of WARPS warps.
 template <class T, int WARPS>
-DEVICE void stage_normalized(const LinearInput& in, T* rows, uint32_t stride) {
+DEVICE void stage_normalized(const LinearArgs& in, T* rows, uint32_t stride) {
     for (uint32_t token = warp_index(); token < in.tokens; token += WARPS) {
         FloatRow row = {static_cast<const float*>(in.x) + static_cast<size_t>(token) * in.inputs};
         normalize(row, in.weight, in.bias, in.inputs, in.eps, [&](uint32_t i, Float4 v) {

@@ -1,9 +1,11 @@
 // How kernels and functions are declared. nvcc compiles them for GPUs; the emulator compiles the
 // same files as C++ with the declarations in emulator/include/emulated.h.
 #pragma once
+#include "abi.h"
 #ifdef KERNEL_EMULATOR
 #include "emulated.h"
 #else
+#include <cstddef>
 #include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -8,62 +8,9 @@
 #include "random.cuh"
 #include "threads.cuh"
 
-struct SampledToken {
-    uint32_t token;
-    float logprob;
-};
-
-// The softmax statistics that the LM head writes for each group of STATS_OUTPUTS outputs, next to
-// their logits.
-constexpr int STATS_OUTPUTS = 16;
-struct SoftmaxStats {
-    float max, sum_exp; // largest logit, and the sum of exp(logit - max)
-};
-
-// Laid out as in src/ops/cuda/sampling.rs.
-struct SamplingJob {
-    uint32_t row;                          // of the logits
-    float inverse_temperature;             // 0: the most likely token
-    float penalty;                         // of seen tokens
-    uint32_t changes_start, changes_count; // tokens whose logits are changed, sorted
-    uint32_t forced; // the choice, if there is none: its log-probability is wanted; else 0xffffffff
-    uint32_t seed_low, seed_high, candidate, position;
-    // for choices by rank and probability: at most so many tokens; of these the most likely ones
-    // that together have this probability; and none less likely than this part of the most likely
-    // one
-    uint32_t top_k;
-    float top_p, min_p;
-    // the choice of the step before whose token the penalty counts too, else 0xffffffff
-    uint32_t fed;
-    uint32_t slot; // where the result goes
-};
-
-// A token whose logit is not taken as it is.
-struct LogitChange {
-    uint32_t token; // with SEEN if the penalty counts it
-    float bias;     // added after the penalty
-};
-
-constexpr uint32_t SEEN = 0x80000000;
-
-struct PartialSample {
-    float score; // of the best token, with penalty, temperature and noise
-    uint32_t token;
-    float logit;        // of the best token, as the model gave it
-    float max, sum_exp; // of all tokens: largest logit, and the sum of exp(logit - max)
-};
-
-struct SamplingArgs {
-    const SamplingJob* list;
-    const LogitChange* changes;
-    const SampledToken* previous; // results of the step before
-    PartialSample* partials;      // [choice, block]
-    uint32_t count, blocks;
-};
-
 // The token sampled in the previous step that the penalty counts too; no token if there is none.
 DEVICE uint32_t pending_token(const SamplingJob& c, const SampledToken* previous) {
-    return c.fed == 0xffffffff ? c.fed : previous[c.fed].token;
+    return c.pending == ABSENT ? c.pending : previous[c.pending].token;
 }
 
 // A token's logit after penalty and bias.
@@ -134,7 +81,7 @@ DEVICE PartialSample merge_with_lane(const PartialSample& p, int mask) {
     return lane_index() & mask ? merge(other, p) : merge(p, other);
 }
 
-DEVICE PartialSample no_sample() { return PartialSample{-INFINITY, 0xffffffff, 0, -INFINITY, 0}; }
+DEVICE PartialSample no_sample() { return PartialSample{-INFINITY, ABSENT, 0, -INFINITY, 0}; }
 
 // Reduces the OUTPUTS logits of the LM head from `number` * OUTPUTS on to one `PartialSample` for
 // each job whose row is here. `logits` holds them in shared memory for `tokens` rows from row
@@ -152,7 +99,7 @@ DEVICE void sample_in_block(const float* logits, uint32_t stride, uint32_t first
          start += blockDim.x / WARP * JOBS) {
         uint32_t i = start + lane / LANES;
         bool here = i < args.count;
-        const SamplingJob& c = args.list[here ? i : start];
+        const SamplingJob& c = args.jobs[here ? i : start];
         here = here && c.row - first_token < tokens;
         if (JOBS == 1 && !here) continue;
         Float4 x = {};
@@ -166,9 +113,9 @@ DEVICE void sample_in_block(const float* logits, uint32_t stride, uint32_t first
             if (first + j < outputs) max = fmaxf(max, x.v[j]);
         }
         for (int mask = LANES / 2; mask > 0; mask /= 2) max = fmaxf(max, shuffle_xor(max, mask));
-        ScoredToken best = {-INFINITY, 0xffffffff, 0};
-        bool noisy = c.forced == 0xffffffff && c.inverse_temperature > 0;
-        bool edits = c.forced == 0xffffffff && (c.changes_count > 0 || c.fed != 0xffffffff);
+        ScoredToken best = {-INFINITY, ABSENT, 0};
+        bool noisy = c.forced == ABSENT && c.inverse_temperature > 0;
+        bool edits = c.forced == ABSENT && (c.changes_count > 0 || c.pending != ABSENT);
         Philox4 noise = {};
         if (noisy) noise = draw(c, first);
         UNROLL
@@ -177,7 +124,7 @@ DEVICE void sample_in_block(const float* logits, uint32_t stride, uint32_t first
             if (token >= outputs) continue;
             sum_exp += expf(x.v[j] - max);
             float score = x.v[j];
-            if (c.forced != 0xffffffff) score = token == c.forced ? 0 : -INFINITY;
+            if (c.forced != ABSENT) score = token == c.forced ? 0 : -INFINITY;
             if (edits) score = changed(score, args.changes, args.previous, c, token);
             if (noisy) score = score * c.inverse_temperature + gumbel(noise.w[j]);
             best = better(best, ScoredToken{score, token, x.v[j]});

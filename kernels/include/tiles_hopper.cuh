@@ -10,6 +10,7 @@
 // the copies of one overlap with the epilogue of the other.
 constexpr int TILE_CONSUMERS = 2 * WARPGROUP;
 constexpr int TILE_THREADS = TILE_CONSUMERS + WARP;
+static_assert(TILE_THREADS == LINEAR_CLUSTER_THREADS, "as the host launches it");
 
 // Computes the tile over slices `begin` to `end` of the inputs and leaves it in shared memory,
 // where all threads may read it. Slices of weights are requested before griddep_wait, since weights

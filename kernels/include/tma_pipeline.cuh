@@ -12,7 +12,7 @@
 // loads a part of W's rows and multicasts it to all of them.
 template <int TOKENS, int OUTPUTS, int STAGES, bool SHARED = false>
 struct TmaPipeline {
-    static constexpr int WIDTH = 64;
+    static constexpr int WIDTH = LINEAR_SLICE;
     static constexpr int X_BYTES = TOKENS * WIDTH * 2, STAGE_BYTES = X_BYTES + OUTPUTS * WIDTH * 2;
     static constexpr int BARRIERS_AT = STAGES * STAGE_BYTES, BYTES = BARRIERS_AT + 2 * STAGES * 8;
     static constexpr int PART = OUTPUTS / 2; // rows of W in one multicast copy

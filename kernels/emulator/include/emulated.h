@@ -3,6 +3,7 @@
 // emulated/, one header for each of kernels/include.
 #pragma once
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <tuple>

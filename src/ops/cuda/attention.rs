@@ -1,29 +1,29 @@
 //! The KV cache and attention.
 
+use super::abi::{self, AttentionArgs};
 use super::{Cuda, DeviceBatch};
 use crate::device::{Args, Launcher, Memory};
 use crate::error::Result;
 use crate::ops::{BLOCK, Heads, ObjectId, Tensor};
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Zeroable;
 use std::cell::RefCell;
 use std::rc::Rc;
 
-/// As in `kernels/attention_decode.cu`.
-const WARPS: usize = 4;
-const SPLIT: usize = 512;
+/// One query at a time: warps of a block, and positions that it takes.
+const WARPS: usize = abi::ATTENTION_DECODE_WARPS;
+const SPLIT: usize = abi::ATTENTION_DECODE_SPLIT;
 /// Head sizes that there are kernels for.
 pub(super) const SIZES: [usize; 5] = [32, 64, 80, 96, 128];
 /// Most queries or tiles of one launch: a grid's second dimension ends at 65,535.
 const MOST_ROWS: usize = 32768;
-/// As in `kernels/attention_prefill.cu`: queries of a tile, and positions of a step.
-const QUERIES: usize = 64;
-const STEP: usize = 64;
-/// As in `kernels/attention_hopper.cu`: queries of a tile, threads, stages of a step, columns of a
-/// tile in shared memory.
-const HOPPER_QUERIES: usize = 128;
-const HOPPER_THREADS: u32 = 384;
-const HOPPER_STAGES: usize = 4;
-const HOPPER_COLUMNS: usize = 64;
+/// Queries of a tile, and positions of a step.
+const QUERIES: usize = abi::ATTENTION_PREFILL_QUERIES;
+const STEP: usize = abi::ATTENTION_STEP;
+/// On Hopper: queries of a tile, threads, stages of a step, columns of a tile in shared memory.
+const HOPPER_QUERIES: usize = abi::ATTENTION_HOPPER_QUERIES;
+const HOPPER_THREADS: u32 = abi::ATTENTION_HOPPER_THREADS as u32;
+const HOPPER_STAGES: usize = abi::ATTENTION_HOPPER_STAGES;
+const HOPPER_COLUMNS: usize = abi::ATTENTION_HOPPER_COLUMNS;
 /// Spans of at least so many tokens are cut into tiles, others go one query at a time.
 pub(super) const TILED: usize = 16;
 
@@ -44,32 +44,10 @@ pub struct Cache<L: Launcher> {
     counters: RefCell<Option<Memory<L>>>,
 }
 
-/// `Attention` of `kernels/include/attention.cuh`.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-pub(super) struct Attention {
-    out: u64,
-    q: u64,
-    keys: u64,
-    values: u64,
-    tokens: u64,
-    tiles: u64,
-    spans: u64,
-    positions: u64,
-    tables: u64,
-    slopes: u64,
-    partials: u64,
-    counters: u64,
-    heads: u32,
-    table_width: u32,
-    splits: u32,
-    unused: u32,
-}
-
-impl Attention {
+impl AttentionArgs {
     /// For sequences that blocks of threads share, `splits` at most.
-    pub(super) fn shared(self, splits: usize, (partials, counters): (u64, u64)) -> Attention {
-        Attention { splits: splits as u32, partials, counters, ..self }
+    pub(super) fn shared(self, splits: usize, (partials, counters): (u64, u64)) -> AttentionArgs {
+        AttentionArgs { splits: splits as u32, partials, counters, ..self }
     }
 }
 
@@ -128,9 +106,9 @@ impl<L: Launcher> Cuda<L> {
         queries: &Tensor<Self>,
         batch: &DeviceBatch<L>,
         cache: &Cache<L>,
-    ) -> Attention {
+    ) -> AttentionArgs {
         let (keys, values) = cache.layer(0);
-        Attention {
+        AttentionArgs {
             out: y.at(),
             q: queries.at(),
             keys,
@@ -144,7 +122,7 @@ impl<L: Launcher> Cuda<L> {
             heads: cache.heads.count as u32,
             table_width: batch.table_width as u32,
             splits: 1,
-            ..Attention::zeroed()
+            ..AttentionArgs::zeroed()
         }
     }
 
@@ -181,10 +159,10 @@ impl<L: Launcher> Cuda<L> {
         queries.expect("paged_attention", [batch.tokens, heads.width()], self.half);
         self.reserve(y, [batch.tokens, heads.width()], self.half)?;
         let (keys, values) = cache.layer(layer);
-        let a = Attention { keys, values, ..self.attention_args(y, queries, batch, cache) };
+        let a = AttentionArgs { keys, values, ..self.attention_args(y, queries, batch, cache) };
         let threads = (WARPS * 32) as u32;
         for first in (0..batch.tile_count).step_by(MOST_ROWS) {
-            let part = Attention { tiles: a.tiles + 8 * first as u64, ..a };
+            let part = AttentionArgs { tiles: a.tiles + 8 * first as u64, ..a };
             let grid = [heads.count, MOST_ROWS.min(batch.tile_count - first), 1];
             if self.hopper() {
                 let kernel = format!("attention_hopper_{}_{size}", self.suffix());
@@ -214,7 +192,8 @@ impl<L: Launcher> Cuda<L> {
         let kernel = format!("attention_decode_{}_{size}", self.suffix());
         let shared = (WARPS * (size + 2) + 1) * 4;
         for first in (0..batch.single_count).step_by(MOST_ROWS) {
-            let part = Attention { tokens: a.tokens + 4 * first as u64, ..a.shared(splits, sums) };
+            let part =
+                AttentionArgs { tokens: a.tokens + 4 * first as u64, ..a.shared(splits, sums) };
             let grid = [heads.count, MOST_ROWS.min(batch.single_count - first), splits];
             self.launch(&kernel, grid, threads, shared, Args::new().with(part))?;
         }

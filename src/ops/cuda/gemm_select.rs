@@ -1,26 +1,29 @@
 //! Which kernel multiplies how many tokens with a matrix, and what it is launched with.
 
-use super::{Cuda, DeviceWeight};
+use super::{Cuda, DeviceWeight, abi};
 use crate::device::Launcher;
 use crate::ops::Weight as _;
 
-/// As in `kernels/linear_skinny.cu`.
-pub(super) const THREADS: u32 = 256;
-pub(super) const WARPS: usize = 8;
-pub(super) const OUTPUTS: usize = 16;
-/// As in `kernels/linear_large.cu`.
-pub(super) const TILE: usize = 128;
-pub(super) const SLICE: usize = 64;
-const STAGES: usize = 3;
-/// As in `kernels/linear_hopper.cu`: tokens and outputs of a tile, threads, shared memory of four
-/// stages, of their barriers, and of eight warps' results.
-pub(super) const HOPPER_M: usize = 128;
-pub(super) const HOPPER_N: usize = 256;
-pub(super) const HOPPER_THREADS: u32 = 384;
-pub(super) const HOPPER_SHARED: usize =
-    4 * (HOPPER_M + HOPPER_N) * SLICE * 2 + 4 * 2 * 8 + 8 * 16 * (32 * 4 + 32);
-/// As in `kernels/include/tiles_hopper.cuh`.
-pub(super) const TILE_THREADS: u32 = 288;
+/// Of the skinny kernels; those of the large tiles have as many threads.
+pub(super) const THREADS: u32 = abi::LINEAR_LARGE_THREADS as u32;
+pub(super) const WARPS: usize = abi::SKINNY_WARPS;
+pub(super) const OUTPUTS: usize = abi::SKINNY_OUTPUTS;
+const _: () = assert!(THREADS as usize == 32 * WARPS);
+/// Of the large tiles; those of clusters have as many outputs.
+pub(super) const TILE: usize = abi::LINEAR_LARGE_TILE;
+pub(super) const SLICE: usize = abi::LINEAR_SLICE;
+const STAGES: usize = abi::LINEAR_LARGE_STAGES;
+const _: () = assert!(TILE == abi::LINEAR_CLUSTER_OUTPUTS);
+/// Of the largest tiles on Hopper: tokens and outputs of a tile, threads, shared memory of the
+/// stages, of their barriers, and of the results of each warp.
+pub(super) const HOPPER_M: usize = abi::LINEAR_HOPPER_TOKENS;
+pub(super) const HOPPER_N: usize = abi::LINEAR_HOPPER_OUTPUTS;
+pub(super) const HOPPER_THREADS: u32 = abi::LINEAR_HOPPER_THREADS as u32;
+pub(super) const HOPPER_SHARED: usize = abi::LINEAR_HOPPER_STAGES
+    * ((HOPPER_M + HOPPER_N) * SLICE * 2 + 2 * 8)
+    + abi::LINEAR_HOPPER_CONSUMER_WARPS * abi::LINEAR_HOPPER_STAGED_BYTES;
+/// Of clusters and of the head on Hopper.
+pub(super) const TILE_THREADS: u32 = abi::LINEAR_CLUSTER_THREADS as u32;
 /// Most blocks of a cluster that every Hopper GPU has.
 const CLUSTER: usize = 8;
 /// Most tokens of one launch of the skinny kernels; more go to the tiles.
@@ -99,8 +102,8 @@ pub(super) fn large_shared<L: Launcher>(weight: &DeviceWeight<L>) -> usize {
 
 /// Rounds of weights that a warp of `kernels/linear_skinny.cu` keeps on their way, and where a
 /// block has a multiprocessor to itself.
-pub(super) const SHALLOW: usize = 6;
-pub(super) const DEEP: usize = 12;
+pub(super) const SHALLOW: usize = abi::SKINNY_SHALLOW;
+pub(super) const DEEP: usize = abi::SKINNY_DEEP;
 
 /// Shared memory of `kernels/linear_skinny.cu`: the warps' rings of weights, a norm's gain and
 /// shift, and rows that are normalized or staged.

@@ -1,5 +1,9 @@
 //! Linear layers, their epilogues, and the layer norms that are done along with them.
 
+use super::abi::{
+    EPILOGUE_BIAS, EPILOGUE_GELU, EPILOGUE_QKV, EPILOGUE_RESIDUAL, EpilogueArgs, LinearArgs,
+    NextNorm,
+};
 use super::gemm_select::{
     DEEP, FEW_TOKENS, HOPPER_M, HOPPER_N, HOPPER_SHARED, HOPPER_THREADS, LinearKernel, OUTPUTS,
     SHALLOW, SLICE, THREADS, TILE, TILE_THREADS, TOKENS, WARPS, large_shared, skinny_shared,
@@ -10,63 +14,14 @@ use crate::device::{Args, Launcher, Memory, Shape};
 use crate::error::Result;
 use crate::ops::{Epilogue, LayerNorm, Linear, NormInput, Tensor, Weight as _};
 use crate::tensor::DType;
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Zeroable;
 
-/// `Input` of `kernels/include/linear.cuh`.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-pub(super) struct Input {
-    x: u64,
-    weight: u64,
-    bias: u64,
-    normed: u64,
-    eps: f32,
-    tokens: u32,
-    inputs: u32,
-    staged: u32,
-}
-
-impl Input {
+impl LinearArgs {
     /// Rows in 16 bits at `x`.
-    pub fn rows(x: u64, tokens: usize, inputs: usize) -> Input {
-        Input { x, tokens: tokens as u32, inputs: inputs as u32, ..Input::zeroed() }
+    pub fn rows(x: u64, tokens: usize, inputs: usize) -> LinearArgs {
+        LinearArgs { x, tokens: tokens as u32, inputs: inputs as u32, ..LinearArgs::zeroed() }
     }
 }
-
-/// `Epilogue` of `kernels/include/epilogue.cuh`.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Finish {
-    out: u64,
-    bias: u64,
-    residual: u64,
-    keys: u64,
-    values: u64,
-    slots: u64,
-    mode: u32,
-    width: u32,
-    narrow_residual: u32,
-    heads: u32,
-    head_size: u32,
-    unused: u32,
-}
-
-/// `NextNorm` of `kernels/linear_cluster.cu`; zeros if there is none.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct NextNorm {
-    weight: u64,
-    bias: u64,
-    normed: u64,
-    counters: u64,
-    eps: f32,
-    unused: u32,
-}
-
-const BIAS: u32 = 0;
-const GELU: u32 = 1;
-const RESIDUAL: u32 = 2;
-const QKV: u32 = 3;
 
 /// What a linear layer multiplies.
 pub(crate) enum LinearInput<'a, L: Launcher> {
@@ -170,7 +125,7 @@ impl<L: Launcher> Cuda<L> {
     ) -> Result<()> {
         let tokens = x.shape()[0];
         let finish = self.epilogue_args(y, tokens, linear, epilogue)?;
-        let input = Input::rows(x.at(), tokens, linear.weight.cols());
+        let input = LinearArgs::rows(x.at(), tokens, linear.weight.cols());
         self.run_by(by, input, &linear.weight, finish, NextNorm::zeroed())
     }
 
@@ -181,19 +136,20 @@ impl<L: Launcher> Cuda<L> {
         tokens: usize,
         linear: &Linear<Self>,
         epilogue: Epilogue<Self>,
-    ) -> Result<Finish> {
+    ) -> Result<EpilogueArgs> {
         let width = linear.weight.rows();
-        let mut finish = Finish { bias: linear.bias.at, width: width as u32, ..Finish::zeroed() };
+        let mut finish =
+            EpilogueArgs { bias: linear.bias.at, width: width as u32, ..EpilogueArgs::zeroed() };
         finish.mode = match epilogue {
-            Epilogue::Bias => BIAS,
-            Epilogue::BiasGelu => GELU,
+            Epilogue::Bias => EPILOGUE_BIAS,
+            Epilogue::BiasGelu => EPILOGUE_GELU,
             Epilogue::BiasResidual(r) => {
                 r.expect("linear's residual", [tokens, width], r.dtype());
-                (finish.residual, finish.narrow_residual) = (r.at(), r.is_half() as u32);
-                RESIDUAL
+                (finish.residual, finish.half_residual) = (r.at(), r.is_half() as u32);
+                EPILOGUE_RESIDUAL
             }
         };
-        let dtype = if finish.mode == GELU { self.half } else { DType::F32 };
+        let dtype = if finish.mode == EPILOGUE_GELU { self.half } else { DType::F32 };
         self.reserve(y, [tokens, width], dtype)?;
         finish.out = y.at();
         Ok(finish)
@@ -211,17 +167,17 @@ impl<L: Launcher> Cuda<L> {
         let heads = cache.heads();
         self.reserve(queries, [input.tokens(), heads.width()], self.half)?;
         let (keys, values) = cache.layer(layer);
-        let finish = Finish {
+        let finish = EpilogueArgs {
             out: queries.at(),
             bias: qkv.bias.at,
             keys,
             values,
             slots: batch.slots,
-            mode: QKV,
+            mode: EPILOGUE_QKV,
             width: qkv.weight.rows() as u32,
             heads: heads.count as u32,
             head_size: heads.size as u32,
-            ..Finish::zeroed()
+            ..EpilogueArgs::zeroed()
         };
         self.run(input, &qkv.weight, finish, NextNorm::zeroed())
     }
@@ -230,11 +186,11 @@ impl<L: Launcher> Cuda<L> {
         &self,
         input: LinearInput<L>,
         weight: &DeviceWeight<L>,
-        finish: Finish,
+        finish: EpilogueArgs,
         next: NextNorm,
     ) -> Result<()> {
         let (tokens, inputs) = (input.tokens(), weight.cols());
-        let mut args = Input::rows(0, tokens, inputs);
+        let mut args = LinearArgs::rows(0, tokens, inputs);
         match input {
             LinearInput::Rows(x) => {
                 x.expect("linear", [tokens, inputs], self.half);
@@ -264,9 +220,9 @@ impl<L: Launcher> Cuda<L> {
     fn run_by(
         &self,
         by: LinearKernel,
-        input: Input,
+        input: LinearArgs,
         weight: &DeviceWeight<L>,
-        finish: Finish,
+        finish: EpilogueArgs,
         next: NextNorm,
     ) -> Result<()> {
         let tokens = input.tokens as usize;
@@ -325,7 +281,7 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// The first arguments of the kernels that every GPU has.
-    pub(super) fn plain_args(&self, input: Input, weight: &DeviceWeight<L>) -> Args {
+    pub(super) fn plain_args(&self, input: LinearArgs, weight: &DeviceWeight<L>) -> Args {
         Args::new().with(input).with(weight.data.at).with(weight.scales())
     }
 
@@ -350,18 +306,26 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// A product by the skinny kernels, however many tokens there are.
-    fn skinny_parts(&self, input: Input, weight: &DeviceWeight<L>, finish: Finish) -> Result<()> {
+    fn skinny_parts(
+        &self,
+        input: LinearArgs,
+        weight: &DeviceWeight<L>,
+        finish: EpilogueArgs,
+    ) -> Result<()> {
         let tokens = input.tokens as usize;
         for first in (0..tokens).step_by(TOKENS) {
             let count = TOKENS.min(tokens - first);
             let (f, w) = (first as u64, finish.width as u64);
-            let part =
-                Input { x: input.x + f * input.inputs as u64 * 2, tokens: count as u32, ..input };
-            let narrow_out = matches!(finish.mode, GELU | QKV);
-            let row = if finish.mode == QKV { w / 3 } else { w };
-            let finish = Finish {
+            let part = LinearArgs {
+                x: input.x + f * input.inputs as u64 * 2,
+                tokens: count as u32,
+                ..input
+            };
+            let narrow_out = matches!(finish.mode, EPILOGUE_GELU | EPILOGUE_QKV);
+            let row = if finish.mode == EPILOGUE_QKV { w / 3 } else { w };
+            let finish = EpilogueArgs {
                 out: finish.out + f * row * if narrow_out { 2 } else { 4 },
-                residual: finish.residual + f * w * if finish.narrow_residual == 1 { 2 } else { 4 },
+                residual: finish.residual + f * w * if finish.half_residual == 1 { 2 } else { 4 },
                 slots: finish.slots + f * 4,
                 ..finish
             };
@@ -376,12 +340,12 @@ impl<L: Launcher> Cuda<L> {
         &self,
         family: &str,
         weight: &DeviceWeight<L>,
-        input: Input,
+        input: LinearArgs,
         rest: impl FnOnce(Args) -> Args,
     ) -> Result<()> {
         let (tokens, inputs) = (input.tokens as usize, weight.cols());
         let staged = input.weight == 0 && stages_rows(tokens, inputs, weight.int8());
-        let input = Input { staged: staged as u32, ..input };
+        let input = LinearArgs { staged: staged as u32, ..input };
         let blocks = weight.rows().div_ceil(OUTPUTS);
         let norm = input.weight != 0;
         let limits = self.launcher.limits();

@@ -1,10 +1,10 @@
 //! The LM head: the tokens sampled from its logits, or the logits themselves, leave the kernel.
 
+use super::abi::LinearArgs;
 use super::gemm_select::{
     LinearKernel, OUTPUTS, SLICE, THREADS, TILE, TILE_THREADS, TOKENS, large_shared, tile_shared,
     tile_tokens,
 };
-use super::linear::Input;
 use super::{Cuda, DeviceWeight};
 use crate::device::{Args, Launcher};
 use crate::error::Result;
@@ -53,7 +53,7 @@ impl<L: Launcher> Cuda<L> {
         let LmHead { x, rows, weight: lm_head } = head;
         let tokens = rows.len();
         let x = x.at() + (rows.start * lm_head.cols() * 2) as u64;
-        let input = Input::rows(x, tokens, lm_head.cols());
+        let input = LinearArgs::rows(x, tokens, lm_head.cols());
         let rest = |args| rest(args).with(lm_head.rows() as u32);
         let grid = |tile: usize| [tokens.div_ceil(tile), lm_head.rows().div_ceil(TILE), 1];
         match by {

@@ -6,6 +6,7 @@
 //! the norms are the ends of the products before them on Hopper, and launches of their own
 //! elsewhere.
 
+mod abi;
 mod attention;
 mod decoder;
 mod gemm_select;
@@ -33,35 +34,30 @@ use super::{
 use crate::device::{Args, Launcher, Memory, Shape};
 use crate::error::{Error, Result};
 use crate::tensor::{Bytes, DType, HostTensor};
-use bytemuck::{Pod, Zeroable};
+use abi::TokenIds;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
 /// Threads of a block of the row kernels, and rows that it takes.
-const ROW_THREADS: u32 = 128;
-const ROWS_PER_BLOCK: usize = 4;
+const ROW_THREADS: u32 = abi::NORM_THREADS as u32;
+const ROWS_PER_BLOCK: usize = abi::NORM_ROWS;
 
-/// `Ids` of `kernels/include/embedding.cuh`.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Ids {
-    ids: u64,
-    fed: u64,
-    choices: u64,
-    vocabulary: u32,
-    unused: u32,
-}
-
-impl Ids {
-    fn of<L: Launcher>(pass: &DeviceBatch<L>, vocabulary: usize) -> Ids {
+impl TokenIds {
+    fn of<L: Launcher>(pass: &DeviceBatch<L>, vocabulary: usize) -> TokenIds {
         let vocabulary = vocabulary as u32;
-        Ids { ids: pass.ids, fed: pass.pending, choices: pass.sampled, vocabulary, unused: 0 }
+        TokenIds {
+            ids: pass.ids,
+            pending: pass.pending,
+            sampled: pass.sampled,
+            vocabulary,
+            unused: 0,
+        }
     }
 }
 
 /// A token that is none of the step's before.
-const NO_CHOICE: u32 = u32::MAX;
+const NO_CHOICE: u32 = abi::ABSENT;
 
 /// A CUDA device, or what stands in for one.
 pub struct Cuda<L: Launcher> {
@@ -320,7 +316,7 @@ impl<L: Launcher> Cuda<L> {
         norm: &LayerNorm<Self>,
     ) -> Result<()> {
         self.reserve(y, [batch.tokens, table.cols()], DType::F32)?;
-        let args = Args::new().with(y.at()).with(Ids::of(batch, table.rows()));
+        let args = Args::new().with(y.at()).with(TokenIds::of(batch, table.rows()));
         let args = args.with(table.data.at).with(table.scales());
         let args = args.with(norm.weight.at).with(norm.bias.at);
         let args = args.with(batch.tokens as u32).with(table.cols() as u32).with(norm.eps);

@@ -5,8 +5,7 @@ use crate::device::{Args, Launcher, Memory};
 use crate::error::Result;
 use std::time::Instant;
 
-/// As in `kernels/peak.cu`.
-const THREADS: usize = 256;
+const THREADS: usize = super::abi::PEAK_THREADS;
 
 impl<L: Launcher> Cuda<L> {
     /// Bytes a second that the device reads from its memory: the best of several passes over

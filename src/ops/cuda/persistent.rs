@@ -4,13 +4,13 @@
 //! What it saves are launches and the pauses between them, what it costs are barriers of the whole
 //! device: which is faster depends on the model and the GPU, so it is measured (see `graphs.rs`).
 
+use super::Cuda;
+use super::abi::{self, DecodeLayer, DecodeLinear, DecodeModel, DecodeStep, TokenIds};
 use super::decoder::ForwardPass;
-use super::{Cuda, Ids};
 use crate::device::{Args, Launcher, Memory, Shape};
 use crate::error::{Error, Result};
 use crate::ops::{DecoderLayer, LayerNorm, Linear, ObjectId, Weight as _};
 use crate::tensor::DType;
-use bytemuck::{Pod, Zeroable};
 use std::cell::Cell;
 
 /// Whether decoding steps of few sequences are one kernel.
@@ -22,66 +22,15 @@ pub enum Persistent {
     Never,
 }
 
-/// As in `kernels/decode_step.cu`.
-const WARPS: usize = 8;
-const THREADS: u32 = 256;
-const TOKENS: usize = 8;
-const PIECE_BYTES: usize = 2048;
-const GROUP_ROWS: usize = 64;
-const SPLIT: usize = 128;
-const STRIDE_MORE: usize = 32;
+const WARPS: usize = abi::DECODE_WARPS;
+const THREADS: u32 = 32 * WARPS as u32;
+const TOKENS: usize = abi::DECODE_TOKENS;
+const PIECE_BYTES: usize = abi::DECODE_CHUNK_BYTES;
+const GROUP_ROWS: usize = abi::DECODE_GROUP_OUTPUTS;
+const SPLIT: usize = abi::DECODE_SPLIT;
+const STRIDE_MORE: usize = abi::DECODE_PADDING;
 /// Pieces of weights on their way to a warp, the most first.
 const DEPTHS: [usize; 2] = [10, 4];
-
-/// `Product` of the kernel.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Product {
-    weight: u64,
-    scales: u64,
-    bias: u64,
-}
-
-/// `Layer` of the kernel.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct LayerArgs {
-    products: [Product; 4],
-    input_norm: [u64; 2],
-    post_norm: [u64; 2],
-}
-
-/// `Model` of the kernel.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Model {
-    layers: u64,
-    embedding: u64,
-    embedding_scales: u64,
-    embedding_norm: u64,
-    embedding_shift: u64,
-    count: u32,
-    width: u32,
-    eps: f32,
-    residual_post_norm: u32,
-}
-
-/// `Step` of the kernel.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Step {
-    x: u64,
-    x2: u64,
-    normed: u64,
-    queries: u64,
-    attended: u64,
-    wide: u64,
-    slots: u64,
-    barrier: u64,
-    layer_bytes: u64,
-    tokens: u32,
-    arrived: u32,
-}
 
 /// What the device knows of the last model: addresses hold until memory changes.
 pub(super) struct Models<L: Launcher> {
@@ -99,8 +48,12 @@ impl<L: Launcher> Default for Models<L> {
     }
 }
 
-fn product<L: Launcher>(linear: &Linear<Cuda<L>>) -> Product {
-    Product { weight: linear.weight.data.at, scales: linear.weight.scales(), bias: linear.bias.at }
+fn product<L: Launcher>(linear: &Linear<Cuda<L>>) -> DecodeLinear {
+    DecodeLinear {
+        weight: linear.weight.data.at,
+        scales: linear.weight.scales(),
+        bias: linear.bias.at,
+    }
 }
 
 fn norm<L: Launcher>(norm: &LayerNorm<Cuda<L>>) -> [u64; 2] {
@@ -156,12 +109,12 @@ impl<L: Launcher> Cuda<L> {
         }
         let id = Some(f.decoder.id);
         if models.decoder != id || models.changes != self.launcher.changes() {
-            let args = |l: &DecoderLayer<Self>| LayerArgs {
-                products: [&l.qkv, &l.dense, &l.up, &l.down].map(product),
+            let args = |l: &DecoderLayer<Self>| DecodeLayer {
+                linears: [&l.qkv, &l.dense, &l.up, &l.down].map(product),
                 input_norm: norm(&l.input_norm),
                 post_norm: norm(&l.post_norm),
             };
-            let table: Vec<LayerArgs> = f.decoder.layers.iter().map(args).collect();
+            let table: Vec<DecodeLayer> = f.decoder.layers.iter().map(args).collect();
             let at = self.place(&mut models.table, size_of_val(&table[..]))?;
             self.launcher.write(at, bytemuck::cast_slice(&table))?;
             (models.decoder, models.changes) = (id, self.launcher.changes());
@@ -178,19 +131,19 @@ impl<L: Launcher> Cuda<L> {
         let models = self.models.borrow();
         let at = |m: &Option<Memory<L>>| m.as_ref().map_or(0, |m| m.at);
         let (s, pass) = (&*f.a, &f.a.batch);
-        let model = Model {
+        let model = DecodeModel {
             layers: at(&models.table),
             embedding: f.decoder.embedding.data.at,
             embedding_scales: f.decoder.embedding.scales(),
-            embedding_norm: f.decoder.embedding_norm.weight.at,
-            embedding_shift: f.decoder.embedding_norm.bias.at,
+            embedding_norm_weight: f.decoder.embedding_norm.weight.at,
+            embedding_norm_bias: f.decoder.embedding_norm.bias.at,
             count: f.decoder.layers.len() as u32,
             width: f.decoder.embedding.cols() as u32,
             eps: f.decoder.embedding_norm.eps,
             residual_post_norm: f.decoder.residual_post_norm as u32,
         };
         let arrived = models.arrived.get();
-        let step = Step {
+        let step = DecodeStep {
             x: s.x.at(),
             x2: s.x2.at(),
             normed: s.normed.at(),
@@ -203,7 +156,7 @@ impl<L: Launcher> Cuda<L> {
             tokens: pass.tokens as u32,
             arrived,
         };
-        let ids = Ids::of(pass, f.decoder.embedding.rows());
+        let ids = TokenIds::of(pass, f.decoder.embedding.rows());
         let attention = self.attention_args(&s.attention, &s.queries, pass, f.cache);
         let attention = attention.shared(pass.longest_single.div_ceil(SPLIT), sums);
         let blocks = self.launcher.limits().processors;

@@ -1,5 +1,8 @@
 //! Sampling on the device.
 
+use super::abi::{
+    self, ABSENT, LogitChange, SEEN, SamplingArgs, SamplingJob, SoftmaxStats, TOO_MANY, TopRequest,
+};
 use super::lm_head::{LmHead, moments_blocks};
 use super::{CachedUpload, Cuda, DeviceWeight};
 use crate::device::{Args, Launcher, Memory};
@@ -7,18 +10,15 @@ use crate::error::Result;
 use crate::ops::cpu::sampling::{log_sum_exp, sample_token};
 use crate::ops::sampling::{SampledToken, SamplingRow};
 use crate::ops::{Tensor, Weight as _};
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Zeroable;
 
-/// As in `kernels/sampling.cu`.
-const MERGE_THREADS: u32 = 256;
-/// As in `kernels/sampling_filtered.cu`: threads, shared memory before the bits of seen tokens, the
-/// largest top-k (half of the list there), and the token of an entry that is left to the host.
-const LISTED_THREADS: u32 = 512;
-const LISTED_SHARED: usize = 2048 * 16 + 16 * 256 * 4 + 16 * 8 + 16 * PARTIAL + 8 + 16 + 8;
-const MOST_LISTED: usize = 1024;
-const TOO_MANY: u32 = 0xffff_fffe;
-/// Bytes of a `Partial`.
-const PARTIAL: usize = 20;
+const MERGE_THREADS: u32 = abi::MERGE_THREADS as u32;
+/// Threads, shared memory before the bits of seen tokens, and the largest top-k of choices from a
+/// list.
+const LISTED_THREADS: u32 = abi::FILTERED_THREADS as u32;
+const LISTED_SHARED: usize = abi::FILTERED_SHARED_BYTES;
+const MOST_LISTED: usize = abi::FILTERED_MAX_LISTED;
+const PARTIAL: usize = size_of::<abi::PartialSample>();
 
 /// Memory of the steps that follow the layers, kept from pass to pass.
 pub(super) struct Scratch<L: Launcher> {
@@ -26,7 +26,7 @@ pub(super) struct Scratch<L: Launcher> {
     choices: CachedUpload<L>,
     changes: CachedUpload<L>,
     logits: Option<Memory<L>>,
-    /// `Moments` of the logits, for each block of the head.
+    /// Softmax statistics of the logits, for each block of the head.
     moments: Option<Memory<L>>,
     partials: Option<Memory<L>>,
     tops: Option<Memory<L>>,
@@ -59,51 +59,6 @@ impl<L: Launcher> Default for Scratch<L> {
     }
 }
 
-/// `Choice` of `kernels/include/choice.cuh`.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Choice {
-    row: u32,
-    inverse_temperature: f32,
-    penalty: f32,
-    changes_start: u32,
-    changes_count: u32,
-    forced: u32,
-    seed_low: u32,
-    seed_high: u32,
-    candidate: u32,
-    position: u32,
-    top_k: u32,
-    top_p: f32,
-    min_p: f32,
-    fed: u32,
-    slot: u32,
-}
-
-/// `Choices` of `kernels/include/choice.cuh`.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Choices {
-    list: u64,
-    changes: u64,
-    previous: u64,
-    partials: u64,
-    count: u32,
-    blocks: u32,
-}
-
-/// `Change` of `kernels/include/choice.cuh`.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Change {
-    token: u32,
-    bias: f32,
-}
-
-/// Marks a token that the penalty counts; and ends a list, or stands for no token.
-const SEEN: u32 = 0x8000_0000;
-const NONE: u32 = u32::MAX;
-
 /// Told of the first row whose logits are in scratch memory, and of the choices from there that
 /// want a list of likely tokens.
 type Topped<'t, L> = &'t mut dyn FnMut(&mut Scratch<L>, usize, &[usize]) -> Result<()>;
@@ -135,18 +90,18 @@ impl SampledBy {
 }
 
 /// Tokens whose logits a choice changes, in order, each once.
-fn changed(row: &SamplingRow) -> Vec<Change> {
-    let mut list: Vec<Change> =
-        row.bias.iter().map(|&(token, bias)| Change { token, bias }).collect();
+fn changed(row: &SamplingRow) -> Vec<LogitChange> {
+    let mut list: Vec<LogitChange> =
+        row.bias.iter().map(|&(token, bias)| LogitChange { token, bias }).collect();
     if row.sampling.repetition_penalty != 1.0 {
-        list.extend(row.seen.iter().map(|&token| Change { token: token | SEEN, bias: 0.0 }));
+        list.extend(row.seen.iter().map(|&token| LogitChange { token: token | SEEN, bias: 0.0 }));
     }
     // a seen token comes after its bias, and takes it over
     list.sort_unstable_by_key(|c| (c.token & !SEEN, c.token));
     list.dedup_by(|next, kept| {
         let same = next.token & !SEEN == kept.token & !SEEN;
         if same {
-            *kept = Change { token: next.token | kept.token, bias: next.bias + kept.bias };
+            *kept = LogitChange { token: next.token | kept.token, bias: next.bias + kept.bias };
         }
         same
     });
@@ -201,10 +156,10 @@ impl<L: Launcher> Cuda<L> {
             Ok(())
         })?;
         if on_host.len() < rows.len() {
-            let mut results = vec![[0u32; 2]; rows.len()];
+            let mut results = vec![abi::SampledToken::zeroed(); rows.len()];
             self.launcher.read(at, bytemuck::cast_slice_mut(&mut results))?;
-            for (i, [token, logprob]) in results.into_iter().enumerate() {
-                (chosen[i].token, chosen[i].logprob) = (token, f32::from_bits(logprob));
+            for (i, r) in results.into_iter().enumerate() {
+                (chosen[i].token, chosen[i].logprob) = (r.token, r.logprob);
             }
         }
         if !on_host.is_empty() {
@@ -227,7 +182,7 @@ impl<L: Launcher> Cuda<L> {
         rows: &[(usize, &SamplingRow)],
     ) -> Result<L::Reading> {
         let at = self.launch_sampling(x, lm_head, rows, &mut |_, _, _| Ok(()))?;
-        self.launcher.read_later(at, rows.len() * 8)
+        self.launcher.read_later(at, rows.len() * size_of::<abi::SampledToken>())
     }
 
     /// See [`crate::ops::DecodeBackend::wait`].
@@ -257,9 +212,9 @@ impl<L: Launcher> Cuda<L> {
         let previous = scratch.last_sampled();
         scratch.turn ^= 1;
         let out = &mut scratch.chosen[scratch.turn];
-        let at = self.place(out, rows.len() * 8)?;
+        let at = self.place(out, rows.len() * size_of::<abi::SampledToken>())?;
         if rows.iter().any(|r| matches!(SampledBy::of(r.1, lm_head.rows()), SampledBy::Host)) {
-            self.launcher.zero(at, rows.len() * 8)?;
+            self.launcher.zero(at, rows.len() * size_of::<abi::SampledToken>())?;
         }
         let most = self.lm_head_rows();
         for first in (0..x.shape()[0]).step_by(most) {
@@ -278,7 +233,8 @@ impl<L: Launcher> Cuda<L> {
                 let blocks = self.lm_head_blocks(range.len(), lm_head);
                 let partials = self.place(&mut scratch.partials, fused.len() * blocks * PARTIAL)?;
                 let (count, blocks) = (fused.len() as u32, blocks as u32);
-                let choices = Choices { list, changes, previous, partials, count, blocks };
+                let choices =
+                    SamplingArgs { jobs: list, changes, previous, partials, count, blocks };
                 let head = LmHead { x, rows: range.clone(), weight: lm_head };
                 self.launch_lm_head("lm_head_sample", head, |args| args.with(choices))?;
                 let shared = MERGE_THREADS as usize / 32 * PARTIAL;
@@ -291,7 +247,7 @@ impl<L: Launcher> Cuda<L> {
                 let logits = self.place(&mut scratch.logits, range.len() * lm_head.rows() * 4)?;
                 let moments = self.place(
                     &mut scratch.moments,
-                    range.len() * moments_blocks(lm_head.rows()) * 8,
+                    range.len() * moments_blocks(lm_head.rows()) * size_of::<SoftmaxStats>(),
                 )?;
                 let head = LmHead { x, rows: range.clone(), weight: lm_head };
                 self.launch_lm_head("lm_head_logits", head, |args| {
@@ -333,14 +289,16 @@ impl<L: Launcher> Cuda<L> {
         part: &[usize],
         chosen: &mut [SampledToken],
     ) -> Result<Vec<usize>> {
-        // `Top` of the kernel
-        let wanted =
-            |&i: &usize| [(rows[i].0 - first_row) as u32, rows[i].1.top.min(lm_head.rows()) as u32];
-        let tops: Vec<[u32; 2]> = part.iter().map(wanted).collect();
-        let Some(most) = tops.iter().map(|t| t[1] as usize).max() else { return Ok(vec![]) };
+        let wanted = |&i: &usize| TopRequest {
+            row: (rows[i].0 - first_row) as u32,
+            count: rows[i].1.top.min(lm_head.rows()) as u32,
+        };
+        let tops: Vec<TopRequest> = part.iter().map(wanted).collect();
+        let Some(most) = tops.iter().map(|t| t.count as usize).max() else { return Ok(vec![]) };
         let list = self.send(&mut scratch.choices, bytemuck::cast_slice(&tops))?;
         let logits = scratch.logits.as_ref().map_or(0, |m| m.at);
-        let out = self.place(&mut scratch.tops, part.len() * most * 8)?;
+        let out =
+            self.place(&mut scratch.tops, part.len() * most * size_of::<abi::SampledToken>())?;
         let moments = scratch.moments.as_ref().map_or(0, |m| m.at);
         let args = Args::new().with(out).with(logits).with(moments).with(list).with(most as u32);
         self.launch(
@@ -350,15 +308,15 @@ impl<L: Launcher> Cuda<L> {
             LISTED_SHARED,
             args.with(lm_head.rows() as u32),
         )?;
-        let mut results = vec![[0u32; 2]; part.len() * most];
+        let mut results = vec![abi::SampledToken::zeroed(); part.len() * most];
         self.launcher.read(out, bytemuck::cast_slice_mut(&mut results))?;
         let mut left = Vec::new();
         for ((&i, top), results) in part.iter().zip(&tops).zip(results.chunks_exact(most)) {
-            let results = &results[..top[1] as usize];
-            if results.iter().any(|r| r[0] == TOO_MANY) {
+            let results = &results[..top.count as usize];
+            if results.iter().any(|r| r.token == TOO_MANY) {
                 left.push(i);
             }
-            chosen[i].top = results.iter().map(|r| (r[0], f32::from_bits(r[1]))).collect();
+            chosen[i].top = results.iter().map(|r| (r.token, r.logprob)).collect();
         }
         Ok(left)
     }
@@ -371,8 +329,8 @@ impl<L: Launcher> Cuda<L> {
         rows: &[(usize, &SamplingRow)],
         part: &[usize],
     ) -> Result<(u64, u64)> {
-        let mut changes: Vec<Change> = Vec::new();
-        let list: Vec<Choice> = part
+        let mut changes: Vec<LogitChange> = Vec::new();
+        let list: Vec<SamplingJob> = part
             .iter()
             .map(|&i| {
                 let (row, r) = rows[i];
@@ -380,8 +338,9 @@ impl<L: Launcher> Cuda<L> {
                 let start = changes.len();
                 changes.extend(changed(r));
                 let count = changes.len() - start;
-                changes.push(Change { token: NONE, bias: 0.0 }); // ends the list for the kernel's search
-                Choice {
+                // ends the list for the kernel's search
+                changes.push(LogitChange { token: ABSENT, bias: 0.0 });
+                SamplingJob {
                     row: (row - first_row) as u32,
                     inverse_temperature: if s.temperature > 0.0 {
                         1.0 / s.temperature
@@ -391,7 +350,7 @@ impl<L: Launcher> Cuda<L> {
                     penalty: s.repetition_penalty,
                     changes_start: start as u32,
                     changes_count: count as u32,
-                    forced: r.forced.unwrap_or(NONE),
+                    forced: r.forced.unwrap_or(ABSENT),
                     seed_low: s.seed as u32,
                     seed_high: (s.seed >> 32) as u32,
                     candidate: r.candidate,
@@ -399,7 +358,7 @@ impl<L: Launcher> Cuda<L> {
                     top_k: s.top_k as u32,
                     top_p: s.top_p,
                     min_p: s.min_p,
-                    fed: r.pending.map_or(NONE, |c| c as u32),
+                    pending: r.pending.map_or(ABSENT, |c| c as u32),
                     slot: i as u32,
                 }
             })
