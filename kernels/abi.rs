@@ -63,13 +63,10 @@ pub fn rust_of(header: &str, file: &str) -> Result<String, String> {
             if s.size == 0 || s.size % s.align != 0 {
                 return Err(wrong("the struct is empty or needs padding at its end"));
             }
-            writeln!(
-                out,
-                "{}#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]\n#[repr(C)]\n\
-                pub struct {name} {{\n{}}}",
-                s.docs, s.fields
-            )
-            .expect("a string takes all");
+            out.push_str(&s.docs);
+            out.push_str("#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]\n");
+            writeln!(out, "#[repr(C)]\npub struct {name} {{\n{}}}", s.fields)
+                .expect("a string takes all");
             let t = Type { rust: name.to_owned(), size: s.size, align: s.align };
             known.structs.insert(name.to_owned(), t);
             unchecked = Some((name.to_owned(), s.size));

@@ -15,9 +15,9 @@ fn constants_and_structs() {
     let header = format!(
         "// The file.\n#pragma once\n#include <stdint.h>\n\n// Some.\n\
          constexpr int N = 2 * (3 - 1);\n\
-         {PAIR}static_assert(sizeof(Pair) == 8);\nconstexpr uint32_t M =\n    0xfffffff0 + N + \
-         sizeof(Pair);\ntypedef struct {{\n    // Where.\n    const Pair* at;\n    \
-         Pair pairs[N];\n    \
+         {PAIR}static_assert(sizeof(Pair) == 8);\n\
+         constexpr uint32_t M =\n    0xfffffff0 + N + sizeof(Pair);\n\
+         typedef struct {{\n    // Where.\n    const Pair* at;\n    Pair pairs[N];\n    \
          void* other[2];\n}} Both;\nstatic_assert(sizeof(Both) == 56);\n"
     );
     let rust = abi::rust_of(&header, "abi.h").unwrap();
@@ -26,8 +26,8 @@ fn constants_and_structs() {
         "pub const M: u32 = 4294967292;\n",
         "#[repr(C)]\npub struct Pair {\npub a: u32,\npub b: f32,\n}\n",
         "const _: () = assert!(size_of::<Pair>() == 8);\n",
-        "pub struct Both {\n/// Where.\npub at: u64,\npub pairs: [Pair; 4],\n\
-        pub other: [u64; 2],\n}\n",
+        "pub struct Both {\n/// Where.\npub at: u64,\n",
+        "pub pairs: [Pair; 4],\npub other: [u64; 2],\n}\n",
     ] {
         assert!(rust.contains(expected), "{expected:?} is not in {rust:?}");
     }
