@@ -254,8 +254,8 @@ fn rewrites_hold_and_lack_what_is_asked() {
     let body = json!({
         "prompt": ["two cats in the (heavy rain:1.3) <lora:ink:0.6>", "a dog without a leash BREAK \
         a red house"],
-        "n": 3, "seed": 5, "keep": ["film grain"], "ban": ["artstation", "highly \
-        detailed", "by"], "min_kept": 1, "max_clip_tokens": 60,
+        "n": 3, "seed": 5, "keep": ["film grain"], "ban": ["artstation", "highly detailed", "by"],
+        "min_kept": 1, "max_clip_tokens": 60,
     });
     let a = server.post("/v1/rewrite", body.clone()).json();
     let results = a["results"].as_array().unwrap();
@@ -301,7 +301,9 @@ fn rewrites_hold_and_lack_what_is_asked() {
     };
     assert_eq!(text(1).trim(), whole["candidates"][1]["text"].as_str().unwrap());
 
-    let extension = json!({ "raw_prompt": "a cat", "model_name": "any", "num_return_sequences": 3, "max_length": 60 });
+    let extension = json!({
+        "raw_prompt": "a cat", "model_name": "any", "num_return_sequences": 3, "max_length": 60,
+    });
     let a = server.post("/beautifulprompt/generate_prompt", extension).json();
     assert_eq!((a["prompts"].as_array().unwrap().len(), &a["success"]), (3, &json!(true)));
 }
