@@ -105,7 +105,7 @@ impl Shapes {
 
 /// A kernel's result beside the CPU's.
 #[derive(Clone, Debug)]
-pub struct Outcome {
+pub struct KernelCheck {
     pub operation: &'static str,
     pub case: String,
     /// Largest difference over the largest magnitude.
@@ -114,7 +114,7 @@ pub struct Outcome {
     pub allowed: f32,
 }
 
-impl Outcome {
+impl KernelCheck {
     pub fn passed(&self) -> bool {
         self.error <= self.allowed
     }
@@ -132,7 +132,7 @@ struct Test<'a, L: Launcher> {
     cpu: Cpu,
     half: DType,
     words: Words,
-    each: &'a mut dyn FnMut(Outcome),
+    each: &'a mut dyn FnMut(KernelCheck),
 }
 
 /// Tries all kernels in one 16-bit type; `each` is told of every case.
@@ -140,7 +140,7 @@ pub fn run<L: Launcher>(
     launcher: &Rc<L>,
     half: DType,
     shapes: &Shapes,
-    each: &mut dyn FnMut(Outcome),
+    each: &mut dyn FnMut(KernelCheck),
 ) -> Result<()> {
     let cuda = Cuda::new(launcher.clone(), half, false);
     let cpu = Cpu::new(0, Isa::detect());
@@ -272,7 +272,7 @@ impl<L: Launcher> Test<'_, L> {
 
     fn report(&mut self, operation: &'static str, case: String, error: f32, allowed: f32) {
         let case = format!("{} {case}", self.half.name());
-        (self.each)(Outcome { operation, case, error, allowed });
+        (self.each)(KernelCheck { operation, case, error, allowed });
     }
 
     /// Embedding and layer norm.

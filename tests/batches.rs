@@ -147,8 +147,9 @@ fn openai_batch_files_are_answered_in_their_form() {
             ),
             1 => (
                 "/v1/completions",
-                json!({ "prompt": "a \
-                    hen", "temperature": if id == 4 { -1 } else { 0 }, "stream": true }),
+                json!({
+                    "prompt": "a hen", "temperature": if id == 4 { -1 } else { 0 }, "stream": true,
+                }),
             ),
             _ => (
                 "/v1/rewrite",
@@ -525,10 +526,14 @@ fn records_have_settings_of_their_own() {
     let records = [
         json!({ "prompt": "a fox", "n": 3, "seed": 9, "id": "x" }),
         json!({ "prompt": "a fox", "temperature": 0, "max_tokens": 5, "wind": [1] }),
-        json!({ "prompt": "a fox", "keep": "red \
-            umbrella", "ban": ["artstation"], "min_kept": 0.5, "top_k": 5 }),
-        json!({ "prompt": "a \
-            fox", "frequency_penalty": 1.5, "presence_penalty": 1, "top_p": 0.5, "min_p": 0.01 }),
+        json!({
+            "prompt": "a fox", "keep": "red umbrella", "ban": ["artstation"], "min_kept": 0.5,
+            "top_k": 5,
+        }),
+        json!({
+            "prompt": "a fox", "frequency_penalty": 1.5, "presence_penalty": 1, "top_p": 0.5,
+            "min_p": 0.01,
+        }),
     ];
     let input =
         write(f.path(), "in.jsonl", &records.iter().map(|r| format!("{r}\n")).collect::<String>());

@@ -123,8 +123,9 @@ fn pieces_make_the_whole() {
         ids.iter().map(|id| (id.to_string(), json!(15))).collect();
     let bodies = [
         json!({ "prompt": "a cat, ", "stop": [" a", ", "], "bad_words": ["the"] }),
-        json!({ "prompt": "a cat, ", "bad_words": ["by", "art", "digital \
-            painting"], "min_tokens": 5 }),
+        json!({
+            "prompt": "a cat, ", "bad_words": ["by", "art", "digital painting"], "min_tokens": 5,
+        }),
         json!({ "prompt": "a cat, ", "logit_bias": bias, "ignore_eos": true }),
         json!({ "prompt": "東京 tower, \
             ", "logit_bias": bias, "stop": ["é"], "include_stop_str_in_output": true }),

@@ -254,8 +254,8 @@ fn rewrites_hold_and_lack_what_is_asked() {
     let body = json!({
         "prompt": ["two cats in the (heavy rain:1.3) <lora:ink:0.6>", "a dog without a leash BREAK \
         a red house"],
-        "n": 3, "seed": 5, "keep": ["film grain"], "ban": ["artstation", "highly \
-        detailed", "by"], "min_kept": 1, "max_clip_tokens": 60,
+        "n": 3, "seed": 5, "keep": ["film grain"], "ban": ["artstation", "highly detailed", "by"],
+        "min_kept": 1, "max_clip_tokens": 60,
     });
     let a = server.post("/v1/rewrite", body.clone()).json();
     let results = a["results"].as_array().unwrap();

@@ -9,7 +9,7 @@ use super::print::{self, note, print_line};
 use super::rewriter::Rewriter;
 use crate::data::records::{read_pairs, read_prompts};
 use crate::eval::facts::{Facts, count_facts, read_facts};
-use crate::eval::{Rewrite, RewriteReport, report};
+use crate::eval::{EvaluatedRewrite, RewriteReport, report};
 use crate::generate::Generate;
 use crate::rewrite::{Rewriting, Source};
 use crate::text::content_words::words;
@@ -144,7 +144,7 @@ impl EvalArgs {
         rewriter: &Rewriter,
         session: &mut dyn Generate,
         prompts: Vec<String>,
-    ) -> anyhow::Result<Vec<Rewrite>> {
+    ) -> anyhow::Result<Vec<EvaluatedRewrite>> {
         let mut rewrites = Vec::new();
         for (i, prompt) in prompts.into_iter().enumerate() {
             let started = Instant::now();
@@ -154,7 +154,7 @@ impl EvalArgs {
             let rewriting = Rewriting::new(rewriter.prompter(), &prompt, options, guard)?;
             let done = rewriter.rewrite(session, rewriting, &mut |_| {})?;
             let candidate = &done.candidates[0];
-            let rewrite = Rewrite {
+            let rewrite = EvaluatedRewrite {
                 seconds: started.elapsed().as_secs_f64(),
                 output: candidate.text.clone(),
                 tokens: done.output_tokens,

@@ -6,7 +6,7 @@ use crate::engine::EngineOptions;
 use crate::rewrite::Prompter;
 use crate::serve::Shared;
 use crate::serve::engine::{self, Inbox};
-use crate::serve::metrics::Metrics;
+use crate::serve::metrics::ServerMetrics;
 use crate::serve::pool::TextPool;
 use crate::serve::worker;
 use anyhow::{Context, anyhow};
@@ -47,7 +47,7 @@ impl HostOptions {
         model.long_running = true;
         // not every device's handles can move to another thread, so the model is loaded on its own
         let (facts_in, facts) = channel();
-        let (start, started) = channel::<(Inbox, Arc<Metrics>)>();
+        let (start, started) = channel::<(Inbox, Arc<ServerMetrics>)>();
         let thread = std::thread::Builder::new().name("engine".into()).spawn(
             move || -> anyhow::Result<()> {
                 // whoever waits for the facts is told why there are none
@@ -88,7 +88,7 @@ impl HostOptions {
         )?;
         let (prompter, defaults, config, fingerprint, blocks) =
             facts.recv().context("the engine stopped while loading")??;
-        let metrics = Arc::new(Metrics::new(&name, blocks));
+        let metrics = Arc::new(ServerMetrics::new(&name, blocks));
         let (engine, inbox) = engine::engine(options.sequences + self.max_queue);
         start
             .send((inbox, metrics.clone()))

@@ -7,9 +7,7 @@ use super::rewriter::{Format, Rewriter, RewriterArgs, one_line, record};
 use crate::engine::EngineOptions;
 use crate::generate::Update;
 use crate::random::prompt_seed;
-use crate::rewrite::{
-    Candidate, DEFAULT_MIN_KEPT, Rewriting, Source as TextSource, whole_characters,
-};
+use crate::rewrite::{Candidate, DEFAULT_MIN_KEPT, Rewriting, Source, whole_characters};
 use anyhow::{bail, ensure};
 use clap::Args;
 use indicatif::ProgressBar;
@@ -57,11 +55,11 @@ impl RewriteArgs {
     }
 
     /// Where prompts come from.
-    fn source(&self) -> batch::Source<'_> {
+    fn source(&self) -> batch::PromptSource<'_> {
         match (self.prompts.is_empty(), self.files.input.is_empty()) {
-            (false, _) => batch::Source::Prompts(&self.prompts),
-            (true, false) => batch::Source::Files(&self.files.input),
-            (true, true) => batch::Source::Stdin,
+            (false, _) => batch::PromptSource::Prompts(&self.prompts),
+            (true, false) => batch::PromptSource::Files(&self.files.input),
+            (true, true) => batch::PromptSource::Stdin,
         }
     }
 
@@ -146,7 +144,7 @@ impl RewriteArgs {
 /// What has to be said of a rewrite that is not the model's, or that keeps little of its prompt.
 fn reservation(c: &Candidate) -> Option<String> {
     match &c.reason {
-        Some(reason) if c.source == TextSource::Model => Some(reason.clone()),
+        Some(reason) if c.source == Source::Model => Some(reason.clone()),
         Some(reason) => Some(format!("fell back on the prompt: {reason}")),
         None if c.kept < DEFAULT_MIN_KEPT => {
             Some(format!("kept {:.2} of the prompt; missing: {}", c.kept, c.missing.join(", ")))

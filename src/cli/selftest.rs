@@ -2,7 +2,7 @@
 
 use super::print::print_line;
 use crate::device::cuda::Driver;
-use crate::selftest::{Outcome, Shapes, run};
+use crate::selftest::{KernelCheck, Shapes, run};
 use crate::tensor::DType;
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
@@ -39,16 +39,16 @@ impl SelftestArgs {
             driver.name,
             driver.memory_bytes >> 20
         )?;
-        let mut worst: BTreeMap<&'static str, Outcome> = BTreeMap::new();
+        let mut worst: BTreeMap<&'static str, KernelCheck> = BTreeMap::new();
         let (mut cases, mut failures) = (0, 0);
         let mut unwritten = None;
-        let mut each = |o: Outcome| {
+        let mut each = |o: KernelCheck| {
             cases += 1;
             failures += usize::from(!o.passed());
             if self.all || !o.passed() {
                 unwritten = unwritten.take().or(print(&o).err());
             }
-            let ratio = |o: &Outcome| o.error / o.allowed.max(1e-30);
+            let ratio = |o: &KernelCheck| o.error / o.allowed.max(1e-30);
             if worst.get(o.operation).is_none_or(|w| ratio(w) < ratio(&o)) {
                 worst.insert(o.operation, o);
             }
@@ -73,7 +73,7 @@ impl SelftestArgs {
     }
 }
 
-fn print(o: &Outcome) -> std::io::Result<()> {
+fn print(o: &KernelCheck) -> std::io::Result<()> {
     let verdict = if o.passed() { "ok" } else { "WRONG" };
     print_line!(
         "{verdict:5} {:28} error {:9.2e} of {:8.2e} allowed  {}",

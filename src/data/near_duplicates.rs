@@ -12,13 +12,13 @@ const BANDS: usize = 10;
 const ROWS: usize = 4;
 
 /// Disjoint sets.
-pub struct Groups {
+pub struct SimilarGroups {
     parent: Vec<usize>,
 }
 
-impl Groups {
-    pub fn new(count: usize) -> Groups {
-        Groups { parent: (0..count).collect() }
+impl SimilarGroups {
+    pub fn new(count: usize) -> SimilarGroups {
+        SimilarGroups { parent: (0..count).collect() }
     }
 
     /// The representative of the set of `i`: its smallest member.
@@ -111,7 +111,7 @@ mod tests {
         ];
         let pairs = similar_pairs(&texts, 0.7);
         assert_eq!(pairs.iter().map(|p| (p.0, p.1)).collect::<Vec<_>>(), [(0, 2)]);
-        let mut groups = Groups::new(3);
+        let mut groups = SimilarGroups::new(3);
         groups.join(2, 0);
         assert_eq!((groups.find(2), groups.find(1)), (0, 1));
     }

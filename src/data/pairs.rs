@@ -4,7 +4,7 @@
 //! plain prompt can borrow the style phrases of the most similar rich one. Either way the rich side
 //! holds every word of the plain side, which is what a rewriter should learn.
 
-use super::near_duplicates::{Groups, similar_pairs};
+use super::near_duplicates::{SimilarGroups, similar_pairs};
 use super::phrases::StylePhrases;
 use super::records::Pair;
 use super::tails::{TailLimits, Tails};
@@ -127,7 +127,7 @@ pub fn make_pairs(
 
     // near duplicates: the first of a pair stays; looser similarity keeps splits apart
     let texts: Vec<&str> = parsed.iter().map(|p| p.text.as_str()).collect();
-    let mut groups = Groups::new(parsed.len());
+    let mut groups = SimilarGroups::new(parsed.len());
     let mut duplicate = vec![false; parsed.len()];
     for (i, j, similarity) in similar_pairs(&texts, 0.5) {
         if similarity >= 0.8 && !duplicate[i] {
@@ -143,7 +143,7 @@ pub fn make_pairs(
     counts.add("dropped: near duplicate", duplicate.iter().filter(|d| **d).count());
 
     let is_rich = |p: &Parsed| p.style_count >= options.min_style;
-    let held_out = |groups: &mut Groups, i: usize| {
+    let held_out = |groups: &mut SimilarGroups, i: usize| {
         let group = groups.find(i) as u64;
         Words::new(options.seed, group).uniform() < options.validation
     };

@@ -9,7 +9,7 @@ use serde::Serialize;
 use variety::{Variety, variety};
 
 /// One prompt and its rewrite.
-pub struct Rewrite {
+pub struct EvaluatedRewrite {
     pub input: String,
     pub output: String,
     pub seconds: f64,
@@ -52,11 +52,12 @@ pub struct RewriteReport {
     pub variety: Variety,
 }
 
-pub fn report(rewrites: &[Rewrite]) -> RewriteReport {
+pub fn report(rewrites: &[EvaluatedRewrite]) -> RewriteReport {
     let content = ContentWords::default();
     let n = rewrites.len().max(1) as f64;
-    let mean = |f: &dyn Fn(&Rewrite) -> f64| rewrites.iter().map(f).sum::<f64>() / n;
-    let share = |f: &dyn Fn(&Rewrite) -> bool| rewrites.iter().filter(|r| f(r)).count() as f64 / n;
+    let mean = |f: &dyn Fn(&EvaluatedRewrite) -> f64| rewrites.iter().map(f).sum::<f64>() / n;
+    let share =
+        |f: &dyn Fn(&EvaluatedRewrite) -> bool| rewrites.iter().filter(|r| f(r)).count() as f64 / n;
     let mut seconds: Vec<f64> = rewrites.iter().map(|r| r.seconds).collect();
     seconds.sort_by(f64::total_cmp);
     RewriteReport {

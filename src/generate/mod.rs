@@ -6,4 +6,4 @@ pub mod session;
 pub mod text;
 
 pub use options::{GenerateOptions, Length};
-pub use session::{Candidate, Completed, Failed, Generate, Outcome, Session, Update};
+pub use session::{Completed, Continuation, Failed, Generate, PromptResult, Session, Update};

@@ -15,13 +15,13 @@ use std::sync::Arc;
 
 /// One continuation.
 #[derive(Clone, Debug)]
-pub struct Candidate {
+pub struct Continuation {
     pub text: String,
     pub tokens: Vec<Token>,
     pub finish: FinishReason,
 }
 
-impl Candidate {
+impl Continuation {
     pub fn token_ids(&self) -> Vec<u32> {
         self.tokens.iter().map(|t| t.id).collect()
     }
@@ -41,7 +41,7 @@ pub struct Completed {
     pub prompt_scores: Vec<(f32, TopTokens)>,
     /// Tokens of the prompt that were computed before.
     pub cached: usize,
-    pub candidates: Vec<Candidate>,
+    pub candidates: Vec<Continuation>,
 }
 
 /// A prompt whose work failed; the others are not concerned.
@@ -53,7 +53,7 @@ pub struct Failed {
 }
 
 /// What a prompt came to.
-pub type Outcome = std::result::Result<Completed, Failed>;
+pub type PromptResult = std::result::Result<Completed, Failed>;
 
 /// What a step brought.
 pub enum Update<'a> {
@@ -88,7 +88,7 @@ pub trait Generate {
     fn reset(&mut self);
     /// One forward pass; prompts that are done come back, and those that failed alone. An error is
     /// one of the device or the model as a whole, after which nothing goes on.
-    fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Outcome>>;
+    fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<PromptResult>>;
     fn is_idle(&self) -> bool;
     /// Prompts queued or running.
     fn in_flight(&self) -> usize;
@@ -209,7 +209,7 @@ impl<B: DecodeBackend> Generate for Session<'_, B> {
         self.generated_tokens
     }
 
-    fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Outcome>> {
+    fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<PromptResult>> {
         let mut done = Vec::new();
         let mut failed: Vec<Failed> = Vec::new();
         let pending = &mut self.pending;
@@ -309,7 +309,7 @@ fn request(
 }
 
 fn completed(id: u64, p: Pending) -> Completed {
-    let candidates = p.candidates.into_iter().map(|c| Candidate {
+    let candidates = p.candidates.into_iter().map(|c| Continuation {
         text: c.text,
         tokens: c.tokens,
         // only prompts whose candidates all have ended are done

@@ -499,8 +499,9 @@ mod tests {
             stops in proptest::collection::vec(proptest::sample::select(vec![
                 ", by", ",", "is", "umbrella", "s a", " ", "東京", "t,",
             ]), 0..3),
-            keep in proptest::collection::vec(proptest::sample::select(vec!["red \
-                umbrella", "f/1.8", "🐱", "100 mph"]), 0..3),
+            keep in proptest::collection::vec(proptest::sample::select(vec![
+                "red umbrella", "f/1.8", "🐱", "100 mph",
+            ]), 0..3),
             stop_comma: bool,
             include_stop: bool,
             min_new in 0usize..6,

@@ -2,7 +2,7 @@
 //! model's text.
 
 use super::*;
-use crate::generate::Candidate as Continuation;
+use crate::generate::Continuation;
 use crate::generate::text::Token;
 use crate::models::embedded;
 use crate::text::literals::Literals;
@@ -203,8 +203,9 @@ proptest! {
     fn every_candidate_is_what_it_says(
         prompt in hostile(14),
         texts in prop::collection::vec(hostile(14), 12),
-        keep in some_of(&["film grain", "100 \
-            mph", "f/1.8", "<lora:x:1>", "(blue:1.3)", "🐱", "cat"]),
+        keep in some_of(&[
+            "film grain", "100 mph", "f/1.8", "<lora:x:1>", "(blue:1.3)", "🐱", "cat",
+        ]),
         ban in some_of(&["art", "greg rutkowski", "red cat", "8k"]),
         min_kept in prop::sample::select(vec![None, Some(0.5), Some(0.9), Some(1.0)]),
         max_clip_tokens in prop::sample::select(vec![None, Some(3), Some(12), Some(30)]),

@@ -62,7 +62,7 @@ pub struct Owner {
 
 /// Where prompts go in.
 #[derive(Clone)]
-pub struct Engine {
+pub struct EngineHandle {
     commands: Sender<Command>,
     room: Arc<Semaphore>,
     capacity: usize,
@@ -77,15 +77,15 @@ pub struct Inbox {
 }
 
 /// A channel to an engine that takes at most `capacity` prompts at once, waiting ones included.
-pub fn engine(capacity: usize) -> (Engine, Inbox) {
+pub fn engine(capacity: usize) -> (EngineHandle, Inbox) {
     let (commands, inbox) = channel();
     let room = Arc::new(Semaphore::new(capacity));
     let pulse = Arc::new(Pulse::default());
     let inbox = Inbox { commands: inbox, pulse: pulse.clone() };
-    (Engine { commands, room, capacity, ids: Arc::default(), pulse }, inbox)
+    (EngineHandle { commands, room, capacity, ids: Arc::default(), pulse }, inbox)
 }
 
-impl Engine {
+impl EngineHandle {
     /// A new owner of prompts, with the id that the log knows it by.
     pub fn owner(&self, request_id: Arc<str>) -> Owner {
         Owner { id: self.ids.fetch_add(1, Ordering::Relaxed), request_id }

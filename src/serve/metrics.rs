@@ -12,7 +12,7 @@ use prometheus::{
 use std::collections::HashMap;
 use std::time::Instant;
 
-pub struct Metrics {
+pub struct ServerMetrics {
     registry: Registry,
     running: IntGauge,
     waiting: IntGauge,
@@ -115,8 +115,8 @@ impl Maker {
     }
 }
 
-impl Metrics {
-    pub fn new(model: &str, blocks: usize) -> Metrics {
+impl ServerMetrics {
+    pub fn new(model: &str, blocks: usize) -> ServerMetrics {
         let labels =
             HashMap::from([("model_name".into(), model.into()), ("engine".into(), "0".into())]);
         let m = Maker { registry: Registry::new(), labels };
@@ -126,7 +126,7 @@ impl Metrics {
             m.add(Gauge::with_opts(m.opts(name, "Part of the KV cache that sequences hold.")))
         };
         m.describe_cache(blocks);
-        Metrics {
+        ServerMetrics {
             running: m.gauge("num_requests_running", "Sequences in the batch."),
             waiting: m.gauge("num_requests_waiting", "Sequences that wait for room."),
             // the second is the name of old, which some scrapers still ask for

@@ -1,8 +1,8 @@
 //! What all handlers share.
 
-use super::engine::Engine;
+use super::engine::EngineHandle;
 use super::errors::ApiError;
-use super::metrics::Metrics;
+use super::metrics::ServerMetrics;
 use super::pool::TextPool;
 use crate::generate::generation_config::GenerationDefaults;
 use crate::models::bloom::BloomConfig;
@@ -16,7 +16,7 @@ use std::time::Duration;
 pub type StateArc = State<Arc<Shared>>;
 
 pub struct Shared {
-    pub engine: Engine,
+    pub engine: EngineHandle,
     pub tokenizer: Arc<Tokenizer>,
     pub prompter: Prompter,
     pub defaults: GenerationDefaults,
@@ -24,7 +24,7 @@ pub struct Shared {
     /// What the model is called.
     pub name: String,
     pub created: u64,
-    pub metrics: Arc<Metrics>,
+    pub metrics: Arc<ServerMetrics>,
     /// Longest time for a request.
     pub request_timeout: Option<Duration>,
     /// How long the engine may stand still before it counts as stuck.

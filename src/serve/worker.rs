@@ -3,7 +3,7 @@
 //! about them already is not told again.
 
 use super::engine::{Command, Inbox, Reply, Submission};
-use super::metrics::Metrics;
+use super::metrics::ServerMetrics;
 use crate::engine::Counters;
 use crate::error::{Error, Result};
 use crate::generate::text::Token;
@@ -15,7 +15,7 @@ use std::time::Instant;
 
 /// Serves until all who could send work are gone. Fails if after a failure the session cannot do
 /// the least of work.
-pub fn run(session: &mut dyn Generate, inbox: Inbox, metrics: &Metrics) -> Result<()> {
+pub fn run(session: &mut dyn Generate, inbox: Inbox, metrics: &ServerMetrics) -> Result<()> {
     struct End<'a>(&'a Inbox);
     impl Drop for End<'_> {
         fn drop(&mut self) {
@@ -117,7 +117,7 @@ impl Client {
     }
 
     /// Takes note of an update; fails if it contradicts what was told.
-    fn update(&mut self, update: Update, metrics: &Metrics) -> Result<(), &'static str> {
+    fn update(&mut self, update: Update, metrics: &ServerMetrics) -> Result<(), &'static str> {
         let Update::Text { candidate, text, tokens, finish, .. } = update else {
             self.place = Place::Running;
             self.started.get_or_insert_with(Instant::now);
@@ -156,7 +156,7 @@ impl Client {
 
 struct Worker<'w> {
     session: &'w mut dyn Generate,
-    metrics: &'w Metrics,
+    metrics: &'w ServerMetrics,
     inbox: &'w Inbox,
     clients: BTreeMap<u64, Client>,
     /// Those that the session does not know yet.
@@ -405,10 +405,10 @@ fn message(panic: Box<dyn Any + Send>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::engine::{Engine, Generation, engine};
+    use super::super::engine::{EngineHandle, Generation, engine};
     use super::*;
     use crate::engine::FinishReason;
-    use crate::generate::{Candidate, Failed, Outcome};
+    use crate::generate::{Continuation, Failed, PromptResult};
     use crate::rewrite::Work;
     use std::sync::Arc;
     use std::time::Duration;
@@ -447,7 +447,7 @@ mod tests {
             self.running.retain(|r| !ids.contains(&r.0));
         }
 
-        fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Outcome>> {
+        fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<PromptResult>> {
             assert!(!self.broken, "broken");
             self.counters.computed_tokens += self.running.len() as u64;
             let mut failed = Vec::new();
@@ -481,12 +481,14 @@ mod tests {
             let completed = |(id, prompt_ids, _, length): (u64, Vec<u32>, usize, usize)| {
                 let text = (0..length).map(|k| word(&prompt_ids, k)).collect();
                 let candidates =
-                    vec![Candidate { text, tokens: vec![], finish: FinishReason::Length }];
+                    vec![Continuation { text, tokens: vec![], finish: FinishReason::Length }];
                 Completed { id, prompt_ids, prompt_scores: vec![], cached: 0, candidates }
             };
-            let done: Vec<Outcome> = done.map(|r| Ok(completed(r))).collect();
-            let gone: Vec<u64> =
-                failed.iter().filter_map(|f: &Outcome| f.as_ref().err().map(|f| f.id)).collect();
+            let done: Vec<PromptResult> = done.map(|r| Ok(completed(r))).collect();
+            let gone: Vec<u64> = failed
+                .iter()
+                .filter_map(|f: &PromptResult| f.as_ref().err().map(|f| f.id))
+                .collect();
             self.running.retain(|r| !gone.contains(&r.0));
             Ok(done.into_iter().chain(failed).collect())
         }
@@ -525,9 +527,11 @@ mod tests {
     }
 
     /// A worker on a thread of its own; how it ended.
-    fn start(capacity: usize) -> (Engine, Arc<Metrics>, std::thread::JoinHandle<Result<()>>) {
+    fn start(
+        capacity: usize,
+    ) -> (EngineHandle, Arc<ServerMetrics>, std::thread::JoinHandle<Result<()>>) {
         let (engine, inbox) = engine(capacity);
-        let metrics = Arc::new(Metrics::new("fake", 64));
+        let metrics = Arc::new(ServerMetrics::new("fake", 64));
         let own = metrics.clone();
         let thread = std::thread::spawn(move || run(&mut Fake::default(), inbox, &own));
         (engine, metrics, thread)
@@ -555,7 +559,7 @@ mod tests {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
     }
 
-    fn value(metrics: &Metrics, line: &str) -> String {
+    fn value(metrics: &ServerMetrics, line: &str) -> String {
         let text = metrics.text();
         let found = text.lines().find(|l| l.starts_with(line)).unwrap_or_default();
         found.rsplit(' ').next().unwrap_or_default().to_owned()

@@ -188,6 +188,8 @@ pub fn answer(mut stream: TcpStream) -> Answer {
 
 /// A request that takes long.
 pub fn long() -> Value {
-    json!({ "prompt": "a \
-        cat", "max_tokens": 480, "ignore_eos": true, "n": 8, "temperature": 1.0, "stream": true })
+    json!({
+        "prompt": "a cat", "max_tokens": 480, "ignore_eos": true, "n": 8, "temperature": 1.0,
+        "stream": true,
+    })
 }

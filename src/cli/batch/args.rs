@@ -40,7 +40,7 @@ pub struct FileArgs {
 
 /// Where prompts come from.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Source<'a> {
+pub enum PromptSource<'a> {
     Files(&'a [String]),
     /// Nobody said where from.
     Stdin,
@@ -52,7 +52,7 @@ pub enum Source<'a> {
 pub struct BatchArgs<'a> {
     pub files: &'a FileArgs,
     pub rewriter: &'a RewriterArgs,
-    pub source: Source<'a>,
+    pub source: PromptSource<'a>,
     pub format: Format,
     pub max_prompt_bytes: usize,
 }

@@ -14,7 +14,7 @@ mod record;
 mod settings;
 mod target;
 
-pub use args::{BatchArgs, FileArgs, Source};
+pub use args::{BatchArgs, FileArgs, PromptSource};
 pub use record::{check_length, check_lengths};
 
 use super::files::check_distinct;
@@ -22,7 +22,7 @@ use super::print::note;
 use super::rewriter::{Format, Rewriter, one_line, record};
 use crate::engine::EngineOptions;
 use crate::generate::{Generate, Length};
-use crate::rewrite::{DEFAULT_MIN_KEPT, Prompter, Rewrite, Rewriting, Source as TextSource};
+use crate::rewrite::{DEFAULT_MIN_KEPT, Prompter, Rewrite, Rewriting, Source};
 use anyhow::{Context, anyhow, ensure};
 use flight::{Flight, Job, guarded};
 use input::{LineOptions, Lines, RawLine};
@@ -66,9 +66,9 @@ fn begin(args: &BatchArgs) -> anyhow::Result<Begun> {
     let shard = args.files.shard.unwrap_or_default();
     let options = LineOptions { shard, longest, text: format == Format::Text };
     let lines = match args.source {
-        Source::Files(files) => Lines::open(files, options)?,
-        Source::Stdin => Lines::open(&["-".to_owned()], options)?,
-        Source::Prompts(prompts) => Lines::of_prompts(prompts, options),
+        PromptSource::Files(files) => Lines::open(files, options)?,
+        PromptSource::Stdin => Lines::open(&["-".to_owned()], options)?,
+        PromptSource::Prompts(prompts) => Lines::of_prompts(prompts, options),
     };
     let mut reads: Vec<&Path> = lines.files().collect();
     let others = args.rewriter.files();
@@ -167,7 +167,7 @@ fn rewrite(args: &BatchArgs) -> anyhow::Result<bool> {
         return Ok(false);
     }
     ensure!(
-        args.source != Source::Stdin
+        args.source != PromptSource::Stdin
             || run.out.finished > 0
             || !run.bad.is_empty()
             || written.results > 0,
@@ -203,7 +203,7 @@ fn common<'a>(args: &BatchArgs, rewriter: &'a Rewriter) -> Common<'a> {
         guard: &rewriter.guard,
         longest: args.max_prompt_bytes,
         same_candidates: args.format == Format::Text,
-        alone: matches!(args.source, Source::Prompts([_])),
+        alone: matches!(args.source, PromptSource::Prompts([_])),
     }
 }
 
@@ -462,8 +462,7 @@ impl<'a> Run<'a> {
                 self.kept += rewrite.candidates.iter().map(|c| c.kept).sum::<f64>();
                 self.low += rewrite.candidates.iter().filter(|c| c.kept < least).count() as u64;
                 self.fallbacks +=
-                    rewrite.candidates.iter().filter(|c| c.source != TextSource::Model).count()
-                        as u64;
+                    rewrite.candidates.iter().filter(|c| c.source != Source::Model).count() as u64;
                 self.out.finish(line.number, text);
             }
             Err(e) => self.bad_line(&line.place, line.number, e),
@@ -506,7 +505,7 @@ mod tests {
     use crate::cli::rewriter::RewriterArgs;
     use crate::engine::Counters;
     use crate::error::Result;
-    use crate::generate::{GenerateOptions, Outcome, Update};
+    use crate::generate::{GenerateOptions, PromptResult, Update};
     use clap::Parser;
     use input::Shard;
     use std::collections::BTreeMap;
@@ -548,7 +547,7 @@ mod tests {
             self.inner.cancel(ids);
         }
 
-        fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<Outcome>> {
+        fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<PromptResult>> {
             (self.before)(&self.prompts);
             let outcomes = self.inner.step(on_update)?;
             for completed in outcomes.iter().flatten() {
@@ -615,7 +614,7 @@ mod tests {
         let args = BatchArgs {
             files: &program.files,
             rewriter: &program.rewriter,
-            source: Source::Prompts(&prompts),
+            source: PromptSource::Prompts(&prompts),
             format: Format::Jsonl,
             max_prompt_bytes: 1000,
         };

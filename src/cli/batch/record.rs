@@ -305,9 +305,8 @@ mod tests {
     fn records_have_settings_of_their_own() {
         let record = br#"{"prompt": "a cat", "n": 3, "temperature": 0.5, "top_p": 0.9, "top_k": -1,
             "min_p": 0.1, "seed": 8, "repetition_penalty": 1.1, "presence_penalty": 1,
-            "frequency_penalty": -1, "max_tokens": 9, "stop": "x",
-            "keep": "red umbrella, fog", "ban": ["art"],
-            "min_kept": 0.5, "id": null, "wind": 3}"#;
+            "frequency_penalty": -1, "max_tokens": 9, "stop": "x", "keep": "red umbrella, fog",
+            "ban": ["art"], "min_kept": 0.5, "id": null, "wind": 3}"#;
         let line = parse(record, LineKind::Record).unwrap();
         let (o, s) = (&line.options, &line.options.sampling);
         assert_eq!((o.candidates, o.length, s.top_k, s.seed), (3, Length::New(9), 0, 8));

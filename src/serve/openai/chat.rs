@@ -57,11 +57,12 @@ pub struct Message {
 #[serde(untagged, expecting = "expected a text or a list of parts")]
 pub enum Content {
     Text(String),
-    Parts(Vec<Part>),
+    Parts(Vec<ContentPart>),
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
-pub struct Part {
+#[schema(as = Part)]
+pub struct ContentPart {
     /// "text"
     pub r#type: String,
     pub text: Option<String>,

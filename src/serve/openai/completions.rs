@@ -3,7 +3,7 @@
 use super::{SamplingParams, StreamOptions, Usage, finite, now, token_text, top_logprobs};
 use crate::engine::{FinishReason, Sampling};
 use crate::generate::generation_config::GenerationDefaults;
-use crate::generate::{Candidate, Completed, GenerateOptions};
+use crate::generate::{Completed, Continuation, GenerateOptions};
 use crate::serve::body::{Json, RequestBody};
 use crate::serve::engine::Generation;
 use crate::serve::errors::{ApiError, ErrorBody};
@@ -293,7 +293,7 @@ fn whole(shared: &Shared, all: &[Completed], form: Form) -> Result<Completion, A
 fn whole_choice(
     shared: &Shared,
     completed: &Completed,
-    c: &Candidate,
+    c: &Continuation,
     index: usize,
     (form, prompt): (&Form, &(String, Vec<usize>)),
 ) -> CompletionChoice {
