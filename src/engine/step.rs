@@ -17,6 +17,17 @@ struct Check<'p> {
     first: usize,
 }
 
+/// What is to be sampled in a step.
+#[derive(Default)]
+struct SamplingRound<'p> {
+    jobs: Vec<SamplingJob>,
+    checks: Vec<Check<'p>>,
+    /// Candidates without a place or a block, in order.
+    homeless: Vec<Sequence>,
+    /// Places for each owner, once somebody asked; they stay the same within a step.
+    share: Option<usize>,
+}
+
 impl<B: DecodeBackend> Engine<'_, B> {
     /// One forward pass. `sink` hears, at the latest when the next step has begun, what happened
     /// and says what is to become of the candidate.
@@ -92,11 +103,11 @@ impl<B: DecodeBackend> Engine<'_, B> {
     /// Samples the next tokens of all planned sequences whose tokens are computed; a fresh prompt
     /// splits into its candidates.
     fn sample(&mut self, parts: &[Planned], sink: Sink) -> Result<()> {
-        let (mut jobs, mut checks) = (Vec::new(), Vec::new());
-        let mut homeless = Vec::new();
+        let mut round = SamplingRound::default();
         for part in parts {
-            self.add_jobs(part, &mut jobs, &mut checks, &mut homeless);
+            self.add_jobs(part, &mut round);
         }
+        let SamplingRound { jobs, checks, homeless, .. } = round;
         // candidates without a block wait in order
         homeless.into_iter().rev().for_each(|s| self.waiting.push_front(s));
         let rows = sampling_rows(&self.running, &jobs);
@@ -113,15 +124,8 @@ impl<B: DecodeBackend> Engine<'_, B> {
         Ok(())
     }
 
-    /// Adds the jobs of one planned sequence, and of the candidates that it splits into; those
-    /// without a place or a block are `homeless`.
-    fn add_jobs<'p>(
-        &mut self,
-        part: &'p Planned,
-        jobs: &mut Vec<SamplingJob>,
-        checks: &mut Vec<Check<'p>>,
-        homeless: &mut Vec<Sequence>,
-    ) {
+    /// Adds the jobs of one planned sequence, and of the candidates that it splits into.
+    fn add_jobs<'p>(&mut self, part: &'p Planned, round: &mut SamplingRound<'p>) {
         let s = &mut self.running[part.at];
         if s.computed < s.tokens.len() {
             return;
@@ -129,10 +133,13 @@ impl<B: DecodeBackend> Engine<'_, B> {
         let count = std::mem::replace(&mut s.fork, 0).max(1);
         let row = part.start + part.known - 1;
         // candidates beyond the request's share of places wait for theirs
-        let at_once = if count > 1 { self.share() } else { 1 };
-        checks.push(Check { at: part.at, draft: &part.draft, first: jobs.len() });
+        let at_once = match count {
+            1 => 1,
+            _ => *round.share.get_or_insert_with(|| self.share()),
+        };
+        round.checks.push(Check { at: part.at, draft: &part.draft, first: round.jobs.len() });
         let s = (part.at, &self.running[part.at]);
-        jobs.extend(
+        round.jobs.extend(
             (0..=part.draft.len())
                 .map(|ahead| SamplingJob::new(s, &part.draft[..ahead], None, row + ahead)),
         );
@@ -142,11 +149,11 @@ impl<B: DecodeBackend> Engine<'_, B> {
             match room.then(|| self.fork(part.at, candidate)).flatten() {
                 Some(copy) => {
                     let at = self.running.len();
-                    checks.push(Check { at, draft: &[], first: jobs.len() });
-                    jobs.push(SamplingJob::new((at, &copy), &[], None, row));
+                    round.checks.push(Check { at, draft: &[], first: round.jobs.len() });
+                    round.jobs.push(SamplingJob::new((at, &copy), &[], None, row));
                     self.running.push(copy);
                 }
-                None => homeless.push(self.running[part.at].sibling(candidate)),
+                None => round.homeless.push(self.running[part.at].sibling(candidate)),
             }
         }
     }
