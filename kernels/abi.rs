@@ -28,13 +28,22 @@ struct Struct {
     align: i64,
 }
 
+/// What has been read of a header.
+#[derive(Default)]
+struct Header {
+    known: Known,
+    /// The Rust text so far.
+    out: String,
+    /// The comment that stands above the next line.
+    docs: String,
+    open: Option<Struct>,
+    /// Name and size of the last struct, until its static_assert.
+    unchecked: Option<(String, i64)>,
+}
+
 /// The Rust text for a header, or what is wrong with which of its lines.
 pub fn rust_of(header: &str, file: &str) -> Result<String, String> {
-    let (mut known, mut out) = (Known::default(), String::new());
-    let mut docs = String::new();
-    let mut open: Option<Struct> = None;
-    // name and size of the last struct, until its static_assert
-    let mut unchecked: Option<(String, i64)> = None;
+    let mut read = Header::default();
     let mut lines = header.lines().enumerate();
     while let Some((i, first)) = lines.next() {
         let mut line = first.trim().to_owned();
@@ -43,62 +52,83 @@ pub fn rust_of(header: &str, file: &str) -> Result<String, String> {
             let Some((_, next)) = lines.next() else { break };
             line = format!("{line} {}", next.trim());
         }
-        let wrong = |what: &str| format!("{file}:{}: {what}: {line}", i + 1);
-        if unchecked.is_some() && !line.starts_with("static_assert") {
-            return Err(wrong("expected the static_assert of the struct above"));
-        }
-        if let Some(text) = line.strip_prefix("//") {
-            docs.push_str(&format!("///{text}\n"));
-            continue;
-        }
-        if line.is_empty() || line == "#pragma once" || line == "#include <stdint.h>" {
-            docs.clear(); // of the file, or of what follows in general
-        } else if line == "typedef struct {" && open.is_none() {
-            open = Some(Struct { docs: std::mem::take(&mut docs), align: 1, ..Struct::default() });
-        } else if let Some(name) = line.strip_prefix("} ").and_then(|l| l.strip_suffix(';')) {
-            let s = open.take().ok_or_else(|| wrong("no struct ends here"))?;
-            if !is_name(name) || known.structs.contains_key(name) {
-                return Err(wrong("expected a new name"));
-            }
-            if s.size == 0 || s.size % s.align != 0 {
-                return Err(wrong("the struct is empty or needs padding at its end"));
-            }
-            out.push_str(&s.docs);
-            out.push_str("#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]\n");
-            writeln!(out, "#[repr(C)]\npub struct {name} {{\n{}}}", s.fields)
-                .expect("a string takes all");
-            let t = Type { rust: name.to_owned(), size: s.size, align: s.align };
-            known.structs.insert(name.to_owned(), t);
-            unchecked = Some((name.to_owned(), s.size));
-        } else if let Some((name, size)) = unchecked.take() {
-            if line != format!("static_assert(sizeof({name}) == {size});") {
-                return Err(wrong(&format!("expected static_assert(sizeof({name}) == {size});")));
-            }
-            writeln!(out, "const _: () = assert!(size_of::<{name}>() == {size});\n")
-                .expect("a string takes all");
-        } else if let Some(s) = &mut open {
-            let (name, t) = field(&line, &known).map_err(|e| wrong(&e))?;
-            if s.size % t.align != 0 {
-                return Err(wrong("padding is needed before this field"));
-            }
-            (s.size, s.align) = (s.size + t.size, s.align.max(t.align));
-            writeln!(s.fields, "{docs}pub {name}: {},", t.rust).expect("a string takes all");
-            docs.clear();
-        } else {
-            let (name, rust, value) = constant(&line, &known).map_err(|e| wrong(&e))?;
-            writeln!(out, "{docs}pub const {name}: {rust} = {value};").expect("a string takes all");
-            docs.clear();
-            if known.constants.insert(name, value).is_some() {
-                return Err(wrong("expected a new name"));
-            }
-        }
+        read.line(&line).map_err(|what| format!("{file}:{}: {what}: {line}", i + 1))?;
     }
-    if open.is_some() || unchecked.is_some() {
+    if read.open.is_some() || read.unchecked.is_some() {
         return Err(format!(
             "{file}: the last struct does not end, or its static_assert is missing"
         ));
     }
-    Ok(out)
+    Ok(read.out)
+}
+
+impl Header {
+    fn line(&mut self, line: &str) -> Result<(), String> {
+        if let Some((name, size)) = self.unchecked.take() {
+            return self.check(line, &name, size);
+        }
+        if let Some(text) = line.strip_prefix("//") {
+            self.docs.push_str(&format!("///{text}\n"));
+            return Ok(());
+        }
+        let docs = std::mem::take(&mut self.docs);
+        if line.is_empty() || line == "#pragma once" || line == "#include <stdint.h>" {
+            return Ok(()); // the comment is about the file, or what follows in general
+        }
+        if line == "typedef struct {" && self.open.is_none() {
+            self.open = Some(Struct { docs, align: 1, ..Struct::default() });
+            return Ok(());
+        }
+        if let Some(name) = line.strip_prefix("} ").and_then(|l| l.strip_suffix(';')) {
+            return self.end(name);
+        }
+        let Some(open) = &mut self.open else {
+            let (name, rust, value) = constant(line, &self.known)?;
+            writeln!(self.out, "{docs}pub const {name}: {rust} = {value};")
+                .expect("a string takes all");
+            let before = self.known.constants.insert(name, value);
+            return if before.is_none() { Ok(()) } else { Err("expected a new name".to_owned()) };
+        };
+        let (name, t) = field(line, &self.known)?;
+        if open.size % t.align != 0 {
+            return Err("padding is needed before this field".to_owned());
+        }
+        (open.size, open.align) = (open.size + t.size, open.align.max(t.align));
+        writeln!(open.fields, "{docs}pub {name}: {},", t.rust).expect("a string takes all");
+        Ok(())
+    }
+
+    /// Ends the open struct.
+    fn end(&mut self, name: &str) -> Result<(), String> {
+        let s = self.open.take().ok_or("no struct ends here")?;
+        if !is_name(name) || self.known.structs.contains_key(name) {
+            return Err("expected a new name".to_owned());
+        }
+        if s.size == 0 || s.size % s.align != 0 {
+            return Err("the struct is empty or needs padding at its end".to_owned());
+        }
+        self.out.push_str(&s.docs);
+        self.out.push_str("#[derive(Clone, Copy, Debug, bytemuck::Pod, bytemuck::Zeroable)]\n");
+        writeln!(self.out, "#[repr(C)]\npub struct {name} {{\n{}}}", s.fields)
+            .expect("a string takes all");
+        let t = Type { rust: name.to_owned(), size: s.size, align: s.align };
+        self.known.structs.insert(name.to_owned(), t);
+        self.unchecked = Some((name.to_owned(), s.size));
+        Ok(())
+    }
+
+    /// Compares the size that is stated of the struct above with what its fields add up to.
+    fn check(&mut self, line: &str, name: &str, size: i64) -> Result<(), String> {
+        if !line.starts_with("static_assert") {
+            return Err("expected the static_assert of the struct above".to_owned());
+        }
+        if line != format!("static_assert(sizeof({name}) == {size});") {
+            return Err(format!("expected static_assert(sizeof({name}) == {size});"));
+        }
+        writeln!(self.out, "const _: () = assert!(size_of::<{name}>() == {size});\n")
+            .expect("a string takes all");
+        Ok(())
+    }
 }
 
 fn is_name(word: &str) -> bool {
