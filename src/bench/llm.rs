@@ -76,8 +76,8 @@ pub struct LlmReport {
     pub prefill: Phase,
     /// One new token for every sequence; median of all steps.
     pub decode: Phase,
-    /// The most memory that this process has held, in bytes, less what measuring the bandwidth took;
-    /// none where the system does not tell.
+    /// The most memory that this process has held, in bytes, less what measuring the bandwidth
+    /// took; none where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
     /// On a GPU, decoding steps of each shape as launches and as one kernel; the faster way was
     /// taken.

@@ -31,7 +31,7 @@ impl SimilarGroups {
         i
     }
 
-    /// Makes one set of those of `a` and `b`.
+    /// Merges the sets of `a` and `b`.
     pub fn join(&mut self, a: usize, b: usize) {
         let (a, b) = (self.find(a), self.find(b));
         self.parent[a.max(b)] = a.min(b);

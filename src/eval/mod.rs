@@ -64,7 +64,7 @@ pub struct RewriteReport {
     pub variety: Variety,
 }
 
-/// Sums up rewrites. Facts, tokens of a step and accepted drafts are left for the caller to fill in.
+/// Sums up rewrites; facts, tokens of a step and accepted drafts are left for the caller.
 pub fn report(rewrites: &[EvaluatedRewrite]) -> RewriteReport {
     let content = ContentWords::default();
     let n = rewrites.len().max(1) as f64;
