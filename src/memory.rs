@@ -20,6 +20,7 @@ struct Part {
 }
 
 impl MemoryPlan {
+    /// A plan without parts.
     pub fn new() -> MemoryPlan {
         MemoryPlan::default()
     }
@@ -30,6 +31,7 @@ impl MemoryPlan {
         self
     }
 
+    /// The sum of all parts, in bytes.
     pub fn bytes(&self) -> f64 {
         self.parts.iter().map(|p| p.bytes).sum()
     }

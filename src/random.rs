@@ -90,10 +90,12 @@ pub struct Words {
 }
 
 impl Words {
+    /// The stream's beginning.
     pub fn new(key: u64, stream: u64) -> Words {
         Words { key, stream, block: 0, words: [0; 4], used: 4 }
     }
 
+    /// The next 32 random bits.
     pub fn word(&mut self) -> u32 {
         if self.used == 4 {
             let c = [
@@ -135,10 +137,12 @@ pub struct Normal {
 }
 
 impl Normal {
+    /// A stream of numbers; `key` and `stream` are those of [`Words::new`].
     pub fn new(key: u64, stream: u64) -> Normal {
         Normal { words: Words::new(key, stream), spare: None }
     }
 
+    /// The next number.
     pub fn sample(&mut self) -> f32 {
         if let Some(z) = self.spare.take() {
             return z;

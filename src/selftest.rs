@@ -24,8 +24,9 @@ const EPS: f32 = 1e-5;
 /// What is tried.
 #[derive(Clone, Debug)]
 pub struct Shapes {
-    /// Heads and head sizes of attention, and of whole steps.
+    /// Heads and head sizes of attention.
     pub heads: Vec<(usize, usize)>,
+    /// Heads and head sizes of whole decoding steps.
     pub steps: Vec<(usize, usize)>,
     /// `(outputs, inputs)` of products.
     pub matrices: Vec<(usize, usize)>,
@@ -35,6 +36,7 @@ pub struct Shapes {
     pub tokens: Vec<usize>,
     /// `(positions in the cache, new tokens)` of the spans of attention batches.
     pub batches: Vec<Vec<(usize, usize)>>,
+    /// Sizes of the vocabularies to sample from.
     pub vocabularies: Vec<usize>,
     /// Begins the random numbers.
     pub seed: u64,
@@ -106,7 +108,9 @@ impl Shapes {
 /// A kernel's result beside the CPU's.
 #[derive(Clone, Debug)]
 pub struct KernelCheck {
+    /// The operation's name.
     pub operation: &'static str,
+    /// The shapes and settings that it was tried with.
     pub case: String,
     /// Largest difference over the largest magnitude.
     pub error: f32,
@@ -115,6 +119,7 @@ pub struct KernelCheck {
 }
 
 impl KernelCheck {
+    /// Whether the error is no larger than what is allowed.
     pub fn passed(&self) -> bool {
         self.error <= self.allowed
     }

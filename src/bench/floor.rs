@@ -44,6 +44,7 @@ impl<'a, M: Machine> Gauge<'a, M> {
         Ok(gauge)
     }
 
+    /// Measures what the machine reaches now, and keeps the best in [`Gauge::best`].
     pub fn measure(&mut self) -> Result<Peaks> {
         let peaks = Peaks {
             read_gigabytes_per_second: self.machine.bandwidth(&self.probe)? / 1e9,
@@ -97,12 +98,14 @@ pub enum Bound {
 /// A time beside its floor.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Compared {
+    /// What sets the floor.
     pub bound: Bound,
     /// The longer of bytes over bandwidth and FLOPs over peak, in seconds.
     #[serde(skip)]
     pub floor: f64,
     /// Floor over time; none where the work's bytes come from a cache.
     pub fraction: Option<f64>,
+    /// What the machine reached right before and after the work.
     #[serde(flatten)]
     pub peaks: Peaks,
 }

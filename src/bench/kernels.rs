@@ -16,10 +16,12 @@ use crate::tensor::{DType, HostTensor};
 use serde::Serialize;
 use std::cell::RefCell;
 
+/// What to measure.
 #[derive(Clone, Debug)]
 pub struct KernelOptions {
     /// Sequences of decoding steps, each with `context` positions.
     pub batches: Vec<usize>,
+    /// Positions of each sequence at a decoding step, its new token included.
     pub context: usize,
     /// Sequences and tokens of prompts.
     pub prefills: Vec<(usize, usize)>,
@@ -29,34 +31,50 @@ pub struct KernelOptions {
     pub calls: usize,
 }
 
+/// One operation on one kind of batch.
 #[derive(Debug, Serialize)]
 pub struct KernelRow {
+    /// The operation's name.
     pub operation: &'static str,
-    /// Sequences, their new tokens, and the positions that the last of these sees.
+    /// Sequences of the batch.
     pub sequences: usize,
+    /// New tokens of each sequence.
     pub tokens: usize,
+    /// Positions that a sequence's last new token sees, its own included.
     pub positions: usize,
+    /// Time of one call.
     pub microseconds: f64,
-    /// Read from and written to memory at least once; multiply-adds counted twice.
+    /// Bytes that one call reads from and writes to memory at least once.
     pub bytes: f64,
+    /// Floating-point operations of one call: multiply-adds are counted twice.
     pub flops: f64,
+    /// Bytes over time, over 1e9.
     pub gigabytes_per_second: f64,
+    /// FLOPs over time, over 1e12.
     pub teraflops: f64,
+    /// The least time of one call.
     pub floor_microseconds: f64,
+    /// The time beside its floor.
     #[serde(flatten)]
     pub compared: Compared,
 }
 
+/// What was measured, and on what.
 #[derive(Debug, Serialize)]
 pub struct KernelReport {
+    /// Type of the weights.
     pub weights: &'static str,
+    /// Name of the processor or GPU.
     pub processor: String,
+    /// Instruction set, or the GPU's architecture.
     pub isa: String,
     /// The best that was measured in the whole run; each row has what was reached right before and
     /// after it.
     #[serde(flatten)]
     pub best: Peaks,
+    /// Bytes that the last cache before memory holds, where that is known.
     pub last_cache_bytes: Option<usize>,
+    /// One row for each operation and kind of batch.
     pub rows: Vec<KernelRow>,
 }
 

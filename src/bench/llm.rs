@@ -16,48 +16,68 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+/// What to measure.
 #[derive(Clone, Copy, Debug)]
 pub struct LlmOptions {
+    /// Tokens of each prompt.
     pub prompt_tokens: usize,
+    /// Decoding steps that each repeat measures.
     pub new_tokens: usize,
+    /// Sequences that go on together.
     pub batch: usize,
+    /// How often prefill and decode are measured; 0 counts as 1.
     pub repeats: usize,
 }
 
 /// One phase: what it took, and the least it could have taken.
 #[derive(Debug, Serialize)]
 pub struct Phase {
+    /// Tokens of all sequences, over the median time.
     pub tokens_per_second: f64,
+    /// Median time of a forward pass.
     pub milliseconds: f64,
-    /// Bytes read from and written to memory at least once, and multiply-adds counted twice.
+    /// Bytes that a forward pass reads from and writes to memory at least once.
     pub bytes: f64,
+    /// Floating-point operations of a forward pass: multiply-adds are counted twice.
     pub flops: f64,
+    /// The least time of a forward pass.
     pub floor_milliseconds: f64,
+    /// The time beside its floor.
     #[serde(flatten)]
     pub compared: Compared,
 }
 
+/// What was measured, and on what.
 #[derive(Debug, Serialize)]
 pub struct LlmReport {
+    /// Number of the model's parameters.
     pub parameters: usize,
+    /// Type of the weights.
     pub weights: &'static str,
     /// Instruction set, or the GPU's architecture.
     pub isa: String,
     /// Threads, or the GPU's multiprocessors.
     pub threads: usize,
+    /// Name of the processor or GPU.
     pub processor: String,
+    /// Tokens of each prompt.
     pub prompt_tokens: usize,
+    /// Decoding steps that each repeat measured.
     pub new_tokens: usize,
+    /// Sequences that went on together.
     pub batch: usize,
     /// The best that was measured in the whole run; each phase has what was reached right before
     /// and after it.
     #[serde(flatten)]
     pub best: Peaks,
+    /// Bytes that the last cache before memory holds, where that is known.
     pub last_cache_bytes: Option<usize>,
     /// All prompts at once; median of the repeats.
     pub prefill: Phase,
     /// One new token for every sequence; median of all steps.
     pub decode: Phase,
+    /// The most memory that this process has held, in bytes, less what measuring the bandwidth
+    /// took; none where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
     /// On a GPU, decoding steps of each shape as launches and as one kernel; the faster way was
     /// taken.

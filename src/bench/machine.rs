@@ -20,6 +20,7 @@ pub trait Machine {
     fn threads(&self) -> usize;
     /// What measuring the bandwidth needs.
     type Probe;
+    /// Prepares for measuring the bandwidth. It fails if there is no memory for that.
     fn probe(&self) -> Result<Self::Probe>;
     /// Bytes of this process's memory that a probe takes.
     fn probe_bytes(&self, probe: &Self::Probe) -> u64;

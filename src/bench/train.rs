@@ -14,31 +14,49 @@ use crate::train::optimizer::{AdamW, AdamWOptions, clip_gradients};
 use serde::Serialize;
 use std::time::Instant;
 
+/// What to measure: a random model and a batch of random tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct TrainBenchOptions {
+    /// Size of the hidden states.
     pub hidden: usize,
+    /// Layers of the model.
     pub layers: usize,
+    /// Heads of attention in each layer.
     pub heads: usize,
+    /// Size of the vocabulary.
     pub vocab: usize,
+    /// Sequences of a batch.
     pub sequences: usize,
+    /// Tokens of each sequence.
     pub tokens: usize,
+    /// Precision of the products.
     pub precision: Precision,
+    /// Steps that are measured; 0 counts as 1.
     pub repeats: usize,
 }
 
+/// What was measured, and on what.
 #[derive(Debug, Serialize)]
 pub struct TrainReport {
+    /// Number of the model's parameters.
     pub parameters: usize,
+    /// Precision of the products.
     pub precision: &'static str,
+    /// Instruction set.
     pub isa: &'static str,
+    /// Threads that computed.
     pub threads: usize,
+    /// Name of the processor.
     pub processor: String,
+    /// Tokens of a batch.
     pub tokens_per_step: usize,
     /// Of the best step.
     pub tokens_per_second: f64,
+    /// Time of the best step.
     pub milliseconds: f64,
     /// Multiply-adds counted twice: three times those of the forward pass.
     pub flops: f64,
+    /// The least time of a step.
     pub floor_milliseconds: f64,
     /// Beside FLOPs over peak alone: bytes are not counted.
     #[serde(flatten)]
@@ -63,6 +81,11 @@ fn plan(config: &BloomConfig, o: &TrainBenchOptions) -> MemoryPlan {
         )
 }
 
+/// Measures training steps on the CPU.
+///
+/// # Errors
+///
+/// Fails if the machine does not have the memory that the steps take.
 pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
     let config = BloomConfig::new(o.vocab, o.hidden, o.layers, o.heads);
     plan(&config, &o).check()?;

@@ -84,6 +84,8 @@ pub struct DeviceArgs {
     pub isa: IsaChoice,
 }
 
+// the values' names say it all: doc comments would become help texts
+#[allow(missing_docs)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum IsaChoice {
     Auto,
@@ -94,6 +96,11 @@ pub enum IsaChoice {
 }
 
 impl DeviceArgs {
+    /// The CPU backend with the wanted threads and instruction set.
+    ///
+    /// # Errors
+    ///
+    /// Fails if this machine does not have the instruction set.
     pub fn cpu(&self) -> anyhow::Result<Cpu> {
         let wanted = |set: InstructionSet| {
             let best = Isa::detect().name();
@@ -186,6 +193,7 @@ impl Cli {
         Cli::from_arg_matches(&command().try_get_matches()?)
     }
 
+    /// Runs the subcommand, and writes out what is left of its standard output.
     pub fn run(self) -> anyhow::Result<()> {
         self.command.run()?;
         Ok(print::stdout().flush()?)

@@ -17,6 +17,7 @@ pub struct SimilarGroups {
 }
 
 impl SimilarGroups {
+    /// Sets of one member each, from 0 to `count - 1`.
     pub fn new(count: usize) -> SimilarGroups {
         SimilarGroups { parent: (0..count).collect() }
     }
@@ -30,6 +31,7 @@ impl SimilarGroups {
         i
     }
 
+    /// Merges the sets of `a` and `b`.
     pub fn join(&mut self, a: usize, b: usize) {
         let (a, b) = (self.find(a), self.find(b));
         self.parent[a.max(b)] = a.min(b);

@@ -16,6 +16,7 @@ use crate::text::mediums::Mediums;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+/// How pairs are made, and how many.
 #[derive(Clone, Debug)]
 pub struct PairOptions {
     /// Most plain sides of one rich prompt.
@@ -28,10 +29,11 @@ pub struct PairOptions {
     pub style_only: bool,
     /// Fewest style phrases of a rich prompt.
     pub min_style: usize,
-    /// Targets shorter than this many tokens are dropped, and `drop_share` of those below
-    /// `short_tokens`.
+    /// Targets with fewer tokens than this are dropped.
     pub min_tokens: usize,
+    /// Targets with fewer tokens than this are short, and dropped by chance.
     pub short_tokens: usize,
+    /// Probability with which a short target is dropped.
     pub drop_share: f32,
     /// Fewest words that a target must have beyond its plain side.
     pub min_added: usize,
@@ -43,6 +45,7 @@ pub struct PairOptions {
     pub name_medium: f32,
     /// Part of the groups of similar prompts that is held out.
     pub validation: f32,
+    /// Seed of all random choices.
     pub seed: u64,
 }
 
@@ -68,8 +71,11 @@ impl Default for PairOptions {
 
 /// The pairs, and what became of the prompts: reason and count, in the order of the steps.
 pub struct MadePairs {
+    /// Pairs to train on.
     pub train: Vec<Pair>,
+    /// Pairs held out for validation.
     pub validation: Vec<Pair>,
+    /// How many prompts or pairs each step read, dropped or made, by its name.
     pub counts: Vec<(&'static str, usize)>,
 }
 

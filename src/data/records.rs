@@ -9,8 +9,11 @@ use std::path::Path;
 /// A training pair in the reference's format; scores and other fields are carried along.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Pair {
+    /// The plain prompt.
     pub raw_prompt: String,
+    /// The rich prompt: what a rewriter should make of the plain one.
     pub prompt: String,
+    /// All other fields.
     #[serde(flatten)]
     pub other: Map<String, Value>,
 }

@@ -49,8 +49,9 @@ const NAMED: [(&str, u32, &[&str], &[&str]); 8] = [
 pub struct TailLimits {
     /// One phrase.
     pub phrase: f32,
-    /// Any artist, and one artist.
+    /// Any artist.
     pub artists: f32,
+    /// One artist.
     pub artist: f32,
 }
 

@@ -18,7 +18,9 @@ const ALL: &str = "all";
 /// A prompt and what it states.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Facts {
+    /// The plain prompt.
     pub prompt: String,
+    /// The facts that it states.
     pub facts: Vec<Fact>,
 }
 
@@ -27,13 +29,16 @@ pub struct Facts {
 pub struct Fact {
     /// Such as entity, attribute, relation, global.
     pub kind: String,
+    /// What a text must say to state the fact: one or more words each.
     pub keywords: Vec<String>,
 }
 
 /// Facts of one kind.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct KindOfFact {
+    /// The kind's name; `all` for the sum of all kinds.
     pub kind: String,
+    /// Facts of the kind.
     pub facts: usize,
     /// Those whose keywords the prompts say.
     pub stated: usize,
@@ -43,6 +48,11 @@ pub struct KindOfFact {
     pub share: f64,
 }
 
+/// Reads a file of facts.
+///
+/// # Errors
+///
+/// Fails if the file cannot be read or one of its values is not a prompt with its facts.
 pub fn read_facts(path: &Path) -> Result<Vec<Facts>> {
     let read = |(place, value)| {
         let expected =

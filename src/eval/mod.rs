@@ -10,8 +10,11 @@ use variety::{Variety, variety};
 
 /// One prompt and its rewrite.
 pub struct EvaluatedRewrite {
+    /// The plain prompt.
     pub input: String,
+    /// The rewrite.
     pub output: String,
+    /// Time that the rewrite took.
     pub seconds: f64,
     /// Of all rounds.
     pub tokens: usize,
@@ -21,8 +24,10 @@ pub struct EvaluatedRewrite {
     pub from_model: bool,
 }
 
+/// Measures of a list of rewrites. A part is between 0 and 1.
 #[derive(Debug, Serialize)]
 pub struct RewriteReport {
+    /// Number of rewrites.
     pub prompts: usize,
     /// Mean part of the input's content words that the output has.
     pub kept_content_words: f64,
@@ -37,21 +42,29 @@ pub struct RewriteReport {
     pub adds_eight_words: f64,
     /// Part of the outputs in which some run of four words occurs three times or more.
     pub repeats_four_words: f64,
+    /// Mean number of words of the inputs.
     pub mean_words_in: f64,
+    /// Mean number of words of the outputs.
     pub mean_words_out: f64,
+    /// Mean number of tokens generated for a rewrite, in all rounds.
     pub mean_tokens: f64,
-    /// Tokens that a forward pass brought, and the part of drafted tokens that was accepted.
+    /// Mean number of tokens that a forward pass brought.
     pub tokens_per_step: f64,
+    /// Part of the drafted tokens that was accepted.
     pub drafts_accepted: f64,
+    /// Median time of a rewrite.
     pub median_seconds: f64,
+    /// Longest time of a rewrite.
     pub slowest_seconds: f64,
     /// What survives of single facts, by kind, if they are known.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub facts: Vec<KindOfFact>,
+    /// How much the rewrites differ from each other.
     #[serde(flatten)]
     pub variety: Variety,
 }
 
+/// Sums up rewrites; facts, tokens of a step and accepted drafts are left for the caller.
 pub fn report(rewrites: &[EvaluatedRewrite]) -> RewriteReport {
     let content = ContentWords::default();
     let n = rewrites.len().max(1) as f64;

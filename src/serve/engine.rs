@@ -19,11 +19,16 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 pub enum Reply {
     /// New text of a candidate and its tokens; the last one has a `finish`.
     Text {
+        /// Which of the prompt's candidates, from 0.
         candidate: u32,
+        /// The new text.
         text: String,
+        /// The tokens that the text is made of.
         tokens: Vec<Token>,
+        /// Why the candidate ended, if it did.
         finish: Option<FinishReason>,
     },
+    /// The prompt is done; all of its candidates.
     Done(Box<Completed>),
     /// It waits for its turn.
     Accepted,

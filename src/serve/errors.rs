@@ -5,23 +5,32 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+/// The body of a response that says what went wrong.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct ErrorBody {
+    /// What went wrong.
     pub error: ErrorDetail,
 }
 
+/// What went wrong, for people and for programs.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct ErrorDetail {
+    /// What went wrong, in words.
     pub message: String,
+    /// The kind of error, such as `invalid_request_error`.
     pub r#type: &'static str,
     /// The field that is wrong, where it is one.
     pub param: Option<String>,
+    /// A fixed name of the error, where it has one, such as `model_not_found`.
     pub code: Option<&'static str>,
 }
 
+/// An error as handlers return it.
 #[derive(Clone, Debug)]
 pub struct ApiError {
+    /// Status of the response.
     pub status: StatusCode,
+    /// What its body says.
     pub detail: ErrorDetail,
     retry_after: Option<u32>,
 }
@@ -48,6 +57,7 @@ impl ApiError {
         e
     }
 
+    /// 404: a request asks for another model than is served.
     pub fn model_not_found(asked: &str, served: &str) -> ApiError {
         let message = format!("the model \"{asked}\" does not exist; this server has \"{served}\"");
         let mut e = ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", message);
@@ -56,17 +66,20 @@ impl ApiError {
         e
     }
 
+    /// 404: no route has this path.
     pub fn no_such_path(path: &str) -> ApiError {
         let message = format!("there is nothing at {path}; /openapi.json lists what there is");
         ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
     }
 
+    /// 405: the path's route does not take the request's method.
     pub fn wrong_method(path: &str) -> ApiError {
         let message =
             format!("{path} does not take this method; the Allow header lists those it takes");
         ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
     }
 
+    /// 401: the request has no valid API key.
     pub fn unauthorized() -> ApiError {
         let message = "a valid API key is needed: Authorization: Bearer KEY";
         let mut e = ApiError::new(StatusCode::UNAUTHORIZED, "authentication_error", message);
@@ -83,6 +96,7 @@ impl ApiError {
         e
     }
 
+    /// 503: the server is shutting down.
     pub fn draining() -> ApiError {
         let mut e = ApiError::new(
             StatusCode::SERVICE_UNAVAILABLE,
@@ -109,6 +123,7 @@ impl ApiError {
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
     }
 
+    /// 500: something went wrong that is not the client's fault.
     pub fn internal(message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
     }

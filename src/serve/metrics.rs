@@ -12,6 +12,7 @@ use prometheus::{
 use std::collections::HashMap;
 use std::time::Instant;
 
+/// All metrics of a server, in a registry of their own.
 pub struct ServerMetrics {
     registry: Registry,
     running: IntGauge,
@@ -116,6 +117,7 @@ impl Maker {
 }
 
 impl ServerMetrics {
+    /// Metrics of a server of `model`, whose KV cache has so many blocks.
     pub fn new(model: &str, blocks: usize) -> ServerMetrics {
         let labels =
             HashMap::from([("model_name".into(), model.into()), ("engine".into(), "0".into())]);
@@ -186,14 +188,17 @@ impl ServerMetrics {
         }
     }
 
+    /// So many seconds went by between two pieces of a candidate's text.
     pub fn inter_token(&self, seconds: f64) {
         self.inter_token.observe(seconds);
     }
 
+    /// So many seconds went by from a prompt's arrival to its first text.
     pub fn first_token(&self, seconds: f64) {
         self.first_token.observe(seconds);
     }
 
+    /// A prompt was cancelled before it was done.
     pub fn cancelled(&self) {
         self.success.with_label_values(&["abort"]).inc();
     }

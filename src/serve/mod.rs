@@ -47,17 +47,17 @@ use utoipa_axum::routes;
 pub struct HttpOptions {
     /// Most bytes of a request's body.
     pub body_limit: usize,
-    /// Longest time for a request's head, and between requests of a connection; and for a request's
-    /// body.
+    /// Longest time for a request's head, and between requests of a connection.
     pub header_timeout: Duration,
+    /// Longest time for a request's body.
     pub body_timeout: Duration,
     /// Longest time for which a client may take nothing of its answer.
     pub write_timeout: Option<Duration>,
     /// Origins whose pages may call; `*` for all.
     pub cors_origins: Vec<String>,
-    /// How long `/ready` fails before the server stops accepting connections, and how long requests
-    /// may take after that.
+    /// How long `/ready` fails before the server stops accepting connections.
     pub shutdown_delay: Duration,
+    /// How long requests may take once the server has stopped accepting connections.
     pub shutdown_timeout: Duration,
 }
 

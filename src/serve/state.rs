@@ -15,22 +15,33 @@ use std::time::Duration;
 
 pub type StateArc = State<Arc<Shared>>;
 
+/// The model that is served, and how it is served.
 pub struct Shared {
+    /// Where prompts are handed in.
     pub engine: EngineHandle,
+    /// The model's tokenizer.
     pub tokenizer: Arc<Tokenizer>,
+    /// Puts plain prompts into the model's template.
     pub prompter: Prompter,
+    /// Settings for what a request leaves open.
     pub defaults: GenerationDefaults,
+    /// The model's configuration.
     pub config: BloomConfig,
     /// What the model is called.
     pub name: String,
+    /// When the server was started, in seconds since the Unix epoch.
     pub created: u64,
+    /// What `/metrics` tells.
     pub metrics: Arc<ServerMetrics>,
     /// Longest time for a request.
     pub request_timeout: Option<Duration>,
     /// How long the engine may stand still before it counts as stuck.
     pub stall_timeout: Option<Duration>,
+    /// Keys of which a request must bring one; none are asked for if this is empty.
     pub api_keys: Vec<String>,
+    /// Whether the server is shutting down.
     pub draining: AtomicBool,
+    /// Where long texts are read.
     pub texts: TextPool,
     /// Bytes of the vocabulary's longest token.
     pub longest_token: usize,

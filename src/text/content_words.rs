@@ -94,6 +94,7 @@ impl Default for ContentWords {
 }
 
 impl ContentWords {
+    /// Whether `word`, in lower case, is a stop word.
     pub fn is_stop_word(&self, word: &str) -> bool {
         self.stop.contains(word)
     }

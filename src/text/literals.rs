@@ -14,10 +14,12 @@ impl Literals {
         Literals(list.filter(|s| !s.is_empty() && seen.insert(s.clone())).collect())
     }
 
+    /// Whether there are no texts.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
+    /// The texts, in the order in which they were given.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(String::as_str)
     }

@@ -111,6 +111,7 @@ impl Phrases {
         Phrases { lists: all.into_iter().flat_map(|p| p.lists.iter().cloned()).collect() }
     }
 
+    /// Whether there are no phrases.
     pub fn is_empty(&self) -> bool {
         self.lists.is_empty()
     }

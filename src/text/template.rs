@@ -38,6 +38,11 @@ impl Template {
         }
     }
 
+    /// Reads a template from a file, without the line's end that may follow it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the file cannot be read, is not UTF-8, or does not hold `{raw}` exactly once.
     pub fn read(path: &Path) -> Result<Template> {
         let bytes = crate::files::read(
             path,
@@ -47,6 +52,7 @@ impl Template {
         Template::parse(text.strip_suffix('\n').unwrap_or(&text)).map_err(|e| Error::file(path, e))
     }
 
+    /// Takes a text with one `{raw}` as a template; the error says what is wrong with it.
     pub fn parse(text: &str) -> std::result::Result<Template, String> {
         match text.split_once(PLACE) {
             Some((before, after)) if !after.contains(PLACE) => {
@@ -57,10 +63,12 @@ impl Template {
         }
     }
 
+    /// Puts a plain prompt into the template, without white space around it.
     pub fn apply(&self, raw: &str) -> String {
         format!("{}{}{}", self.before, raw.trim(), self.after)
     }
 
+    /// The template as it was written, with its `{raw}`.
     pub fn text(&self) -> String {
         format!("{}{PLACE}{}", self.before, self.after)
     }

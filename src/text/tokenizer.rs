@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use std::path::Path;
 
+/// Turns text into token ids, and these into text.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// Reads `</s>` and its like as plain text.
@@ -10,6 +11,11 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
+    /// Reads a `tokenizer.json`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the file cannot be read or is not a tokenizer's.
     pub fn open(path: &Path) -> Result<Tokenizer> {
         let bytes =
             crate::files::read(path, "does not exist; copy the model's tokenizer.json there")?;
@@ -75,6 +81,7 @@ impl Tokenizer {
         name.chars().map(byte_of).collect::<Option<Vec<u8>>>().unwrap_or_else(|| name.into_bytes())
     }
 
+    /// The id of the token with this name, if the vocabulary has it.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
@@ -108,6 +115,7 @@ pub struct Decoder<'a> {
 }
 
 impl<'a> Decoder<'a> {
+    /// A decoder that has seen no ids yet.
     pub fn new(tokenizer: &'a Tokenizer) -> Self {
         Decoder { tokenizer, ids: Vec::new(), from: 0, shown: 0 }
     }

@@ -17,6 +17,7 @@ pub struct Server {
     pub address: String,
     /// Before all paths.
     prefix: String,
+    /// Sent as a bearer token, if there is one.
     pub api_key: Option<String>,
 }
 

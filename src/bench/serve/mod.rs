@@ -19,31 +19,48 @@ use tokio::sync::Semaphore;
 pub enum Prompts {
     /// Texts, taken in turn.
     Texts(Vec<String>),
-    /// Random token ids below `vocabulary`, so many in each prompt.
-    Random { tokens: usize, vocabulary: usize },
+    /// Random token ids below `vocabulary`.
+    Random {
+        /// Tokens of each prompt.
+        tokens: usize,
+        /// Size of the vocabulary.
+        vocabulary: usize,
+    },
 }
 
+/// Which of OpenAI's APIs requests use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Endpoint {
+    /// `/v1/completions`
     Completions,
+    /// `/v1/chat/completions`, each prompt as a user's message.
     Chat,
 }
 
+/// The load to put on a server.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
+    /// Where requests go.
     pub endpoint: Endpoint,
+    /// The model that requests name.
     pub model: String,
+    /// What they ask for.
     pub prompts: Prompts,
+    /// How many are sent in all.
     pub requests: usize,
     /// Requests a second, in a Poisson process; all at once if none.
     pub rate: Option<f64>,
     /// Most requests at once.
     pub concurrency: Option<usize>,
+    /// Most tokens of an output.
     pub max_tokens: usize,
     /// Exactly so many tokens, whatever the model says.
     pub ignore_eos: bool,
+    /// Temperature that requests ask for.
     pub temperature: f32,
+    /// Seed of arrivals and of random prompts; the request `i` asks for sampling with `seed + i`.
     pub seed: u64,
+    /// Limits that a good request keeps.
     pub goodput: Goodput,
 }
 

@@ -27,8 +27,11 @@ impl Measured {
 /// Most milliseconds that a request may take and count as good.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Goodput {
+    /// Time to the first token.
     pub ttft: Option<f64>,
+    /// Time per output token after the first.
     pub tpot: Option<f64>,
+    /// End-to-end latency.
     pub e2el: Option<f64>,
 }
 
@@ -59,21 +62,32 @@ impl Latency {
     }
 }
 
+/// What a load has come to: latencies and counts of tokens are those of completed requests.
 #[derive(Debug, Serialize)]
 pub struct ServeReport {
+    /// Requests whose answers ended without an error.
     pub completed: usize,
+    /// Requests that ended with an error.
     pub failed: usize,
     /// The first of the failures.
     pub error: Option<String>,
+    /// From the start of the load to the end of its last request.
     pub duration_seconds: f64,
+    /// Tokens of prompts, as the server counts them.
     pub total_input_tokens: usize,
+    /// Tokens of outputs, as the server counts them; pieces of text where it does not.
     pub total_output_tokens: usize,
+    /// Completed requests a second.
     pub request_throughput: f64,
+    /// Tokens of outputs a second.
     pub output_throughput: f64,
+    /// Tokens of prompts and outputs a second.
     pub total_token_throughput: f64,
-    /// Requests a second that keep the limits.
+    /// Completed requests a second that keep the limits; none without limits.
     pub request_goodput: Option<f64>,
+    /// The most tokens of outputs in one second.
     pub peak_output_throughput: f64,
+    /// The most requests that were open at once.
     pub peak_concurrent_requests: usize,
     /// Time to the first token.
     pub ttft_ms: Latency,
@@ -86,6 +100,7 @@ pub struct ServeReport {
 }
 
 impl ServeReport {
+    /// Sums up a load that began at `started`; goodput is reported if any of `limits` is set.
     pub fn new(all: &[Measured], started: Instant, limits: Goodput) -> ServeReport {
         let good: Vec<&Measured> = all.iter().filter(|m| m.error.is_none()).collect();
         let ms = |from: Instant, to: Instant| (to - from).as_secs_f64() * 1e3;
