@@ -36,7 +36,8 @@ fn main() {
     }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
     let jobs = nvcc().map(|nvcc| compile(&nvcc, &out)).unwrap_or_default();
-    let mut table = String::from("pub static IMAGES: &[Image] = &[\n");
+    let mut table =
+        String::from("/// The images that were built.\npub static IMAGES: &[Image] = &[\n");
     for job in &jobs {
         writeln!(
             table,

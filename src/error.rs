@@ -2,21 +2,44 @@
 
 use std::path::{Path, PathBuf};
 
+/// A result whose error is this library's, unless another one is named.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// What can go wrong in this library.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused. (`cause` is in the message, so it is not a `source` that would
     /// be shown twice.)
     #[error("{}: cannot {action}: {cause}", path.display())]
-    Io { path: PathBuf, action: &'static str, cause: std::io::Error },
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was tried, as a verb: "read".
+        action: &'static str,
+        /// What the operating system answered.
+        cause: std::io::Error,
+    },
     /// A file's content is not what it should be.
     #[error("{}: {message}", path.display())]
-    File { path: PathBuf, message: String },
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
     /// A piece of work would take more memory than there is. Sizes are written out with their
     /// units.
     #[error("needs {needed} of memory ({parts}), but {available} are left here; {remedy}")]
-    OutOfMemory { needed: String, parts: String, available: String, remedy: String },
+    OutOfMemory {
+        /// Memory of all parts together.
+        needed: String,
+        /// What the memory is for, part by part.
+        parts: String,
+        /// Memory that is left.
+        available: String,
+        /// What the user can do about it.
+        remedy: String,
+    },
     /// The CUDA driver or a kernel failed, or cannot be used here.
     #[error("CUDA: {0}")]
     Cuda(String),
@@ -39,6 +62,7 @@ pub enum Error {
 }
 
 impl Error {
+    /// An [`Error::File`] about `path`.
     pub fn file(path: impl AsRef<Path>, message: impl Into<String>) -> Error {
         Error::File { path: path.as_ref().to_path_buf(), message: message.into() }
     }
@@ -51,6 +75,7 @@ impl Error {
         }
     }
 
+    /// An [`Error::Invalid`] with this message.
     pub fn invalid(message: impl Into<String>) -> Error {
         Error::Invalid(message.into())
     }

@@ -8,14 +8,18 @@ use std::sync::Arc;
 /// How an element is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
+    /// IEEE 754 single precision.
     F32,
+    /// IEEE 754 half precision.
     F16,
+    /// bfloat16.
     Bf16,
     /// 8-bit integers with one f32 scale per output row.
     Int8,
 }
 
 impl DType {
+    /// Bytes of an element.
     pub fn size(self) -> usize {
         match self {
             DType::F32 => 4,
@@ -24,6 +28,7 @@ impl DType {
         }
     }
 
+    /// Its name in this program's options and output.
     pub fn name(self) -> &'static str {
         match self {
             DType::F32 => "f32",
@@ -47,10 +52,13 @@ impl DType {
 /// Read-only bytes that outlive whoever holds them, without a copy where they were mapped.
 #[derive(Clone)]
 pub enum Bytes {
+    /// A range of a mapped file.
     Mapped(Arc<Mmap>, Range<usize>),
     /// Of no file, in large pages.
     Resident(Arc<Mmap>, Range<usize>),
+    /// Bytes that the program itself contains.
     Static(&'static [u8]),
+    /// A range of a vector.
     Owned(Arc<Vec<u8>>, Range<usize>),
 }
 
@@ -117,8 +125,11 @@ impl Bytes {
 /// A dense row-major tensor as a checkpoint stores it.
 #[derive(Clone)]
 pub struct HostTensor {
+    /// Type of the elements.
     pub dtype: DType,
+    /// Sizes of the dimensions, the outermost first.
     pub shape: Vec<usize>,
+    /// The elements, little-endian and without padding.
     pub bytes: Bytes,
 }
 
@@ -134,10 +145,12 @@ impl HostTensor {
         }
     }
 
+    /// Number of elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
     }
 
+    /// Whether there are no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -161,11 +174,14 @@ impl HostTensor {
 /// Elements of a plain type, either our own or inside [`Bytes`].
 #[derive(Clone)]
 pub enum Elements<T: bytemuck::Pod> {
+    /// Elements of our own.
     Owned(Arc<Vec<T>>),
+    /// Elements inside bytes that are aligned for `T`.
     Shared(Bytes, std::marker::PhantomData<T>),
 }
 
 impl<T: bytemuck::Pod> Elements<T> {
+    /// Elements of a vector.
     pub fn owned(v: Vec<T>) -> Self {
         Elements::Owned(Arc::new(v))
     }

@@ -16,8 +16,11 @@ const HOPPER: &str = "BPROMPT_HOPPER";
 
 /// One GPU and one stream of work on it.
 pub struct Driver {
+    /// The GPU's name as the driver reports it.
     pub name: String,
+    /// Compute capability, major and minor.
     pub capability: (u32, u32),
+    /// All memory of the GPU, in bytes.
     pub memory_bytes: usize,
     limits: Limits,
     stream: sys::CUstream,

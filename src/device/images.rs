@@ -2,9 +2,11 @@
 
 /// One file of kernels, compiled for one architecture.
 pub struct Image {
+    /// Name of the file of kernels.
     pub name: &'static str,
     /// `sm_90a` for machine code, `compute_90` for PTX, which later GPUs translate.
     pub arch: &'static str,
+    /// The compiled code, as the driver loads it.
     pub bytes: &'static [u8],
 }
 

@@ -21,6 +21,7 @@ pub struct Shape {
     pub grid: [u32; 3],
     /// Threads of a block.
     pub threads: u32,
+    /// Dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
     /// All blocks are alive together and may wait for each other.
     pub cooperative: bool,
@@ -65,16 +66,28 @@ pub trait Launcher {
     /// A copy to the host that nobody waits for yet.
     type Reading;
 
+    /// What the device allows.
     fn limits(&self) -> Limits;
+    /// Reserves `bytes` bytes, whose content is undefined.
+    ///
+    /// # Errors
+    /// [`Error::DeviceOutOfMemory`] if there is no room for them.
     fn allocate(&self, bytes: usize) -> Result<Address>;
+    /// Gives up memory that [`Launcher::allocate`] reserved.
     fn free(&self, at: Address);
+    /// Copies `bytes` to the device.
     fn write(&self, at: Address, bytes: &[u8]) -> Result<()>;
+    /// Sets `bytes` bytes to zero.
     fn zero(&self, at: Address, bytes: usize) -> Result<()>;
+    /// Waits for all work so far and fills `bytes` from the device; work that failed is reported
+    /// here.
     fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()>;
     /// [`Launcher::read`] of what is there once all that was asked for so far is done; later work
     /// does not have to be waited for.
     fn read_later(&self, at: Address, bytes: usize) -> Result<Self::Reading>;
+    /// Waits for a copy of [`Launcher::read_later`] and returns its bytes.
     fn finish_read(&self, reading: Self::Reading) -> Result<Vec<u8>>;
+    /// Starts the kernel of this name, and does not wait for it.
     fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()>;
     /// Keeps the launches of `work` instead of doing them; it may ask for nothing but launches.
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Self::Recording>;
@@ -106,6 +119,7 @@ pub struct Args {
 }
 
 impl Args {
+    /// No arguments.
     pub fn new() -> Args {
         Args::default()
     }
@@ -120,6 +134,7 @@ impl Args {
         self
     }
 
+    /// The bytes of each argument, in the order in which they were added.
     pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
         self.parts
             .iter()
@@ -130,21 +145,26 @@ impl Args {
 /// Device memory that is freed with this value.
 pub struct Memory<L: Launcher> {
     launcher: Rc<L>,
+    /// Where it begins.
     pub at: Address,
+    /// Its size in bytes.
     pub bytes: usize,
 }
 
 impl<L: Launcher> Memory<L> {
+    /// Reserves `bytes` bytes, whose content is undefined.
     pub fn new(launcher: &Rc<L>, bytes: usize) -> Result<Memory<L>> {
         Ok(Memory { launcher: launcher.clone(), at: launcher.allocate(bytes)?, bytes })
     }
 
+    /// Memory that holds a copy of `bytes`.
     pub fn from_bytes(launcher: &Rc<L>, bytes: &[u8]) -> Result<Memory<L>> {
         let memory = Memory::new(launcher, bytes.len())?;
         launcher.write(memory.at, bytes)?;
         Ok(memory)
     }
 
+    /// Memory of `bytes` zero bytes.
     pub fn zeroed(launcher: &Rc<L>, bytes: usize) -> Result<Memory<L>> {
         let memory = Memory::new(launcher, bytes)?;
         launcher.zero(memory.at, bytes)?;

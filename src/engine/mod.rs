@@ -31,6 +31,7 @@ use sequence::Sequence;
 use speculation::Drafter;
 use std::collections::{HashSet, VecDeque};
 
+/// Sizes and switches of an engine.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineOptions {
     /// Positions that the KV cache holds; rounded up to whole blocks.
@@ -61,19 +62,25 @@ impl Default for EngineOptions {
 /// What an engine has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Forward passes, and their tokens: prompts, outputs, and drafts.
+    /// Forward passes.
     pub steps: u64,
+    /// Tokens of all forward passes: prompts, outputs and drafts.
     pub computed_tokens: u64,
-    /// Tokens of prompts that were looked up, and those that were found computed.
+    /// Tokens of prompts that were looked up in the prefix cache.
     pub prefix_queries: u64,
+    /// Tokens of looked-up prompts that the prefix cache held already.
     pub prefix_hits: u64,
     /// Sequences that gave up their blocks.
     pub preemptions: u64,
+    /// Times that drafted tokens of a sequence were verified.
     pub drafts: u64,
+    /// Tokens that the drafter guessed and the model verified.
     pub drafted_tokens: u64,
+    /// Drafted tokens that the model chose too.
     pub accepted_tokens: u64,
 }
 
+/// Runs requests on a model with continuous batching over a paged KV cache.
 pub struct Engine<'a, B: DecodeBackend> {
     backend: &'a B,
     model: &'a Bloom<B>,
@@ -117,6 +124,10 @@ pub fn memory_plan<B: DecodeBackend>(model: &Bloom<B>, options: &EngineOptions) 
 }
 
 impl<'a, B: DecodeBackend> Engine<'a, B> {
+    /// An engine without requests; reserves the memory of its KV cache.
+    ///
+    /// # Errors
+    /// If the device has no memory for what the options ask for.
     pub fn new(
         backend: &'a B,
         model: &'a Bloom<B>,
@@ -191,6 +202,7 @@ impl<'a, B: DecodeBackend> Engine<'a, B> {
         self.retire();
     }
 
+    /// What the engine has done so far.
     pub fn counters(&self) -> Counters {
         self.counters
     }
@@ -205,6 +217,7 @@ impl<'a, B: DecodeBackend> Engine<'a, B> {
         self.waiting.len()
     }
 
+    /// Sequences that run.
     pub fn running(&self) -> usize {
         self.running.len()
     }
@@ -214,6 +227,7 @@ impl<'a, B: DecodeBackend> Engine<'a, B> {
         self.blocks.in_use()
     }
 
+    /// Blocks of the whole KV cache.
     pub fn total_blocks(&self) -> usize {
         self.blocks.total()
     }
@@ -241,6 +255,7 @@ impl<'a, B: DecodeBackend> Engine<'a, B> {
         self.blocks.check(&users);
     }
 
+    /// Whether no sequence waits or runs.
     pub fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty()
     }

@@ -12,15 +12,19 @@ pub struct Request {
     /// Whose request it is; those of one owner share one share of the places. Its own id if nobody
     /// says.
     pub owner: u64,
+    /// Token ids of the prompt.
     pub prompt: Vec<u32>,
     /// Continuations that share the prompt's computation.
     pub candidates: u32,
+    /// How tokens are chosen.
     pub sampling: Sampling,
     /// Added to the logits of tokens.
     pub bias: Vec<(u32, f32)>,
-    /// Fewest and most new tokens of a candidate; the most is at least 1.
+    /// Fewest new tokens of a candidate.
     pub min_new: usize,
+    /// Most new tokens of a candidate, at least 1.
     pub max_new: usize,
+    /// The end-of-sequence token, which ends a candidate unless `ignore_eos` is set.
     pub eos: u32,
     /// Goes on after the end-of-sequence token.
     pub ignore_eos: bool,
@@ -80,40 +84,70 @@ pub enum FinishReason {
     Deadline,
 }
 
+/// What happened to a request or to one of its candidates.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// A request's first tokens are about to be computed, but for `cached` that are there already.
-    Started { request: u64, cached: usize },
+    Started {
+        /// The request's id.
+        request: u64,
+        /// Tokens of the prompt that the prefix cache holds.
+        cached: usize,
+    },
     /// Some of the prompt's tokens, in order over all such events of a request: log-probability and
     /// likely tokens.
-    Prompt { request: u64, scores: Vec<(f32, TopTokens)> },
+    Prompt {
+        /// The request's id.
+        request: u64,
+        /// For each token, its log-probability in nats and the most likely tokens at its position.
+        scores: Vec<(f32, TopTokens)>,
+    },
     /// The next token of a candidate. `logprob` is that of the model, before penalties and
     /// temperature.
     Token {
+        /// The request's id.
         request: u64,
+        /// Which of the request's candidates, from 0.
         candidate: u32,
+        /// Id of the token.
         token: u32,
+        /// Log-probability of the token, in nats.
         logprob: f32,
+        /// The most likely tokens at this position, as many as were asked for.
         top: TopTokens,
+        /// Why the candidate ends with this token, if it does.
         finish: Option<FinishReason>,
     },
     /// A candidate ended without a token.
-    Ended { request: u64, candidate: u32, finish: FinishReason },
+    Ended {
+        /// The request's id.
+        request: u64,
+        /// Which of the request's candidates, from 0.
+        candidate: u32,
+        /// Why it ended.
+        finish: FinishReason,
+    },
 }
 
 /// What is to become of a candidate after an event.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Verdict {
+    /// The candidate goes on.
     Go,
+    /// The candidate ends here.
     End,
     /// Takes back all but `keep` output tokens; at that place `ban` is not chosen again.
     Rewind {
+        /// Output tokens that stay.
         keep: usize,
+        /// Token that is not chosen again at the next position.
         ban: u32,
     },
     /// Keeps `keep` output tokens and goes on with these.
     Force {
+        /// Output tokens that stay.
         keep: usize,
+        /// Token ids that come next, whatever the model says.
         tokens: Vec<u32>,
     },
 }

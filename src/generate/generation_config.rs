@@ -37,7 +37,9 @@ impl Stored {
 /// Sampling and length that hold where a user says nothing.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GenerationDefaults {
+    /// How tokens are chosen.
     pub sampling: Sampling,
+    /// Most tokens of a continuation.
     pub length: Length,
 }
 
@@ -67,6 +69,7 @@ impl GenerationDefaults {
             .map_err(|e| Error::file(path, e))
     }
 
+    /// Parses the text of a `generation_config.json`; the error says what is wrong with it.
     pub fn parse(text: &[u8]) -> std::result::Result<GenerationDefaults, String> {
         let s: Stored =
             serde_json::from_slice(text).map_err(|e| format!("not a generation config: {e}"))?;

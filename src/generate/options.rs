@@ -10,24 +10,34 @@ use std::time::Instant;
 /// How to continue a prompt.
 #[derive(Clone, Debug)]
 pub struct GenerateOptions {
+    /// Continuations of the prompt; 0 counts as 1.
     pub candidates: u32,
+    /// How tokens are chosen.
     pub sampling: Sampling,
     /// Added to the logits of tokens.
     pub bias: Vec<(u32, f32)>,
+    /// Most tokens of a continuation.
     pub length: Length,
     /// No end before so many tokens.
     pub min_new: usize,
+    /// Goes on after the end-of-sequence token.
     pub ignore_eos: bool,
-    /// Texts and tokens that end a continuation, and are left out unless `include_stop` says
-    /// otherwise. They do not count before `min_new` tokens, nor within what has to be kept.
+    /// Texts that end a continuation, and are left out unless `include_stop` says otherwise. They
+    /// do not count before `min_new` tokens, nor within what has to be kept.
     pub stops: Vec<String>,
+    /// Tokens that end a continuation, as `stops` do.
     pub stop_token_ids: Vec<u32>,
+    /// Whether the text that ends a continuation is part of it.
     pub include_stop: bool,
-    /// What a continuation must not hold, and what it must.
+    /// Phrases that a continuation must not hold.
     pub ban: Arc<Phrases>,
+    /// Texts that a continuation must hold.
     pub keep: Arc<Literals>,
+    /// Also reports the log-probabilities of the prompt's tokens but the first.
     pub prompt_logprobs: bool,
+    /// Likely tokens to report with each token.
     pub top_logprobs: usize,
+    /// Ends the continuations that are not done then.
     pub deadline: Option<Instant>,
     /// Whose prompt it is: prompts of one owner share one share of the places; each has its own if
     /// not given.

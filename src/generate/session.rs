@@ -16,16 +16,21 @@ use std::sync::Arc;
 /// One continuation.
 #[derive(Clone, Debug)]
 pub struct Continuation {
+    /// The text, without the prompt.
     pub text: String,
+    /// The output tokens.
     pub tokens: Vec<Token>,
+    /// Why it ended.
     pub finish: FinishReason,
 }
 
 impl Continuation {
+    /// The ids of the output tokens.
     pub fn token_ids(&self) -> Vec<u32> {
         self.tokens.iter().map(|t| t.id).collect()
     }
 
+    /// The log-probability of each output token, in nats.
     pub fn logprobs(&self) -> Vec<f32> {
         self.tokens.iter().map(|t| t.logprob).collect()
     }
@@ -34,13 +39,16 @@ impl Continuation {
 /// A prompt with all its continuations.
 #[derive(Clone, Debug)]
 pub struct Completed {
+    /// The id that the prompt was queued under.
     pub id: u64,
+    /// Token ids of the prompt.
     pub prompt_ids: Vec<u32>,
     /// Log-probability and likely tokens for each of the prompt's tokens but the first, if asked
     /// for.
     pub prompt_scores: Vec<(f32, TopTokens)>,
     /// Tokens of the prompt that were computed before.
     pub cached: usize,
+    /// The continuations, as many as were asked for.
     pub candidates: Vec<Continuation>,
 }
 
@@ -48,7 +56,9 @@ pub struct Completed {
 #[derive(Debug, thiserror::Error)]
 #[error("{error}")]
 pub struct Failed {
+    /// The id that the prompt was queued under.
     pub id: u64,
+    /// What went wrong.
     pub error: Error,
 }
 
@@ -58,13 +68,21 @@ pub type PromptResult = std::result::Result<Completed, Failed>;
 /// What a step brought.
 pub enum Update<'a> {
     /// Computing a prompt begins.
-    Started { id: u64 },
+    Started {
+        /// The prompt's id.
+        id: u64,
+    },
     /// New text of a candidate, with the tokens that are certain now; the last one has a `finish`.
     Text {
+        /// The prompt's id.
         id: u64,
+        /// Which of its candidates, from 0.
         candidate: u32,
+        /// Text that follows what was told before.
         text: &'a str,
+        /// Tokens that follow those told before.
         tokens: &'a [Token],
+        /// Why the candidate ended, if it has.
         finish: Option<FinishReason>,
     },
 }
@@ -89,19 +107,23 @@ pub trait Generate {
     /// One forward pass; prompts that are done come back, and those that failed alone. An error is
     /// one of the device or the model as a whole, after which nothing goes on.
     fn step(&mut self, on_update: &mut dyn FnMut(Update)) -> Result<Vec<PromptResult>>;
+    /// Whether nothing is queued or running.
     fn is_idle(&self) -> bool;
     /// Prompts queued or running.
     fn in_flight(&self) -> usize;
-    /// Sequences that run, and those that wait for room.
+    /// Sequences that run.
     fn running(&self) -> usize;
+    /// Sequences that wait for room.
     fn waiting(&self) -> usize;
     /// Blocks of the KV cache: held by sequences, and all.
     fn blocks(&self) -> (usize, usize);
+    /// What the engine has done so far.
     fn counters(&self) -> Counters;
     /// Tokens chosen so far.
     fn generated_tokens(&self) -> u64;
 }
 
+/// An engine with a tokenizer: continues prompts and decodes what comes.
 pub struct Session<'a, B: DecodeBackend> {
     engine: Engine<'a, B>,
     tokenizer: &'a Tokenizer,
@@ -112,6 +134,11 @@ pub struct Session<'a, B: DecodeBackend> {
 }
 
 impl<'a, B: DecodeBackend> Session<'a, B> {
+    /// A session without prompts. If tokens are drafted, the drafter is taught common style
+    /// phrases.
+    ///
+    /// # Errors
+    /// If the device has no memory for what the options ask for.
     pub fn new(
         backend: &'a B,
         model: &'a Bloom<B>,

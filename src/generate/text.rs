@@ -19,7 +19,9 @@ const SPARE_PUSHES: usize = 4096;
 pub struct Rules {
     /// The text ends before the first of these, or behind it if `include_stop` says so.
     pub stops: Vec<String>,
+    /// Tokens that end the text; theirs is left out unless `include_stop` says otherwise.
     pub stop_token_ids: Vec<u32>,
+    /// Whether the stop text or token that ends the text is part of it.
     pub include_stop: bool,
     /// Output tokens before which no stop string counts.
     pub min_new: usize,
@@ -54,8 +56,11 @@ impl Rules {
 /// One output token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Token {
+    /// Its id in the vocabulary.
     pub id: u32,
+    /// Its log-probability under the model, in nats.
     pub logprob: f32,
+    /// The most likely tokens at its position, as many as were asked for.
     pub top: TopTokens,
     /// Bytes of the text up to its end; what it says may become certain only with a later one.
     pub end: usize,
@@ -76,8 +81,11 @@ pub struct Growing<'a> {
     max_new: usize,
     /// Most tokens that texts to keep can take.
     reserved: usize,
+    /// The text so far.
     pub text: String,
+    /// The tokens so far.
     pub tokens: Vec<Token>,
+    /// Why the candidate ended, if it has.
     pub finish: Option<FinishReason>,
     /// What was given out: bytes and tokens.
     given: (usize, usize),
@@ -94,6 +102,10 @@ pub struct Growing<'a> {
 }
 
 impl<'a> Growing<'a> {
+    /// A candidate without tokens, which may get `max_new` of them.
+    ///
+    /// # Errors
+    /// If the texts to keep take `max_new` tokens or more.
     pub fn new(
         tokenizer: &'a Tokenizer,
         rules: Arc<Rules>,

@@ -11,6 +11,7 @@ struct Aligned<T: ?Sized>(T);
 
 static WEIGHTS: &Aligned<[u8]> = &Aligned(*include_bytes!("../../assets/model/model.safetensors"));
 const CONFIG: &[u8] = include_bytes!("../../assets/model/config.json");
+/// The model's `tokenizer.json`.
 pub const TOKENIZER: &[u8] = include_bytes!("../../assets/model/tokenizer.json");
 const TEMPLATE: &str = include_str!("../../assets/model/template.txt");
 
@@ -20,14 +21,17 @@ pub const GENERATION_CONFIG: &[u8] = include_bytes!("../../assets/model/generati
 /// What messages call it.
 pub const NAME: &str = "the embedded model";
 
+/// The model's checkpoint, read where it lies in the program.
 pub fn checkpoint() -> BloomCheckpoint {
     BloomCheckpoint::from_static(CONFIG, &WEIGHTS.0, NAME).expect("the embedded model is whole")
 }
 
+/// The model's tokenizer.
 pub fn tokenizer() -> Tokenizer {
     Tokenizer::from_bytes(TOKENIZER).expect("the embedded tokenizer is whole")
 }
 
+/// The template that the model's prompts are put into.
 pub fn template() -> Template {
     Template::parse(TEMPLATE.trim_end_matches('\n')).expect("the embedded template has its place")
 }

@@ -5,6 +5,7 @@
 //! added to the logits. The noise is a function of (seed, candidate, position, token) alone, so a
 //! seed gives the same tokens in any company.
 
+/// How tokens are chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampling {
     /// 0 takes the most likely token.
@@ -19,9 +20,11 @@ pub struct Sampling {
     pub repetition_penalty: f32,
     /// Whether the prompt's tokens count as seen, as in transformers.
     pub penalize_prompt: bool,
-    /// Taken from the logits of tokens that were put out: once, and for each time.
+    /// Taken once from the logits of tokens that were put out.
     pub presence_penalty: f32,
+    /// Taken from the logits of tokens that were put out, for each time that they were.
     pub frequency_penalty: f32,
+    /// Seed of the noise.
     pub seed: u64,
 }
 
@@ -58,6 +61,7 @@ impl Sampling {
 pub struct SamplingRow<'a> {
     /// Token of the batch whose logits count.
     pub row: usize,
+    /// How the token is chosen.
     pub sampling: &'a Sampling,
     /// Tokens that the repetition penalty counts, each once.
     pub seen: &'a [u32],
@@ -69,6 +73,7 @@ pub struct SamplingRow<'a> {
     pub forced: Option<u32>,
     /// Likely tokens to report.
     pub top: usize,
+    /// Which of the request's candidates, from 0.
     pub candidate: u32,
     /// Position that the token will have.
     pub position: u32,
@@ -99,10 +104,13 @@ impl<'a> SamplingRow<'a> {
 /// The most likely tokens with their log-probabilities, the likeliest first.
 pub type TopTokens = Vec<(u32, f32)>;
 
+/// A token that was sampled.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct SampledToken {
+    /// Id of the token.
     pub token: u32,
-    /// Of the model itself, before penalties and temperature.
+    /// Log-probability in nats of the model itself, before penalties and temperature.
     pub logprob: f32,
+    /// The most likely tokens at its position, as many as were asked for.
     pub top: TopTokens,
 }

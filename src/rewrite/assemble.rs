@@ -17,6 +17,7 @@ const NAMED: usize = 5;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
+    /// The model.
     Model,
     /// The input, with phrases that the model added.
     Phrases,

@@ -62,21 +62,27 @@ impl GuardOptions {
 #[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 #[schema(as = RewriteCandidate)]
 pub struct Candidate {
+    /// The rewritten prompt.
     pub text: String,
+    /// Where the text comes from.
     pub source: Source,
     /// Why it is not the model's, or not all of it; or what it lacks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Part of the prompt's meaning that it keeps, what is banned aside, and what it leaves out.
+    /// Part of the prompt's meaning that it keeps, from 0 to 1, what is banned aside.
     pub kept: f64,
+    /// Words and parts of the prompt that it leaves out.
     pub missing: Vec<String>,
     /// Phrases that say something new.
     pub added: Vec<String>,
+    /// Tokens that CLIP counts in the longest part between BREAKs, if they were to be counted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_tokens: Option<usize>,
-    /// Tokens and log-probability of the model's text.
+    /// Tokens of the model's text.
     pub tokens: usize,
+    /// Sum of the log-probabilities of those tokens, in nats.
     pub logprob: f32,
+    /// Why the model's text ended.
     #[serde(rename = "finish_reason")]
     pub finish: FinishReason,
 }
@@ -84,13 +90,19 @@ pub struct Candidate {
 /// A prompt with its rewrites.
 #[derive(Clone, Debug)]
 pub struct Rewrite {
+    /// The prompt, without the white space around it.
     pub prompt: String,
+    /// Seed of the first round.
     pub seed: u64,
+    /// Rounds that were generated.
     pub rounds: u32,
+    /// The rewrites, as many as were asked for.
     pub candidates: Vec<Candidate>,
-    /// Tokens of all rounds: prompts, those of them that were computed before, and outputs.
+    /// Tokens of the prompts of all rounds.
     pub prompt_tokens: usize,
+    /// Prompt tokens that the prefix cache held already.
     pub cached_tokens: usize,
+    /// Tokens that the model put out in all rounds.
     pub output_tokens: usize,
 }
 

@@ -16,6 +16,7 @@ use std::ops::Range;
 /// A prompt cut at BREAK.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PromptMarkup {
+    /// The text between the BREAKs, in order; one chunk if there is no BREAK.
     pub chunks: Vec<Chunk>,
 }
 
@@ -53,6 +54,7 @@ pub enum PartKind {
 }
 
 impl PromptMarkup {
+    /// Reads a prompt. AND is a special part, unless the prompt has no lower-case letters.
     pub fn parse(prompt: &str) -> PromptMarkup {
         PromptMarkup::read(prompt, !is_shout(prompt))
     }

@@ -8,7 +8,9 @@ use std::sync::Arc;
 /// Puts plain prompts into a model's template.
 #[derive(Clone)]
 pub struct Prompter {
+    /// The model's tokenizer.
     pub tokenizer: Arc<Tokenizer>,
+    /// The template that prompts are put into.
     pub template: Template,
 }
 

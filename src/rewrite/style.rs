@@ -25,6 +25,7 @@ static BUILT_IN: LazyLock<Vec<Arc<Style>>> = LazyLock::new(|| {
 /// A style: which media fit, what names it, and what does not go with it.
 #[derive(Debug, Default)]
 pub struct Style {
+    /// What options call it.
     pub name: String,
     /// 0 if any medium will do.
     media: MediumSet,
@@ -167,6 +168,7 @@ impl fmt::Display for Style {
 /// What may be added to prompts.
 #[derive(Clone, Debug, Default)]
 pub struct Additions {
+    /// The style that additions keep to, if any.
     pub style: Option<Arc<Style>>,
     /// Adds no artists.
     pub no_artists: bool,

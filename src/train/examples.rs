@@ -10,7 +10,9 @@ use crate::text::template::Template;
 /// One sequence; tokens from `loss_from` on are to be predicted.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Example {
+    /// Token ids of the whole sequence.
     pub ids: Vec<u32>,
+    /// Index of the first token that is to be predicted.
     pub loss_from: usize,
 }
 

@@ -4,10 +4,14 @@
 use crate::checkpoint::Parameter;
 use crate::ops::train::{AdamWBuffers, AdamWStep, TrainBackend};
 
+/// Settings of AdamW.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct AdamWOptions {
+    /// Decay rate of the first moments.
     pub beta1: f32,
+    /// Decay rate of the second moments.
     pub beta2: f32,
+    /// Added to the root of the second moment, against division by zero.
     pub epsilon: f32,
     /// Applied to matrices only.
     pub weight_decay: f32,

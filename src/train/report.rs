@@ -13,20 +13,28 @@ use std::path::{Path, PathBuf};
 pub struct StepMetrics {
     /// Optimizer steps taken, this one included.
     pub step: u64,
+    /// Passes over the training examples so far, this step included.
     pub epoch: f64,
     /// Mean cross-entropy a label, in nats.
     pub loss: f64,
+    /// Learning rate of the step.
     pub learning_rate: f64,
+    /// Euclidean norm of the gradient before clipping.
     pub gradient_norm: f64,
+    /// Tokens of the step's sequences.
     pub tokens: usize,
+    /// `tokens` over the seconds that the step took, validation included.
     pub tokens_per_second: f64,
+    /// Mean cross-entropy a label over the held-out examples, in nats, where it was computed.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub validation_loss: Option<f64>,
 }
 
+/// The open `metrics.jsonl` of a run, and what it holds.
 pub struct Metrics {
     path: PathBuf,
     file: File,
+    /// The steps so far, in order.
     pub steps: Vec<StepMetrics>,
 }
 
@@ -63,6 +71,7 @@ impl Metrics {
         Ok(Metrics { path: path.into(), file, steps })
     }
 
+    /// Appends a step to the file and to `steps`.
     pub fn push(&mut self, step: StepMetrics) -> Result<()> {
         let mut line = serde_json::to_string(&step).expect("numbers are JSON");
         line.push('\n');

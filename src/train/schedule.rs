@@ -1,5 +1,6 @@
 //! Learning-rate schedules.
 
+/// How the learning rate goes on after the warm-up.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
 )]

@@ -15,15 +15,20 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+/// Settings of a fine-tuning run.
 #[derive(Clone, Debug)]
 pub struct SftOptions {
+    /// Settings of AdamW.
     pub optimizer: AdamWOptions,
+    /// Learning rate at the end of the warm-up.
     pub learning_rate: f64,
+    /// How the learning rate goes on from there.
     pub schedule: Schedule,
     /// Part of all steps that warms up.
     pub warmup: f64,
     /// Largest norm of the gradient.
     pub clip: f32,
+    /// Passes over the training examples; may be a fraction.
     pub epochs: f64,
     /// Ends the run earlier; 0 for no limit.
     pub max_steps: u64,
@@ -31,11 +36,15 @@ pub struct SftOptions {
     pub batch: usize,
     /// Most tokens of one forward and backward pass; a step takes as many passes as it needs.
     pub micro_tokens: usize,
+    /// Precision of the matrix products.
     pub precision: Precision,
+    /// Seed of the order of the examples.
     pub seed: u64,
-    /// Steps between checkpoints and between validations; 0 for none but at the end.
+    /// Steps between checkpoints; 0 for none but at the end.
     pub save_every: u64,
+    /// Steps between validations; 0 for none but at the end.
     pub validate_every: u64,
+    /// Newest checkpoints that are kept, at least one.
     pub keep: usize,
     /// Folder of the run.
     pub output: PathBuf,
@@ -45,26 +54,35 @@ pub struct SftOptions {
 
 /// Told about each step; used for the progress bar.
 pub trait Observer {
+    /// Called after each step of the `total` ones.
     fn step(&mut self, total: u64, metrics: &StepMetrics);
 }
 
 /// How a run ended.
 #[derive(Debug, PartialEq)]
 pub enum Outcome {
+    /// All steps were taken.
     Finished {
+        /// Mean cross-entropy a label over the held-out examples, in nats, if it was computed.
         validation_loss: Option<f64>,
     },
     /// Somebody asked to stop; the state was saved there.
     Stopped(PathBuf),
 }
 
+/// A fine-tuning run: what is trained, on what and how.
 pub struct Sft<'a> {
+    /// The backend that computes.
     pub cpu: &'a Cpu,
+    /// The model; its parameters are updated in place.
     pub model: TrainModel,
     /// Saved beside the weights.
     pub companions: Companions,
+    /// Examples that are trained on.
     pub train: Vec<Example>,
+    /// Held-out examples; may be empty.
     pub validation: Vec<Example>,
+    /// Settings of the run.
     pub options: SftOptions,
 }
 

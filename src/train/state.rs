@@ -14,10 +14,13 @@ use std::path::{Path, PathBuf};
 /// `state.json`: the step, and the settings that must be the same when the run goes on.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct RunState {
+    /// Optimizer steps taken.
     pub step: u64,
+    /// Settings of the run.
     pub settings: Value,
 }
 
+/// The folder of the checkpoint after `step` steps.
 pub fn step_folder(checkpoints: &Path, step: u64) -> PathBuf {
     checkpoints.join(format!("step-{step:07}"))
 }

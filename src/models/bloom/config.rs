@@ -10,10 +10,15 @@ use std::path::Path;
 /// Sizes and switches that change what the model computes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BloomConfig {
+    /// Rows of the embedding.
     pub vocab_size: usize,
+    /// Width of the hidden states.
     pub hidden_size: usize,
+    /// Decoder layers.
     pub layers: usize,
+    /// Attention heads of each layer.
     pub heads: usize,
+    /// Added to the variance in every layer norm.
     pub layer_norm_epsilon: f32,
     /// The residual branches off after the layer norm instead of before it.
     pub residual_post_layer_norm: bool,
@@ -21,19 +26,27 @@ pub struct BloomConfig {
     pub tied: bool,
     /// Most positions of a sequence. ALiBi itself has no limit.
     pub context: usize,
+    /// Token that begins a sequence.
     pub bos_token_id: u32,
+    /// Token that ends a sequence.
     pub eos_token_id: u32,
+    /// Token that fills a sequence up.
     pub pad_token_id: u32,
     /// `torch_dtype` / `dtype` as written, for information.
     pub stored_dtype: Option<String>,
 }
 
-/// Largest values accepted in `config.json`: far above every model, and small enough that no count
-/// of parameters or bytes overflows and the list of all tensors stays short.
+/// Largest `vocab_size` accepted. This bound and the ones below are far above every model, and
+/// small enough that no count of parameters or bytes overflows and the list of all tensors stays
+/// short.
 pub const MAX_VOCABULARY: usize = 1 << 24;
+/// Largest `hidden_size` accepted.
 pub const MAX_HIDDEN: usize = 1 << 18;
+/// Largest `n_layer` accepted.
 pub const MAX_LAYERS: usize = 1 << 12;
+/// Largest `n_head` accepted.
 pub const MAX_HEADS: usize = 1 << 12;
+/// Largest `seq_length` accepted.
 pub const MAX_CONTEXT: usize = 1 << 24;
 const MAX_HEAD_SIZE: usize = 512;
 
@@ -69,6 +82,7 @@ impl BloomConfig {
         Some(BloomConfig::new(250_880, hidden, layers, heads))
     }
 
+    /// Width of one attention head.
     pub fn head_size(&self) -> usize {
         self.hidden_size / self.heads
     }

@@ -38,6 +38,7 @@ enum Stored {
     Bf16(Blocks<bf16>),
 }
 
+/// The blocks of all layers, with elements stored as `E`.
 pub struct Blocks<E> {
     /// `[layer][key or value]`, each `[block, head, position, head size]`.
     data: Vec<[Vec<E>; 2]>,
@@ -85,6 +86,7 @@ impl Cache {
         Ok(Cache { heads: heads.clone(), blocks })
     }
 
+    /// Overwrites block `to` with the keys and values of block `from`, in all layers.
     pub fn copy_block(&mut self, from: u32, to: u32) {
         fn copy<E: Copy>(b: &mut Blocks<E>, from: usize, to: usize) {
             for part in b.data.iter_mut().flatten() {
@@ -236,6 +238,7 @@ pub struct Queries<'a> {
 
 type Outputs<'a> = [&'a mut [f32]; TOGETHER];
 
+/// A type that keys and values are stored as.
 pub trait Attend: Element {
     /// Writes f32 in this type.
     fn narrow(isa: Isa, x: &[f32], out: &mut [Self]);

@@ -206,10 +206,12 @@ unsafe impl<T: Send> Send for Disjoint<T> {}
 unsafe impl<T: Send> Sync for Disjoint<T> {}
 
 impl<T> Disjoint<T> {
+    /// Shares `data` out; it must stay alive and untouched while this is in use.
     pub fn new(data: &mut [T]) -> Self {
         Disjoint { data: data.as_mut_ptr(), len: data.len() }
     }
 
+    /// Elements of the slice.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.len

@@ -57,9 +57,11 @@ pub(super) struct Graphs<L: Launcher> {
 /// A pass that was done both ways: the best of a few times each, by the device's clock.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Comparison {
+    /// Tokens of the pass.
     pub tokens: usize,
+    /// Duration as a recording of launches, in microseconds.
     pub launches_microseconds: f64,
-    /// `None` if it failed, or had other results.
+    /// Duration as one kernel, in microseconds; `None` if it failed, or had other results.
     pub one_kernel_microseconds: Option<f64>,
 }
 

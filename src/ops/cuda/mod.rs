@@ -187,6 +187,7 @@ impl<L: Launcher> Cuda<L> {
         }
     }
 
+    /// The device that this backend runs on.
     pub fn launcher(&self) -> &L {
         &self.launcher
     }

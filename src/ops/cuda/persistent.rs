@@ -18,7 +18,9 @@ use std::cell::Cell;
 pub enum Persistent {
     /// Where that was faster when both ways were tried.
     Auto,
+    /// Wherever the kernel can do the pass.
     Always,
+    /// Nowhere.
     Never,
 }
 

@@ -13,6 +13,7 @@ use std::rc::Rc;
 
 /// `[rows, cols]`, row-major, in 16 bits, or in 8 bits with one scale for each row.
 pub struct DeviceWeight<L: Launcher> {
+    /// The elements, in two's complement where they have 8 bits.
     pub data: Memory<L>,
     scales: Option<Memory<L>>,
     rows: usize,
@@ -21,6 +22,14 @@ pub struct DeviceWeight<L: Launcher> {
 }
 
 impl<L: Launcher> DeviceWeight<L> {
+    /// Copies a matrix to the device, converted to `half` (f16 or bf16), or quantized if `int8`.
+    ///
+    /// # Errors
+    /// If the tensor is no matrix, an element is not finite or overflows in `half`, or the device
+    /// has no memory for it.
+    ///
+    /// # Panics
+    /// If the columns are no multiple of 16.
     pub fn new(
         launcher: &Rc<L>,
         tensor: &HostTensor,
@@ -73,6 +82,7 @@ impl<L: Launcher> DeviceWeight<L> {
         Ok(DeviceWeight { data, scales, rows, cols, dtype })
     }
 
+    /// Whether the elements are 8-bit integers.
     pub fn int8(&self) -> bool {
         self.scales.is_some()
     }

@@ -49,9 +49,13 @@ pub trait Dot {
 /// As for [`Simd`].
 #[allow(clippy::missing_safety_doc)]
 pub trait Element: Copy + Send + Sync + 'static {
+    /// The [`LANES`](crate::ops::cpu::simd::LANES) elements at `p`, widened to f32.
     unsafe fn load<S: Simd>(p: *const Self) -> S::V;
+    /// The first `n <= 16` elements, zero in the other lanes.
     unsafe fn load_partial<S: Simd>(p: *const Self, n: usize) -> S::V;
+    /// Writes the sixteen lanes at `p`, rounded to this type, ties to even.
     unsafe fn store<S: Simd>(p: *mut Self, v: S::V);
+    /// The nearest value of this type, ties to even.
     fn from_f32(x: f32) -> Self;
 }
 

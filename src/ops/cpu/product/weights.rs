@@ -26,11 +26,16 @@ pub struct Plain<E: Pod> {
 
 /// `[rows, cols]`, row-major.
 pub enum Matrix {
+    /// Elements in f32.
     F32(Plain<f32>),
+    /// Elements in f16.
     F16(Plain<f16>),
+    /// Elements in bf16.
     Bf16(Plain<bf16>),
+    /// Elements in bf16, in the order in which BF16 dot products read them.
     #[cfg(target_arch = "x86_64")]
     Bf16Packed(super::bf16::Packed),
+    /// 8-bit integers with one f32 scale per row.
     Int8(Int8),
 }
 

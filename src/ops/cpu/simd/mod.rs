@@ -119,19 +119,26 @@ impl Isa {
 /// for as many elements as the function's name or count says. No alignment is required.
 #[allow(clippy::missing_safety_doc)] // one contract for the whole trait, stated above
 pub trait Simd: Copy + 'static {
+    /// Sixteen f32 lanes.
     type V: Copy;
     /// Vectors [`Simd::V`] that the registers hold.
     const REGISTERS: usize;
 
+    /// `x` in all lanes.
     unsafe fn splat(x: f32) -> Self::V;
+    /// Sixteen elements at `p`.
     unsafe fn load(p: *const f32) -> Self::V;
     /// The first `n <= 16` elements, zero in the other lanes.
     unsafe fn load_partial(p: *const f32, n: usize) -> Self::V;
+    /// Sixteen elements at `p`, widened to f32.
     unsafe fn load_f16(p: *const f16) -> Self::V;
+    /// Sixteen elements at `p`, widened to f32.
     unsafe fn load_bf16(p: *const bf16) -> Self::V;
+    /// Writes all lanes at `p`.
     unsafe fn store(p: *mut f32, v: Self::V);
+    /// Writes the first `n <= 16` lanes at `p`.
     unsafe fn store_partial(p: *mut f32, v: Self::V, n: usize);
-    /// Rounds to bf16, ties to even.
+    /// Writes all lanes at `p`, rounded to bf16, ties to even.
     #[inline(always)]
     unsafe fn store_bf16(p: *mut bf16, v: Self::V) {
         let mut a = [0f32; LANES];
@@ -140,6 +147,7 @@ pub trait Simd: Copy + 'static {
             *p.add(i) = bf16::from_f32(x);
         }
     }
+    /// Writes all lanes at `p`, rounded to f16, ties to even.
     #[inline(always)]
     unsafe fn store_f16(p: *mut f16, v: Self::V) {
         let mut a = [0f32; LANES];
@@ -148,7 +156,7 @@ pub trait Simd: Copy + 'static {
             *p.add(i) = f16::from_f32(x);
         }
     }
-    /// Rounds to integers, ties to even; lanes must lie in 0..=255.
+    /// Writes all lanes at `p`, rounded to integers, ties to even; lanes must lie in 0..=255.
     #[inline(always)]
     unsafe fn store_u8(p: *mut u8, v: Self::V) {
         let mut a = [0f32; LANES];
@@ -157,12 +165,19 @@ pub trait Simd: Copy + 'static {
             *p.add(i) = x as u8;
         }
     }
+    /// a + b in each lane.
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    /// a - b in each lane.
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
+    /// a * b in each lane.
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    /// a / b in each lane.
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// The larger of a and b in each lane.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller of a and b in each lane.
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    /// Square root of each lane.
     unsafe fn sqrt(a: Self::V) -> Self::V;
     /// a * b + c.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
@@ -172,6 +187,7 @@ pub trait Simd: Copy + 'static {
     unsafe fn scale_by_power(a: Self::V, n: Self::V) -> Self::V;
     /// Sum of the lanes: lane i + lane i+8, then +4, +2, +1.
     unsafe fn sum(v: Self::V) -> f32;
+    /// The largest lane.
     unsafe fn max_lane(v: Self::V) -> f32;
     /// The first `n <= 16` lanes of `v`, behind them those of `rest`.
     #[inline(always)]
@@ -198,6 +214,7 @@ pub trait Simd: Copy + 'static {
         std::array::from_fn(|i| Self::sum(v[i]))
     }
 
+    /// The first `n <= 16` elements, widened to f32, zero in the other lanes.
     #[inline(always)]
     unsafe fn load_f16_partial(p: *const f16, n: usize) -> Self::V {
         let mut a = [f16::ZERO; LANES];
@@ -205,6 +222,7 @@ pub trait Simd: Copy + 'static {
         Self::load_f16(a.as_ptr())
     }
 
+    /// The first `n <= 16` elements, widened to f32, zero in the other lanes.
     #[inline(always)]
     unsafe fn load_bf16_partial(p: *const bf16, n: usize) -> Self::V {
         let mut a = [bf16::ZERO; LANES];

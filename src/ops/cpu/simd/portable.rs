@@ -3,6 +3,7 @@
 use super::{LANES, Simd};
 use half::{bf16, f16};
 
+/// [`Simd`] in plain Rust, for every machine.
 #[derive(Clone, Copy)]
 pub struct Portable;
 

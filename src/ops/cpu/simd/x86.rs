@@ -4,6 +4,7 @@ use super::Simd;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
+/// [`Simd`] with AVX-512: one vector of sixteen lanes.
 #[derive(Clone, Copy)]
 pub struct Avx512;
 
@@ -260,6 +261,7 @@ unsafe fn sum_256(v: __m256) -> f32 {
     _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps::<1>(d, d)))
 }
 
+/// [`Simd`] with AVX2 and FMA: two vectors of eight lanes.
 #[derive(Clone, Copy)]
 pub struct Avx2;
 
