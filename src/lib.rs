@@ -33,6 +33,7 @@
 //! and out; [`rewrite`], what keeps the meaning; [`train`], [`serve`], [`eval`] and [`bench`] on
 //! top. `examples/custom_model.rs` writes a model of its own in the operations.
 
+#![warn(missing_docs)]
 #![warn(clippy::print_stdout, clippy::print_stderr)] // they panic; see `cli::print`
 
 pub mod bench;
