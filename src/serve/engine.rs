@@ -108,7 +108,7 @@ impl EngineHandle {
         self.hand_in(prompts, permits, owner).await
     }
 
-    /// [`Engine::submit`] that waits for room: for the rest of what has begun.
+    /// [`EngineHandle::submit`] that waits for room: for the rest of what has begun.
     pub async fn submit_in_turn(
         &self,
         prompts: Work,

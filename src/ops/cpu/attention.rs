@@ -226,7 +226,7 @@ pub struct View<'a, E> {
     size: usize,
 }
 
-/// One head of one or [`TOGETHER`] queries at consecutive positions, all in one block of positions.
+/// One head of one or `TOGETHER` queries at consecutive positions, all in one block of positions.
 pub struct Queries<'a> {
     q: &'a [f32],
     /// Elements from one query to the next.

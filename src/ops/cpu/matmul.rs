@@ -1,7 +1,7 @@
 //! C = A B for training: large products of f32 matrices with any strides.
 //!
 //! Two ways to compute: f32 (crate `gemm` on blocks of C), and bf16 with f32 accumulation
-//! ([`super::matmul_bf16`]) where the machine has BF16 dot products. Each element of C is summed in
+//! (`matmul_bf16.rs`) where the machine has BF16 dot products. Each element of C is summed in
 //! an order that depends on the shapes alone, so that runs repeat bit for bit on any number of
 //! threads.
 

@@ -1,10 +1,10 @@
 //! y = x W^T for inference: weights `[outputs, inputs]` in the type and place they are stored in.
-//! Those that instructions for dot products take ([`bf16`], [`int8`]) go ways of their own,
-//! [`lanes`].
+//! Those that instructions for dot products take (`bf16.rs`, `int8.rs`) go ways of their own,
+//! `lanes.rs`.
 //!
 //! The others in dot-product form: lanes run along the inner dimension, so that mapped files are
 //! read as they lie. A tile is 4 tokens by 6 rows of weights (24 vector sums in registers, 10 loads
-//! for 24 multiply-adds). A task takes a panel of rows, whose chunk of [`CHUNK`] inner elements
+//! for 24 multiply-adds). A task takes a panel of rows, whose chunk of `CHUNK` inner elements
 //! stays in the first-level cache while all tokens pass by it from the second: each weight is read
 //! from memory once a call. An output's sum runs over lanes, then chunks, in an order that depends
 //! on the inner size alone: a token's result is the same in every batch.
