@@ -3,8 +3,9 @@
 
 use beautiful_prompt::models::bloom::alibi_slopes;
 use beautiful_prompt::ops::cpu::Cpu;
-use beautiful_prompt::ops::cpu::matmul::{View, matmul};
-use beautiful_prompt::ops::cpu::product::{Matrix, product};
+use beautiful_prompt::ops::cpu::linear::{CpuWeight, gemm_nt};
+use beautiful_prompt::ops::cpu::matmul::matmul;
+use beautiful_prompt::ops::cpu::matrix_view::MatrixView;
 use beautiful_prompt::ops::cpu::sampling::sample_token;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::sampling::{Sampling, SamplingRow};
@@ -19,7 +20,7 @@ fn noise(n: usize) -> Vec<f32> {
     (0..n).map(|_| words.uniform() - 0.5).collect()
 }
 
-fn matrix(cpu: &Cpu, rows: usize, cols: usize, dtype: DType) -> Matrix {
+fn matrix(cpu: &Cpu, rows: usize, cols: usize, dtype: DType) -> CpuWeight {
     let bytes: Vec<u8> = noise(rows * cols).into_iter().flat_map(f32::to_le_bytes).collect();
     let len = bytes.len();
     let tensor = HostTensor {
@@ -27,7 +28,7 @@ fn matrix(cpu: &Cpu, rows: usize, cols: usize, dtype: DType) -> Matrix {
         shape: vec![rows, cols],
         bytes: Bytes::Owned(Arc::new(bytes), 0..len),
     };
-    Matrix::new(cpu, tensor, Some(dtype)).expect("two dimensions")
+    CpuWeight::new(cpu, tensor, Some(dtype)).expect("two dimensions")
 }
 
 /// The up projection of BLOOM-1b1.
@@ -42,7 +43,7 @@ fn products(c: &mut Criterion) {
             group.throughput(Throughput::Elements((tokens * rows * cols) as u64));
             group.bench_function(BenchmarkId::new(dtype.name(), tokens), |b| {
                 b.iter(|| {
-                    product(&cpu, &x, &w, &|_, _, sums| {
+                    gemm_nt(&cpu, &x, &w, &|_, _, sums| {
                         std::hint::black_box(sums);
                     })
                 })
@@ -99,8 +100,8 @@ fn training_products(c: &mut Criterion) {
                     &cpu,
                     precision,
                     (&mut out, n),
-                    View::new(&a, m, k),
-                    View::new(&b, n, k).t(),
+                    MatrixView::new(&a, m, k),
+                    MatrixView::new(&b, n, k).t(),
                     false,
                 )
             })

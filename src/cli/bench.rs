@@ -21,8 +21,8 @@ use clap::{Args, Subcommand};
 
 /// Largest numbers of sequences and repeats that are taken: whether there is memory for them is
 /// another question.
-const MOST_SEQUENCES: usize = 1 << 20;
-const MOST_REPEATS: usize = 10_000;
+const MAX_SEQUENCES: usize = 1 << 20;
+const MAX_REPEATS: usize = 10_000;
 
 #[derive(Subcommand)]
 pub enum BenchCommand {
@@ -129,18 +129,18 @@ fn prefill(text: &str) -> Result<(usize, usize), String> {
 }
 
 impl KernelArgs {
-    fn run(self) -> anyhow::Result<()> {
+    fn run(mut self) -> anyhow::Result<()> {
         ensure!(
             self.model.model.is_none(),
             "bench kernels measures random weights: --shape instead of --model"
         );
         for &batch in &self.batch {
-            within("--batch", batch, 1..=MOST_SEQUENCES, "[1, 1048576]")?;
+            within("--batch", batch, 1..=MAX_SEQUENCES, "[1, 1048576]")?;
         }
         within("--context", self.context, 1..=MAX_CONTEXT, "[1, 16777216]")?;
         within("--calls", self.calls, 1..=100_000, "[1, 100000]")?;
         for &(sequences, tokens) in &self.prefill {
-            within("--prefill: sequences", sequences, 1..=MOST_SEQUENCES, "[1, 1048576]")?;
+            within("--prefill: sequences", sequences, 1..=MAX_SEQUENCES, "[1, 1048576]")?;
             within("--prefill: tokens", tokens, 1..=MAX_CONTEXT, "[1, 16777216]")?;
         }
         ensure!(
@@ -156,6 +156,7 @@ impl KernelArgs {
             squares: self.squares.clone(),
             calls: self.calls,
         };
+        self.model.long_running = true; // as servers and batches are
         let report = match self.model.device(&config)? {
             Device::Cpu(cpu) => kernels::run(&cpu, config, dtype, &options)?,
             Device::Cuda(driver) => {
@@ -236,14 +237,14 @@ impl TrainArgs {
         within("--layers", self.layers, 1..=MAX_LAYERS, "[1, 4096]")?;
         within("--heads", self.heads, 1..=MAX_HEADS, "[1, 4096]")?;
         within("--vocab", self.vocab, 1..=MAX_VOCABULARY, "[1, 16777216]")?;
-        within("--batch", self.batch, 1..=MOST_SEQUENCES, "[1, 1048576]")?;
+        within("--batch", self.batch, 1..=MAX_SEQUENCES, "[1, 1048576]")?;
         within(
             "--tokens",
             self.tokens,
             2..=MAX_CONTEXT,
             "[2, 16777216]: the first token is not predicted",
         )?;
-        within("--repeats", self.repeats, 1..=MOST_REPEATS, "[1, 10000]")?;
+        within("--repeats", self.repeats, 1..=MAX_REPEATS, "[1, 10000]")?;
         ensure!(
             self.hidden.is_multiple_of(self.heads),
             "--hidden {} is not divisible by --heads {}",
@@ -290,11 +291,11 @@ impl TrainArgs {
 }
 
 impl LlmArgs {
-    fn run(self) -> anyhow::Result<()> {
+    fn run(mut self) -> anyhow::Result<()> {
         within("--prompt-tokens", self.prompt_tokens, 1..=MAX_CONTEXT, "[1, 16777216]")?;
         within("--new-tokens", self.new_tokens, 1..=MAX_CONTEXT, "[1, 16777216]")?;
-        within("--batch", self.batch, 1..=MOST_SEQUENCES, "[1, 1048576]")?;
-        within("--repeats", self.repeats, 1..=MOST_REPEATS, "[1, 10000]")?;
+        within("--batch", self.batch, 1..=MAX_SEQUENCES, "[1, 1048576]")?;
+        within("--repeats", self.repeats, 1..=MAX_REPEATS, "[1, 10000]")?;
         let dtype = self.model.dtype.dtype();
         let checkpoint = match (&self.shape, &self.model.model) {
             (Some(shape), _) => random_checkpoint(published(shape)?, dtype.unwrap_or(DType::Bf16))?,
@@ -308,6 +309,7 @@ impl LlmArgs {
             batch: self.batch,
             repeats: self.repeats,
         };
+        self.model.long_running = true; // as servers and batches are
         let report = match self.model.place(checkpoint, dtype)? {
             Placed::Cpu(cpu, model) => run(&cpu, &model, options)?,
             Placed::Cuda(cuda, model) => run(&*cuda, &model, options)?,

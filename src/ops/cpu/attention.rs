@@ -6,9 +6,8 @@
 //! prefill, decoding and any batch give the same bits.
 
 use super::Cpu;
-use super::product::{Element, prefetch};
 use super::rows;
-use super::simd::{Isa, Simd};
+use super::simd::{Element, Isa, Simd, prefetch};
 use super::threads::Disjoint;
 use crate::error::{Error, Result};
 use crate::ops::{BLOCK, Batch, Heads, Span};
@@ -27,29 +26,29 @@ const HEADS: usize = 4;
 const TOGETHER: usize = 4;
 
 /// Keys and values of all layers.
-pub struct Cache {
+pub struct KvCache {
     heads: Heads,
-    blocks: Stored,
+    blocks: KvData,
 }
 
-enum Stored {
-    F32(Blocks<f32>),
-    F16(Blocks<f16>),
-    Bf16(Blocks<bf16>),
+enum KvData {
+    F32(KvBlocks<f32>),
+    F16(KvBlocks<f16>),
+    Bf16(KvBlocks<bf16>),
 }
 
 /// The blocks of all layers, with elements stored as `E`.
-pub struct Blocks<E> {
+pub struct KvBlocks<E> {
     /// `[layer][key or value]`, each `[block, head, position, head size]`.
     data: Vec<[Vec<E>; 2]>,
     /// Elements of a block in one layer.
     block: usize,
 }
 
-impl Cache {
+impl KvCache {
     /// Memory for `blocks` blocks; pages that are never written take none. 8-bit models cache in
     /// bf16.
-    pub fn new(dtype: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<Cache> {
+    pub fn new(dtype: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<KvCache> {
         if heads.size > MAX_HEAD {
             return Err(Error::invalid(format!(
                 "head size {} is too large; at most {MAX_HEAD}",
@@ -60,7 +59,7 @@ impl Cache {
             layers: usize,
             block: usize,
             blocks: usize,
-        ) -> Result<Blocks<E>> {
+        ) -> Result<KvBlocks<E>> {
             let one = || -> Result<Vec<E>> {
                 // zeroed by the system, page by page as they are used
                 blocks
@@ -75,29 +74,29 @@ impl Cache {
                     })
             };
             let data = (0..layers).map(|_| Ok([one()?, one()?])).collect::<Result<_>>()?;
-            Ok(Blocks { data, block })
+            Ok(KvBlocks { data, block })
         }
         let block = heads.count * BLOCK * heads.size;
         let blocks = match dtype {
-            DType::F32 => Stored::F32(make(layers, block, blocks)?),
-            DType::F16 => Stored::F16(make(layers, block, blocks)?),
-            DType::Bf16 | DType::Int8 => Stored::Bf16(make(layers, block, blocks)?),
+            DType::F32 => KvData::F32(make(layers, block, blocks)?),
+            DType::F16 => KvData::F16(make(layers, block, blocks)?),
+            DType::Bf16 | DType::Int8 => KvData::Bf16(make(layers, block, blocks)?),
         };
-        Ok(Cache { heads: heads.clone(), blocks })
+        Ok(KvCache { heads: heads.clone(), blocks })
     }
 
     /// Overwrites block `to` with the keys and values of block `from`, in all layers.
     pub fn copy_block(&mut self, from: u32, to: u32) {
-        fn copy<E: Copy>(b: &mut Blocks<E>, from: usize, to: usize) {
+        fn copy<E: Copy>(b: &mut KvBlocks<E>, from: usize, to: usize) {
             for part in b.data.iter_mut().flatten() {
                 part.copy_within(from * b.block..(from + 1) * b.block, to * b.block);
             }
         }
         let (from, to) = (from as usize, to as usize);
         match &mut self.blocks {
-            Stored::F32(b) => copy(b, from, to),
-            Stored::F16(b) => copy(b, from, to),
-            Stored::Bf16(b) => copy(b, from, to),
+            KvData::F32(b) => copy(b, from, to),
+            KvData::F16(b) => copy(b, from, to),
+            KvData::Bf16(b) => copy(b, from, to),
         }
     }
 
@@ -110,9 +109,9 @@ impl Cache {
     pub fn write(&mut self, cpu: &Cpu, batch: &Batch, layer: usize, qkv: &[f32]) {
         let heads = &self.heads;
         match &mut self.blocks {
-            Stored::F32(b) => b.write(cpu, batch, layer, heads, qkv),
-            Stored::F16(b) => b.write(cpu, batch, layer, heads, qkv),
-            Stored::Bf16(b) => b.write(cpu, batch, layer, heads, qkv),
+            KvData::F32(b) => b.write(cpu, batch, layer, heads, qkv),
+            KvData::F16(b) => b.write(cpu, batch, layer, heads, qkv),
+            KvData::Bf16(b) => b.write(cpu, batch, layer, heads, qkv),
         }
     }
 
@@ -120,9 +119,9 @@ impl Cache {
     pub fn attend(&self, cpu: &Cpu, batch: &Batch, layer: usize, qkv: &[f32], out: &mut [f32]) {
         let inputs = AttentionInputs { batch, heads: &self.heads, qkv };
         match &self.blocks {
-            Stored::F32(b) => b.attend(cpu, layer, &inputs, out),
-            Stored::F16(b) => b.attend(cpu, layer, &inputs, out),
-            Stored::Bf16(b) => b.attend(cpu, layer, &inputs, out),
+            KvData::F32(b) => b.attend(cpu, layer, &inputs, out),
+            KvData::F16(b) => b.attend(cpu, layer, &inputs, out),
+            KvData::Bf16(b) => b.attend(cpu, layer, &inputs, out),
         }
     }
 }
@@ -135,7 +134,7 @@ struct AttentionInputs<'a> {
     qkv: &'a [f32],
 }
 
-impl<E: Attend> Blocks<E> {
+impl<E: Attend> KvBlocks<E> {
     fn write(&mut self, cpu: &Cpu, batch: &Batch, layer: usize, heads: &Heads, qkv: &[f32]) {
         let (n, size) = (heads.count, heads.size);
         assert_eq!(qkv.len(), batch.ids.len() * 3 * n * size);
@@ -156,7 +155,7 @@ impl<E: Attend> Blocks<E> {
                     // never shared.
                     let to = unsafe { to.slice(at..at + size) };
                     let from = &qkv[from + part * size..from + (part + 1) * size];
-                    E::narrow(cpu.isa, from, to);
+                    E::convert(cpu.isa, from, to);
                 }
             }
         });
@@ -178,7 +177,7 @@ impl<E: Attend> Blocks<E> {
         }
         let out = Disjoint::new(out);
         let attend = |span: &Span, first: usize, head: usize| {
-            let view = View {
+            let view = HeadView {
                 keys,
                 values,
                 blocks: &span.blocks,
@@ -216,7 +215,7 @@ impl<E: Attend> Blocks<E> {
 }
 
 /// One head of one sequence in the cache.
-pub struct View<'a, E> {
+pub struct HeadView<'a, E> {
     keys: &'a [E],
     values: &'a [E],
     blocks: &'a [u32],
@@ -241,38 +240,44 @@ type Outputs<'a> = [&'a mut [f32]; TOGETHER];
 /// A type that keys and values are stored as.
 pub trait Attend: Element {
     /// Writes f32 in this type.
-    fn narrow(isa: Isa, x: &[f32], out: &mut [Self]);
+    fn convert(isa: Isa, x: &[f32], out: &mut [Self]);
 
     /// Attention of the queries, each over all positions up to its own.
-    fn attend(isa: Isa, queries: &Queries, slope: f32, view: &View<Self>, out: Outputs);
+    fn attend(isa: Isa, queries: &Queries, slope: f32, view: &HeadView<Self>, out: Outputs);
 }
 
 macro_rules! attend {
-    ($e:ty, $name:ident, $narrow:path) => {
+    ($e:ty, $name:ident, $convert:path) => {
         simd_fn! {
-            fn $name<S>(queries: &Queries, slope: f32, view: &View<$e>, out: Outputs) {
+            fn $name<S>(queries: &Queries, slope: f32, view: &HeadView<$e>, out: Outputs) {
                 attend::<S, $e>(queries, slope, view, out)
             }
         }
         impl Attend for $e {
-            fn narrow(isa: Isa, x: &[f32], out: &mut [Self]) {
-                $narrow(isa, x, out)
+            fn convert(isa: Isa, x: &[f32], out: &mut [Self]) {
+                $convert(isa, x, out)
             }
-            fn attend(isa: Isa, queries: &Queries, slope: f32, view: &View<Self>, out: Outputs) {
+            fn attend(
+                isa: Isa,
+                queries: &Queries,
+                slope: f32,
+                view: &HeadView<Self>,
+                out: Outputs,
+            ) {
                 $name(isa, queries, slope, view, out)
             }
         }
     };
 }
-attend!(f32, attend_f32, rows::narrow_f32);
-attend!(f16, attend_f16, rows::narrow_f16);
-attend!(bf16, attend_bf16, rows::narrow_bf16);
+attend!(f32, attend_f32, rows::f32_to_f32);
+attend!(f16, attend_f16, rows::f32_to_f16);
+attend!(bf16, attend_bf16, rows::f32_to_bf16);
 
 /// A query's running softmax: the largest score, and the lanes' sums of exponentials.
 #[derive(Clone, Copy)]
-struct Softmax<S: Simd> {
-    most: f32,
-    sum: S::V,
+struct SoftmaxStats<S: Simd> {
+    max: f32,
+    sum_exp: S::V,
 }
 
 /// # Safety
@@ -281,11 +286,12 @@ struct Softmax<S: Simd> {
 unsafe fn attend<S: Simd, E: Element>(
     queries: &Queries,
     slope: f32,
-    view: &View<E>,
+    view: &HeadView<E>,
     mut out: Outputs,
 ) {
     let Queries { q, stride, count, position } = *queries;
-    let mut state = [Softmax::<S> { most: f32::NEG_INFINITY, sum: S::splat(0.0) }; TOGETHER];
+    let mut state =
+        [SoftmaxStats::<S> { max: f32::NEG_INFINITY, sum_exp: S::splat(0.0) }; TOGETHER];
     for out in &mut out {
         out.fill(0.0);
     }
@@ -311,21 +317,21 @@ unsafe fn attend<S: Simd, E: Element>(
             dots_together::<S, E>(q.as_ptr(), stride, keys, view.size, &mut scores);
             let mut weights = [[0f32; BLOCK]; TOGETHER];
             for j in 0..TOGETHER {
-                let place = Place { block: b, position: position + j, slope, size: view.size };
-                weights[j] = weigh::<S>(&scores[j], place, &mut state[j], out[j]);
+                let block = KeyBlock { index: b, position: position + j, slope, size: view.size };
+                weights[j] = online_softmax::<S>(&scores[j], block, &mut state[j], out[j]);
             }
             values_together::<S, E>(&weights, values, view.size, &mut out);
         } else {
             for j in 0..count {
-                let place = Place { block: b, position: position + j, slope, size: view.size };
+                let block = KeyBlock { index: b, position: position + j, slope, size: view.size };
                 dots::<S, E>(q.as_ptr().add(j * stride), keys, view.size, &mut scores[j]);
-                let weights = weigh::<S>(&scores[j], place, &mut state[j], out[j]);
-                add_values::<S, E>(&weights[..place.valid()], values, view.size, out[j]);
+                let weights = online_softmax::<S>(&scores[j], block, &mut state[j], out[j]);
+                add_values::<S, E>(&weights[..block.valid()], values, view.size, out[j]);
             }
         }
     }
     for j in 0..count {
-        let inverse = 1.0 / S::sum(state[j].sum);
+        let inverse = 1.0 / S::sum(state[j].sum_exp);
         for o in out[j].iter_mut() {
             *o *= inverse;
         }
@@ -334,18 +340,18 @@ unsafe fn attend<S: Simd, E: Element>(
 
 /// A query and one block of keys.
 #[derive(Clone, Copy)]
-struct Place {
-    block: usize,
+struct KeyBlock {
+    index: usize,
     position: usize,
     slope: f32,
     size: usize,
 }
 
-impl Place {
+impl KeyBlock {
     /// Keys of the block that the query sees.
     #[inline(always)]
     fn valid(self) -> usize {
-        (self.position + 1 - self.block * BLOCK).min(BLOCK)
+        (self.position + 1 - self.index * BLOCK).min(BLOCK)
     }
 }
 
@@ -426,42 +432,42 @@ unsafe fn dots_together<S: Simd, E: Element>(
     }
 }
 
-/// Turns a block's products into weights of its values, and shrinks what was summed before if a
+/// Turns a block's scores into weights of its values, and rescales what was summed before if a
 /// score is larger than all earlier ones.
 ///
 /// # Safety
 /// Needs the instruction set of `S`.
 #[inline(always)]
-unsafe fn weigh<S: Simd>(
-    products: &[f32; BLOCK],
-    place: Place,
-    state: &mut Softmax<S>,
+unsafe fn online_softmax<S: Simd>(
+    scores: &[f32; BLOCK],
+    block: KeyBlock,
+    state: &mut SoftmaxStats<S>,
     out: &mut [f32],
 ) -> [f32; BLOCK] {
     const LANE: [f32; BLOCK] =
         [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
-    let scale = 1.0 / (place.size as f32).sqrt();
-    let valid = place.valid();
+    let scale = 1.0 / (block.size as f32).sqrt();
+    let valid = block.valid();
     // scaled scores plus slope * (key position - query position)
-    let first = (place.block * BLOCK) as f32 - place.position as f32;
+    let first = (block.index * BLOCK) as f32 - block.position as f32;
     let distance = S::add(S::load(LANE.as_ptr()), S::splat(first));
-    let bias = S::mul(distance, S::splat(place.slope));
-    let scores = S::fma(S::load(products.as_ptr()), S::splat(scale), bias);
+    let bias = S::mul(distance, S::splat(block.slope));
+    let scores = S::fma(S::load(scores.as_ptr()), S::splat(scale), bias);
     // in registers: what is stored in part and loaded whole has to wait for memory
     let scores = S::first(scores, valid, S::splat(f32::NEG_INFINITY));
     let here = S::max_lane(scores);
-    if here > state.most {
-        if place.block > 0 {
-            let shrink = (state.most - here).exp();
-            state.sum = S::mul(state.sum, S::splat(shrink));
+    if here > state.max {
+        if block.index > 0 {
+            let rescale = (state.max - here).exp();
+            state.sum_exp = S::mul(state.sum_exp, S::splat(rescale));
             for o in out.iter_mut() {
-                *o *= shrink;
+                *o *= rescale;
             }
         }
-        state.most = here;
+        state.max = here;
     }
-    let exps = S::first(S::exp(S::sub(scores, S::splat(state.most))), valid, S::splat(0.0));
-    state.sum = S::add(state.sum, exps);
+    let exps = S::first(S::exp(S::sub(scores, S::splat(state.max))), valid, S::splat(0.0));
+    state.sum_exp = S::add(state.sum_exp, exps);
     let mut weights = [0.0; BLOCK];
     S::store(weights.as_mut_ptr(), exps);
     weights

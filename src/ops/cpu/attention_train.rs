@@ -1,7 +1,8 @@
 //! Causal attention with ALiBi over packed sequences, for training.
 
 use super::Cpu;
-use super::matmul::{View, matmul_small, matmul_tile};
+use super::matmul::{matmul_small, matmul_tile};
+use super::matrix_view::MatrixView;
 use super::threads::Disjoint;
 use crate::ops::Heads;
 use crate::simd_fn;
@@ -58,18 +59,18 @@ impl<'a> PackedAttention<'a> {
         part: usize,
         (first, rows): (usize, usize),
         head: usize,
-    ) -> View<'x> {
+    ) -> MatrixView<'x> {
         let width = 3 * self.heads * self.head_size;
         let start = first * width + (head * 3 + part) * self.head_size;
         let end = if rows == 0 { start } else { start + (rows - 1) * width + self.head_size };
-        View::strided(&qkv[start..end], rows, self.head_size, width)
+        MatrixView::strided(&qkv[start..end], rows, self.head_size, width)
     }
 
     /// A head's part of a `[tokens, hidden]` activation.
-    fn output<'x>(&self, x: &'x [f32], first: usize, rows: usize, head: usize) -> View<'x> {
+    fn output<'x>(&self, x: &'x [f32], first: usize, rows: usize, head: usize) -> MatrixView<'x> {
         let width = self.heads * self.head_size;
         let start = first * width + head * self.head_size;
-        View::strided(
+        MatrixView::strided(
             &x[start..start + (rows - 1) * width + self.head_size],
             rows,
             self.head_size,
@@ -99,7 +100,7 @@ impl<'a> PackedAttention<'a> {
                 }
                 let start = (first + i) * width + head * self.head_size;
                 let c = out.tile(start, (rows - 1) * width + self.head_size);
-                let p = View::new(&scores[..rows * keys], rows, keys);
+                let p = MatrixView::new(&scores[..rows * keys], rows, keys);
                 // SAFETY: heads of a row interleave between tasks but share no element.
                 unsafe { matmul_tile(c, width, p, self.part(qkv, 2, (first, keys), head), false) };
             }
@@ -164,8 +165,8 @@ impl<'a> PackedAttention<'a> {
                     };
                     softmax_causal_backward(cpu.isa, p, ds, &row);
                 }
-                let p = View::new(&p[..rows * keys], rows, keys);
-                let ds = View::new(&ds[..rows * keys], rows, keys);
+                let p = MatrixView::new(&p[..rows * keys], rows, keys);
+                let ds = MatrixView::new(&ds[..rows * keys], rows, keys);
                 let part = |part: usize, from: usize, rows: usize| {
                     let start = (first + from) * width + (head * 3 + part) * self.head_size;
                     d.tile(start, (rows - 1) * width + self.head_size)
@@ -179,10 +180,10 @@ impl<'a> PackedAttention<'a> {
                         [(1, ds, self.part(qkv, 0, (first + i, rows), head)), (2, p, g)]
                     {
                         if i > 0 {
-                            let before = View { cols: i, ..weights };
+                            let before = MatrixView { cols: i, ..weights };
                             matmul_tile(part(which, 0, i), width, before.t(), x, true);
                         }
-                        let own = View { data: &weights.data[i..], cols: rows, ..weights };
+                        let own = MatrixView { data: &weights.data[i..], cols: rows, ..weights };
                         matmul_tile(part(which, i, rows), width, own.t(), x, false);
                     }
                 }
@@ -195,12 +196,12 @@ simd_fn! {
     /// Turns raw scores of the query at `position` into probabilities; returns their log-sum-exp.
     fn softmax_causal<S>(row: &mut [f32], position: usize, scale: f32, slope: f32) -> f32 {
         let n = position + 1;
-        let mut most = f32::NEG_INFINITY;
+        let mut max = f32::NEG_INFINITY;
         for (j, s) in row[..n].iter_mut().enumerate() {
             *s = *s * scale - slope * (position - j) as f32;
-            most = if *s > most { *s } else { most };
+            max = if *s > max { *s } else { max };
         }
-        let m = S::splat(most);
+        let m = S::splat(max);
         let mut sum = S::splat(0.0);
         let full = n / 16 * 16;
         for j in (0..full).step_by(16) {
@@ -210,13 +211,13 @@ simd_fn! {
         }
         let mut sum = S::sum(sum);
         for s in &mut row[full..n] {
-            *s = (*s - most).exp();
+            *s = (*s - max).exp();
             sum += *s;
         }
         let inverse = 1.0 / sum;
         row[..n].iter_mut().for_each(|s| *s *= inverse);
         row[n..].fill(0.0);
-        most + sum.ln()
+        max + sum.ln()
     }
 }
 

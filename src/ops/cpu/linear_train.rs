@@ -1,7 +1,8 @@
 //! Linear layers and GELU for training, in f32 or with operands rounded to bf16.
 
 use super::Cpu;
-use super::matmul::{View, matmul};
+use super::matmul::matmul;
+use super::matrix_view::MatrixView;
 use super::threads::Disjoint;
 use super::train::COLUMNS;
 use crate::ops::train::Precision;
@@ -47,8 +48,8 @@ pub(super) fn linear(
             }
         }
     });
-    let weight = View::new(l.weight, n, k);
-    matmul(cpu, l.precision, (y, n), View::new(x, tokens, k), weight.t(), true);
+    let weight = MatrixView::new(l.weight, n, k);
+    matmul(cpu, l.precision, (y, n), MatrixView::new(x, tokens, k), weight.t(), true);
 }
 
 /// Writes the gradient of the input to `dx`, adds those of weight and bias to `dw` and `db`.
@@ -61,9 +62,9 @@ pub(super) fn linear_backward(
 ) {
     let (n, k) = l.shape();
     let tokens = x.len() / k;
-    let dy_view = View::new(dy, tokens, n);
-    matmul(cpu, l.precision, (dx, k), dy_view, View::new(l.weight, n, k), false);
-    matmul(cpu, l.precision, (dw, k), dy_view.t(), View::new(x, tokens, k), true);
+    let dy_view = MatrixView::new(dy, tokens, n);
+    matmul(cpu, l.precision, (dx, k), dy_view, MatrixView::new(l.weight, n, k), false);
+    matmul(cpu, l.precision, (dw, k), dy_view.t(), MatrixView::new(x, tokens, k), true);
     add_columns(cpu, dy, db);
 }
 

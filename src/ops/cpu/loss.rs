@@ -1,7 +1,8 @@
 //! Losses fused with the LM head: logits never leave a chunk.
 
 use super::Cpu;
-use super::matmul::{View, matmul};
+use super::matmul::matmul;
+use super::matrix_view::MatrixView;
 use super::rows::exp_sum;
 use super::threads::Disjoint;
 use crate::ops::train::Precision;
@@ -31,12 +32,12 @@ pub(super) fn cross_entropy(
     let chunk = (LOGITS / vocab).clamp(16, rows.max(16));
     logits.resize(chunk.min(rows) * vocab, 0.0);
     let mut losses = vec![0f64; rows];
-    let head_view = View::new(head, vocab, h);
+    let head_view = MatrixView::new(head, vocab, h);
     let mut gradients = gradients;
     for start in (0..rows).step_by(chunk) {
         let n = chunk.min(rows - start);
         let logits = &mut logits[..n * vocab];
-        let x = View::new(&x[start * h..(start + n) * h], n, h);
+        let x = MatrixView::new(&x[start * h..(start + n) * h], n, h);
         matmul(cpu, precision, (logits, vocab), x, head_view.t(), false);
         let scale = gradients.as_ref().map(|g| g.0);
         let (rows_of, loss_of) =
@@ -55,7 +56,7 @@ pub(super) fn cross_entropy(
             }
         });
         if let Some((_, dx, dhead)) = &mut gradients {
-            let g = View::new(logits, n, vocab);
+            let g = MatrixView::new(logits, n, vocab);
             let dx = &mut dx[start * h..(start + n) * h];
             matmul(cpu, precision, (dx, h), g, head_view, false);
             matmul(cpu, precision, (dhead, h), g.t(), x, true);

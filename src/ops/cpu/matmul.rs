@@ -1,52 +1,14 @@
-//! C = A B for training: large products of f32 matrices with any strides.
+//! C = A B for training: large f32 matrices with any strides.
 //!
-//! Two ways to compute: f32 (crate `gemm` on blocks of C), and bf16 with f32 accumulation
+//! Two kernels: f32 (crate `gemm` on blocks of C), and bf16 with f32 accumulation
 //! (`matmul_bf16.rs`) where the machine has BF16 dot products. Each element of C is summed in
 //! an order that depends on the shapes alone, so that runs repeat bit for bit on any number of
 //! threads.
 
 use super::Cpu;
+use super::matrix_view::MatrixView;
 use super::threads::Disjoint;
 use crate::ops::train::Precision;
-
-/// A matrix in somebody's memory: element (i, j) is `data[i * row_stride + j * col_stride]`.
-#[derive(Clone, Copy)]
-pub struct View<'a> {
-    /// Elements, of which the first is (0, 0).
-    pub data: &'a [f32],
-    /// Rows.
-    pub rows: usize,
-    /// Columns.
-    pub cols: usize,
-    /// Elements from one row to the next.
-    pub row_stride: usize,
-    /// Elements from one column to the next.
-    pub col_stride: usize,
-}
-
-impl<'a> View<'a> {
-    /// Row-major, dense.
-    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        View::strided(data, rows, cols, cols)
-    }
-
-    /// Row-major with `stride` elements from one row to the next.
-    pub fn strided(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
-        assert!(rows == 0 || cols == 0 || (rows - 1) * stride + cols <= data.len());
-        View { data, rows, cols, row_stride: stride, col_stride: 1 }
-    }
-
-    /// The transposed matrix.
-    pub fn t(self) -> Self {
-        View {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
-    }
-}
 
 /// Rows and columns of the blocks of C that threads take in the f32 path.
 const BLOCK: (usize, usize) = (256, 512);
@@ -56,8 +18,8 @@ pub fn matmul(
     cpu: &Cpu,
     precision: Precision,
     (c, c_stride): (&mut [f32], usize),
-    a: View,
-    b: View,
+    a: MatrixView,
+    b: MatrixView,
     accumulate: bool,
 ) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
@@ -76,8 +38,8 @@ pub fn matmul(
     cpu.threads.run(blocks_m * blocks_n, |block| {
         let (i, j) = (block / blocks_n * BLOCK.0, block % blocks_n * BLOCK.1);
         let (bm, bn) = (BLOCK.0.min(m - i), BLOCK.1.min(n - j));
-        let a = View { data: &a.data[i * a.row_stride..], rows: bm, ..a };
-        let b = View { data: &b.data[j * b.col_stride..], cols: bn, ..b };
+        let a = MatrixView { data: &a.data[i * a.row_stride..], rows: bm, ..a };
+        let b = MatrixView { data: &b.data[j * b.col_stride..], cols: bn, ..b };
         let c = out.tile(i * c_stride + j, (bm - 1) * c_stride + bn);
         // SAFETY: blocks of C share no element.
         unsafe { matmul_tile(c, c_stride, a, b, accumulate) }
@@ -85,7 +47,13 @@ pub fn matmul(
 }
 
 /// C = A B on the calling thread alone, in f32: for the many small products of attention.
-pub fn matmul_small(c: &mut [f32], c_stride: usize, a: View, b: View, accumulate: bool) {
+pub fn matmul_small(
+    c: &mut [f32],
+    c_stride: usize,
+    a: MatrixView,
+    b: MatrixView,
+    accumulate: bool,
+) {
     assert!(a.rows == 0 || (a.rows - 1) * c_stride + b.cols <= c.len());
     // SAFETY: C is all ours, and large enough.
     unsafe { matmul_tile(c.as_mut_ptr(), c_stride, a, b, accumulate) }
@@ -96,7 +64,13 @@ pub fn matmul_small(c: &mut [f32], c_stride: usize, a: View, b: View, accumulate
 /// # Safety
 /// `c` must be valid for `a.rows` rows of `b.cols` elements, `c_stride` apart, that no other thread
 /// uses.
-pub unsafe fn matmul_tile(c: *mut f32, c_stride: usize, a: View, b: View, accumulate: bool) {
+pub unsafe fn matmul_tile(
+    c: *mut f32,
+    c_stride: usize,
+    a: MatrixView,
+    b: MatrixView,
+    accumulate: bool,
+) {
     assert_eq!(a.cols, b.rows, "inner sizes differ");
     if a.rows == 0 || b.cols == 0 || a.cols == 0 {
         return;

@@ -7,7 +7,7 @@
 //! which keeps the dot-product port busy (64 FLOP a cycle).
 
 use super::Cpu;
-use super::matmul::View;
+use super::matrix_view::MatrixView;
 use super::simd::transpose;
 use super::threads::Disjoint;
 use std::arch::x86_64::*;
@@ -18,7 +18,7 @@ const MR: usize = 6;
 const NR: usize = 64;
 /// Inner steps of one pass over a tile; a block of B is KC x 64 x 2 bytes = 64 KiB, in L2.
 const KC: usize = 512;
-/// Rows of A that a task takes: 192 x KC x 2 bytes = 192 KiB, in L2 beside the block of B.
+/// Rows of A that a task takes: 192 x KC x 2 bytes = 192 KiB, in L2 with the block of B.
 const MC: usize = 192;
 /// Panels of B that a task takes.
 const PANELS: usize = 4;
@@ -29,7 +29,14 @@ thread_local! {
 }
 
 /// See [`super::matmul::matmul`]; one of the two strides of A and of B must be 1.
-pub fn matmul(cpu: &Cpu, c: &mut [f32], c_stride: usize, a: View, b: View, accumulate: bool) {
+pub fn matmul(
+    cpu: &Cpu,
+    c: &mut [f32],
+    c_stride: usize,
+    a: MatrixView,
+    b: MatrixView,
+    accumulate: bool,
+) {
     PACKED.with_borrow_mut(|(pa, pb)| {
         let (m, n, k) = (a.rows, b.cols, a.cols);
         // inner pairs, padded so that whole registers can be written
@@ -132,7 +139,7 @@ unsafe fn tile<const M: usize>(
 
 /// 16 rows of A from `first` on, as `[row][pair]` words; zeros beyond the matrix.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn pack_a(out: &mut [u32], pairs: usize, a: View, first: usize) {
+fn pack_a(out: &mut [u32], pairs: usize, a: MatrixView, first: usize) {
     let rows = 16.min(a.rows - first);
     for p in (0..pairs).step_by(16) {
         // SAFETY: `load_words` masks what lies beyond the matrix; `out` holds 16 rows of `pairs`.
@@ -150,7 +157,7 @@ fn pack_a(out: &mut [u32], pairs: usize, a: View, first: usize) {
 
 /// 64 columns of B from `first` on, as `[pair][column]` words; zeros beyond the matrix.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn pack_b(out: &mut [u32], pairs: usize, b: View, first: usize) {
+fn pack_b(out: &mut [u32], pairs: usize, b: MatrixView, first: usize) {
     let b = b.t();
     for j in (0..NR).step_by(16) {
         let columns = 16.min(b.rows.saturating_sub(first + j));
@@ -173,7 +180,7 @@ fn pack_b(out: &mut [u32], pairs: usize, b: View, first: usize) {
 /// `[row][pair]` if the inner dimension is contiguous, `[pair][row]` if the rows are.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn load_words(v: View, first: usize, rows: usize, k: usize) -> [__m512i; 16] {
+unsafe fn load_words(v: MatrixView, first: usize, rows: usize, k: usize) -> [__m512i; 16] {
     let mut words = [_mm512_setzero_si512(); 16];
     let inner = v.cols.saturating_sub(k).min(32);
     let mask = |n: usize| ((1u32 << n) - 1) as __mmask16;

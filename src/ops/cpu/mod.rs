@@ -8,15 +8,16 @@ pub mod attention;
 mod attention_train;
 mod embedding_train;
 pub mod finite;
+mod huge_pages;
+pub mod linear;
 mod linear_train;
 mod loss;
 pub mod matmul;
 #[cfg(target_arch = "x86_64")]
 mod matmul_bf16;
+pub mod matrix_view;
 mod norm_train;
 mod optimizer;
-pub mod product;
-mod resident;
 pub mod rows;
 pub mod sampling;
 pub mod simd;
@@ -31,8 +32,8 @@ use crate::error::Result;
 use crate::memory::MemoryPlan;
 use crate::simd_fn;
 use crate::tensor::{DType, HostTensor};
-use attention::Cache;
-use product::Matrix;
+use attention::KvCache;
+use linear::CpuWeight;
 use sampling::sample_token;
 use simd::Isa;
 use threads::{Disjoint, Threads};
@@ -88,11 +89,11 @@ impl Cpu {
 
 impl Backend for Cpu {
     type Buffer = Vec<f32>;
-    type Weight = Matrix;
+    type Weight = CpuWeight;
     type Vector = Vec<f32>;
 
-    fn weight(&self, tensor: HostTensor, dtype: Option<DType>) -> Result<Matrix> {
-        Matrix::new(self, tensor, dtype)
+    fn weight(&self, tensor: HostTensor, dtype: Option<DType>) -> Result<CpuWeight> {
+        CpuWeight::new(self, tensor, dtype)
     }
 
     fn vector(&self, tensor: &HostTensor) -> Result<Vec<f32>> {
@@ -117,7 +118,7 @@ impl Backend for Cpu {
             residual.expect("linear's residual", [tokens, n], DType::F32);
         }
         let rows = Disjoint::new(self.room(y, [tokens, n]));
-        product::product(self, x.buffer(), &linear.weight, &|token, first, sums| {
+        linear::gemm_nt(self, x.buffer(), &linear.weight, &|token, first, sums| {
             let at = token * n + first..token * n + first + sums.len();
             // SAFETY: every output is finished once.
             let out = unsafe { rows.slice(at.clone()) };
@@ -169,15 +170,15 @@ impl Cpu {
 }
 
 impl DecodeBackend for Cpu {
-    type Cache = Cache;
+    type Cache = KvCache;
     type DeviceBatch = Batch;
     type PendingSamples = Vec<SampledToken>;
 
-    fn cache(&self, dtype: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<Cache> {
-        Cache::new(dtype, layers, heads, blocks)
+    fn cache(&self, dtype: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<KvCache> {
+        KvCache::new(dtype, layers, heads, blocks)
     }
 
-    fn copy_block(&self, cache: &mut Cache, from: u32, to: u32) {
+    fn copy_block(&self, cache: &mut KvCache, from: u32, to: u32) {
         cache.copy_block(from, to);
     }
 
@@ -189,7 +190,7 @@ impl DecodeBackend for Cpu {
         &self,
         y: &mut Tensor<Cpu>,
         batch: &Batch,
-        table: &Matrix,
+        table: &CpuWeight,
         norm: &LayerNorm<Cpu>,
     ) {
         let (h, ids) = (table.cols(), &batch.ids);
@@ -212,7 +213,7 @@ impl DecodeBackend for Cpu {
         x: &Tensor<Cpu>,
         qkv: &Linear<Cpu>,
         batch: &Batch,
-        (cache, layer): (&mut Cache, usize),
+        (cache, layer): (&mut KvCache, usize),
     ) {
         self.linear(queries, x, qkv, Epilogue::Bias);
         cache.write(self, batch, layer, queries.buffer());
@@ -223,7 +224,7 @@ impl DecodeBackend for Cpu {
         y: &mut Tensor<Cpu>,
         queries: &Tensor<Cpu>,
         batch: &Batch,
-        (cache, layer): (&Cache, usize),
+        (cache, layer): (&KvCache, usize),
     ) {
         let (tokens, width) = (batch.ids.len(), cache.heads().width());
         queries.expect("paged_attention", [tokens, 3 * width], DType::F32);
@@ -231,12 +232,12 @@ impl DecodeBackend for Cpu {
         cache.attend(self, batch, layer, queries.buffer(), out);
     }
 
-    fn logits(&self, x: &Tensor<Cpu>, lm_head: &Matrix, out: &mut Vec<f32>) -> Result<()> {
+    fn logits(&self, x: &Tensor<Cpu>, lm_head: &CpuWeight, out: &mut Vec<f32>) -> Result<()> {
         let (n, tokens) = (lm_head.rows(), x.shape()[0]);
         x.expect("logits", [tokens, lm_head.cols()], DType::F32);
         out.resize(tokens * n, 0.0);
         let rows = Disjoint::new(out);
-        product::product(self, x.buffer(), lm_head, &|token, first, sums| {
+        linear::gemm_nt(self, x.buffer(), lm_head, &|token, first, sums| {
             let at = token * n + first..token * n + first + sums.len();
             // SAFETY: every output is finished once.
             unsafe { rows.slice(at) }.copy_from_slice(sums);
@@ -247,7 +248,7 @@ impl DecodeBackend for Cpu {
     fn sample(
         &self,
         x: &Tensor<Cpu>,
-        lm_head: &Matrix,
+        lm_head: &CpuWeight,
         rows: &[(usize, &SamplingRow)],
         scratch: &mut Vec<f32>,
     ) -> Result<Vec<SampledToken>> {
@@ -281,7 +282,7 @@ impl DecodeBackend for Cpu {
     fn sample_async(
         &self,
         x: &Tensor<Cpu>,
-        lm_head: &Matrix,
+        lm_head: &CpuWeight,
         rows: &[(usize, &SamplingRow)],
     ) -> Result<Vec<SampledToken>> {
         self.sample(x, lm_head, rows, &mut Vec::new())

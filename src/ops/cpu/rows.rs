@@ -1,11 +1,11 @@
 //! Operations on single rows that inference and training share.
 
-use super::product::Element;
+use super::simd::Element;
 use crate::simd_fn;
 use half::{bf16, f16};
 
 simd_fn! {
-    /// Layer norm of one row; returns its mean and reciprocal deviation.
+    /// Layer norm of one row; returns its mean and reciprocal standard deviation.
     pub fn layer_norm_row<S>(
         x: &[f32], weight: &[f32], bias: &[f32], eps: f32, y: &mut [f32],
     ) -> (f32, f32) {
@@ -54,8 +54,8 @@ simd_fn! {
         for j in (0..full).step_by(16) {
             m = S::max(m, S::load(row.as_ptr().add(j)));
         }
-        let most = row[full..].iter().fold(S::max_lane(m), |a, &b| if b > a { b } else { a });
-        let m = S::splat(most);
+        let max = row[full..].iter().fold(S::max_lane(m), |a, &b| if b > a { b } else { a });
+        let m = S::splat(max);
         let mut sum = S::splat(0.0);
         for j in (0..full).step_by(16) {
             let e = S::exp(S::sub(S::load(row.as_ptr().add(j)), m));
@@ -66,18 +66,18 @@ simd_fn! {
         }
         let mut sum = S::sum(sum);
         for s in &mut row[full..] {
-            let e = (*s - most).exp();
+            let e = (*s - max).exp();
             sum += e;
             if keep {
                 *s = e;
             }
         }
-        (most, sum)
+        (max, sum)
     }
 }
 
 /// Defines the conversion of f32 to a stored type, ties to even.
-macro_rules! narrow {
+macro_rules! convert {
     ($name:ident, $e:ty) => {
         simd_fn! {
             /// Writes `x` in the stored type; both have the same length.
@@ -94,6 +94,6 @@ macro_rules! narrow {
         }
     };
 }
-narrow!(narrow_f32, f32);
-narrow!(narrow_f16, f16);
-narrow!(narrow_bf16, bf16);
+convert!(f32_to_f32, f32);
+convert!(f32_to_f16, f16);
+convert!(f32_to_bf16, bf16);

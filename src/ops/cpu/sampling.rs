@@ -7,9 +7,9 @@ use crate::random::{philox, philox16, uniform};
 
 /// log(sum(exp(logits))).
 pub fn log_sum_exp(logits: &[f32]) -> f32 {
-    let most = logits.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
-    let sum: f64 = logits.iter().map(|v| (v - most).exp() as f64).sum();
-    (most as f64 + sum.ln()) as f32
+    let max = logits.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+    let sum: f64 = logits.iter().map(|v| (v - max).exp() as f64).sum();
+    (max as f64 + sum.ln()) as f32
 }
 
 /// The `count` most likely tokens; of equal ones the lower first.
@@ -18,11 +18,11 @@ pub fn top_tokens(logits: &[f32], lse: f32, count: usize) -> TopTokens {
     if count == 0 {
         return Vec::new();
     }
-    let least = kth_largest(logits, count);
+    let min = kth_largest(logits, count);
     let mut top: TopTokens = logits
         .iter()
         .enumerate()
-        .filter(|l| *l.1 >= least)
+        .filter(|l| *l.1 >= min)
         .map(|(t, &v)| (t as u32, v - lse))
         .collect();
     top.sort_by(|a, b| b.1.total_cmp(&a.1));
@@ -61,10 +61,10 @@ pub fn sample_token(logits: &mut [f32], lse: f32, row: &SamplingRow) -> SampledT
 fn argmax(logits: &[f32]) -> u32 {
     let mut best = (0, f32::NEG_INFINITY);
     for (c, chunk) in logits.chunks(64).enumerate() {
-        let most = chunk.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
-        if most > best.1 {
-            let i = chunk.iter().position(|&v| v == most).unwrap_or(0);
-            best = (c * 64 + i, most);
+        let max = chunk.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+        if max > best.1 {
+            let i = chunk.iter().position(|&v| v == max).unwrap_or(0);
+            best = (c * 64 + i, max);
         }
     }
     best.0 as u32
@@ -104,12 +104,12 @@ impl Best {
     }
 
     /// What the upper 23 random bits of a token must reach, at least, for it to win with a logit of
-    /// at most `most`: noise of t or more takes a number of exp(-exp(-t)) or more. What logarithms
+    /// at most `max`: noise of t or more takes a number of exp(-exp(-t)) or more. What logarithms
     /// in f32 may be off is allowed for.
-    fn least_bits(&self, most: f32) -> u32 {
+    fn min_bits(&self, max: f32) -> u32 {
         /// A little above the noise of the largest random number.
         const MOST: f64 = 16.7;
-        let noise = (self.score - most * self.inverse) as f64 - 1e-3;
+        let noise = (self.score - max * self.inverse) as f64 - 1e-3;
         if noise > MOST {
             return 1 << 23;
         }
@@ -126,9 +126,9 @@ fn sample_all(logits: &[f32], row: &SamplingRow) -> u32 {
     let mut words = [[0; 16]; 4];
     let mut best = Best::new(row);
     for (i, chunk) in logits.chunks(CHUNK).enumerate() {
-        let most = chunk.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
-        let least = best.least_bits(most);
-        if least >= 1 << 23 {
+        let max = chunk.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+        let min = best.min_bits(max);
+        if min >= 1 << 23 {
             continue;
         }
         let first = i * CHUNK;
@@ -140,12 +140,12 @@ fn sample_all(logits: &[f32], row: &SamplingRow) -> u32 {
             &mut words,
         );
         let largest = words.iter().flatten().fold(0, |m: u32, &w| m.max(w));
-        if largest >> 9 < least {
+        if largest >> 9 < min {
             continue;
         }
         for (j, &logit) in chunk.iter().enumerate() {
             let bits = words[j % 4][j / 4];
-            if bits >> 9 >= least {
+            if bits >> 9 >= min {
                 best.consider((first + j) as u32, logit, bits);
             }
         }
@@ -155,25 +155,25 @@ fn sample_all(logits: &[f32], row: &SamplingRow) -> u32 {
 
 /// Tokens that the filters leave, with their logits.
 fn filter(logits: &[f32], s: &Sampling) -> Vec<(u32, f32)> {
-    let least = if s.top_k > 0 && s.top_k < logits.len() {
+    let min = if s.top_k > 0 && s.top_k < logits.len() {
         kth_largest(logits, s.top_k)
     } else {
         f32::NEG_INFINITY
     };
-    let most = logits.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+    let max = logits.iter().fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
     let inverse = 1.0 / s.temperature;
-    let weight = |v: f32| (((v - most) * inverse) as f64).exp();
+    let weight = |v: f32| (((v - max) * inverse) as f64).exp();
     let mut kept: Vec<(u32, f32)> = logits
         .iter()
         .enumerate()
-        .filter(|(_, v)| **v >= least)
+        .filter(|(_, v)| **v >= min)
         .map(|(t, &v)| (t as u32, v))
         .collect();
     if s.top_p < 1.0 {
         let total: f64 = kept.iter().map(|k| weight(k.1)).sum();
         // what is lighter than this adds up to less than 1 - top_p and falls away in any case
         let light = total * (1.0 - s.top_p as f64) / kept.len() as f64;
-        kept.retain(|k| weight(k.1) >= light || k.1 == most);
+        kept.retain(|k| weight(k.1) >= light || k.1 == max);
         kept.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         let mut before = 0.0;
         let keep = kept.iter().take_while(|k| {
@@ -194,14 +194,14 @@ fn kth_largest(logits: &[f32], k: usize) -> f32 {
     // a short list of the largest so far: almost all logits fail one comparison
     if k <= 256 {
         let mut top: Vec<f32> = Vec::with_capacity(k + 1);
-        let mut least = f32::NEG_INFINITY;
+        let mut min = f32::NEG_INFINITY;
         for &v in logits {
-            if v > least || top.len() < k {
+            if v > min || top.len() < k {
                 let at = top.partition_point(|&t| t >= v);
                 top.insert(at, v);
                 top.truncate(k);
                 if top.len() == k {
-                    least = top[k - 1];
+                    min = top[k - 1];
                 }
             }
         }

@@ -4,8 +4,8 @@ use crate::device::{Launcher, Memory};
 use crate::error::{Error, Result};
 use crate::ops::Weight;
 use crate::ops::cpu::finite;
-use crate::ops::cpu::product::quantize_offset;
-use crate::ops::cpu::rows::{narrow_bf16, narrow_f16};
+use crate::ops::cpu::linear::quantize_offset;
+use crate::ops::cpu::rows::{f32_to_bf16, f32_to_f16};
 use crate::ops::cpu::simd::Isa;
 use crate::tensor::{DType, HostTensor};
 use half::{bf16, f16};
@@ -121,11 +121,11 @@ fn quantize(x: &[f32], cols: usize, scales: &mut Vec<f32>) -> Vec<u8> {
 pub(super) fn to_half(x: &[f32], half: DType) -> Vec<u8> {
     if half == DType::F16 {
         let mut out = vec![f16::ZERO; x.len()];
-        narrow_f16(Isa::detect(), x, &mut out);
+        f32_to_f16(Isa::detect(), x, &mut out);
         bytemuck::cast_slice(&out).to_vec()
     } else {
         let mut out = vec![bf16::ZERO; x.len()];
-        narrow_bf16(Isa::detect(), x, &mut out);
+        f32_to_bf16(Isa::detect(), x, &mut out);
         bytemuck::cast_slice(&out).to_vec()
     }
 }

@@ -4,10 +4,12 @@
 //! 8-lane halves) and portable Rust. Sixteen lanes everywhere keep one reduction order, so that
 //! a kernel's result never depends on how many rows share the call.
 
+mod element;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub use element::Element;
 pub use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx512, transpose};
@@ -321,4 +323,21 @@ macro_rules! simd_fn {
             }
         }
     };
+}
+
+/// Asks for the cache line at `p`, into the first level or only the second; any address will do.
+#[inline(always)]
+pub fn prefetch<T, const FIRST: bool>(p: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        if FIRST {
+            _mm_prefetch::<_MM_HINT_T0>(p.cast())
+        } else {
+            _mm_prefetch::<_MM_HINT_T1>(p.cast())
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
 }

@@ -5,7 +5,7 @@
 //! The others in dot-product form: lanes run along the inner dimension, so that mapped files are
 //! read as they lie. A tile is 4 tokens by 6 rows of weights (24 vector sums in registers, 10 loads
 //! for 24 multiply-adds). A task takes a panel of rows, whose chunk of `CHUNK` inner elements
-//! stays in the first-level cache while all tokens pass by it from the second: each weight is read
+//! stays in L1 while all tokens pass by it from the second: each weight is read
 //! from memory once a call. An output's sum runs over lanes, then chunks, in an order that depends
 //! on the inner size alone: a token's result is the same in every batch.
 
@@ -14,14 +14,13 @@ mod bf16;
 mod dot;
 mod int8;
 mod lanes;
-mod weights;
+mod weight;
 
-pub use dot::Element;
 pub use int8::quantize_offset;
-pub use weights::Matrix;
+pub use weight::CpuWeight;
 
 use super::Cpu;
-use super::simd::InstructionSet;
+use super::simd::{Element, InstructionSet, prefetch};
 use super::threads::Disjoint;
 use crate::ops::Weight as _;
 use dot::{Dot, Float};
@@ -35,7 +34,7 @@ const CHUNK: usize = 2048;
 /// end.
 const PANEL: usize = 96 * 2048;
 const PANEL_ROWS: usize = 96;
-/// Most tokens that pass a panel at once: their activations stay in the second-level cache.
+/// Most tokens that pass a panel at once: their activations stay in L2.
 const TOKENS: usize = 192;
 /// Streams of weights of a pass of few tokens, and how many bytes ahead of use they are asked for.
 /// Measured on Zen 4: one stream 85 % of the read bandwidth, two 98 %, six neighbouring rows 60 %.
@@ -45,27 +44,27 @@ const AHEAD: usize = 1024;
 const PAD: usize = 64;
 
 /// Receives finished outputs: the token, the first row of the panel, and its sums.
-pub type Finish<'a> = dyn Fn(usize, usize, &mut [f32]) + Sync + 'a;
+pub type StoreFn<'a> = dyn Fn(usize, usize, &mut [f32]) + Sync + 'a;
 
-/// Computes x W^T for `x` = `[tokens, inputs]`, and hands every token's outputs to `finish`, panel
+/// Computes x W^T for `x` = `[tokens, inputs]`, and hands every token's outputs to `store`, panel
 /// by panel.
-pub fn product(cpu: &Cpu, x: &[f32], weights: &Matrix, finish: &Finish) {
+pub fn gemm_nt(cpu: &Cpu, x: &[f32], weights: &CpuWeight, store: &StoreFn) {
     match weights {
-        Matrix::F32(w) => float(cpu, x, w, weights, finish),
-        Matrix::F16(w) => float(cpu, x, w, weights, finish),
+        CpuWeight::F32(w) => float(cpu, x, w, weights, store),
+        CpuWeight::F16(w) => float(cpu, x, w, weights, store),
         #[cfg(target_arch = "x86_64")]
-        Matrix::Bf16Packed(w) => bf16::product(cpu, x, w, finish),
-        Matrix::Bf16(w) => float(cpu, x, w, weights, finish),
-        Matrix::Int8(w) => int8::product(cpu, x, w, finish),
+        CpuWeight::Bf16Packed(w) => bf16::gemm_nt(cpu, x, w, store),
+        CpuWeight::Bf16(w) => float(cpu, x, w, weights, store),
+        CpuWeight::Int8(w) => int8::gemm_nt(cpu, x, w, store),
     }
 }
 
 fn float<E: Element + bytemuck::Pod>(
     cpu: &Cpu,
     x: &[f32],
-    w: &weights::Plain<E>,
-    shape: &Matrix,
-    finish: &Finish,
+    w: &weight::RowMajor<E>,
+    shape: &CpuWeight,
+    store: &StoreFn,
 ) {
     prepare(cpu, x, shape.cols(), |a, width| match cpu.isa.set() {
         #[cfg(target_arch = "x86_64")]
@@ -78,7 +77,7 @@ fn float<E: Element + bytemuck::Pod>(
                 width,
                 &w.data,
                 shape,
-                finish,
+                store,
             )
         }
         #[cfg(target_arch = "x86_64")]
@@ -91,7 +90,7 @@ fn float<E: Element + bytemuck::Pod>(
                 width,
                 &w.data,
                 shape,
-                finish,
+                store,
             )
         }
         _ => {
@@ -103,7 +102,7 @@ fn float<E: Element + bytemuck::Pod>(
                 width,
                 &w.data,
                 shape,
-                finish,
+                store,
             )
         }
     });
@@ -168,8 +167,8 @@ fn run<D: Dot>(
     a: &[D::A],
     width: usize,
     w: &[D::W],
-    shape: &Matrix,
-    finish: &Finish,
+    shape: &CpuWeight,
+    store: &StoreFn,
 ) {
     let (rows, inputs) = (shape.rows(), shape.cols());
     let tokens = a.len() / width;
@@ -188,7 +187,7 @@ fn run<D: Dot>(
                 // SAFETY: the instruction set was matched with `cpu.isa`; sizes were checked above.
                 unsafe { panel(w, inputs, rows.clone(), (a, width), tokens.clone(), sums) };
                 for (t, sums) in tokens.clone().zip(sums.chunks_exact_mut(n)) {
-                    finish(t, rows.start, sums);
+                    store(t, rows.start, sums);
                 }
             });
         });
@@ -355,23 +354,6 @@ enum Ahead<W> {
     /// At every step so many lines (at most 3) of other rows from `at` on, of which `left` elements
     /// are in the first row; the next rows have `row` elements each, `skip` elements lie between.
     Lines { at: *const W, left: usize, row: usize, skip: usize, lines: usize },
-}
-
-/// Asks for the cache line at `p`, into the first level or only the second; any address will do.
-#[inline(always)]
-pub(super) fn prefetch<T, const FIRST: bool>(p: *const T) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch never faults.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
-        if FIRST {
-            _mm_prefetch::<_MM_HINT_T0>(p.cast())
-        } else {
-            _mm_prefetch::<_MM_HINT_T1>(p.cast())
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = p;
 }
 
 /// Adds the products of M tokens with N rows over `k` inner elements to `out`.

@@ -5,14 +5,14 @@
 use super::super::Cpu;
 use super::super::simd::InstructionSet;
 use super::super::threads::Disjoint;
-use super::Finish;
+use super::StoreFn;
 use super::lanes::{self, GROUP, Groups, Lanes, Panel, WORD as INNER, panel};
 use crate::simd_fn;
 use crate::tensor::Bytes;
 use std::cell::RefCell;
 
 /// 8-bit weights with one scale for each row.
-pub struct Int8 {
+pub struct Int8Weight {
     /// `[rows / 16][inputs / 4][16][4]`, zeros in what lies beyond the matrix.
     data: Bytes,
     pub scales: Vec<f32>,
@@ -21,14 +21,14 @@ pub struct Int8 {
     cols: usize,
 }
 
-impl Int8 {
+impl Int8Weight {
     /// Quantizes rows of `cols` elements that `row` makes.
     pub fn new(
         cpu: &Cpu,
         rows: usize,
         cols: usize,
         row: impl Fn(usize) -> Vec<f32> + Sync,
-    ) -> std::io::Result<Int8> {
+    ) -> std::io::Result<Int8Weight> {
         let (words, count) = (cols.div_ceil(INNER), rows.div_ceil(GROUP));
         let (mut scales, mut sums) = (vec![0.0; rows], vec![0; rows]);
         let data = Bytes::resident(count * words * GROUP * INNER, |data| {
@@ -60,7 +60,7 @@ impl Int8 {
                 }
             });
         })?;
-        Ok(Int8 { data, scales, sums, cols })
+        Ok(Int8Weight { data, scales, sums, cols })
     }
 
     pub fn rows(&self) -> usize {
@@ -93,9 +93,9 @@ thread_local! {
     static OUTPUTS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Computes x W^T for `x` = `[tokens, inputs]`, and hands every token's outputs to `finish`, panel
+/// Computes x W^T for `x` = `[tokens, inputs]`, and hands every token's outputs to `store`, panel
 /// by panel.
-pub fn product(cpu: &Cpu, x: &[f32], w: &Int8, finish: &Finish) {
+pub fn gemm_nt(cpu: &Cpu, x: &[f32], w: &Int8Weight, store: &StoreFn) {
     let (rows, inputs) = (w.rows(), w.cols);
     let tokens = x.len() / inputs;
     let panel: Panel<i32> = match cpu.isa.set() {
@@ -138,7 +138,7 @@ pub fn product(cpu: &Cpu, x: &[f32], w: &Int8, finish: &Finish) {
                             scales[t],
                             outputs,
                         );
-                        finish(t, first, outputs);
+                        store(t, first, outputs);
                     }
                 });
             },
@@ -152,13 +152,13 @@ simd_fn! {
     pub fn quantize_offset<S>(x: &[f32], out: &mut [u8]) -> f32 {
         let full = x.len() / 16 * 16;
         assert!(x.len() <= out.len());
-        let mut most = S::splat(0.0);
+        let mut max = S::splat(0.0);
         for i in (0..full).step_by(16) {
             let v = S::load(x.as_ptr().add(i));
-            most = S::max(most, S::max(v, S::sub(S::splat(0.0), v)));
+            max = S::max(max, S::max(v, S::sub(S::splat(0.0), v)));
         }
-        let most = x[full..].iter().fold(S::max_lane(most), |m, v| m.max(v.abs()));
-        let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
+        let max = x[full..].iter().fold(S::max_lane(max), |m, v| m.max(v.abs()));
+        let inverse = if max > 0.0 { 127.0 / max } else { 0.0 };
         for i in (0..full).step_by(16) {
             let v = S::mul(S::load(x.as_ptr().add(i)), S::splat(inverse));
             S::store_u8(out.as_mut_ptr().add(i), S::add(S::round(v), S::splat(128.0)));
@@ -166,7 +166,7 @@ simd_fn! {
         for i in full..x.len() {
             out[i] = ((x[i] * inverse).round_ties_even() + 128.0) as u8;
         }
-        most / 127.0
+        max / 127.0
     }
 }
 
@@ -183,7 +183,7 @@ simd_fn! {
     }
 }
 
-/// Plain Rust.
+/// RowMajor Rust.
 struct Portable;
 
 impl Lanes for Portable {

@@ -1,4 +1,4 @@
-//! Weights brought to where they are read fastest.
+//! Weights moved to memory in huge pages, whose addresses miss the TLB far less.
 
 use super::Cpu;
 use super::threads::Disjoint;
@@ -6,7 +6,7 @@ use crate::tensor::Bytes;
 use std::cell::RefCell;
 use std::sync::Arc;
 
-/// Least bytes of a task, after which mapped pages are given back.
+/// Minimum bytes of a task, after which mapped pages are given back.
 const TASK: usize = 4 << 20;
 
 thread_local! {
@@ -18,7 +18,7 @@ thread_local! {
 /// bytes (the last one may have fewer); it gets a part's place among the bytes, the part, and where
 /// to. They never take memory twice: of a mapped file, pages are given back on the way; what is in
 /// such memory already and nobody else's is written over.
-pub fn into_resident(
+pub fn into_huge_pages(
     cpu: &Cpu,
     bytes: Bytes,
     part: usize,

@@ -7,17 +7,17 @@
 
 use super::super::Cpu;
 use super::super::finite::NotFinite;
-use super::super::resident::into_resident;
-use super::super::rows::narrow_bf16;
+use super::super::huge_pages::into_huge_pages;
+use super::super::rows::f32_to_bf16;
 use super::super::simd::transpose;
-use super::Finish;
+use super::StoreFn;
 use super::lanes::{self, GROUP, Groups, Lanes, WORD, panel_instance};
 use crate::tensor::{Bytes, DType};
 use half::bf16;
 use std::arch::x86_64::*;
 
 /// `[rows, cols]`, laid out for products.
-pub struct Packed {
+pub struct Bf16Weight {
     /// `[rows / 16][cols / 2][16][2]`, zeros in what lies beyond the matrix.
     data: Bytes,
     rows: usize,
@@ -29,7 +29,7 @@ fn group_bytes(cols: usize) -> usize {
     cols.div_ceil(2) * GROUP * WORD
 }
 
-impl Packed {
+impl Bf16Weight {
     /// Lays out a row-major matrix, in place where it is nobody else's, and looks for what is no
     /// number. `cpu` must have AVX-512 BF16.
     pub fn new(
@@ -37,7 +37,7 @@ impl Packed {
         source: Bytes,
         [rows, cols]: [usize; 2],
         found: &NotFinite,
-    ) -> std::io::Result<Packed> {
+    ) -> std::io::Result<Bf16Weight> {
         let group = group_bytes(cols);
         let pack = |at: usize, from: &[u8], to: &mut [u8]| {
             found.look(cpu.isa, DType::Bf16, at / 2, from);
@@ -45,7 +45,7 @@ impl Packed {
             unsafe { pack_group(from, cols, to) }
         };
         let data = if rows.is_multiple_of(GROUP) && cols.is_multiple_of(2) {
-            into_resident(cpu, source, group, pack)?
+            into_huge_pages(cpu, source, group, pack)?
         } else {
             Bytes::resident(rows.div_ceil(GROUP) * group, |out| {
                 let width = GROUP * cols * 2;
@@ -56,7 +56,7 @@ impl Packed {
                 }
             })?
         };
-        Ok(Packed { data, rows, cols })
+        Ok(Bf16Weight { data, rows, cols })
     }
 
     pub fn rows(&self) -> usize {
@@ -77,11 +77,11 @@ impl Packed {
     }
 }
 
-/// Computes x W^T; see [`super::product`].
-pub fn product(cpu: &Cpu, x: &[f32], w: &Packed, finish: &Finish) {
+/// Computes x W^T; see [`super::linear`].
+pub fn gemm_nt(cpu: &Cpu, x: &[f32], w: &Bf16Weight, store: &StoreFn) {
     let (rows, cols, bytes) = (w.rows, w.cols, group_bytes(w.cols));
-    let narrow = |x: &[f32], row: &mut [bf16], _| narrow_bf16(cpu.isa, x, row);
-    lanes::prepare(cpu, x, cols, narrow, |a| {
+    let convert = |x: &[f32], row: &mut [bf16], _| f32_to_bf16(cpu.isa, x, row);
+    lanes::prepare(cpu, x, cols, convert, |a| {
         lanes::tasks(
             cpu,
             rows.div_ceil(GROUP),
@@ -93,7 +93,7 @@ pub fn product(cpu: &Cpu, x: &[f32], w: &Packed, finish: &Finish) {
                 unsafe { panel_bf16(Groups { at, bytes, count }, a, tokens.clone(), sums) };
                 let real = (count * GROUP).min(rows - first * GROUP);
                 for (t, sums) in tokens.zip(sums.chunks_exact_mut(count * GROUP)) {
-                    finish(t, first * GROUP, &mut sums[..real]);
+                    store(t, first * GROUP, &mut sums[..real]);
                 }
             },
         );
@@ -160,7 +160,7 @@ panel_instance!(panel_bf16, Bf16, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Matrix, product};
+    use super::super::{CpuWeight, gemm_nt};
     use crate::ops::cpu::Cpu;
     use crate::ops::cpu::simd::InstructionSet;
     use crate::ops::cpu::threads::Disjoint;
@@ -190,14 +190,14 @@ mod tests {
             let fill = |to: &mut [u8]| to.copy_from_slice(bytemuck::cast_slice(&w));
             let bytes = Bytes::resident(rows * cols * 2, fill).unwrap();
             let tensor = HostTensor { dtype: DType::Bf16, shape: vec![rows, cols], bytes };
-            let matrix = Matrix::new(&cpu, tensor, None).unwrap();
+            let matrix = CpuWeight::new(&cpu, tensor, None).unwrap();
             let mut row = vec![0f32; cols];
             matrix.read_row(rows - 1, &mut row);
             prop_assert!(row.iter().zip(&w[(rows - 1) * cols..]).all(|(a, b)| *a == b.to_f32()));
             let run = |x: &[f32]| {
                 let mut out = vec![0f32; x.len() / cols * rows];
                 let place = Disjoint::new(&mut out);
-                product(&cpu, x, &matrix, &|t, first, sums: &mut [f32]| {
+                gemm_nt(&cpu, x, &matrix, &|t, first, sums: &mut [f32]| {
                     let at = t * rows + first..t * rows + first + sums.len();
                     // SAFETY: every output is finished once.
                     unsafe { place.slice(at) }.copy_from_slice(sums);
@@ -212,8 +212,8 @@ mod tests {
                     let terms = x.iter().zip(&w[r * cols..]);
                     let exact: f64 = terms.map(|(x, w)| *x as f64 * w.to_f64()).sum();
                     // a quarter is the largest term; each addition rounds the sum so far
-                    let most = cols as f64 * 0.25 * cols as f64 * f32::EPSILON as f64;
-                    prop_assert!((*ours as f64 - exact).abs() <= most, "row {} of token {}: {} \
+                    let max = cols as f64 * 0.25 * cols as f64 * f32::EPSILON as f64;
+                    prop_assert!((*ours as f64 - exact).abs() <= max, "row {} of token {}: {} \
                         {}", r, t, ours, exact);
                 }
             }
