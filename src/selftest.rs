@@ -399,7 +399,7 @@ impl<L: Launcher> Test<'_, L> {
         let ways = if sequences > 8 { &ways[..2] } else { &ways[..] };
         let mut results = Vec::new();
         for &(records, persistent) in ways {
-            (self.cuda.records, self.cuda.persistent) = (records, persistent);
+            (self.cuda.captures_graphs, self.cuda.persistent) = (records, persistent);
             let mut cache = self.cuda.cache(self.half, LAYERS, &heads, 11 * sequences)?;
             let mut a = DecoderActivations::default();
             let mut result = Vec::new();
@@ -410,7 +410,7 @@ impl<L: Launcher> Test<'_, L> {
             }
             results.push(result);
         }
-        (self.cuda.records, self.cuda.persistent) = (true, Persistent::Never);
+        (self.cuda.captures_graphs, self.cuda.persistent) = (true, Persistent::Never);
         let mut expected = Vec::new();
         let mut cache = self.cpu.cache(DType::F32, LAYERS, &heads, 11 * sequences)?;
         let mut a = DecoderActivations::default();

@@ -267,7 +267,7 @@ fn recorded_steps_change_nothing() {
     let run = |records: bool| {
         let launcher = gpu(false, false);
         let mut cuda = Cuda::new(launcher.clone(), DType::Bf16, true);
-        cuda.records = records;
+        cuda.captures_graphs = records;
         let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
         let options =
             EngineOptions { batch_tokens: 64, cache_tokens: 1024, ..EngineOptions::default() };
@@ -295,7 +295,7 @@ fn recordings_end_when_memory_moves() {
     let run = |records: bool| {
         let launcher = gpu(false, false);
         let mut cuda = Cuda::new(launcher.clone(), DType::Bf16, false);
-        cuda.records = records;
+        cuda.captures_graphs = records;
         let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
         let (mut cache, mut scratch) =
             (model.cache(&cuda, 9).unwrap(), DecoderActivations::default());

@@ -265,7 +265,7 @@ impl ModelArgs {
     ) -> anyhow::Result<Cuda<Driver>> {
         let half = if dtype == DType::F16 { DType::F16 } else { DType::Bf16 };
         let mut cuda = Cuda::new(Rc::new(driver), half, self.batch_invariant);
-        cuda.records = !self.no_cuda_graphs;
+        cuda.captures_graphs = !self.no_cuda_graphs;
         cuda.persistent = match self.persistent {
             PersistentChoice::Auto => Persistent::Auto,
             PersistentChoice::Always => Persistent::Always,

@@ -1,7 +1,7 @@
 //! The CUDA driver, through cudarc, which looks for it at run time.
 
 use super::staging::{self, Slot, Staging};
-use super::{Address, Args, Launcher, Limits, Shape, TensorMap, images, not_recordable};
+use super::{Address, Args, LaunchConfig, Launcher, Limits, TensorMap, images, not_capturable};
 use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
 use std::cell::{Cell, RefCell};
@@ -27,9 +27,9 @@ pub struct Driver {
     modules: Vec<sys::CUmodule>,
     functions: RefCell<HashMap<String, Function>>,
     staging: Staging,
-    recording: Cell<bool>,
-    /// See [`Launcher::changes`].
-    changes: Cell<u64>,
+    capturing: Cell<bool>,
+    /// See [`Launcher::allocation_epoch`].
+    allocation_epoch: Cell<u64>,
 }
 
 /// A CUDA graph, ready to be launched.
@@ -174,7 +174,7 @@ impl Driver {
         let memory_bytes = memory_bytes.map_err(failed("the GPU's memory"))?;
         let (stream, modules, functions) = load(device, images)?;
         let (functions, staging) = (RefCell::new(functions), Staging::default());
-        let (recording, changes) = (Cell::new(false), Cell::new(0));
+        let (capturing, allocation_epoch) = (Cell::new(false), Cell::new(0));
         Ok(Driver {
             name,
             capability,
@@ -184,8 +184,8 @@ impl Driver {
             modules,
             functions,
             staging,
-            recording,
-            changes,
+            capturing,
+            allocation_epoch,
         })
     }
 
@@ -230,16 +230,16 @@ unsafe fn functions_of(
 }
 
 impl Driver {
-    /// Refuses what would become a part of a recording.
+    /// Refuses what would become a part of a graph.
     fn only_now(&self, what: &str) -> Result<()> {
-        if self.recording.get() { Err(not_recordable(what)) } else { Ok(()) }
+        if self.capturing.get() { Err(not_capturable(what)) } else { Ok(()) }
     }
 }
 
 impl Launcher for Driver {
-    type Recording = Graph;
+    type CapturedGraph = Graph;
     /// With its length.
-    type Reading = (Slot, usize);
+    type PendingRead = (Slot, usize);
 
     fn limits(&self) -> Limits {
         self.limits
@@ -247,7 +247,7 @@ impl Launcher for Driver {
 
     fn allocate(&self, bytes: usize) -> Result<Address> {
         self.only_now("memory")?;
-        self.changes.set(self.changes.get() + 1);
+        self.allocation_epoch.set(self.allocation_epoch.get() + 1);
         // SAFETY: plain calls of the driver, here and below.
         unsafe { result::malloc_async(self.stream, bytes.max(1)) }.map_err(|e| {
             let (free, total) = result::mem_get_info().unwrap_or_default();
@@ -268,7 +268,7 @@ impl Launcher for Driver {
     }
 
     fn free(&self, at: Address) {
-        self.changes.set(self.changes.get() + 1);
+        self.allocation_epoch.set(self.allocation_epoch.get() + 1);
         // what fails here has failed before and was reported then
         // SAFETY: the address was allocated here and is given up.
         let _ = unsafe { result::free_async(at, self.stream) };
@@ -314,9 +314,9 @@ impl Launcher for Driver {
         self.staging.finish(slot, bytes).map_err(failed("a kernel failed"))
     }
 
-    fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()> {
+    fn launch(&self, kernel: &str, config: LaunchConfig, args: &Args) -> Result<()> {
         let mut function = self.function(kernel)?;
-        if shape.shared_bytes > function.shared_bytes {
+        if config.shared_bytes > function.shared_bytes {
             use sys::CUfunction_attribute_enum as Attribute;
             const MAX: Attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the module is loaded.
@@ -324,21 +324,21 @@ impl Launcher for Driver {
                 result::function::set_function_attribute(
                     function.handle,
                     MAX,
-                    shape.shared_bytes as i32,
+                    config.shared_bytes as i32,
                 )
             }
-            .map_err(failed(format!("{kernel}: {} bytes of shared memory", shape.shared_bytes)))?;
-            function.shared_bytes = shape.shared_bytes;
+            .map_err(failed(format!("{kernel}: {} bytes of shared memory", config.shared_bytes)))?;
+            function.shared_bytes = config.shared_bytes;
             self.functions.borrow_mut().insert(kernel.to_owned(), function);
         }
         let mut parameters: Vec<*mut c_void> =
             args.iter().map(|a| a.as_ptr().cast_mut().cast()).collect();
-        let [x, y, z] = shape.grid;
-        let launched = if self.capability.0 >= 9 || shape.cooperative {
+        let [x, y, z] = config.grid;
+        let launched = if self.capability.0 >= 9 || config.cooperative {
             use sys::CUlaunchAttributeID as Id;
             // SAFETY: attributes are plain data, for which zeros are a value.
             let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
-            if shape.cooperative {
+            if config.cooperative {
                 attributes[0].id = Id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
                 attributes[0].value.cooperative = 1;
             } else {
@@ -349,19 +349,19 @@ impl Launcher for Driver {
             }
             attributes[1].id = Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
             let cluster =
-                sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: shape.cluster, y: 1, z: 1 };
+                sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: config.cluster, y: 1, z: 1 };
             attributes[1].value.clusterDim = cluster;
             let config = sys::CUlaunchConfig {
                 gridDimX: x,
                 gridDimY: y,
                 gridDimZ: z,
-                blockDimX: shape.threads,
+                blockDimX: config.threads,
                 blockDimY: 1,
                 blockDimZ: 1,
-                sharedMemBytes: shape.shared_bytes,
+                sharedMemBytes: config.shared_bytes,
                 hStream: self.stream,
                 attrs: attributes.as_mut_ptr(),
-                numAttrs: if shape.cluster > 1 { 2 } else { 1 },
+                numAttrs: if config.cluster > 1 { 2 } else { 1 },
             };
             let none = std::ptr::null_mut();
             // SAFETY: the arguments are those of the kernel; who launches it vouches for what they
@@ -371,10 +371,10 @@ impl Launcher for Driver {
             }
             .result()
         } else {
-            let threads = (shape.threads, 1, 1);
+            let threads = (config.threads, 1, 1);
             // SAFETY: as above.
             unsafe {
-                let shared = shape.shared_bytes;
+                let shared = config.shared_bytes;
                 result::launch_kernel(
                     function.handle,
                     (x, y, z),
@@ -385,21 +385,21 @@ impl Launcher for Driver {
                 )
             }
         };
-        launched.map_err(failed(format!("launch of {kernel} as {shape:?}")))
+        launched.map_err(failed(format!("launch of {kernel} as {config:?}")))
     }
 
-    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+    fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
         use sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as MODE;
         // SAFETY: plain calls of the driver; the graph that was captured is ours to destroy.
         unsafe { result::stream::begin_capture(self.stream, MODE) }
-            .map_err(failed("recording launches"))?;
-        self.recording.set(true);
+            .map_err(failed("capturing launches"))?;
+        self.capturing.set(true);
         let done = work();
-        self.recording.set(false);
+        self.capturing.set(false);
         // ended in any case, or the stream would stay in it
         // SAFETY: the capture was begun above.
         let graph = unsafe { result::stream::end_capture(self.stream) }
-            .map_err(failed("recording launches"));
+            .map_err(failed("capturing launches"));
         let mut exec = std::ptr::null_mut();
         let made = graph.and_then(|graph| {
             let made = match &done {
@@ -415,9 +415,9 @@ impl Launcher for Driver {
         Ok(Graph(exec))
     }
 
-    fn replay(&self, recording: &Graph) -> Result<()> {
-        // SAFETY: the recording is whole, and its memory has not moved.
-        unsafe { result::graph::launch(recording.0, self.stream) }
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        // SAFETY: the graph is whole, and its memory has not moved.
+        unsafe { result::graph::launch(graph.0, self.stream) }
             .map_err(failed("launch of a CUDA graph"))
     }
 
@@ -439,8 +439,8 @@ impl Launcher for Driver {
         }
     }
 
-    fn changes(&self) -> u64 {
-        self.changes.get()
+    fn allocation_epoch(&self) -> u64 {
+        self.allocation_epoch.get()
     }
 
     fn tensor_map(

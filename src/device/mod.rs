@@ -16,7 +16,7 @@ pub type Address = u64;
 
 /// A launch's size.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Shape {
+pub struct LaunchConfig {
     /// Blocks.
     pub grid: [u32; 3],
     /// Threads of a block.
@@ -30,11 +30,17 @@ pub struct Shape {
     pub cluster: u32,
 }
 
-impl Shape {
+impl LaunchConfig {
     /// A plain launch.
-    pub fn new(grid: [usize; 3], threads: u32, shared_bytes: usize) -> Shape {
+    pub fn new(grid: [usize; 3], threads: u32, shared_bytes: usize) -> LaunchConfig {
         let grid = grid.map(|n| n as u32);
-        Shape { grid, threads, shared_bytes: shared_bytes as u32, cooperative: false, cluster: 1 }
+        LaunchConfig {
+            grid,
+            threads,
+            shared_bytes: shared_bytes as u32,
+            cooperative: false,
+            cluster: 1,
+        }
     }
 }
 
@@ -54,17 +60,17 @@ pub struct Limits {
 #[repr(C, align(64))]
 pub struct TensorMap(pub [u64; 16]);
 
-/// What a device answers to anything but launches while it records.
-pub(crate) fn not_recordable(what: &str) -> Error {
-    Error::Cuda(format!("{what} was asked for while launches were recorded"))
+/// What a device answers to anything but launches during graph capture.
+pub(crate) fn not_capturable(what: &str) -> Error {
+    Error::Cuda(format!("{what} was asked for while launches were captured"))
 }
 
 /// A device. Work is done in the order in which it is asked for; only reading waits for it.
 pub trait Launcher {
     /// Launches that are done together.
-    type Recording;
+    type CapturedGraph;
     /// A copy to the host that nobody waits for yet.
-    type Reading;
+    type PendingRead;
 
     /// What the device allows.
     fn limits(&self) -> Limits;
@@ -84,21 +90,21 @@ pub trait Launcher {
     fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()>;
     /// [`Launcher::read`] of what is there once all that was asked for so far is done; later work
     /// does not have to be waited for.
-    fn read_later(&self, at: Address, bytes: usize) -> Result<Self::Reading>;
+    fn read_later(&self, at: Address, bytes: usize) -> Result<Self::PendingRead>;
     /// Waits for a copy of [`Launcher::read_later`] and returns its bytes.
-    fn finish_read(&self, reading: Self::Reading) -> Result<Vec<u8>>;
+    fn finish_read(&self, pending: Self::PendingRead) -> Result<Vec<u8>>;
     /// Starts the kernel of this name, and does not wait for it.
-    fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()>;
+    fn launch(&self, kernel: &str, config: LaunchConfig, args: &Args) -> Result<()>;
     /// Keeps the launches of `work` instead of doing them; it may ask for nothing but launches.
-    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Self::Recording>;
-    /// Does what was recorded, with the arguments of then.
-    fn replay(&self, recording: &Self::Recording) -> Result<()>;
+    fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Self::CapturedGraph>;
+    /// Does what was captured, with the arguments of then.
+    fn replay(&self, graph: &Self::CapturedGraph) -> Result<()>;
     /// Seconds by the device's clock from the first to the last thing that `work` asks for; waits
     /// for it.
     fn timed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64>;
     /// How often memory has been reserved or freed: for as long as this stays, addresses in
-    /// recordings hold.
-    fn changes(&self) -> u64;
+    /// captured graphs hold.
+    fn allocation_epoch(&self) -> u64;
     /// A map of tiles of `tile_rows` by 64 of a row-major matrix `[rows, cols]` of 16-bit elements,
     /// swizzled by 128 bytes, zeros beyond the matrix. `at` and its rows are aligned to 16 bytes.
     fn tensor_map(

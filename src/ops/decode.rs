@@ -115,7 +115,7 @@ pub trait DecodeBackend: Backend {
     );
 
     /// A forward pass, from the ids of the batch that `a.batch` was told of to the last layer's
-    /// output in `a.x`; extends the cache. A backend may have a better way than one operation after
+    /// output in `a.x`; extends the cache. A backend may do better than one operation after
     /// the other.
     fn decoder(
         &self,
@@ -126,13 +126,13 @@ pub trait DecodeBackend: Backend {
         composed(self, decoder, cache, a);
     }
 
-    /// The LM head's products `[rows of x, vocabulary]`, on the host.
+    /// Logits `[rows of x, vocabulary]`, on the host.
     ///
     /// # Errors
     /// What has failed since results were last taken.
     fn logits(&self, x: &Tensor<Self>, lm_head: &Self::Weight, out: &mut Vec<f32>) -> Result<()>;
 
-    /// Samples from the LM head's products: for each `(row of x, what to sample)` one token, in
+    /// Samples from the LM head's logits: for each `(row of x, what to sample)` one token, in
     /// order. `scratch` may hold logits.
     ///
     /// # Errors

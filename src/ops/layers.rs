@@ -70,7 +70,7 @@ impl Heads {
 }
 
 /// A pre-norm decoder layer: attention, then an MLP with the tanh GELU, each after a layer norm and
-/// beside a residual branch.
+/// with a residual branch.
 pub struct DecoderLayer<B: Backend> {
     /// Before attention.
     pub input_norm: LayerNorm<B>,

@@ -95,7 +95,7 @@ impl<B: Backend> Tensor<B> {
 pub trait Backend: Sized {
     /// Memory of activations; grows as needed.
     type Buffer: Default;
-    /// A matrix ready for products, in a layout of the backend's own.
+    /// A matrix ready for linear operations, in a layout of the backend's own.
     type Weight: Weight;
     /// A vector of parameters in f32.
     type Vector;

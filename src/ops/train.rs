@@ -8,7 +8,7 @@
 use super::{Affine, Backend, Heads, Tensor};
 use std::ops::Range;
 
-/// How the products of training are computed.
+/// How the GEMMs of training are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
     /// In f32.
@@ -50,7 +50,7 @@ impl PackedBatch {
 pub struct Params<'a, F> {
     /// All of them.
     pub values: &'a F,
-    /// How products with them are computed.
+    /// How GEMMs with them are computed.
     pub precision: Precision,
 }
 

@@ -1,6 +1,6 @@
 //! The kernel emulator as a device.
 
-use beautiful_prompt::device::{Address, Args, Launcher, Limits, Shape, TensorMap};
+use beautiful_prompt::device::{Address, Args, LaunchConfig, Launcher, Limits, TensorMap};
 use beautiful_prompt::error::{Error, Result};
 use kernel_emulator::Emulator;
 use std::cell::{Cell, RefCell};
@@ -19,8 +19,8 @@ pub struct Emulated {
     pub launched: RefCell<BTreeMap<String, usize>>,
     /// Sizes of their clusters.
     pub clusters: RefCell<BTreeSet<u32>>,
-    recording: RefCell<Option<Recording>>,
-    changes: Cell<u64>,
+    capturing: RefCell<Option<CapturedGraph>>,
+    allocation_epoch: Cell<u64>,
     /// Recordings that were made, and how often one was repeated.
     pub recorded: Cell<usize>,
     pub replayed: Cell<usize>,
@@ -28,7 +28,7 @@ pub struct Emulated {
     pub writes: Cell<usize>,
 }
 
-type Recording = Vec<(String, Shape, Args)>;
+type CapturedGraph = Vec<(String, LaunchConfig, Args)>;
 
 /// A GPU with room for a gigabyte, of Hopper's kind or older. `check_order` runs every launch
 /// twice, in two orders of threads.
@@ -36,7 +36,7 @@ pub fn gpu(check_order: bool, hopper: bool) -> Rc<Emulated> {
     let mut emulator = Emulator::new(1 << 30);
     emulator.check_order = check_order;
     emulator.shared_limit = if hopper { 227 << 10 } else { 99 << 10 };
-    let (launched, clusters, recording, changes) = Default::default();
+    let (launched, clusters, capturing, allocation_epoch) = Default::default();
     let (recorded, replayed, writes) = Default::default();
     let (processors, broken) = (Cell::new(4), Cell::new(None));
     Rc::new(Emulated {
@@ -46,8 +46,8 @@ pub fn gpu(check_order: bool, hopper: bool) -> Rc<Emulated> {
         broken,
         launched,
         clusters,
-        recording,
-        changes,
+        capturing,
+        allocation_epoch,
         recorded,
         replayed,
         writes,
@@ -60,7 +60,7 @@ fn failed<T>(r: std::result::Result<T, String>) -> Result<T> {
 
 impl Emulated {
     fn only_now(&self) -> Result<()> {
-        if self.recording.borrow().is_some() {
+        if self.capturing.borrow().is_some() {
             Err(Error::invalid("not while launches are recorded"))
         } else {
             Ok(())
@@ -69,8 +69,8 @@ impl Emulated {
 }
 
 impl Launcher for Emulated {
-    type Recording = Recording;
-    type Reading = Vec<u8>;
+    type CapturedGraph = CapturedGraph;
+    type PendingRead = Vec<u8>;
 
     fn limits(&self) -> Limits {
         Limits {
@@ -81,11 +81,11 @@ impl Launcher for Emulated {
     }
     fn allocate(&self, bytes: usize) -> Result<Address> {
         self.only_now()?;
-        self.changes.set(self.changes.get() + 1);
+        self.allocation_epoch.set(self.allocation_epoch.get() + 1);
         failed(self.emulator.allocate(bytes))
     }
     fn free(&self, at: Address) {
-        self.changes.set(self.changes.get() + 1);
+        self.allocation_epoch.set(self.allocation_epoch.get() + 1);
         self.emulator.free(at);
     }
     fn write(&self, at: Address, bytes: &[u8]) -> Result<()> {
@@ -104,22 +104,22 @@ impl Launcher for Emulated {
         let mut out = vec![0; bytes];
         self.read(at, &mut out).map(|()| out)
     }
-    fn finish_read(&self, reading: Vec<u8>) -> Result<Vec<u8>> {
-        Ok(reading)
+    fn finish_read(&self, pending: Vec<u8>) -> Result<Vec<u8>> {
+        Ok(pending)
     }
-    fn launch(&self, kernel: &str, shape: Shape, args: &Args) -> Result<()> {
-        if let Some(recording) = &mut *self.recording.borrow_mut() {
-            recording.push((kernel.to_owned(), shape, args.clone()));
+    fn launch(&self, kernel: &str, config: LaunchConfig, args: &Args) -> Result<()> {
+        if let Some(capturing) = &mut *self.capturing.borrow_mut() {
+            capturing.push((kernel.to_owned(), config, args.clone()));
             return Ok(());
         }
         *self.launched.borrow_mut().entry(kernel.to_owned()).or_default() += 1;
-        self.clusters.borrow_mut().insert(shape.cluster);
+        self.clusters.borrow_mut().insert(config.cluster);
         let shape = kernel_emulator::Shape {
-            grid: shape.grid,
-            threads: shape.threads,
-            shared_bytes: shape.shared_bytes,
-            cooperative: shape.cooperative,
-            cluster: shape.cluster,
+            grid: config.grid,
+            threads: config.threads,
+            shared_bytes: config.shared_bytes,
+            cooperative: config.cooperative,
+            cluster: config.cluster,
         };
         let mut args: Vec<Vec<u8>> = args.iter().map(|a| a.to_vec()).collect();
         if self.broken.get().is_some_and(|b| kernel.starts_with(b)) {
@@ -131,24 +131,24 @@ impl Launcher for Emulated {
             &args.iter().map(|a| &a[..]).collect::<Vec<_>>(),
         ))
     }
-    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Recording> {
-        *self.recording.borrow_mut() = Some(Vec::new());
+    fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<CapturedGraph> {
+        *self.capturing.borrow_mut() = Some(Vec::new());
         let done = work();
-        let recording = self.recording.take().expect("begun above");
+        let graph = self.capturing.take().expect("begun above");
         self.recorded.set(self.recorded.get() + 1);
-        done.map(|()| recording)
+        done.map(|()| graph)
     }
-    fn replay(&self, recording: &Recording) -> Result<()> {
+    fn replay(&self, graph: &CapturedGraph) -> Result<()> {
         self.replayed.set(self.replayed.get() + 1);
-        recording.iter().try_for_each(|(kernel, shape, args)| self.launch(kernel, *shape, args))
+        graph.iter().try_for_each(|(kernel, config, args)| self.launch(kernel, *config, args))
     }
     fn timed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
         let started = std::time::Instant::now();
         work()?;
         Ok(started.elapsed().as_secs_f64())
     }
-    fn changes(&self) -> u64 {
-        self.changes.get()
+    fn allocation_epoch(&self) -> u64 {
+        self.allocation_epoch.get()
     }
     fn tensor_map(
         &self,

@@ -1,4 +1,4 @@
-//! A decoder's forward pass, its layer norms fused with the linear layers beside them.
+//! A decoder's forward pass, its layer norms fused with the linear layers around them.
 
 use super::linear::LinearInput;
 use super::{Cache, Cuda};

@@ -22,18 +22,18 @@ pub(super) const HOPPER_THREADS: u32 = abi::LINEAR_HOPPER_THREADS as u32;
 pub(super) const HOPPER_SHARED: usize = abi::LINEAR_HOPPER_STAGES
     * ((HOPPER_M + HOPPER_N) * SLICE * 2 + 2 * 8)
     + abi::LINEAR_HOPPER_CONSUMER_WARPS * abi::LINEAR_HOPPER_STAGED_BYTES;
-/// Of clusters and of the head on Hopper.
+/// Of clusters and of the LM head on Hopper.
 pub(super) const TILE_THREADS: u32 = abi::LINEAR_CLUSTER_THREADS as u32;
 /// Most blocks of a cluster that every Hopper GPU has.
 const CLUSTER: usize = 8;
 /// Most tokens of one launch of the skinny kernels; more go to the tiles.
 pub(super) const TOKENS: usize = 64;
 /// Most tokens that every block normalizes for itself; beyond, a launch of its own costs less. On
-/// Hopper also the most tokens of the skinny kernels: they read activations once for 16 outputs,
+/// Hopper also the maximum tokens of the skinny kernels: they read activations once for 16 outputs,
 /// which beyond is more than the weights.
 pub(super) const FEW_TOKENS: usize = 16;
 
-/// The kernel of a product.
+/// The kernel of a GEMM.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum LinearKernel {
     /// Up to [`TOKENS`] at a time, weights once for each time.
@@ -62,7 +62,7 @@ pub(super) fn tiles(tokens: usize) -> usize {
 }
 
 impl<L: Launcher> Cuda<L> {
-    /// How a product with so many tokens is done.
+    /// The kernel for so many tokens.
     pub(super) fn linear_kernel(&self, tokens: usize, weight: &DeviceWeight<L>) -> LinearKernel {
         let limits = self.launcher.limits();
         let hopper = self.hopper() && !weight.int8();
@@ -75,10 +75,10 @@ impl<L: Launcher> Cuda<L> {
         let processors = limits.processors as usize;
         let tile = tile_tokens(tokens);
         let tiles = tokens.div_ceil(tile) * weight.rows().div_ceil(TILE);
-        // a power of two, with most multiprocessors at work
+        // a power of two, with more than half of the multiprocessors at work
         let wanted = (processors * 7 / 10).div_ceil(tiles).next_power_of_two().min(CLUSTER);
-        let most = weight.cols().div_ceil(SLICE);
-        let blocks = if wanted > most { (most + 1).next_power_of_two() / 2 } else { wanted };
+        let max = weight.cols().div_ceil(SLICE);
+        let blocks = if wanted > max { (max + 1).next_power_of_two() / 2 } else { wanted };
         // what the busiest multiprocessor has to do, in units of the smaller tile
         let large =
             2 * (tokens.div_ceil(HOPPER_M) * weight.rows().div_ceil(HOPPER_N)).div_ceil(processors);

@@ -2,9 +2,9 @@
 //!
 //! A decoding step is some hundred launches of a few microseconds each, as much time on the host as
 //! the GPU needs for the work. Steps of one shape differ in nothing but what lies in device memory:
-//! the second one is recorded (a CUDA graph), the others repeat the recording with a single launch.
-//! A recording holds addresses, so any change of the device's memory ends all of them. Where a pass
-//! can be one kernel as well (`persistent.rs`), both ways are timed then, their results compared,
+//! the second one is captured as a CUDA graph, which the others replay with a single launch.
+//! A graph holds addresses, so any change of the device's memory ends all of them. Where a pass
+//! can be one kernel as well (`persistent.rs`), both are timed then, their results compared,
 //! and the faster one is taken.
 
 use super::decoder::ForwardPass;
@@ -14,10 +14,10 @@ use crate::error::Result;
 use crate::ops::ObjectId;
 use std::collections::HashMap;
 
-/// Most tokens of a pass that is recorded; longer ones are not bound by their launches.
+/// Maximum tokens of a pass that is captured; longer ones are not bound by their launches.
 const TOKENS: usize = 256;
-/// Most recordings that are kept.
-const MOST: usize = 128;
+/// Maximum graphs that are kept.
+const MAX_GRAPHS: usize = 128;
 
 /// What the launches of a pass depend on.
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -37,29 +37,29 @@ struct Key {
 enum ForwardKind<R> {
     /// Not known: there was one so far.
     Once,
-    Recorded(R),
+    Captured(R),
     /// As one kernel.
     Persistent,
 }
 
 /// What was found out about passes, by shape.
 pub(super) struct Graphs<L: Launcher> {
-    /// [`Launcher::changes`] when recordings were made.
-    changes: u64,
-    known: HashMap<Key, ForwardKind<L::Recording>>,
+    /// [`Launcher::allocation_epoch`] when graphs were captured.
+    allocation_epoch: u64,
+    known: HashMap<Key, ForwardKind<L::CapturedGraph>>,
     /// Whether one kernel was faster, by decoder, tokens, and splits of the longest sequence.
     faster: HashMap<(ObjectId, usize, usize), bool>,
     comparisons: Vec<Comparison>,
-    /// Whether recording has failed here.
+    /// Whether capture has failed here.
     off: bool,
 }
 
-/// A pass that was done both ways: the best of a few times each, by the device's clock.
+/// A pass that was done as a graph and as one kernel: the best of a few times each, by the device's clock.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Comparison {
     /// Tokens of the pass.
     pub tokens: usize,
-    /// Duration as a recording of launches, in microseconds.
+    /// Duration as a graph of launches, in microseconds.
     pub launches_microseconds: f64,
     /// Duration as one kernel, in microseconds; `None` if it failed, or had other results.
     pub one_kernel_microseconds: Option<f64>,
@@ -75,7 +75,7 @@ impl Comparison {
 impl<L: Launcher> Default for Graphs<L> {
     fn default() -> Self {
         Graphs {
-            changes: 0,
+            allocation_epoch: 0,
             known: HashMap::new(),
             faster: HashMap::new(),
             comparisons: vec![],
@@ -84,14 +84,14 @@ impl<L: Launcher> Default for Graphs<L> {
     }
 }
 
-/// Times that each of two ways is tried.
+/// Times that each of the two is tried.
 const TRIES: usize = 3;
-/// Largest difference of two ways' results, over the largest magnitude: both round to 16 bits on
-/// the way, in other places.
+/// Largest difference of the two results, over the largest magnitude: both round to 16 bits,
+/// in other places.
 const TOLERANCE: f32 = 0.1;
 
 impl<L: Launcher> Cuda<L> {
-    /// Does a forward pass in the best way that is known for its shape.
+    /// Does a forward pass as is known to be best for its shape.
     pub(super) fn replay_or_capture(&self, mut f: ForwardPass<L>) {
         let mut graphs = self.graphs.borrow_mut();
         if self.failed.borrow().is_some() {
@@ -101,10 +101,12 @@ impl<L: Launcher> Cuda<L> {
             return self.defer_error(|| self.persist(&mut f));
         }
         let batch = &f.a.batch;
-        if !self.records || graphs.off || batch.tile_count > 0 || batch.tokens > TOKENS {
+        if !self.captures_graphs || graphs.off || batch.tile_count > 0 || batch.tokens > TOKENS {
             return self.defer_error(|| self.launch_decoder(&mut f));
         }
-        if graphs.changes != self.launcher.changes() || graphs.known.len() >= MOST {
+        if graphs.allocation_epoch != self.launcher.allocation_epoch()
+            || graphs.known.len() >= MAX_GRAPHS
+        {
             graphs.known.clear();
         }
         let key = Key {
@@ -116,13 +118,13 @@ impl<L: Launcher> Cuda<L> {
             splits: attention::splits(batch.longest_single),
         };
         match graphs.known.get(&key) {
-            Some(ForwardKind::Recorded(recording)) => {
-                return self.defer_error(|| self.launcher.replay(recording));
+            Some(ForwardKind::Captured(graph)) => {
+                return self.defer_error(|| self.launcher.replay(graph));
             }
             Some(ForwardKind::Persistent) => return self.defer_error(|| self.persist(&mut f)),
             Some(ForwardKind::Once) => {
                 let class = (key.objects[0], key.tokens, key.splits);
-                let way = match graphs.faster.get(&class).copied().filter(|_| self.can_persist(&f))
+                let kind = match graphs.faster.get(&class).copied().filter(|_| self.can_persist(&f))
                 {
                     Some(true) => {
                         self.defer_error(|| self.persist(&mut f));
@@ -130,17 +132,17 @@ impl<L: Launcher> Cuda<L> {
                     }
                     known => {
                         let compare = known.is_none() && self.can_persist(&f);
-                        match self.record(&mut f, compare) {
-                            Ok((recording, comparison)) => {
+                        match self.capture(&mut f, compare) {
+                            Ok((graph, comparison)) => {
                                 let faster = comparison.map(|c| c.one_kernel());
                                 graphs.comparisons.extend(comparison);
                                 faster.map(|f| graphs.faster.insert(class, f));
-                                self.defer_error(|| self.launcher.replay(&recording));
-                                // the next pass takes the faster way
+                                self.defer_error(|| self.launcher.replay(&graph));
+                                // the next pass takes the faster one
                                 if faster == Some(true) {
                                     ForwardKind::Persistent
                                 } else {
-                                    ForwardKind::Recorded(recording)
+                                    ForwardKind::Captured(graph)
                                 }
                             }
                             Err(e) => {
@@ -151,7 +153,7 @@ impl<L: Launcher> Cuda<L> {
                         }
                     }
                 };
-                graphs.known.insert(key, way);
+                graphs.known.insert(key, kind);
             }
             None => {
                 // buffers grow to this shape's size; from then on they stay where they are
@@ -162,28 +164,28 @@ impl<L: Launcher> Cuda<L> {
                 graphs.known.insert(key, ForwardKind::Once);
             }
         }
-        graphs.changes = self.launcher.changes();
+        graphs.allocation_epoch = self.launcher.allocation_epoch();
     }
 
-    /// Passes that were done both ways so far.
+    /// Passes that were compared so far.
     pub fn comparisons(&self) -> Vec<Comparison> {
         self.graphs.borrow().comparisons.clone()
     }
 
-    /// Records a pass. If it is to be compared, also does it as one kernel.
-    fn record(
+    /// Captures a pass. If it is to be compared, also does it as one kernel.
+    fn capture(
         &self,
         f: &mut ForwardPass<L>,
         compare: bool,
-    ) -> Result<(L::Recording, Option<Comparison>)> {
-        let recording = self.launcher.record(&mut || self.launch_decoder(f))?;
+    ) -> Result<(L::CapturedGraph, Option<Comparison>)> {
+        let graph = self.launcher.capture(&mut || self.launch_decoder(f))?;
         if !compare {
-            return Ok((recording, None));
+            return Ok((graph, None));
         }
         let (mut launches, mut one) = (f64::INFINITY, f64::INFINITY);
         let mut results = [vec![], vec![]];
         for _ in 0..TRIES {
-            launches = launches.min(self.launcher.timed(&mut || self.launcher.replay(&recording))?);
+            launches = launches.min(self.launcher.timed(&mut || self.launcher.replay(&graph))?);
             results[0] = self.download(&f.a.x)?;
             match self.launcher.timed(&mut || self.persist(f)) {
                 Ok(seconds) => one = one.min(seconds),
@@ -195,10 +197,10 @@ impl<L: Launcher> Cuda<L> {
             }
             results[1] = self.download(&f.a.x)?;
         }
-        let most = results[0].iter().fold(0f32, |m, v| m.max(v.abs()));
+        let max = results[0].iter().fold(0f32, |m, v| m.max(v.abs()));
         // written so that what is no number is off
         let close =
-            results[0].iter().zip(&results[1]).all(|(a, b)| (a - b).abs() <= TOLERANCE * most);
+            results[0].iter().zip(&results[1]).all(|(a, b)| (a - b).abs() <= TOLERANCE * max);
         if !close {
             tracing::warn!("steps are not done in one kernel: its results are off");
         }
@@ -209,6 +211,6 @@ impl<L: Launcher> Cuda<L> {
             one_kernel_microseconds: Some(one * 1e6).filter(|t| close && t.is_finite()),
         };
         tracing::debug!("{comparison:?}");
-        Ok((recording, Some(comparison)))
+        Ok((graph, Some(comparison)))
     }
 }

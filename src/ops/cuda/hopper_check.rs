@@ -23,12 +23,12 @@ fn noise(words: &mut Words, n: usize) -> Vec<f32> {
 
 /// Whether two results differ by more than their rounding to 16 bits explains.
 fn differ(a: &[f32], b: &[f32]) -> bool {
-    let most = b.iter().fold(0f32, |m, v| m.max(v.abs()));
-    a.iter().zip(b).any(|(a, b)| a.is_nan() || (a - b).abs() > 0.02 * most)
+    let max = b.iter().fold(0f32, |m, v| m.max(v.abs()));
+    a.iter().zip(b).any(|(a, b)| a.is_nan() || (a - b).abs() > 0.02 * max)
 }
 
 impl<L: Launcher> Cuda<L> {
-    /// Tries the kernels that Hopper alone has, if they are to be used, beside those that every GPU
+    /// Tries the kernels that Hopper alone has, if they are to be used, and compares them with those that every GPU
     /// has; leaves them alone from then on and names what is wrong if results differ.
     ///
     /// # Errors
@@ -87,12 +87,14 @@ impl<L: Launcher> Cuda<L> {
             let out = Memory::new(&self.launcher, tokens * OUTPUTS * 4)?;
             let logits = |by| -> Result<Vec<f32>> {
                 let mut read = vec![0.0; tokens * OUTPUTS];
-                let most = if by == LinearKernel::Skinny { SKINNY_TOKENS } else { tokens };
-                for first in (0..tokens).step_by(most) {
-                    let rows = first..tokens.min(first + most);
+                let max_rows = if by == LinearKernel::Skinny { SKINNY_TOKENS } else { tokens };
+                for first in (0..tokens).step_by(max_rows) {
+                    let rows = first..tokens.min(first + max_rows);
                     let at = out.at + (rows.start * OUTPUTS * 4) as u64;
-                    let head = LmHead { x: &x, rows, weight: &linear.weight };
-                    self.launch_lm_head_by(by, "lm_head_logits", head, |a| a.with(at).with(0u64))?;
+                    let lm_head = LmHead { x: &x, rows, weight: &linear.weight };
+                    self.launch_lm_head_by(by, "lm_head_logits", lm_head, |a| {
+                        a.with(at).with(0u64)
+                    })?;
                 }
                 self.launcher.read(out.at, bytemuck::cast_slice_mut(&mut read))?;
                 Ok(read)

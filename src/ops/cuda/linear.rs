@@ -10,7 +10,7 @@ use super::gemm_select::{
     stages_rows, tile_shared, tiles,
 };
 use super::{Cache, Cuda, DeviceBatch, DeviceWeight};
-use crate::device::{Args, Launcher, Memory, Shape};
+use crate::device::{Args, LaunchConfig, Launcher, Memory};
 use crate::error::Result;
 use crate::ops::{Epilogue, LayerNorm, Linear, NormInput, Tensor, Weight as _};
 use crate::tensor::DType;
@@ -244,13 +244,13 @@ impl<L: Launcher> Cuda<L> {
                 let grid = [blocks * tokens.div_ceil(tile), weight.rows().div_ceil(TILE), 1];
                 let args = self.tile_args(input.x, tokens, weight, tile, TILE)?;
                 let args = args.with(weight.cols().div_ceil(SLICE) as u32).with(finish).with(next);
-                let shape = Shape {
+                let config = LaunchConfig {
                     cluster: blocks as u32,
-                    ..Shape::new(grid, TILE_THREADS, tile_shared(tile))
+                    ..LaunchConfig::new(grid, TILE_THREADS, tile_shared(tile))
                 };
                 self.launcher.launch(
                     &format!("linear_cluster_{}_{tile}", self.suffix()),
-                    shape,
+                    config,
                     &args,
                 )
             }
@@ -267,11 +267,11 @@ impl<L: Launcher> Cuda<L> {
                 ];
                 let args = self.tile_args(input.x, tokens, weight, HOPPER_M, HOPPER_N / 2)?;
                 let args = args.with(weight.cols() as u32).with(finish);
-                let shape = Shape {
+                let config = LaunchConfig {
                     cluster: cluster as u32,
-                    ..Shape::new(grid, HOPPER_THREADS, HOPPER_SHARED)
+                    ..LaunchConfig::new(grid, HOPPER_THREADS, HOPPER_SHARED)
                 };
-                self.launcher.launch(&format!("linear_hopper_{}", self.suffix()), shape, &args)
+                self.launcher.launch(&format!("linear_hopper_{}", self.suffix()), config, &args)
             }
         }
     }
@@ -306,7 +306,7 @@ impl<L: Launcher> Cuda<L> {
         Ok(args.with(tokens as u32))
     }
 
-    /// A product by the skinny kernels, however many tokens there are.
+    /// A GEMM by the skinny kernels, however many tokens there are.
     fn skinny_parts(
         &self,
         input: LinearArgs,
@@ -352,7 +352,7 @@ impl<L: Launcher> Cuda<L> {
         let limits = self.launcher.limits();
         let shared =
             |depth| skinny_shared(depth, tokens, inputs, weight.int8(), norm, staged || norm);
-        // few blocks with long rows have to keep as much on its way as many
+        // few blocks with long rows have to keep as much in flight as many
         let round = WARPS * 64 / if weight.int8() { 1 } else { 2 };
         let deep = family == "linear_skinny"
             && tiles(tokens) == 1

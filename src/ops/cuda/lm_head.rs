@@ -20,12 +20,12 @@ pub(super) struct LmHead<'a, L: Launcher> {
 }
 
 impl<L: Launcher> Cuda<L> {
-    /// Most rows of one launch over the LM head.
+    /// Maximum rows of one launch over the LM head.
     pub(super) fn lm_head_rows(&self) -> usize {
         if self.batch_invariant { TOKENS } else { 2 * TILE }
     }
 
-    /// Blocks of a launch over the head's outputs with so many rows.
+    /// Blocks of a launch over the LM head's outputs with so many rows.
     pub(super) fn lm_head_blocks(&self, rows: usize, lm_head: &DeviceWeight<L>) -> usize {
         let outputs =
             if self.linear_kernel(rows, lm_head) == LinearKernel::Skinny { OUTPUTS } else { TILE };
@@ -37,10 +37,15 @@ impl<L: Launcher> Cuda<L> {
     pub(super) fn launch_lm_head(
         &self,
         family: &str,
-        head: LmHead<L>,
+        lm_head: LmHead<L>,
         rest: impl FnOnce(Args) -> Args,
     ) -> Result<()> {
-        self.launch_lm_head_by(self.linear_kernel(head.rows.len(), head.weight), family, head, rest)
+        self.launch_lm_head_by(
+            self.linear_kernel(lm_head.rows.len(), lm_head.weight),
+            family,
+            lm_head,
+            rest,
+        )
     }
 
     /// [`Cuda::launch_lm_head`] by a given kernel.
@@ -48,32 +53,32 @@ impl<L: Launcher> Cuda<L> {
         &self,
         by: LinearKernel,
         family: &str,
-        head: LmHead<L>,
+        lm_head: LmHead<L>,
         rest: impl FnOnce(Args) -> Args,
     ) -> Result<()> {
-        let LmHead { x, rows, weight: lm_head } = head;
+        let LmHead { x, rows, weight } = lm_head;
         let tokens = rows.len();
-        let x = x.at() + (rows.start * lm_head.cols() * 2) as u64;
-        let input = LinearArgs::rows(x, tokens, lm_head.cols());
-        let rest = |args| rest(args).with(lm_head.rows() as u32);
-        let grid = |tile: usize| [tokens.div_ceil(tile), lm_head.rows().div_ceil(TILE), 1];
+        let x = x.at() + (rows.start * weight.cols() * 2) as u64;
+        let input = LinearArgs::rows(x, tokens, weight.cols());
+        let rest = |args| rest(args).with(weight.rows() as u32);
+        let grid = |tile: usize| [tokens.div_ceil(tile), weight.rows().div_ceil(TILE), 1];
         match by {
-            LinearKernel::Skinny => self.skinny(family, lm_head, input, rest),
+            LinearKernel::Skinny => self.skinny(family, weight, input, rest),
             LinearKernel::Large => {
-                let kernel = self.kernel(&format!("{family}_large"), lm_head);
+                let kernel = self.kernel(&format!("{family}_large"), weight);
                 self.launch(
                     &kernel,
                     grid(TILE),
                     THREADS,
-                    large_shared(lm_head),
-                    rest(self.plain_args(input, lm_head)),
+                    large_shared(weight),
+                    rest(self.plain_args(input, weight)),
                 )
             }
             LinearKernel::Cluster { .. } | LinearKernel::Hopper => {
                 let tile = tile_tokens(tokens);
                 let args = self
-                    .tile_args(x, tokens, lm_head, tile, TILE)?
-                    .with(lm_head.cols().div_ceil(SLICE) as u32);
+                    .tile_args(x, tokens, weight, tile, TILE)?
+                    .with(weight.cols().div_ceil(SLICE) as u32);
                 let kernel = format!("{family}_hopper_{}_{tile}", self.suffix());
                 self.launch(&kernel, grid(tile), TILE_THREADS, tile_shared(tile), rest(args))
             }
@@ -81,7 +86,7 @@ impl<L: Launcher> Cuda<L> {
     }
 }
 
-/// Blocks of the head for each of which there are `Moments` of the logits.
+/// Blocks of the LM head for each of which there are `SoftmaxStats` of the logits.
 pub(super) fn moments_blocks(head_rows: usize) -> usize {
     head_rows.div_ceil(OUTPUTS)
 }

@@ -1,9 +1,9 @@
 //! The CUDA backend: decides which kernel runs with what; written against [`Launcher`].
 //!
-//! Activations: the residual stream is f32, what products read is 16 bits wide (bf16, or f16 for
+//! Activations: the residual stream is f32, what GEMMs read is 16 bits wide (bf16, or f16 for
 //! models stored so). A layer of a decoding step is five launches: norm + queries, keys, values
 //! into the cache; attention; dense + residual; norm + up + GELU; down + residual. Beyond 16 tokens
-//! the norms are the ends of the products before them on Hopper, and launches of their own
+//! the norms are the ends of the GEMMs before them on Hopper, and launches of their own
 //! elsewhere.
 
 mod abi;
@@ -31,7 +31,7 @@ use super::{
     BLOCK, Backend, Batch, DecodeBackend, Decoder, DecoderActivations, Epilogue, Heads, LayerNorm,
     Linear, NormInput, Tensor, Weight as _,
 };
-use crate::device::{Args, Launcher, Memory, Shape};
+use crate::device::{Args, LaunchConfig, Launcher, Memory};
 use crate::error::{Error, Result};
 use crate::tensor::{Bytes, DType, HostTensor};
 use abi::TokenIds;
@@ -64,7 +64,7 @@ pub struct Cuda<L: Launcher> {
     launcher: Rc<L>,
     /// The 16-bit type of activations, weights and cache.
     half: DType,
-    /// Whether products of any number of tokens sum in one order, so that a sequence's results do
+    /// Whether GEMMs of any number of tokens sum in one order, so that a sequence's results do
     /// not depend on its neighbours in their last bits. Many tokens take longer then.
     batch_invariant: bool,
     /// Whether kernels with Hopper's own instructions are left alone, though the GPU has them.
@@ -74,8 +74,8 @@ pub struct Cuda<L: Launcher> {
     /// The first failure since results were last taken.
     failed: RefCell<Option<Error>>,
     scratch: RefCell<sampling::Scratch<L>>,
-    /// Whether decoding steps are recorded and repeated.
-    pub records: bool,
+    /// Whether decoding steps are captured as CUDA graphs and replayed.
+    pub captures_graphs: bool,
     /// Whether decoding steps of few sequences are one kernel.
     pub persistent: Persistent,
     graphs: RefCell<graphs::Graphs<L>>,
@@ -138,7 +138,7 @@ pub struct DeviceBatch<L: Launcher> {
     /// Queries that attend in tiles: first token and how many, by pairs.
     tiles: u64,
     tile_count: usize,
-    /// Queries that attend one at a time, and the most positions that one of them sees.
+    /// Queries that attend one at a time, and the maximum positions that one of them sees.
     singles: u64,
     single_count: usize,
     longest_single: usize,
@@ -180,7 +180,7 @@ impl<L: Launcher> Cuda<L> {
             tile_counters,
             failed,
             scratch,
-            records: true,
+            captures_graphs: true,
             persistent,
             graphs,
             models,
@@ -274,7 +274,7 @@ impl<L: Launcher> Cuda<L> {
         shared_bytes: usize,
         args: Args,
     ) -> Result<()> {
-        self.launcher.launch(kernel, Shape::new(grid, threads, shared_bytes), &args)
+        self.launcher.launch(kernel, LaunchConfig::new(grid, threads, shared_bytes), &args)
     }
 
     /// Makes room for what an operation writes.
@@ -405,7 +405,7 @@ impl<L: Launcher> Backend for Cuda<L> {
 impl<L: Launcher> DecodeBackend for Cuda<L> {
     type Cache = Cache<L>;
     type DeviceBatch = DeviceBatch<L>;
-    type PendingSamples = L::Reading;
+    type PendingSamples = L::PendingRead;
 
     fn cache(&self, _: DType, layers: usize, heads: &Heads, blocks: usize) -> Result<Cache<L>> {
         Cache::new(&self.launcher, layers, heads, blocks)
@@ -552,12 +552,12 @@ impl<L: Launcher> DecodeBackend for Cuda<L> {
         x: &Tensor<Self>,
         lm_head: &DeviceWeight<L>,
         rows: &[(usize, &SamplingRow)],
-    ) -> Result<L::Reading> {
+    ) -> Result<L::PendingRead> {
         self.check()?;
         self.start_sampling(x, lm_head, rows)
     }
 
-    fn wait(&self, pending: L::Reading) -> Result<Vec<SampledToken>> {
+    fn wait(&self, pending: L::PendingRead) -> Result<Vec<SampledToken>> {
         self.finish_sampling(pending)
     }
 }

@@ -39,7 +39,7 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// Seconds of the device's own time that one of `calls` calls of `work` takes, by its clock;
-    /// the best of three runs. Calls that only launch are recorded, so that the host's time does
+    /// the best of three runs. Calls that only launch are captured as a graph, so that the host's time does
     /// not count.
     pub fn seconds(&self, calls: usize, work: &mut dyn FnMut(usize) -> Result<()>) -> Result<f64> {
         let mut all = || {
@@ -47,10 +47,10 @@ impl<L: Launcher> Cuda<L> {
             self.check()
         };
         all()?; // buffers have their sizes after this
-        let recording = self.launcher.record(&mut all);
+        let graph = self.launcher.capture(&mut all);
         let mut best = f64::INFINITY;
         for _ in 0..3 {
-            let seconds = match &recording {
+            let seconds = match &graph {
                 Ok(r) => self.launcher.timed(&mut || self.launcher.replay(r))?,
                 Err(_) => self.launcher.timed(&mut all)?,
             };

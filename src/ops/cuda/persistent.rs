@@ -7,7 +7,7 @@
 use super::Cuda;
 use super::abi::{self, DecodeLayer, DecodeLinear, DecodeModel, DecodeStep, TokenIds};
 use super::decoder::ForwardPass;
-use crate::device::{Args, Launcher, Memory, Shape};
+use crate::device::{Args, LaunchConfig, Launcher, Memory};
 use crate::error::{Error, Result};
 use crate::ops::{DecoderLayer, LayerNorm, Linear, ObjectId, Weight as _};
 use crate::tensor::DType;
@@ -16,7 +16,7 @@ use std::cell::Cell;
 /// Whether decoding steps of few sequences are one kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Persistent {
-    /// Where that was faster when both ways were tried.
+    /// Where that was faster when both were tried.
     Auto,
     /// Wherever the kernel can do the pass.
     Always,
@@ -31,13 +31,13 @@ const PIECE_BYTES: usize = abi::DECODE_CHUNK_BYTES;
 const GROUP_ROWS: usize = abi::DECODE_GROUP_OUTPUTS;
 const SPLIT: usize = abi::DECODE_SPLIT;
 const STRIDE_MORE: usize = abi::DECODE_PADDING;
-/// Pieces of weights on their way to a warp, the most first.
+/// Pieces of weights in flight to a warp, the largest number first.
 const DEPTHS: [usize; 2] = [10, 4];
 
 /// What the device knows of the last model: addresses hold until memory changes.
 pub(super) struct Models<L: Launcher> {
     decoder: Option<ObjectId>,
-    changes: u64,
+    allocation_epoch: u64,
     table: Option<Memory<L>>,
     barrier: Option<Memory<L>>,
     /// Where the barrier stands.
@@ -46,11 +46,17 @@ pub(super) struct Models<L: Launcher> {
 
 impl<L: Launcher> Default for Models<L> {
     fn default() -> Self {
-        Models { decoder: None, changes: 0, table: None, barrier: None, arrived: Cell::new(0) }
+        Models {
+            decoder: None,
+            allocation_epoch: 0,
+            table: None,
+            barrier: None,
+            arrived: Cell::new(0),
+        }
     }
 }
 
-fn product<L: Launcher>(linear: &Linear<Cuda<L>>) -> DecodeLinear {
+fn decode_linear<L: Launcher>(linear: &Linear<Cuda<L>>) -> DecodeLinear {
     DecodeLinear {
         weight: linear.weight.data.at,
         scales: linear.weight.scales(),
@@ -69,7 +75,7 @@ fn shared_bytes(depth: usize, width: usize) -> usize {
 }
 
 impl<L: Launcher> Cuda<L> {
-    /// The most weights on their way with which there is room for a pass, if the kernel can do it
+    /// The largest number of weights in flight with which there is room for a pass, if the kernel can do it
     /// at all.
     fn depth(&self, f: &ForwardPass<L>) -> Option<usize> {
         let pass = &f.a.batch;
@@ -110,16 +116,16 @@ impl<L: Launcher> Cuda<L> {
             models.arrived.set(0);
         }
         let id = Some(f.decoder.id);
-        if models.decoder != id || models.changes != self.launcher.changes() {
+        if models.decoder != id || models.allocation_epoch != self.launcher.allocation_epoch() {
             let args = |l: &DecoderLayer<Self>| DecodeLayer {
-                linears: [&l.qkv, &l.dense, &l.up, &l.down].map(product),
+                linears: [&l.qkv, &l.dense, &l.up, &l.down].map(decode_linear),
                 input_norm: norm(&l.input_norm),
                 post_norm: norm(&l.post_norm),
             };
             let table: Vec<DecodeLayer> = f.decoder.layers.iter().map(args).collect();
             let at = self.place(&mut models.table, size_of_val(&table[..]))?;
             self.launcher.write(at, bytemuck::cast_slice(&table))?;
-            (models.decoder, models.changes) = (id, self.launcher.changes());
+            (models.decoder, models.allocation_epoch) = (id, self.launcher.allocation_epoch());
         }
         Ok(sums)
     }
@@ -165,7 +171,7 @@ impl<L: Launcher> Cuda<L> {
         let int8 = if f.decoder.embedding.int8() { "_int8" } else { "" };
         let kernel = format!("decode_step_{}{int8}_{depth}", self.suffix());
         let shared_bytes = shared_bytes(depth, f.decoder.embedding.cols()) as u32;
-        let shape = Shape {
+        let config = LaunchConfig {
             grid: [blocks, 1, 1],
             threads: THREADS,
             shared_bytes,
@@ -174,7 +180,7 @@ impl<L: Launcher> Cuda<L> {
         };
         self.launcher.launch(
             &kernel,
-            shape,
+            config,
             &Args::new().with(model).with(step).with(ids).with(attention),
         )?;
         // each block comes to five barriers a layer; the first has one more, the last one less

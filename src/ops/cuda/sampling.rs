@@ -26,8 +26,8 @@ pub(super) struct Scratch<L: Launcher> {
     choices: CachedUpload<L>,
     changes: CachedUpload<L>,
     logits: Option<Memory<L>>,
-    /// Softmax statistics of the logits, for each block of the head.
-    moments: Option<Memory<L>>,
+    /// Softmax statistics of the logits, for each block of the LM head.
+    softmax_stats: Option<Memory<L>>,
     partials: Option<Memory<L>>,
     tops: Option<Memory<L>>,
     /// Results of this step's choices and of the step's before, in turn.
@@ -50,7 +50,7 @@ impl<L: Launcher> Default for Scratch<L> {
             choices,
             changes,
             logits: None,
-            moments: None,
+            softmax_stats: None,
             partials: None,
             tops: None,
             chosen: [None, None],
@@ -65,7 +65,7 @@ type Topped<'t, L> = &'t mut dyn FnMut(&mut Scratch<L>, usize, &[usize]) -> Resu
 
 /// Where a token is sampled.
 enum SampledBy {
-    /// With the head's products.
+    /// With the LM head's GEMM.
     Fused,
     /// From logits in device memory.
     Listed,
@@ -109,7 +109,7 @@ fn changed(row: &SamplingRow) -> Vec<LogitChange> {
 }
 
 impl<L: Launcher> Cuda<L> {
-    /// Products of all rows of `x` with the head, on the host.
+    /// Logits of all rows of `x`, on the host.
     pub(super) fn lm_head_logits(
         &self,
         x: &Tensor<Self>,
@@ -118,12 +118,12 @@ impl<L: Launcher> Cuda<L> {
     ) -> Result<()> {
         let mut scratch = self.scratch.borrow_mut();
         out.resize(x.shape()[0] * lm_head.rows(), 0.0);
-        let most = self.lm_head_rows();
-        for (part, out) in out.chunks_mut(most * lm_head.rows()).enumerate() {
-            let rows = part * most..part * most + out.len() / lm_head.rows();
+        let max_rows = self.lm_head_rows();
+        for (part, out) in out.chunks_mut(max_rows * lm_head.rows()).enumerate() {
+            let rows = part * max_rows..part * max_rows + out.len() / lm_head.rows();
             let at = self.place(&mut scratch.logits, out.len() * 4)?;
-            let head = LmHead { x, rows, weight: lm_head };
-            self.launch_lm_head("lm_head_logits", head, |args| args.with(at).with(0u64))?;
+            let lm_head_rows = LmHead { x, rows, weight: lm_head };
+            self.launch_lm_head("lm_head_logits", lm_head_rows, |args| args.with(at).with(0u64))?;
             self.launcher.read(at, bytemuck::cast_slice_mut(out))?;
         }
         Ok(())
@@ -138,7 +138,7 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// See [`crate::ops::DecodeBackend::sample`]. Choices over the whole vocabulary are made where
-    /// the products are; those by rank or probability, and lists of likely tokens, from logits in
+    /// the GEMM is; those by rank or probability, and lists of likely tokens, from logits in
     /// device memory; lists of more than 1024 likely tokens are the host's.
     pub(super) fn sample_now(
         &self,
@@ -186,14 +186,14 @@ impl<L: Launcher> Cuda<L> {
         x: &Tensor<Self>,
         lm_head: &DeviceWeight<L>,
         rows: &[(usize, &SamplingRow)],
-    ) -> Result<L::Reading> {
+    ) -> Result<L::PendingRead> {
         let at = self.launch_sampling(x, lm_head, rows, &mut |_, _, _| Ok(()))?;
         self.launcher.read_later(at, rows.len() * size_of::<abi::SampledToken>())
     }
 
     /// See [`crate::ops::DecodeBackend::wait`].
-    pub(super) fn finish_sampling(&self, choosing: L::Reading) -> Result<Vec<SampledToken>> {
-        let bytes = self.launcher.finish_read(choosing)?;
+    pub(super) fn finish_sampling(&self, pending: L::PendingRead) -> Result<Vec<SampledToken>> {
+        let bytes = self.launcher.finish_read(pending)?;
         let word = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
         let chosen = |b: &[u8]| SampledToken {
             token: word(b),
@@ -222,9 +222,9 @@ impl<L: Launcher> Cuda<L> {
         if rows.iter().any(|r| matches!(SampledBy::of(r.1, lm_head.rows()), SampledBy::Host)) {
             self.launcher.zero(at, rows.len() * size_of::<abi::SampledToken>())?;
         }
-        let most = self.lm_head_rows();
-        for first in (0..x.shape()[0]).step_by(most) {
-            let range = first..(first + most).min(x.shape()[0]);
+        let max_rows = self.lm_head_rows();
+        for first in (0..x.shape()[0]).step_by(max_rows) {
+            let range = first..(first + max_rows).min(x.shape()[0]);
             let here = |i: &usize| range.contains(&rows[*i].0);
             let (mut fused, mut listed) = (Vec::new(), Vec::new());
             for i in (0..rows.len()).filter(here) {
@@ -241,8 +241,8 @@ impl<L: Launcher> Cuda<L> {
                 let (count, blocks) = (fused.len() as u32, blocks as u32);
                 let choices =
                     SamplingArgs { jobs: list, changes, previous, partials, count, blocks };
-                let head = LmHead { x, rows: range.clone(), weight: lm_head };
-                self.launch_lm_head("lm_head_sample", head, |args| args.with(choices))?;
+                let lm_head_rows = LmHead { x, rows: range.clone(), weight: lm_head };
+                self.launch_lm_head("lm_head_sample", lm_head_rows, |args| args.with(choices))?;
                 let shared = MERGE_THREADS as usize / 32 * PARTIAL;
                 let args = Args::new().with(choices).with(at);
                 self.launch("merge_samples", [fused.len(), 1, 1], MERGE_THREADS, shared, args)?;
@@ -251,20 +251,20 @@ impl<L: Launcher> Cuda<L> {
                 fused.iter().chain(&listed).copied().filter(|&i| rows[i].1.top > 0).collect();
             if !listed.is_empty() || !wanted.is_empty() {
                 let logits = self.place(&mut scratch.logits, range.len() * lm_head.rows() * 4)?;
-                let moments = self.place(
-                    &mut scratch.moments,
+                let softmax_stats = self.place(
+                    &mut scratch.softmax_stats,
                     range.len() * moments_blocks(lm_head.rows()) * size_of::<SoftmaxStats>(),
                 )?;
-                let head = LmHead { x, rows: range.clone(), weight: lm_head };
-                self.launch_lm_head("lm_head_logits", head, |args| {
-                    args.with(logits).with(moments)
+                let lm_head_rows = LmHead { x, rows: range.clone(), weight: lm_head };
+                self.launch_lm_head("lm_head_logits", lm_head_rows, |args| {
+                    args.with(logits).with(softmax_stats)
                 })?;
                 if !listed.is_empty() {
                     let (list, changes) = self.send_choices(scratch, range.start, rows, &listed)?;
                     let args = Args::new()
                         .with(at)
                         .with(logits)
-                        .with(moments)
+                        .with(softmax_stats)
                         .with(list)
                         .with(changes)
                         .with(previous);
@@ -299,13 +299,14 @@ impl<L: Launcher> Cuda<L> {
             count: rows[i].1.top.min(lm_head.rows()) as u32,
         };
         let tops: Vec<TopRequest> = part.iter().map(wanted).collect();
-        let Some(most) = tops.iter().map(|t| t.count as usize).max() else { return Ok(vec![]) };
+        let Some(max_top) = tops.iter().map(|t| t.count as usize).max() else { return Ok(vec![]) };
         let list = self.send(&mut scratch.choices, bytemuck::cast_slice(&tops))?;
         let logits = scratch.logits.as_ref().map_or(0, |m| m.at);
         let out =
-            self.place(&mut scratch.tops, part.len() * most * size_of::<abi::SampledToken>())?;
-        let moments = scratch.moments.as_ref().map_or(0, |m| m.at);
-        let args = Args::new().with(out).with(logits).with(moments).with(list).with(most as u32);
+            self.place(&mut scratch.tops, part.len() * max_top * size_of::<abi::SampledToken>())?;
+        let softmax_stats = scratch.softmax_stats.as_ref().map_or(0, |m| m.at);
+        let args =
+            Args::new().with(out).with(logits).with(softmax_stats).with(list).with(max_top as u32);
         self.launch(
             "top_logprobs",
             [part.len(), 1, 1],
@@ -313,10 +314,10 @@ impl<L: Launcher> Cuda<L> {
             LISTED_SHARED,
             args.with(lm_head.rows() as u32),
         )?;
-        let mut results = vec![abi::SampledToken::zeroed(); part.len() * most];
+        let mut results = vec![abi::SampledToken::zeroed(); part.len() * max_top];
         self.launcher.read(out, bytemuck::cast_slice_mut(&mut results))?;
         let mut left = Vec::new();
-        for ((&i, top), results) in part.iter().zip(&tops).zip(results.chunks_exact(most)) {
+        for ((&i, top), results) in part.iter().zip(&tops).zip(results.chunks_exact(max_top)) {
             let results = &results[..top.count as usize];
             if results.iter().any(|r| r.token == TOO_MANY) {
                 left.push(i);
