@@ -8,7 +8,7 @@ use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 /// Largest file that is read whole: far above every tokenizer and index.
-const MOST: u64 = 1 << 30;
+const MAX_BYTES: u64 = 1 << 30;
 
 /// Opens a file for reading; `missing` is said of one that is not there.
 pub fn open(path: &Path, missing: &str) -> Result<(File, Metadata)> {
@@ -28,14 +28,14 @@ pub fn open(path: &Path, missing: &str) -> Result<(File, Metadata)> {
 /// Reads a small file whole; `missing` is said of one that is not there.
 pub fn read(path: &Path, missing: &str) -> Result<Vec<u8>> {
     let (file, metadata) = open(path, missing)?;
-    if metadata.len() > MOST {
+    if metadata.len() > MAX_BYTES {
         return Err(Error::file(
             path,
-            format!("has {} bytes, expected at most {MOST}", metadata.len()),
+            format!("has {} bytes, expected at most {MAX_BYTES}", metadata.len()),
         ));
     }
     let mut bytes = Vec::new();
-    file.take(MOST).read_to_end(&mut bytes).map_err(Error::io(path, "read"))?;
+    file.take(MAX_BYTES).read_to_end(&mut bytes).map_err(Error::io(path, "read"))?;
     match instead(&bytes) {
         Some(what) => Err(Error::file(path, what)),
         None => Ok(bytes),

@@ -28,11 +28,11 @@ pub struct Shapes {
     pub heads: Vec<(usize, usize)>,
     /// Heads and head sizes of whole decoding steps.
     pub steps: Vec<(usize, usize)>,
-    /// `(outputs, inputs)` of products.
+    /// `(outputs, inputs)` of GEMMs.
     pub matrices: Vec<(usize, usize)>,
-    /// The same with rows so long that they are brought in another way where tokens are few.
+    /// The same with rows so long that they are brought by another kernel where tokens are few.
     pub long_matrices: Vec<(usize, usize)>,
-    /// Tokens of a product.
+    /// Tokens of a GEMM.
     pub tokens: Vec<usize>,
     /// `(positions in the cache, new tokens)` of the spans of attention batches.
     pub batches: Vec<Vec<(usize, usize)>>,
@@ -66,7 +66,7 @@ impl Shapes {
     /// Drawn from the seed, small enough for the emulator.
     pub fn random(seed: u64) -> Shapes {
         let mut words = Words::new(seed, 2);
-        let mut between = |least: usize, most: usize| least + words.below(most - least + 1);
+        let mut between = |min: usize, max: usize| min + words.below(max - min + 1);
         let sizes = [32, 64, 80, 96, 128];
         Shapes {
             heads: (0..2).map(|_| (between(1, 4), sizes[between(0, 4)])).collect(),
@@ -105,7 +105,7 @@ impl Shapes {
     }
 }
 
-/// A kernel's result beside the CPU's.
+/// A kernel's result compared with the CPU's.
 #[derive(Clone, Debug)]
 pub struct KernelCheck {
     /// The operation's name.
@@ -154,17 +154,17 @@ pub fn run<L: Launcher>(
         for int8 in [false, true] {
             let weights = test.matrix(outputs, inputs, int8)?;
             test.rows(&weights, (outputs, inputs), int8)?;
-            test.products(weights, (outputs, inputs), &shapes.tokens, int8)?;
+            test.gemms(weights, (outputs, inputs), &shapes.tokens, int8)?;
         }
     }
     for &(outputs, inputs) in &shapes.long_matrices {
         for int8 in [false, true] {
             let weights = test.matrix(outputs, inputs, int8)?;
-            test.products(weights, (outputs, inputs), &[1, 6], int8)?;
+            test.gemms(weights, (outputs, inputs), &[1, 6], int8)?;
         }
     }
     for (i, &(count, size)) in shapes.steps.iter().enumerate() {
-        // in one kernel, and by larger products
+        // in one kernel, and by larger GEMMs
         for sequences in [5, 20] {
             test.steps(count, size, sequences, i % 2 == 1, i % 3 == 1)?;
         }
@@ -177,10 +177,10 @@ pub fn run<L: Launcher>(
     let width = shapes.matrices.iter().map(|m| m.1).find(|i| *i <= 2048).unwrap_or(64);
     for int8 in [false, true] {
         for (i, &vocabulary) in shapes.vocabularies.iter().enumerate() {
-            let (head, cpu_head) = test.matrix(vocabulary, width, int8)?;
+            let (lm_head, cpu_lm_head) = test.matrix(vocabulary, width, int8)?;
             let rows: &[usize] = if i == 0 { &[5, 20, 50, 140] } else { &[5] };
             for &rows in rows {
-                test.sampling((&head, &cpu_head), (vocabulary, width), rows, int8)?;
+                test.sampling((&lm_head, &cpu_lm_head), (vocabulary, width), rows, int8)?;
             }
         }
     }
@@ -188,12 +188,12 @@ pub fn run<L: Launcher>(
 }
 
 fn error(ours: &[f32], theirs: &[f32]) -> f32 {
-    let most = theirs.iter().fold(1e-30f32, |m, v| m.max(v.abs()));
+    let max = theirs.iter().fold(1e-30f32, |m, v| m.max(v.abs()));
     let worst = ours
         .iter()
         .zip(theirs)
         .map(|(a, b)| if a.is_nan() { f32::INFINITY } else { (a - b).abs() });
-    if ours.len() == theirs.len() { worst.fold(0.0, f32::max) / most } else { f32::INFINITY }
+    if ours.len() == theirs.len() { worst.fold(0.0, f32::max) / max } else { f32::INFINITY }
 }
 
 /// Greedy, plain and filtered sampling, with and without penalties.
@@ -361,7 +361,7 @@ impl<L: Launcher> Test<'_, L> {
         Ok((ours, theirs))
     }
 
-    /// Decoding steps of a small model: operation by operation, recorded and repeated, and in one
+    /// Decoding steps of a small model: operation by operation, captured and replayed, and in one
     /// kernel.
     fn steps(
         &mut self,
@@ -389,17 +389,17 @@ impl<L: Launcher> Test<'_, L> {
                 batch
             })
             .collect();
-        let ways = [
+        let variants = [
             (false, Persistent::Never),
             (true, Persistent::Never),
             (true, Persistent::Always),
             (true, Persistent::Auto),
         ];
         // more sequences than the one kernel takes
-        let ways = if sequences > 8 { &ways[..2] } else { &ways[..] };
+        let variants = if sequences > 8 { &variants[..2] } else { &variants[..] };
         let mut results = Vec::new();
-        for &(records, persistent) in ways {
-            (self.cuda.captures_graphs, self.cuda.persistent) = (records, persistent);
+        for &(graphs, persistent) in variants {
+            (self.cuda.captures_graphs, self.cuda.persistent) = (graphs, persistent);
             let mut cache = self.cuda.cache(self.half, LAYERS, &heads, 11 * sequences)?;
             let mut a = DecoderActivations::default();
             let mut result = Vec::new();
@@ -434,7 +434,7 @@ impl<L: Launcher> Test<'_, L> {
     }
 
     /// Products with every epilogue but that of attention, with and without a norm before.
-    fn products(
+    fn gemms(
         &mut self,
         weights: Weights<L>,
         (outputs, inputs): (usize, usize),
@@ -467,7 +467,7 @@ impl<L: Launcher> Test<'_, L> {
         let (norm, cpu_norm) = self.norm(inputs, 1.0)?;
         let case = format!("{tokens} x {inputs} to {outputs}{}", if int8 { ", int8" } else { "" });
         let (mut out, mut expected) = Default::default();
-        // sums of the same products in another order
+        // the same terms summed in another order
         let sums = 3e-6 * (inputs as f32).sqrt();
         self.cuda.linear(&mut out, &half, linear, Epilogue::Bias);
         self.cpu.linear(&mut expected, &cpu_x, cpu_linear, Epilogue::Bias);
@@ -555,10 +555,10 @@ impl<L: Launcher> Test<'_, L> {
         Ok(())
     }
 
-    /// Tokens chosen from the head, in every way.
+    /// Tokens chosen from the LM head, in every way.
     fn sampling(
         &mut self,
-        (head, cpu_head): (&<Cuda<L> as Backend>::Weight, &<Cpu as Backend>::Weight),
+        (lm_head, cpu_lm_head): (&<Cuda<L> as Backend>::Weight, &<Cpu as Backend>::Weight),
         (vocabulary, width): (usize, usize),
         rows: usize,
         int8: bool,
@@ -606,8 +606,8 @@ impl<L: Launcher> Test<'_, L> {
             .collect();
         let list: Vec<(usize, &SamplingRow)> = list.iter().map(|(row, r)| (*row, r)).collect();
         let (mut logits, mut expected_logits) = (Vec::new(), Vec::new());
-        let ours = self.cuda.sample(&ours_x, head, &list, &mut logits)?;
-        let theirs = self.cpu.sample(&x, cpu_head, &list, &mut expected_logits)?;
+        let ours = self.cuda.sample(&ours_x, lm_head, &list, &mut logits)?;
+        let theirs = self.cpu.sample(&x, cpu_lm_head, &list, &mut expected_logits)?;
         let tokens = |c: &SampledToken| (c.token, c.top.iter().map(|t| t.0).collect::<Vec<_>>());
         let different = ours.iter().zip(&theirs).filter(|(a, b)| tokens(a) != tokens(b)).count();
         let case =
@@ -620,9 +620,9 @@ impl<L: Launcher> Test<'_, L> {
         };
         let e = error(&get(&ours), &get(&theirs));
         self.report("log-probabilities", case.clone(), e, 1e-5);
-        self.pending_tokens(&ours_x, &x, (head, cpu_head), &list, case.clone())?;
-        self.cuda.logits(&ours_x, head, &mut logits)?;
-        self.cpu.logits(&x, cpu_head, &mut expected_logits)?;
+        self.pending_tokens(&ours_x, &x, (lm_head, cpu_lm_head), &list, case.clone())?;
+        self.cuda.logits(&ours_x, lm_head, &mut logits)?;
+        self.cpu.logits(&x, cpu_lm_head, &mut expected_logits)?;
         let e = error(&logits, &expected_logits);
         self.report("logits", case, e, 3e-6 * (width as f32).sqrt());
         Ok(())
@@ -634,14 +634,14 @@ impl<L: Launcher> Test<'_, L> {
         &mut self,
         x: &Tensor<Cuda<L>>,
         cpu_x: &Tensor<Cpu>,
-        (head, cpu_head): (&<Cuda<L> as Backend>::Weight, &<Cpu as Backend>::Weight),
+        (lm_head, cpu_lm_head): (&<Cuda<L> as Backend>::Weight, &<Cpu as Backend>::Weight),
         list: &[(usize, &SamplingRow)],
         case: String,
     ) -> Result<()> {
         let list: Vec<_> =
             list.iter().copied().filter(|r| self.cuda.samples_on_device(r.1)).collect();
         let (norm, cpu_norm) = self.norm(cpu_x.shape()[1], 1.0)?;
-        let first = self.cuda.sample_async(x, head, &list)?;
+        let first = self.cuda.sample_async(x, lm_head, &list)?;
         let mut batch = Batch::default();
         for i in 0..list.len() {
             batch.push(&[0], 0, &[0]);
@@ -649,15 +649,15 @@ impl<L: Launcher> Test<'_, L> {
         }
         let (mut on_device, mut out, mut expected, mut scratch) = Default::default();
         self.cuda.upload_batch(&batch, &mut on_device);
-        self.cuda.embedding_norm(&mut out, &on_device, head, &norm);
+        self.cuda.embedding_norm(&mut out, &on_device, lm_head, &norm);
         let next: Vec<SamplingRow> = (0..list.len())
             .map(|i| SamplingRow { pending: Some(i), position: 500, ..*list[i].1 })
             .collect();
         let next: Vec<_> = list.iter().zip(&next).map(|(r, n)| (r.0, n)).collect();
-        let second = self.cuda.sample_async(x, head, &next)?;
+        let second = self.cuda.sample_async(x, lm_head, &next)?;
         let (first, second) = (self.cuda.wait(first)?, self.cuda.wait(second)?);
         batch.ids = first.iter().map(|c| c.token).collect();
-        self.cpu.embedding_norm(&mut expected, &batch, cpu_head, &cpu_norm);
+        self.cpu.embedding_norm(&mut expected, &batch, cpu_lm_head, &cpu_norm);
         let e = error(&self.cuda.download(&out)?, expected.buffer());
         self.report("embedding of fed tokens", case.clone(), e, 1e-5);
         let seen: Vec<Vec<u32>> = next
@@ -673,7 +673,7 @@ impl<L: Launcher> Test<'_, L> {
             .map(|((_, r), seen)| SamplingRow { pending: None, seen, ..**r })
             .collect();
         let known: Vec<_> = next.iter().zip(&known).map(|(r, k)| (r.0, k)).collect();
-        let theirs = self.cpu.sample(cpu_x, cpu_head, &known, &mut scratch)?;
+        let theirs = self.cpu.sample(cpu_x, cpu_lm_head, &known, &mut scratch)?;
         let different = second.iter().zip(&theirs).filter(|(a, b)| a.token != b.token).count();
         self.report("tokens after fed ones that differ", case, different as f32, 0.0);
         Ok(())

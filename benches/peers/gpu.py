@@ -176,7 +176,7 @@ def kernels(a, hidden, layers, heads):
             x = torch.randn(tokens, products[r["operation"]][1], **new)
             work = lambda i: F.linear(x, weights[r["operation"]][i % layers])
             peer = "linear, without norm, epilogue or cache"
-        elif r["operation"] == "product of squares":
+        elif r["operation"] == "square GEMM":
             x, w = (torch.randn(tokens, tokens, **new) for _ in range(2))
             work = lambda i: F.linear(x, w)
             peer = "linear, results in 16 bits"

@@ -1,4 +1,4 @@
-//! The least time that a piece of work can take, from what the machine reaches right before and
+//! The minimum time that a piece of work can take, from what the machine reaches right before and
 //! after it.
 
 use super::machine::Machine;
@@ -11,7 +11,7 @@ use serde::Serialize;
 pub struct Peaks {
     /// Bytes a second read from memory, over 1e9.
     pub read_gigabytes_per_second: f64,
-    /// FLOP/s of the products that weights of the type run on, over 1e9.
+    /// FLOP/s of the GEMMs that weights of the type run on, over 1e9.
     pub peak_gigaflops: f64,
 }
 
@@ -27,7 +27,7 @@ impl Peaks {
     }
 }
 
-/// Measures a machine beside each figure: what it reaches changes from one minute to the next.
+/// Measures a machine around each figure: what it reaches changes from one minute to the next.
 pub struct Gauge<'a, M: Machine> {
     machine: &'a M,
     probe: M::Probe,
@@ -37,7 +37,7 @@ pub struct Gauge<'a, M: Machine> {
 }
 
 impl<'a, M: Machine> Gauge<'a, M> {
-    /// For products of weights held in `dtype`.
+    /// For GEMMs with weights held in `dtype`.
     pub fn new(machine: &'a M, dtype: DType) -> Result<Gauge<'a, M>> {
         let mut gauge = Gauge { machine, probe: machine.probe()?, dtype, best: Peaks::default() };
         gauge.measure()?; // brings threads and memory up to speed
@@ -61,16 +61,16 @@ impl<'a, M: Machine> Gauge<'a, M> {
 
     /// Does some work; returns its result, and the best of what the machine reached right before
     /// and after it.
-    pub fn beside<T>(&mut self, work: impl FnOnce() -> Result<T>) -> Result<(T, Peaks)> {
+    pub fn around<T>(&mut self, work: impl FnOnce() -> Result<T>) -> Result<(T, Peaks)> {
         let before = self.measure()?;
         let done = work()?;
         Ok((done, before.best(self.measure()?)))
     }
 }
 
-/// What some work has to do at least.
+/// What some work has to do at work.
 #[derive(Clone, Copy, Debug)]
-pub struct Least {
+pub struct MinimumWork {
     /// Read from and written to memory at least once.
     pub bytes: f64,
     /// Multiply-adds counted twice.
@@ -95,7 +95,7 @@ pub enum Bound {
     Beyond,
 }
 
-/// A time beside its floor.
+/// A time compared with its floor.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Compared {
     /// What sets the floor.
@@ -113,12 +113,12 @@ pub struct Compared {
 impl Compared {
     /// `seconds` for work with these floors, on a machine whose last cache holds `cache` bytes, if
     /// that is known.
-    pub fn new(seconds: f64, least: Least, peaks: Peaks, cache: Option<usize>) -> Compared {
-        let memory = least.bytes / (1e9 * peaks.read_gigabytes_per_second);
-        let compute = least.flops / (1e9 * peaks.peak_gigaflops);
+    pub fn new(seconds: f64, work: MinimumWork, peaks: Peaks, cache: Option<usize>) -> Compared {
+        let memory = work.bytes / (1e9 * peaks.read_gigabytes_per_second);
+        let compute = work.flops / (1e9 * peaks.peak_gigaflops);
         let floor = memory.max(compute);
         let bound = match () {
-            () if memory > compute && cache.is_some_and(|c| least.working_set <= c as f64) => {
+            () if memory > compute && cache.is_some_and(|c| work.working_set <= c as f64) => {
                 Bound::Cache
             }
             () if floor > seconds => Bound::Beyond,
@@ -150,7 +150,12 @@ mod tests {
     const PEAKS: Peaks = Peaks { read_gigabytes_per_second: 10.0, peak_gigaflops: 100.0 };
 
     fn compared(seconds: f64, bytes: f64, flops: f64, working_set: f64) -> Compared {
-        Compared::new(seconds, Least { bytes, flops, working_set }, PEAKS, Some(1_000_000_000))
+        Compared::new(
+            seconds,
+            MinimumWork { bytes, flops, working_set },
+            PEAKS,
+            Some(1_000_000_000),
+        )
     }
 
     #[test]
@@ -172,8 +177,12 @@ mod tests {
         assert_eq!(compared(2.0, 0.1e9, 100e9, 0.1e9).bound, Bound::Compute);
         let beyond = compared(0.8, 10e9, 1e9, 20e9);
         assert_eq!((beyond.bound, beyond.shown().as_str()), (Bound::Beyond, "125% (beyond)"));
-        let unknown =
-            Compared::new(0.8, Least { bytes: 10e9, flops: 0.0, working_set: 1.0 }, PEAKS, None);
+        let unknown = Compared::new(
+            0.8,
+            MinimumWork { bytes: 10e9, flops: 0.0, working_set: 1.0 },
+            PEAKS,
+            None,
+        );
         assert_eq!(unknown.bound, Bound::Beyond);
     }
 

@@ -1,9 +1,9 @@
-//! The operations of a layer and of the head, one by one, each beside its floor.
+//! The operations of a layer and of the LM head, one by one, each compared with its floor.
 //!
 //! Random weights of a published shape; its layers take turns, so that weights come from memory and
 //! not from a cache.
 
-use super::floor::{Compared, Gauge, Least, Peaks};
+use super::floor::{Compared, Gauge, MinimumWork, Peaks};
 use super::llm::random_checkpoint;
 use super::machine::{Machine, probe_bytes};
 use crate::engine::{Sampling, SamplingRow};
@@ -52,9 +52,9 @@ pub struct KernelRow {
     pub gigabytes_per_second: f64,
     /// FLOPs over time, over 1e12.
     pub teraflops: f64,
-    /// The least time of one call.
+    /// Minimum time of one call.
     pub floor_microseconds: f64,
-    /// The time beside its floor.
+    /// The time compared with its floor.
     #[serde(flatten)]
     pub compared: Compared,
 }
@@ -90,8 +90,8 @@ struct Bench<'a, B: DecodeBackend + Machine> {
 }
 
 /// Work whose calls all go through the same bytes.
-fn whole(bytes: f64, flops: f64) -> Least {
-    Least { bytes, flops, working_set: bytes }
+fn whole(bytes: f64, flops: f64) -> MinimumWork {
+    MinimumWork { bytes, flops, working_set: bytes }
 }
 
 /// One kind of batch.
@@ -121,7 +121,7 @@ impl Case {
     }
 }
 
-/// What measuring takes beside the weights: the largest batch, or the largest square.
+/// What measuring takes besides the weights: the largest batch, or the largest square.
 pub fn plan(config: &BloomConfig, dtype: DType, o: &KernelOptions) -> MemoryPlan {
     let cached = if dtype == DType::Int8 { 2 } else { dtype.size() };
     let (h, element) = (config.hidden_size as f64, dtype.size() as f64);
@@ -206,9 +206,9 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
         let seen = (case.positions - case.tokens) as f64 + (case.tokens as f64 + 1.0) / 2.0;
         let kv = 2.0 * case.sequences as f64 * case.positions as f64 * h * self.cached;
         let count = layers.len() as f64;
-        let product = |weight: f64, outputs: f64, inputs: f64| {
+        let gemm = |weight: f64, outputs: f64, inputs: f64| {
             let bytes = outputs * inputs * weight + 2.0 * n * (outputs + inputs);
-            Least {
+            MinimumWork {
                 bytes,
                 flops: 2.0 * n * outputs * inputs,
                 working_set: count * outputs * inputs * weight,
@@ -230,35 +230,38 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
             b.embedding_norm(&mut x, &on_device, self.model.lm_head(), norm(i));
             Ok(())
         })?;
-        self.time("norm + QKV into cache", case, product(w, 3.0 * h, h), &mut |i| {
+        self.time("norm + QKV into cache", case, gemm(w, 3.0 * h, h), &mut |i| {
             let input = NormInput { x: &x, norm: norm(i), normed: &mut normed };
             let cache = (&mut cache, i % layers.len());
             b.layer_norm_qkv_to_cache(&mut queries, input, &layer(i).qkv, &on_device, cache);
             Ok(())
         })?;
-        let read =
-            Least { bytes: kv + 4.0 * n * h, flops: 4.0 * n * seen * h, working_set: count * kv };
+        let read = MinimumWork {
+            bytes: kv + 4.0 * n * h,
+            flops: 4.0 * n * seen * h,
+            working_set: count * kv,
+        };
         self.time("attention", case, read, &mut |i| {
             b.paged_attention(&mut attended, &queries, &on_device, (&cache, i % layers.len()));
             Ok(())
         })?;
-        self.time("dense + residual", case, product(w, h, h), &mut |i| {
+        self.time("dense + residual", case, gemm(w, h, h), &mut |i| {
             b.linear(&mut x2, &attended, &layer(i).dense, Epilogue::BiasResidual(&x));
             Ok(())
         })?;
-        self.time("norm + up + GELU", case, product(w, 4.0 * h, h), &mut |i| {
+        self.time("norm + up + GELU", case, gemm(w, 4.0 * h, h), &mut |i| {
             let input = NormInput { x: &x2, norm: norm(i), normed: &mut normed };
             b.layer_norm_linear(&mut wide, input, &layer(i).up, Epilogue::BiasGelu);
             Ok(())
         })?;
-        self.time("down + residual", case, product(w, h, 4.0 * h), &mut |i| {
+        self.time("down + residual", case, gemm(w, h, 4.0 * h), &mut |i| {
             b.linear(&mut x, &wide, &layer(i).down, Epilogue::BiasResidual(&x2));
             Ok(())
         })?;
         self.lm_head_case(case, &batch, &x)
     }
 
-    /// The LM head and the ways to sample from it.
+    /// The LM head and the kinds of sampling from it.
     fn lm_head_case(&self, case: Case, batch: &Batch, x: &Tensor<B>) -> Result<()> {
         let (b, config, w) = (self.backend, &self.model.config, self.weight);
         let h = config.hidden_size as f64;
@@ -269,13 +272,13 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
         let (vocabulary, r) = (config.vocab_size as f64, rows.len() as f64);
         let counted = whole(vocabulary * h * w, 2.0 * r * vocabulary * h);
         let plain = Sampling { temperature: 1.0, seed: 5, ..Sampling::default() };
-        let ways = [
-            ("head + greedy", Sampling::default()),
-            ("head + sampling", plain),
-            ("head + top-k 50, top-p 0.95", Sampling { top_k: 50, top_p: 0.95, ..plain }),
+        let kinds = [
+            ("LM head + greedy", Sampling::default()),
+            ("LM head + sampling", plain),
+            ("LM head + top-k 50, top-p 0.95", Sampling { top_k: 50, top_p: 0.95, ..plain }),
         ];
         let mut scratch = Vec::new();
-        for (name, sampling) in ways {
+        for (name, sampling) in kinds {
             let choices: Vec<SamplingRow> = (0..rows.len())
                 .map(|row| SamplingRow::new(row, &sampling, row as u32, 1))
                 .collect();
@@ -287,7 +290,7 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
         Ok(())
     }
 
-    /// A product of square matrices, of which two take turns; its inputs are the normalized rows of
+    /// A GEMM of square matrices, of which two take turns; its inputs are the normalized rows of
     /// one.
     fn square(&self, n: usize, dtype: DType) -> Result<()> {
         let b = self.backend;
@@ -313,7 +316,7 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
         // f32 out
         let counted = whole(size * size * (self.weight + 2.0 + 4.0), 2.0 * size * size * size);
         self.time(
-            "product of squares",
+            "square GEMM",
             Case { sequences: 1, tokens: n, positions: n },
             counted,
             &mut |i| {
@@ -327,13 +330,13 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
         &self,
         operation: &'static str,
         case: Case,
-        least: Least,
+        work_done: MinimumWork,
         work: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<()> {
         let mut gauge = self.gauge.borrow_mut();
-        let (seconds, peaks) = gauge.beside(|| self.backend.time(self.calls, work))?;
-        let compared = Compared::new(seconds, least, peaks, self.backend.last_cache());
-        let Least { bytes, flops, .. } = least;
+        let (seconds, peaks) = gauge.around(|| self.backend.time(self.calls, work))?;
+        let compared = Compared::new(seconds, work_done, peaks, self.backend.last_cache());
+        let MinimumWork { bytes, flops, .. } = work_done;
         self.rows.borrow_mut().push(KernelRow {
             operation,
             sequences: case.sequences,

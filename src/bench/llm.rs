@@ -1,6 +1,6 @@
 //! Prefill and decode of BLOOM, on random weights of any published shape.
 
-use super::floor::{Compared, Gauge, Least, Peaks};
+use super::floor::{Compared, Gauge, MinimumWork, Peaks};
 use super::machine::{self, Machine};
 use crate::checkpoint::Checkpoint;
 use crate::engine::{Engine, EngineOptions, Event, Request, Verdict};
@@ -29,7 +29,7 @@ pub struct LlmOptions {
     pub repeats: usize,
 }
 
-/// One phase: what it took, and the least it could have taken.
+/// One phase: what it took, and the minimum it could have taken.
 #[derive(Debug, Serialize)]
 pub struct Phase {
     /// Tokens of all sequences, over the median time.
@@ -40,9 +40,9 @@ pub struct Phase {
     pub bytes: f64,
     /// Floating-point operations of a forward pass: multiply-adds are counted twice.
     pub flops: f64,
-    /// The least time of a forward pass.
+    /// Minimum time of a forward pass.
     pub floor_milliseconds: f64,
-    /// The time beside its floor.
+    /// The time compared with its floor.
     #[serde(flatten)]
     pub compared: Compared,
 }
@@ -76,7 +76,7 @@ pub struct LlmReport {
     pub prefill: Phase,
     /// One new token for every sequence; median of all steps.
     pub decode: Phase,
-    /// The most memory that this process has held, in bytes, less what measuring the bandwidth
+    /// The maximum memory that this process has held, in bytes, less what measuring the bandwidth
     /// took; none where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
     /// On a GPU, decoding steps of each shape as launches and as one kernel; the faster way was
@@ -119,7 +119,7 @@ pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Result<BloomCheck
     BloomCheckpoint::new(config, weights)
 }
 
-/// What measuring a model takes beside its weights.
+/// What measuring a model takes besides its weights.
 pub fn plan<B: DecodeBackend>(model: &Bloom<B>, o: &LlmOptions) -> MemoryPlan {
     let flags = "--batch or --prompt-tokens";
     let engine = crate::engine::memory_plan(model, &o.engine());
@@ -190,18 +190,18 @@ impl Phase {
     fn new(
         times: &mut [f64],
         tokens: usize,
-        least: Least,
+        work: MinimumWork,
         peaks: Peaks,
         cache: Option<usize>,
     ) -> Phase {
         times.sort_by(f64::total_cmp);
         let seconds = times.get(times.len() / 2).copied().unwrap_or(f64::NAN);
-        let compared = Compared::new(seconds, least, peaks, cache);
+        let compared = Compared::new(seconds, work, peaks, cache);
         Phase {
             tokens_per_second: tokens as f64 / seconds,
             milliseconds: seconds * 1e3,
-            bytes: least.bytes,
-            flops: least.flops,
+            bytes: work.bytes,
+            flops: work.flops,
             floor_milliseconds: compared.floor * 1e3,
             compared,
         }
@@ -233,13 +233,13 @@ pub fn run<B: DecodeBackend + Machine>(
         let mut runner =
             Runner { engine, model, o, words: Words::new(7, repeat as u64), next_id: 0 };
         runner.submit(1)?;
-        let (seconds, peaks) = gauge.beside(|| runner.tokens())?;
+        let (seconds, peaks) = gauge.around(|| runner.tokens())?;
         prefill_times.push(seconds);
         prefill_peaks = prefill_peaks.best(peaks);
         runner.submit(o.new_tokens + 1)?;
         runner.tokens()?;
         let decode = || (0..o.new_tokens).map(|_| runner.tokens()).collect::<Result<Vec<f64>>>();
-        let (seconds, peaks) = gauge.beside(decode)?;
+        let (seconds, peaks) = gauge.around(decode)?;
         decode_times.extend(seconds);
         decode_peaks = decode_peaks.best(peaks);
     }
@@ -252,7 +252,7 @@ pub fn run<B: DecodeBackend + Machine>(
     let cache = backend.last_cache();
     let phase = |times: &mut Vec<f64>, tokens: usize, (bytes, flops): (f64, f64), peaks: Peaks| {
         // every pass goes through all weights and all of the cache
-        Phase::new(times, tokens, Least { bytes, flops, working_set: bytes }, peaks, cache)
+        Phase::new(times, tokens, MinimumWork { bytes, flops, working_set: bytes }, peaks, cache)
     };
     let tokens = o.batch * o.prompt_tokens;
     let prefill = phase(

@@ -28,7 +28,7 @@ pub trait Machine {
     fn bandwidth(&self, probe: &Self::Probe) -> Result<f64>;
     /// Bytes that the last cache before memory holds, where that is known.
     fn last_cache(&self) -> Option<usize>;
-    /// FLOP/s of the products that weights of this type run on.
+    /// FLOP/s of the GEMMs that weights of this type run on.
     fn peak(&self, dtype: DType) -> Result<f64>;
     /// Seconds that a call of `work` takes, measured over `calls` of them, which get their numbers.
     fn time(&self, calls: usize, work: &mut dyn FnMut(usize) -> Result<()>) -> Result<f64>;
@@ -118,8 +118,8 @@ impl Machine for Cuda<Driver> {
 /// Bytes of a probe: much more than the last cache holds, but no large part of the memory.
 pub fn probe_bytes() -> usize {
     let wanted = last_cache().map_or(0, |c| 2 * c).max(1 << 29);
-    let most = memory::available().map_or(usize::MAX, |free| free as usize / 8).max(1 << 24);
-    wanted.min(most) / 128 * 128
+    let max = memory::available().map_or(usize::MAX, |free| free as usize / 8).max(1 << 24);
+    wanted.min(max) / 128 * 128
 }
 
 /// Bytes of the largest cache of the first processor, where the system tells.
@@ -148,7 +148,7 @@ fn read_bandwidth(cpu: &Cpu, data: &[f32], passes: usize) -> f64 {
     let mut best = 0f64;
     for _ in 0..passes {
         let started = Instant::now();
-        // chunks as large as a task of a product
+        // chunks as large as a task of a GEMM
         cpu.threads().run_ranges(data.len(), 1 << 16, |r| {
             black_box(sum(cpu.isa(), &data[r]));
         });
@@ -272,7 +272,7 @@ simd_fn! {
     }
 }
 
-/// The most memory that this process has held, in bytes, where the system tells.
+/// The maximum memory that this process has held, in bytes, where the system tells.
 pub fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;

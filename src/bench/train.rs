@@ -1,6 +1,6 @@
 //! A training step on random tokens: forward, backward, clipping, AdamW.
 
-use super::floor::{Compared, Gauge, Least, Peaks};
+use super::floor::{Compared, Gauge, MinimumWork, Peaks};
 use super::machine;
 use crate::error::Result;
 use crate::memory::MemoryPlan;
@@ -29,7 +29,7 @@ pub struct TrainBenchOptions {
     pub sequences: usize,
     /// Tokens of each sequence.
     pub tokens: usize,
-    /// Precision of the products.
+    /// Precision of the GEMMs.
     pub precision: Precision,
     /// Steps that are measured; 0 counts as 1.
     pub repeats: usize,
@@ -40,7 +40,7 @@ pub struct TrainBenchOptions {
 pub struct TrainReport {
     /// Number of the model's parameters.
     pub parameters: usize,
-    /// Precision of the products.
+    /// Precision of the GEMMs.
     pub precision: &'static str,
     /// Instruction set.
     pub isa: &'static str,
@@ -56,7 +56,7 @@ pub struct TrainReport {
     pub milliseconds: f64,
     /// Multiply-adds counted twice: three times those of the forward pass.
     pub flops: f64,
-    /// The least time of a step.
+    /// Minimum time of a step.
     pub floor_milliseconds: f64,
     /// Beside FLOPs over peak alone: bytes are not counted.
     #[serde(flatten)]
@@ -107,7 +107,7 @@ pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
     let (mut best, mut peaks) = (f64::INFINITY, Peaks::default());
     // the first step allocates and is not counted
     for step in 0..=o.repeats.max(1) {
-        let (seconds, reached) = gauge.beside(|| {
+        let (seconds, reached) = gauge.around(|| {
             let started = Instant::now();
             grads.fill(0.0);
             let out = Some((1.0 / batch.labels.len() as f32, &mut grads));
@@ -124,10 +124,11 @@ pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
     let h = o.hidden as f64;
     let tokens = (o.sequences * o.tokens) as f64;
     let attention = 4.0 * tokens * (o.tokens as f64 + 1.0) / 2.0 * h * o.layers as f64;
-    let products = 2.0 * tokens * o.layers as f64 * 12.0 * h * h
+    let gemms = 2.0 * tokens * o.layers as f64 * 12.0 * h * h
         + 2.0 * batch.labels.len() as f64 * o.vocab as f64 * h;
-    let flops = 3.0 * (products + attention);
-    let compared = Compared::new(best, Least { bytes: 0.0, flops, working_set: 0.0 }, peaks, None);
+    let flops = 3.0 * (gemms + attention);
+    let compared =
+        Compared::new(best, MinimumWork { bytes: 0.0, flops, working_set: 0.0 }, peaks, None);
     Ok(TrainReport {
         parameters: model.values.len(),
         precision,

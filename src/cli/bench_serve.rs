@@ -42,7 +42,7 @@ pub struct ServeBenchArgs {
     /// Ids of random prompts are below this, at least 2.
     #[arg(long, default_value_t = 6144)]
     random_vocabulary: usize,
-    /// Most new tokens of a request, at least 1.
+    /// Maximum new tokens of a request, at least 1.
     #[arg(long, default_value_t = 32)]
     output_len: usize,
     /// Let the model end before that.
@@ -57,7 +57,7 @@ pub struct ServeBenchArgs {
     /// Requests a second, above 0, at random times (a Poisson process); all at once if not given.
     #[arg(long)]
     request_rate: Option<f64>,
-    /// Most requests at once, at least 1; no limit if not given.
+    /// Maximum requests at once, at least 1; no limit if not given.
     #[arg(long)]
     max_concurrency: Option<usize>,
     /// Limits in milliseconds that a good request keeps, such as ttft:200,tpot:20,e2el:1000.

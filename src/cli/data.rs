@@ -36,7 +36,7 @@ pub struct PairsArgs {
     /// Tokenizer that counts the targets' tokens.
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
-    /// Most plain sides made of one rich prompt; 0 for none.
+    /// Maximum plain sides made of one rich prompt; 0 for none.
     #[arg(long, default_value_t = 3)]
     variants: usize,
     /// How many targets a prompt gets with style phrases borrowed from similar rich prompts: a
@@ -69,7 +69,7 @@ pub struct PairsArgs {
     /// Begins the choices; the same seed makes the same pairs.
     #[arg(long, default_value_t = 42)]
     seed: u64,
-    /// Most bytes of a prompt, at least 1; longer ones are refused before they take memory.
+    /// Maximum bytes of a prompt, at least 1; longer ones are refused before they take memory.
     #[arg(long, value_name = "BYTES", default_value_t = 65536)]
     max_prompt_bytes: usize,
     /// Replace existing output files.

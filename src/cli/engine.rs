@@ -9,10 +9,10 @@ use clap::Args;
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Engine")]
 pub struct EngineArgs {
-    /// Most tokens of one forward pass, at least 1.
+    /// Maximum tokens of one forward pass, at least 1.
     #[arg(long, value_name = "N", default_value_t = 512, env = "BPROMPT_BATCH_TOKENS")]
     pub batch_tokens: usize,
-    /// Most sequences that run at once, at least 1.
+    /// Maximum sequences that run at once, at least 1.
     #[arg(long, value_name = "N", default_value_t = 32, env = "BPROMPT_SEQUENCES")]
     pub sequences: usize,
     /// Positions that the KV cache holds, at least 1; room for all sequences if not given.
@@ -21,7 +21,7 @@ pub struct EngineArgs {
     /// Compute every prompt from its beginning.
     #[arg(long, env = "BPROMPT_NO_PREFIX_CACHE")]
     pub no_prefix_cache: bool,
-    /// Most tokens guessed ahead of a sequence, which changes no result; 0 for none.
+    /// Maximum tokens guessed ahead of a sequence, which changes no result; 0 for none.
     #[arg(long, value_name = "N", default_value_t = 4, env = "BPROMPT_DRAFT_TOKENS")]
     pub draft_tokens: usize,
 }

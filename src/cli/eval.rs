@@ -32,7 +32,7 @@ pub struct EvalArgs {
     /// Take only pairs of this kind.
     #[arg(long)]
     kind: Option<String>,
-    /// Most prompts, at least 1.
+    /// Maximum prompts, at least 1.
     #[arg(long, default_value_t = 300)]
     limit: usize,
     /// Leave out prompts of fewer words; 1 takes all of them.
@@ -41,7 +41,7 @@ pub struct EvalArgs {
     /// Leave out prompts of more words, at least 1.
     #[arg(long, default_value_t = 20)]
     max_words: usize,
-    /// Most bytes of a prompt, at least 1; longer ones are refused before they take memory.
+    /// Maximum bytes of a prompt, at least 1; longer ones are refused before they take memory.
     #[arg(long, value_name = "BYTES", default_value_t = 65536)]
     max_prompt_bytes: usize,
     /// Print the outputs too.

@@ -23,7 +23,7 @@ pub struct GenerateArgs {
     /// finish_reason.
     #[arg(long)]
     json: bool,
-    /// Most bytes of the text, at least 1; a longer one is refused before it takes memory.
+    /// Maximum bytes of the text, at least 1; a longer one is refused before it takes memory.
     #[arg(long, value_name = "BYTES", default_value_t = 65536)]
     max_prompt_bytes: usize,
     #[command(flatten)]

@@ -27,7 +27,7 @@ pub struct GuardArgs {
     /// How often to generate before falling back, at least once.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub rounds: u32,
-    /// Most tokens as CLIP counts them, at least 3; 77 fill Stable Diffusion's text encoder. No
+    /// Maximum tokens as CLIP counts them, at least 3; 77 fill Stable Diffusion's text encoder. No
     /// limit if not given.
     #[arg(long, value_name = "TOKENS")]
     pub max_clip_tokens: Option<usize>,

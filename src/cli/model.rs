@@ -375,7 +375,7 @@ pub struct SamplingArgs {
     /// Added to the logit of a token, from -100 to 100; may be given several times.
     #[arg(long, value_name = "ID=VALUE", value_parser = bias)]
     pub logit_bias: Vec<(u32, f32)>,
-    /// Most new tokens, at least 1; what the model recommends if not given.
+    /// Maximum new tokens, at least 1; what the model recommends if not given.
     #[arg(long, visible_alias = "max-new-tokens", value_name = "N")]
     pub max_tokens: Option<usize>,
     /// Makes the result repeatable; random if not given, and 0 is a seed like any other.

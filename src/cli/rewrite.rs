@@ -27,7 +27,7 @@ pub struct RewriteArgs {
     /// One JSON object a prompt: id, prompt, candidates, seed.
     #[arg(long, help_heading = None)]
     json: bool,
-    /// Most bytes of a prompt, at least 1; longer ones are refused before they take memory.
+    /// Maximum bytes of a prompt, at least 1; longer ones are refused before they take memory.
     #[arg(long, value_name = "BYTES", default_value_t = 65536, help_heading = None)]
     max_prompt_bytes: usize,
 }

@@ -43,7 +43,7 @@ pub struct ServeArgs {
     /// Longest time for a request in seconds; 0 for no limit.
     #[arg(long, default_value_t = 300.0, env = "BPROMPT_REQUEST_TIMEOUT")]
     request_timeout: f64,
-    /// Most bytes of a request's body, at least 1.
+    /// Maximum bytes of a request's body, at least 1.
     #[arg(long, default_value_t = 1 << 20, env = "BPROMPT_BODY_LIMIT")]
     body_limit: usize,
     /// Longest time in seconds, above 0, for a request's head, and for a connection without a
@@ -162,7 +162,7 @@ impl ServeArgs {
             template: self.template,
             engine: options,
             max_queue: self.max_queue,
-            most_bodies: pool::MOST_WAITING,
+            most_bodies: pool::MAX_WAITING,
             request_timeout,
             stall_timeout,
             api_keys: self.api_key,

@@ -128,8 +128,8 @@ pub struct SftArgs {
     /// Sequences of an optimizer step, at least 1.
     #[arg(long, default_value_t = 64)]
     batch: usize,
-    /// Most tokens of one forward and backward pass; gradients accumulate over as many as the batch
-    /// needs.
+    /// Maximum tokens of one forward and backward pass; gradients accumulate over as many as the
+    /// batch needs.
     #[arg(long, default_value_t = 8192)]
     micro_tokens: usize,
     /// Longer sequences are cut on the right; at least 2.

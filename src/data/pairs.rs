@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 /// How pairs are made, and how many.
 #[derive(Clone, Debug)]
 pub struct PairOptions {
-    /// Most plain sides of one rich prompt.
+    /// Maximum plain sides of one rich prompt.
     pub variants: usize,
     /// How many rich sides a prompt gets with style phrases of others: a plain prompt all of them,
     /// a rich one those beyond the first beside its own.
@@ -37,7 +37,7 @@ pub struct PairOptions {
     pub drop_share: f32,
     /// Fewest words that a target must have beyond its plain side.
     pub min_added: usize,
-    /// Most words of a rich prompt.
+    /// Maximum words of a rich prompt.
     pub max_words: usize,
     /// Shares of the pairs that one phrase, any artist and one artist may be in.
     pub limits: TailLimits,
@@ -432,13 +432,14 @@ struct Lenders {
     index: BTreeMap<String, Vec<usize>>,
 }
 
-/// Most phrases of one lender, how many similar prompts are looked at, and how many of them lend.
+/// Maximum phrases of one lender, how many similar prompts are looked at, and how many of them
+/// lend.
 const LENT: usize = 12;
 const CHOICE: usize = 40;
 const LENDERS: usize = 16;
 
-/// Most words of a phrase that is lent, and groups of similar prompts that it must be in: what one
-/// author alone writes is often misspelt or about its subject.
+/// Maximum words of a phrase that is lent, and groups of similar prompts that it must be in: what
+/// one author alone writes is often misspelt or about its subject.
 const LENT_WORDS: usize = 6;
 const LENT_GROUPS: usize = 3;
 

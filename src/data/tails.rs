@@ -242,8 +242,8 @@ fn is_movement(text: &str) -> bool {
     text.split(' ').any(|w| MOVEMENTS.iter().any(|m| w.starts_with(m)))
 }
 
-/// Most phrases of a prompt that name artists.
-const MOST_ARTISTS: usize = 2;
+/// Maximum phrases of a prompt that name artists.
+const MAX_ARTISTS: usize = 2;
 
 /// Pairs that the shares are counted over at the start.
 const START: usize = 300;
@@ -305,7 +305,7 @@ impl<'p> Tail<'p> {
         if names_artist(phrase) {
             // whom the list of media does not know is a painter, most likely
             let photo = self.media.is_some() && self.media == tails.mediums.named("photo");
-            if self.artists >= MOST_ARTISTS || (photo && tails.mediums.of(phrase).is_none()) {
+            if self.artists >= MAX_ARTISTS || (photo && tails.mediums.of(phrase).is_none()) {
                 return;
             }
             self.artists += 1;

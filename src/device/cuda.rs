@@ -276,7 +276,7 @@ impl Launcher for Driver {
 
     fn write(&self, at: Address, bytes: &[u8]) -> Result<()> {
         self.only_now("a copy")?;
-        if bytes.len() <= staging::MOST {
+        if bytes.len() <= staging::MAX_COPY {
             return self.staging.write(at, bytes, self.stream).map_err(failed("a copy to the GPU"));
         }
         // pageable memory: the driver has taken the bytes when the call returns

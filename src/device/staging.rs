@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 
 /// Longest copy that goes through here. Longer ones are weights, and not in anybody's way.
-pub const MOST: usize = 256 << 10;
+pub const MAX_COPY: usize = 256 << 10;
 /// Copies to the device that may be on their way before the host waits for the oldest.
 const SLOTS: usize = 16;
 
@@ -68,7 +68,7 @@ impl Staging {
         self.free.borrow_mut().clear();
     }
 
-    /// Copies `bytes`, at most [`MOST`], to the device.
+    /// Copies `bytes`, at most [`MAX_COPY`], to the device.
     pub fn write(
         &self,
         at: u64,

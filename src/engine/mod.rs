@@ -36,14 +36,14 @@ use std::collections::{HashSet, VecDeque};
 pub struct EngineOptions {
     /// Positions that the KV cache holds; rounded up to whole blocks.
     pub cache_tokens: usize,
-    /// Most tokens of one forward pass.
+    /// Maximum tokens of one forward pass.
     pub batch_tokens: usize,
-    /// Most sequences that run at once. Requests that wait have a share of them: one with many
+    /// Maximum sequences that run at once. Requests that wait have a share of them: one with many
     /// candidates gives some of its places up.
     pub sequences: usize,
     /// Whether prompts start behind what earlier ones have in common with them.
     pub prefix_cache: bool,
-    /// Most tokens guessed ahead of a sequence; 0 for none.
+    /// Maximum tokens guessed ahead of a sequence; 0 for none.
     pub draft_tokens: usize,
 }
 
@@ -98,7 +98,7 @@ pub struct Engine<'a, B: DecodeBackend> {
     counters: Counters,
 }
 
-/// What an engine with these options takes beside the weights.
+/// What an engine with these options takes besides the weights.
 pub fn memory_plan<B: DecodeBackend>(model: &Bloom<B>, options: &EngineOptions) -> MemoryPlan {
     let positions = options.cache_tokens as f64;
     // a pass never has more tokens than the cache has positions, nor rows of logits than there are
@@ -106,7 +106,7 @@ pub fn memory_plan<B: DecodeBackend>(model: &Bloom<B>, options: &EngineOptions) 
     let tokens = positions.min(options.batch_tokens as f64);
     let rows = tokens.min(options.sequences as f64 * (options.draft_tokens as f64 + 1.0));
     let config = &model.config;
-    // activations in f32, and a product's inputs in the type that they are multiplied in
+    // activations in f32, and a GEMM's inputs in the type that they are multiplied in
     let activation = (11 * 4 + 4 * 4) * config.hidden_size;
     MemoryPlan::new()
         .with(

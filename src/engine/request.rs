@@ -22,7 +22,7 @@ pub struct Request {
     pub bias: Vec<(u32, f32)>,
     /// Fewest new tokens of a candidate.
     pub min_new: usize,
-    /// Most new tokens of a candidate, at least 1.
+    /// Maximum new tokens of a candidate, at least 1.
     pub max_new: usize,
     /// The end-of-sequence token, which ends a candidate unless `ignore_eos` is set.
     pub eos: u32,

@@ -137,12 +137,12 @@ impl<B: DecodeBackend> Engine<'_, B> {
     /// Gives a waiting sequence the blocks that hold its beginning already.
     fn find_prefix(&mut self, waiting: usize) {
         let s = &mut self.waiting[waiting];
-        let mut most = (s.tokens.len() - 1) / BLOCK;
+        let mut complete = (s.tokens.len() - 1) / BLOCK;
         if s.request.prompt_logprobs && s.scored < s.prompt {
             // positions whose log-probabilities are still to be told have to be computed
-            most = most.min(s.scored / BLOCK);
+            complete = complete.min(s.scored / BLOCK);
         }
-        for tokens in s.tokens.chunks_exact(BLOCK).take(most) {
+        for tokens in s.tokens.chunks_exact(BLOCK).take(complete) {
             let Some((block, node)) = self.blocks.find(s.node(), tokens) else { break };
             s.blocks.push(block);
             s.nodes.push(node);

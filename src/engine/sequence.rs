@@ -34,7 +34,7 @@ pub struct Sequence {
     known: HashSet<u32>,
     /// How often each token was put out; kept if a penalty needs it.
     pub counts: HashMap<u32, u32>,
-    /// Most tokens of the next draft.
+    /// Maximum tokens of the next draft.
     pub draft: usize,
     pub done: bool,
 }

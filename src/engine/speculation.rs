@@ -13,7 +13,7 @@
 use std::collections::HashMap;
 use std::hash::Hash;
 
-/// Most runs in the table.
+/// Maximum runs in the table.
 const TABLE: usize = 1 << 17;
 /// How often a run must have been met to be guessed.
 const TRUSTED: u8 = 2;
@@ -21,7 +21,7 @@ const TRUSTED: u8 = 2;
 const PROBE: u64 = 32;
 
 pub struct Drafter {
-    most: usize,
+    max_tokens: usize,
     by_three: HashMap<[u32; 3], Next>,
     by_two: HashMap<[u32; 2], Next>,
     pace: Pace,
@@ -39,9 +39,9 @@ struct Next {
 
 impl Drafter {
     /// Drafts of up to `most` tokens; none if 0.
-    pub fn new(most: usize) -> Drafter {
+    pub fn new(max_tokens: usize) -> Drafter {
         Drafter {
-            most,
+            max_tokens,
             by_three: HashMap::new(),
             by_two: HashMap::new(),
             pace: Pace::default(),
@@ -53,13 +53,13 @@ impl Drafter {
     /// Whether to draft in the next step, of so many sequences.
     pub fn pays(&mut self, sequences: usize) -> bool {
         self.steps += 1;
-        self.most > 0
+        self.max_tokens > 0
             && (self.steps.is_multiple_of(PROBE) || self.acceptance > self.pace.price(sequences))
     }
 
     /// Up to `limit` tokens that may follow `tokens`.
     pub fn propose(&self, tokens: &[u32], limit: usize) -> Vec<u32> {
-        let limit = limit.min(self.most);
+        let limit = limit.min(self.max_tokens);
         if limit == 0 {
             return Vec::new();
         }
@@ -89,7 +89,7 @@ impl Drafter {
 
     /// Remembers the runs of an output.
     pub fn learn(&mut self, output: &[u32]) {
-        if self.most == 0 {
+        if self.max_tokens == 0 {
             return;
         }
         for w in output.windows(4) {

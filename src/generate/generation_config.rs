@@ -39,7 +39,7 @@ impl Stored {
 pub struct GenerationDefaults {
     /// How tokens are chosen.
     pub sampling: Sampling,
-    /// Most tokens of a continuation.
+    /// Maximum tokens of a continuation.
     pub length: Length,
 }
 

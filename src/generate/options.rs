@@ -16,7 +16,7 @@ pub struct GenerateOptions {
     pub sampling: Sampling,
     /// Added to the logits of tokens.
     pub bias: Vec<(u32, f32)>,
-    /// Most tokens of a continuation.
+    /// Maximum tokens of a continuation.
     pub length: Length,
     /// No end before so many tokens.
     pub min_new: usize,

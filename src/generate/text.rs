@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 /// How often a candidate may run into a banned phrase; then it ends before it.
 const REWINDS: usize = 256;
-/// Most tokens that a candidate is told of, those taken back included, beyond four times what it
+/// Maximum tokens that a candidate is told of, those taken back included, beyond four times what it
 /// may have. It ends in any case: each token takes it further, but for so many rewinds.
 const SPARE_PUSHES: usize = 4096;
 
@@ -79,7 +79,7 @@ pub struct Growing<'a> {
     rules: Arc<Rules>,
     eos: u32,
     max_new: usize,
-    /// Most tokens that texts to keep can take.
+    /// Maximum tokens that texts to keep can take.
     reserved: usize,
     /// The text so far.
     pub text: String,

@@ -48,9 +48,9 @@ impl Sampling {
     /// The same, with a temperature that logits can be divided by: below this one they would
     /// overflow, and nothing but the most likely token is left in any case.
     pub fn effective(self) -> Sampling {
-        const LEAST: f32 = 1e-5;
+        const MIN_TEMPERATURE: f32 = 1e-5;
         Sampling {
-            temperature: if self.temperature >= LEAST { self.temperature } else { 0.0 },
+            temperature: if self.temperature >= MIN_TEMPERATURE { self.temperature } else { 0.0 },
             ..self
         }
     }

@@ -98,7 +98,7 @@ pub struct Assembler<'a> {
     pub plans: &'a [Plan],
     pub known: Known<'a>,
     pub keep: &'a Literals,
-    /// Most tokens of a part, as CLIP counts them.
+    /// Maximum tokens of a part, as CLIP counts them.
     pub max_clip_tokens: Option<usize>,
 }
 

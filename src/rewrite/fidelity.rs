@@ -25,8 +25,8 @@ const NUMBERS: &str = "zero one two three four five six seven eight nine ten ele
                        seventeen eighteen nineteen";
 const TENS: &str = "twenty thirty forty fifty sixty seventy eighty ninety";
 
-/// Most quotations that are looked for to the letter.
-const MOST_QUOTES: usize = 16;
+/// Maximum quotations that are looked for to the letter.
+const MAX_QUOTES: usize = 16;
 
 /// Something that a prompt says.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -309,7 +309,7 @@ impl<'a> Said<'a> {
         let mut open: Option<(char, usize)> = None;
         let mut before = ' ';
         let mut chars = self.text.char_indices().peekable();
-        while let Some((at, c)) = chars.next().filter(|_| quotes.len() < MOST_QUOTES) {
+        while let Some((at, c)) = chars.next().filter(|_| quotes.len() < MAX_QUOTES) {
             let after = chars.peek().map_or(' ', |c| c.1);
             let mark = match c {
                 '"' | '“' | '”' | '„' => '"',

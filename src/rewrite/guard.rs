@@ -15,7 +15,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 /// How often banned phrases are looked for in what is left of a prompt.
-const MOST_PASSES: usize = 8;
+const MAX_PASSES: usize = 8;
 
 /// Missing words and parts after which it is not tried again.
 const HOPELESS: usize = 5;
@@ -31,7 +31,7 @@ pub struct GuardOptions {
     pub min_kept: Option<f64>,
     /// How often to generate for it.
     pub rounds: u32,
-    /// Most tokens that CLIP counts, in each part between BREAKs.
+    /// Maximum tokens that CLIP counts, in each part between BREAKs.
     pub max_clip_tokens: Option<usize>,
     /// Whether to count CLIP tokens without a limit too.
     pub count_clip_tokens: bool,
@@ -417,7 +417,7 @@ impl Rewriting {
 fn without_banned(prompt: &str, ban: &Phrases) -> String {
     let mut text = prompt.to_owned();
     // a part that goes may bring words of a phrase together
-    for _ in 0..MOST_PASSES {
+    for _ in 0..MAX_PASSES {
         let gone = ban.spans(&text);
         if gone.is_empty() {
             return text;

@@ -136,11 +136,11 @@ pub async fn limit_body(
 
 /// Reads what is left of a body, up to a size that no mistake has.
 async fn discard(mut body: Body) {
-    const MOST: usize = 64 << 20;
+    const MAX_BYTES: usize = 64 << 20;
     let mut read = 0;
     while let Some(Ok(frame)) = body.frame().await {
         read += frame.data_ref().map_or(0, |d| d.len());
-        if read > MOST {
+        if read > MAX_BYTES {
             return;
         }
     }

@@ -45,7 +45,7 @@ use utoipa_axum::routes;
 /// How the server behaves towards its clients.
 #[derive(Clone, Debug)]
 pub struct HttpOptions {
-    /// Most bytes of a request's body.
+    /// Maximum bytes of a request's body.
     pub body_limit: usize,
     /// Longest time for a request's head, and between requests of a connection.
     pub header_timeout: Duration,

@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 const SHORT: usize = 8 << 10;
 
 /// Requests whose bodies may wait to be read, where many clients send them.
-pub const MOST_WAITING: usize = 256;
+pub const MAX_WAITING: usize = 256;
 
 /// Runs work on texts, long ones on threads of their own, as many at once as leave the engine room.
 pub struct TextPool {

@@ -26,12 +26,12 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use utoipa::ToSchema;
 
-/// Most prompts of one request, and how many of them are worked on at once.
-const MOST_PROMPTS: usize = 256;
+/// Maximum prompts of one request, and how many of them are worked on at once.
+const MAX_PROMPTS: usize = 256;
 const AT_ONCE: usize = 32;
 
-/// Most parts between BREAKs of a prompt.
-const MOST_PARTS: usize = 64;
+/// Maximum parts between BREAKs of a prompt.
+const MAX_PARTS: usize = 64;
 
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct RewriteRequest {
@@ -56,7 +56,7 @@ pub struct RewriteRequest {
     /// How often to generate for it; 3 if not given.
     #[schema(minimum = 1, maximum = 16)]
     pub rounds: Option<u32>,
-    /// Most tokens as CLIP counts them; 77 fill Stable Diffusion's text encoder.
+    /// Maximum tokens as CLIP counts them; 77 fill Stable Diffusion's text encoder.
     #[schema(minimum = 3)]
     pub max_clip_tokens: Option<usize>,
     /// A built-in style, such as "photo", "product" or "anime".
@@ -268,8 +268,8 @@ pub async fn rewrite(
 /// A request's prompts, ready to be worked on. What cannot fit is refused before it is read.
 fn rewritings(shared: &Shared, r: RewriteRequest) -> Result<Vec<Rewriting>, ApiError> {
     let prompts = r.prompt.list();
-    if prompts.is_empty() || prompts.len() > MOST_PROMPTS {
-        let message = format!("there are {} prompts; expected 1 to {MOST_PROMPTS}", prompts.len());
+    if prompts.is_empty() || prompts.len() > MAX_PROMPTS {
+        let message = format!("there are {} prompts; expected 1 to {MAX_PROMPTS}", prompts.len());
         return Err(ApiError::field("prompt", message));
     }
     prompts.iter().try_for_each(|p| check_prompt(shared, "prompt", p))?;
@@ -349,10 +349,10 @@ fn additions(
 fn check_prompt(shared: &Shared, field: &str, prompt: &str) -> Result<(), ApiError> {
     shared.check_length(field, prompt)?;
     match prompt.matches("BREAK").count() {
-        breaks if breaks < MOST_PARTS => Ok(()),
+        breaks if breaks < MAX_PARTS => Ok(()),
         breaks => Err(ApiError::field(
             field,
-            format!("{field} has {breaks} BREAKs; {} at most", MOST_PARTS - 1),
+            format!("{field} has {breaks} BREAKs; {} at most", MAX_PARTS - 1),
         )),
     }
 }

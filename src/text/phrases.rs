@@ -43,16 +43,16 @@ pub struct Scan {
 }
 
 impl Phrases {
-    /// Most words of a phrase that somebody hands in: what a search costs for each token grows with
-    /// their square.
-    pub const MOST_WORDS: usize = 32;
+    /// Maximum words of a phrase that somebody hands in: what a search costs for each token grows
+    /// with their square.
+    pub const MAX_WORDS: usize = 32;
 
     /// Phrases that somebody hands in; says what is wrong if one has too many words.
     pub fn checked<S: AsRef<str>>(list: impl IntoIterator<Item = S>) -> Result<Phrases, String> {
         let short = |phrase: S| match words(phrase.as_ref()) {
-            words if words.len() <= Self::MOST_WORDS => Ok(words),
+            words if words.len() <= Self::MAX_WORDS => Ok(words),
             words => {
-                Err(format!("has a phrase of {} words; {} at most", words.len(), Self::MOST_WORDS))
+                Err(format!("has a phrase of {} words; {} at most", words.len(), Self::MAX_WORDS))
             }
         };
         Ok(Self::of(list.into_iter().map(short).collect::<Result<Vec<_>, _>>()?))

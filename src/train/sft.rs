@@ -34,7 +34,7 @@ pub struct SftOptions {
     pub max_steps: u64,
     /// Sequences of one optimizer step.
     pub batch: usize,
-    /// Most tokens of one forward and backward pass; a step takes as many passes as it needs.
+    /// Maximum tokens of one forward and backward pass; a step takes as many passes as it needs.
     pub micro_tokens: usize,
     /// Precision of the matrix products.
     pub precision: Precision,

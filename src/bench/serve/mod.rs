@@ -50,9 +50,9 @@ pub struct LoadOptions {
     pub requests: usize,
     /// Requests a second, in a Poisson process; all at once if none.
     pub rate: Option<f64>,
-    /// Most requests at once.
+    /// Maximum requests at once.
     pub concurrency: Option<usize>,
-    /// Most tokens of an output.
+    /// Maximum tokens of an output.
     pub max_tokens: usize,
     /// Exactly so many tokens, whatever the model says.
     pub ignore_eos: bool,

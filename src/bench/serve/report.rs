@@ -24,7 +24,7 @@ impl Measured {
     }
 }
 
-/// Most milliseconds that a request may take and count as good.
+/// Maximum milliseconds that a request may take and count as good.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Goodput {
     /// Time to the first token.

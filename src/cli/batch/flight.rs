@@ -40,8 +40,8 @@ pub struct Flight<'s> {
     /// The session's prompts: line and part.
     prompts: HashMap<u64, (u64, usize)>,
     next: u64,
-    /// Most sequences that wait in the engine, so that it never lacks work and results wait for few
-    /// lines.
+    /// Maximum sequences that wait in the engine, so that it never lacks work and results wait for
+    /// few lines.
     waiting: usize,
 }
 

@@ -74,7 +74,7 @@ pub struct RawLine {
 #[derive(Clone, Copy, Debug)]
 pub struct LineOptions {
     pub shard: Shard,
-    /// Most bytes of a line.
+    /// Maximum bytes of a line.
     pub longest: usize,
     /// Whether lines are text wherever a file's name does not say that they are JSON.
     pub text: bool,
@@ -181,7 +181,7 @@ impl Lines {
     /// compressed nor huge.
     pub fn count(&self) -> anyhow::Result<Option<u64>> {
         /// Bytes that are read in a moment.
-        const MOST: u64 = 1 << 30;
+        const MAX_BYTES: u64 = 1 << 30;
         if self.reader.is_some() {
             return Ok(None);
         }
@@ -193,7 +193,7 @@ impl Lines {
             bytes += metadata.len();
             let mut head = Vec::new();
             let read = File::open(file).and_then(|f| f.take(4).read_to_end(&mut head));
-            if bytes > MOST || read.is_err() || is_packed(&head) {
+            if bytes > MAX_BYTES || read.is_err() || is_packed(&head) {
                 return Ok(None);
             }
         }

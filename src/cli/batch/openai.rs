@@ -113,7 +113,7 @@ struct Run {
     /// What the model is called here.
     model: String,
     skip_bad_lines: bool,
-    /// Most requests at once.
+    /// Maximum requests at once.
     at_once: usize,
     out: Output,
     requests: JoinSet<Answer>,

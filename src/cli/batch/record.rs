@@ -27,7 +27,7 @@ pub struct Line {
 pub struct Common<'a> {
     pub options: &'a GenerateOptions,
     pub guard: &'a GuardOptions,
-    /// Most bytes of a prompt.
+    /// Maximum bytes of a prompt.
     pub longest: usize,
     /// Whether every line has as many candidates.
     pub same_candidates: bool,

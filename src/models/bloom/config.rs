@@ -22,9 +22,9 @@ pub struct BloomConfig {
     pub layer_norm_epsilon: f32,
     /// The residual branches off after the layer norm instead of before it.
     pub residual_post_layer_norm: bool,
-    /// The head shares the embedding's weights.
+    /// The LM head shares the embedding's weights.
     pub tied: bool,
-    /// Most positions of a sequence. ALiBi itself has no limit.
+    /// Maximum positions of a sequence. ALiBi itself has no limit.
     pub context: usize,
     /// Token that begins a sequence.
     pub bos_token_id: u32,
@@ -161,7 +161,7 @@ impl BloomConfig {
         if config.head_size() > MAX_HEAD_SIZE {
             let size = config.head_size();
             return Err(format!(
-                "hidden_size over n_head gives heads of {size}, expected at most {MAX_HEAD_SIZE}"
+                "hidden_size over n_head gives heads of {size}, expected at max {MAX_HEAD_SIZE}"
             ));
         }
         if config.eos_token_id as usize >= config.vocab_size {
@@ -213,14 +213,14 @@ fn size(
     object: &Map<String, Value>,
     keys: &[&str],
     default: Option<usize>,
-    most: usize,
+    max: usize,
 ) -> std::result::Result<usize, String> {
     for key in keys {
         match object.get(*key) {
             None | Some(Value::Null) => {}
             Some(v) => match v.as_u64() {
-                Some(n) if (1..=most as u64).contains(&n) => return Ok(n as usize),
-                _ => return Err(format!("{key} is {v}, expected a whole number from 1 to {most}")),
+                Some(n) if (1..=max as u64).contains(&n) => return Ok(n as usize),
+                _ => return Err(format!("{key} is {v}, expected a whole number from 1 to {max}")),
             },
         }
     }

@@ -1,4 +1,5 @@
-//! BLOOM (arXiv 2211.05100): ALiBi attention, layer norm after the embedding, tanh GELU, tied head.
+//! BLOOM (arXiv 2211.05100): ALiBi attention, layer norm after the embedding, tanh GELU, tied LM
+//! head.
 
 mod checkpoint;
 mod config;

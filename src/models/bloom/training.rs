@@ -1,4 +1,4 @@
-//! BLOOM with its gradients: the forward pass and the hand-written backward pass beside it, over
+//! BLOOM with its gradients: the forward pass and its hand-written backward pass, over
 //! packed sequences.
 
 use super::{BloomConfig, BloomLayerParameters, BloomParameters};
@@ -106,11 +106,11 @@ pub fn training_bytes_per_token(config: &BloomConfig) -> f64 {
 }
 
 impl TrainModel<Vec<f32>> {
-    /// BLOOM's initial weights: N(0, 0.02), with the products that feed the residual stream
+    /// BLOOM's initial weights: N(0, 0.02), with the matrices that feed the residual stream
     /// narrowed by sqrt(2 layers); norms one, biases zero.
     pub fn random(config: BloomConfig, seed: u64) -> TrainModel {
         let mut values = Vec::with_capacity(config.parameter_count());
-        let narrow = 0.02 / (2.0 * config.layers as f32).sqrt();
+        let residual_std = 0.02 / (2.0 * config.layers as f32).sqrt();
         for (index, p) in config.parameters().into_iter().enumerate() {
             let mut normal = crate::random::Normal::new(seed, index as u64);
             match () {
@@ -118,7 +118,7 @@ impl TrainModel<Vec<f32>> {
                 _ if p.shape.len() == 1 => values.extend(std::iter::repeat_n(1.0, p.len())),
                 _ => {
                     let residual = p.name.contains("dense.") || p.name.contains("4h_to_h");
-                    let std = if residual { narrow } else { 0.02 };
+                    let std = if residual { residual_std } else { 0.02 };
                     values.extend((0..p.len()).map(|_| normal.sample() * std));
                 }
             }

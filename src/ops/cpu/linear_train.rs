@@ -8,7 +8,7 @@ use super::train::COLUMNS;
 use crate::ops::train::Precision;
 use crate::simd_fn;
 
-/// A matrix `[outputs, inputs]`, its bias, and how products with it are computed.
+/// A matrix `[outputs, inputs]`, its bias, and how GEMMs with it are computed.
 pub(super) struct LinearParams<'a> {
     pub precision: Precision,
     pub weight: &'a [f32],

@@ -8,7 +8,7 @@ use super::threads::Disjoint;
 use crate::ops::train::Precision;
 use crate::simd_fn;
 
-/// Most logits in memory at once, as elements.
+/// Maximum logits in memory at once, as elements.
 const LOGITS: usize = 4 << 20;
 
 /// Cross-entropy of `rows` of the hidden states against `targets` through the LM head `[vocabulary,

@@ -46,7 +46,7 @@ pub fn matmul(
     });
 }
 
-/// C = A B on the calling thread alone, in f32: for the many small products of attention.
+/// C = A B on the calling thread alone, in f32: for the many small GEMMs of attention.
 pub fn matmul_small(
     c: &mut [f32],
     c_stride: usize,

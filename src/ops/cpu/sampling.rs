@@ -108,9 +108,9 @@ impl Best {
     /// in f32 may be off is allowed for.
     fn min_bits(&self, max: f32) -> u32 {
         /// A little above the noise of the largest random number.
-        const MOST: f64 = 16.7;
+        const MAX_NOISE: f64 = 16.7;
         let noise = (self.score - max * self.inverse) as f64 - 1e-3;
-        if noise > MOST {
+        if noise > MAX_NOISE {
             return 1 << 23;
         }
         ((-(-noise).exp()).exp() * 8_388_608.0 - 1.0) as u32

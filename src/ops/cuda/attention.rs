@@ -14,8 +14,8 @@ const WARPS: usize = abi::ATTENTION_DECODE_WARPS;
 const SPLIT: usize = abi::ATTENTION_DECODE_SPLIT;
 /// Head sizes that there are kernels for.
 pub(super) const SIZES: [usize; 5] = [32, 64, 80, 96, 128];
-/// Most queries or tiles of one launch: a grid's second dimension ends at 65,535.
-const MOST_ROWS: usize = 32768;
+/// Maximum queries or tiles of one launch: a grid's second dimension ends at 65,535.
+const MAX_ROWS: usize = 32768;
 /// Queries of a tile, and positions of a step.
 const QUERIES: usize = abi::ATTENTION_PREFILL_QUERIES;
 const STEP: usize = abi::ATTENTION_STEP;
@@ -161,9 +161,9 @@ impl<L: Launcher> Cuda<L> {
         let (keys, values) = cache.layer(layer);
         let a = AttentionArgs { keys, values, ..self.attention_args(y, queries, batch, cache) };
         let threads = (WARPS * 32) as u32;
-        for first in (0..batch.tile_count).step_by(MOST_ROWS) {
+        for first in (0..batch.tile_count).step_by(MAX_ROWS) {
             let part = AttentionArgs { tiles: a.tiles + 8 * first as u64, ..a };
-            let grid = [heads.count, MOST_ROWS.min(batch.tile_count - first), 1];
+            let grid = [heads.count, MAX_ROWS.min(batch.tile_count - first), 1];
             if self.hopper() {
                 let kernel = format!("attention_hopper_{}_{size}", self.suffix());
                 // all of the cache is one matrix, of which blocks of positions are copied
@@ -188,13 +188,13 @@ impl<L: Launcher> Cuda<L> {
             return Ok(());
         }
         let splits = splits(batch.longest_single);
-        let sums = self.shared_sums(cache, batch.single_count.min(MOST_ROWS), splits)?;
+        let sums = self.shared_sums(cache, batch.single_count.min(MAX_ROWS), splits)?;
         let kernel = format!("attention_decode_{}_{size}", self.suffix());
         let shared = (WARPS * (size + 2) + 1) * 4;
-        for first in (0..batch.single_count).step_by(MOST_ROWS) {
+        for first in (0..batch.single_count).step_by(MAX_ROWS) {
             let part =
                 AttentionArgs { tokens: a.tokens + 4 * first as u64, ..a.shared(splits, sums) };
-            let grid = [heads.count, MOST_ROWS.min(batch.single_count - first), splits];
+            let grid = [heads.count, MAX_ROWS.min(batch.single_count - first), splits];
             self.launch(&kernel, grid, threads, shared, Args::new().with(part))?;
         }
         Ok(())

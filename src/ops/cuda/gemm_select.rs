@@ -24,13 +24,13 @@ pub(super) const HOPPER_SHARED: usize = abi::LINEAR_HOPPER_STAGES
     + abi::LINEAR_HOPPER_CONSUMER_WARPS * abi::LINEAR_HOPPER_STAGED_BYTES;
 /// Of clusters and of the LM head on Hopper.
 pub(super) const TILE_THREADS: u32 = abi::LINEAR_CLUSTER_THREADS as u32;
-/// Most blocks of a cluster that every Hopper GPU has.
+/// Maximum blocks of a cluster that every Hopper GPU has.
 const CLUSTER: usize = 8;
-/// Most tokens of one launch of the skinny kernels; more go to the tiles.
+/// Maximum tokens of one launch of the skinny kernels; more go to the tiles.
 pub(super) const TOKENS: usize = 64;
-/// Most tokens that every block normalizes for itself; beyond, a launch of its own costs less. On
-/// Hopper also the maximum tokens of the skinny kernels: they read activations once for 16 outputs,
-/// which beyond is more than the weights.
+/// Maximum tokens that every block normalizes for itself; beyond, a launch of its own costs less.
+/// On Hopper also the maximum tokens of the skinny kernels: they read activations once for 16
+/// outputs, which beyond is more than the weights.
 pub(super) const FEW_TOKENS: usize = 16;
 
 /// The kernel of a GEMM.

@@ -54,7 +54,8 @@ pub(super) struct Graphs<L: Launcher> {
     off: bool,
 }
 
-/// A pass that was done as a graph and as one kernel: the best of a few times each, by the device's clock.
+/// A pass that was done as a graph and as one kernel: the best of a few times each, by the device's
+/// clock.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Comparison {
     /// Tokens of the pass.

@@ -28,8 +28,9 @@ fn differ(a: &[f32], b: &[f32]) -> bool {
 }
 
 impl<L: Launcher> Cuda<L> {
-    /// Tries the kernels that Hopper alone has, if they are to be used, and compares them with those that every GPU
-    /// has; leaves them alone from then on and names what is wrong if results differ.
+    /// Tries the kernels that Hopper alone has, if they are to be used, and compares them with
+    /// those that every GPU has; leaves them alone from then on and names what is wrong if results
+    /// differ.
     ///
     /// # Errors
     /// When a kernel fails: the device can do nothing more in this process then.

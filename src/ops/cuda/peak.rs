@@ -39,8 +39,8 @@ impl<L: Launcher> Cuda<L> {
     }
 
     /// Seconds of the device's own time that one of `calls` calls of `work` takes, by its clock;
-    /// the best of three runs. Calls that only launch are captured as a graph, so that the host's time does
-    /// not count.
+    /// the best of three runs. Calls that only launch are captured as a graph, so that the host's
+    /// time does not count.
     pub fn seconds(&self, calls: usize, work: &mut dyn FnMut(usize) -> Result<()>) -> Result<f64> {
         let mut all = || {
             (0..calls).try_for_each(&mut *work)?;

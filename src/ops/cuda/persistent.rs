@@ -75,8 +75,8 @@ fn shared_bytes(depth: usize, width: usize) -> usize {
 }
 
 impl<L: Launcher> Cuda<L> {
-    /// The largest number of weights in flight with which there is room for a pass, if the kernel can do it
-    /// at all.
+    /// The largest number of weights in flight with which there is room for a pass, if the kernel
+    /// can do it at all.
     fn depth(&self, f: &ForwardPass<L>) -> Option<usize> {
         let pass = &f.a.batch;
         let int8 = f.decoder.embedding.int8();

@@ -17,7 +17,7 @@ const MERGE_THREADS: u32 = abi::MERGE_THREADS as u32;
 /// list.
 const LISTED_THREADS: u32 = abi::FILTERED_THREADS as u32;
 const LISTED_SHARED: usize = abi::FILTERED_SHARED_BYTES;
-const MOST_LISTED: usize = abi::FILTERED_MAX_LISTED;
+const MAX_LISTED: usize = abi::FILTERED_MAX_LISTED;
 const PARTIAL: usize = size_of::<abi::PartialSample>();
 
 /// Memory of the steps that follow the layers, kept from pass to pass.
@@ -76,7 +76,7 @@ impl SampledBy {
     fn of(row: &SamplingRow, vocabulary: usize) -> SampledBy {
         let s = row.sampling;
         let top_k = s.top_k > 0 && s.top_k < vocabulary;
-        if row.top > MOST_LISTED {
+        if row.top > MAX_LISTED {
             SampledBy::Host
         } else if row.forced.is_some()
             || s.temperature <= 0.0

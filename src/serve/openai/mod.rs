@@ -21,20 +21,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use utoipa::ToSchema;
 
-/// Most candidates of a prompt, and most likely tokens reported with each.
-const MOST_CANDIDATES: u32 = 128;
-const MOST_LOGPROBS: usize = 20;
+/// Maximum candidates of a prompt, and most likely tokens reported with each.
+const MAX_CANDIDATES: u32 = 128;
+const MAX_LOGPROBS: usize = 20;
 
-/// Most texts and tokens that end a candidate, most phrases to ban and to keep, most tokens with a
-/// bias. Each costs time with every token.
-const MOST_STOPS: usize = 16;
-const MOST_STOP_TOKENS: usize = 256;
-const MOST_BANS: usize = 10_000;
-const MOST_KEEPS: usize = 256;
-const MOST_BIASES: usize = 1024;
+/// Maximum texts and tokens that end a candidate, phrases to ban and to keep, tokens with
+/// a bias. Each costs time with every token.
+const MAX_STOPS: usize = 16;
+const MAX_STOP_TOKENS: usize = 256;
+const MAX_BANS: usize = 10_000;
+const MAX_KEEPS: usize = 256;
+const MAX_BIASES: usize = 1024;
 
-/// Most bytes of a stop text, and of a phrase.
-const MOST_PHRASE_BYTES: usize = 1024;
+/// Maximum bytes of a stop text, and of a phrase.
+const MAX_PHRASE_BYTES: usize = 1024;
 
 /// Below this temperature the likeliest token is as good as certain, and logits divided by it could
 /// overflow.
@@ -179,7 +179,7 @@ impl SamplingParams {
     /// What is added to the logits of which tokens.
     fn bias(&self, vocabulary: usize) -> Result<Vec<(u32, f32)>, ApiError> {
         let mut bias = Vec::new();
-        most("logit_bias", self.logit_bias.as_ref().map_or(0, BTreeMap::len), MOST_BIASES)?;
+        most("logit_bias", self.logit_bias.as_ref().map_or(0, BTreeMap::len), MAX_BIASES)?;
         for (token, value) in self.logit_bias.iter().flatten() {
             let id = token.parse::<u32>().ok().filter(|&id| (id as usize) < vocabulary);
             let id = id.ok_or_else(|| {
@@ -212,10 +212,10 @@ impl SamplingParams {
         let sampling = self.sampling(defaults.sampling)?;
         let bias = self.bias(shared.config.vocab_size)?;
         let stops = self.stop.take().map(OneOrMany::list).unwrap_or_default();
-        check_phrases("stop", &stops, MOST_STOPS)?;
+        check_phrases("stop", &stops, MAX_STOPS)?;
         let ban = banned("bad_words", self.bad_words.take().unwrap_or_default())?;
         let stop_token_ids = self.stop_token_ids.take().unwrap_or_default();
-        most("stop_token_ids", stop_token_ids.len(), MOST_STOP_TOKENS)?;
+        most("stop_token_ids", stop_token_ids.len(), MAX_STOP_TOKENS)?;
         if let Some(id) = stop_token_ids.iter().find(|id| **id as usize >= shared.config.vocab_size)
         {
             let message = format!("stop_token_ids names {id}, which is no token id of this model");
@@ -225,7 +225,7 @@ impl SamplingParams {
         let min_new = self.min_tokens.unwrap_or(0) as usize;
         let length = length(max_tokens, min_new, defaults.length)?;
         Ok(GenerateOptions {
-            candidates: within("n", self.n.unwrap_or(1), 1, MOST_CANDIDATES)?,
+            candidates: within("n", self.n.unwrap_or(1), 1, MAX_CANDIDATES)?,
             sampling,
             bias,
             length,
@@ -261,13 +261,11 @@ fn most(field: &str, count: usize, limit: usize) -> Result<(), ApiError> {
 /// Fails if there are too many phrases, or one is too long.
 fn check_phrases(field: &str, phrases: &[String], limit: usize) -> Result<(), ApiError> {
     most(field, phrases.len(), limit)?;
-    match phrases.iter().find(|p| p.len() > MOST_PHRASE_BYTES) {
+    match phrases.iter().find(|p| p.len() > MAX_PHRASE_BYTES) {
         None => Ok(()),
         Some(long) => {
-            let message = format!(
-                "{field} has an entry of {} bytes; {MOST_PHRASE_BYTES} at most",
-                long.len()
-            );
+            let message =
+                format!("{field} has an entry of {} bytes; {MAX_PHRASE_BYTES} at most", long.len());
             Err(ApiError::field(field, message))
         }
     }
@@ -275,7 +273,7 @@ fn check_phrases(field: &str, phrases: &[String], limit: usize) -> Result<(), Ap
 
 /// The phrases of a field that no candidate may hold.
 fn banned(field: &str, list: Vec<String>) -> Result<Arc<Phrases>, ApiError> {
-    check_phrases(field, &list, MOST_BANS)?;
+    check_phrases(field, &list, MAX_BANS)?;
     let phrases =
         Phrases::checked(list).map_err(|e| ApiError::field(field, format!("{field} {e}")))?;
     Ok(Arc::new(phrases))
@@ -284,7 +282,7 @@ fn banned(field: &str, list: Vec<String>) -> Result<Arc<Phrases>, ApiError> {
 /// Phrases that a request asks to hold.
 pub fn keeps(list: Option<Vec<String>>) -> Result<Arc<Literals>, ApiError> {
     let list = list.unwrap_or_default();
-    check_phrases("keep", &list, MOST_KEEPS)?;
+    check_phrases("keep", &list, MAX_KEEPS)?;
     Ok(Arc::new(Literals::new(list)))
 }
 
@@ -331,8 +329,8 @@ pub fn now() -> u64 {
 /// How many likely tokens to report.
 fn top_logprobs(asked: Option<u32>, name: &str) -> Result<usize, ApiError> {
     match asked.unwrap_or(0) as usize {
-        n if n <= MOST_LOGPROBS => Ok(n),
-        n => Err(ApiError::field(name, format!("{name} is {n}; {MOST_LOGPROBS} at most"))),
+        n if n <= MAX_LOGPROBS => Ok(n),
+        n => Err(ApiError::field(name, format!("{name} is {n}; {MAX_LOGPROBS} at most"))),
     }
 }
 

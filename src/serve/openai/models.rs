@@ -19,7 +19,7 @@ pub struct Model {
     pub object: &'static str,
     pub created: u64,
     pub owned_by: &'static str,
-    /// Most tokens of a prompt and its continuation.
+    /// Maximum tokens of a prompt and its continuation.
     pub max_model_len: usize,
 }
 

@@ -16,7 +16,7 @@ use crate::tensor::{Bytes, DType};
 use half::bf16;
 use std::arch::x86_64::*;
 
-/// `[rows, cols]`, laid out for products.
+/// `[rows, cols]`, laid out for the dot products.
 pub struct Bf16Weight {
     /// `[rows / 16][cols / 2][16][2]`, zeros in what lies beyond the matrix.
     data: Bytes,
@@ -124,7 +124,7 @@ unsafe fn pack_group(from: &[u8], cols: usize, to: &mut [u8]) {
     }
 }
 
-/// 32 products an instruction.
+/// 32 multiply-adds an instruction.
 pub struct Bf16;
 
 impl Lanes for Bf16 {

@@ -225,7 +225,7 @@ mod x86 {
     use super::Lanes;
     use std::arch::x86_64::*;
 
-    /// 64 products an instruction.
+    /// 64 multiply-adds an instruction.
     pub struct Vnni;
 
     impl Lanes for Vnni {

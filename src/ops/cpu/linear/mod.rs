@@ -1,5 +1,5 @@
 //! y = x W^T for inference: weights `[outputs, inputs]` in the type and place they are stored in.
-//! Those that instructions for dot products take (`bf16.rs`, `int8.rs`) go ways of their own,
+//! Those that instructions for dot products take (`bf16.rs`, `int8.rs`) have kernels of their own,
 //! `lanes.rs`.
 //!
 //! The others in dot-product form: lanes run along the inner dimension, so that mapped files are
@@ -30,11 +30,10 @@ use std::ops::Range;
 /// Inner elements that are summed before the next chunk begins: six rows of it fit the first-level
 /// cache.
 const CHUNK: usize = 2048;
-/// Most weights of one task, and most of its rows: longer tasks would leave a thread waiting at the
-/// end.
+/// Maximum weights and rows of one task: longer tasks would leave a thread waiting at the end.
 const PANEL: usize = 96 * 2048;
 const PANEL_ROWS: usize = 96;
-/// Most tokens that pass a panel at once: their activations stay in L2.
+/// Maximum tokens that pass a panel at once: their activations stay in L2.
 const TOKENS: usize = 192;
 /// Streams of weights of a pass of few tokens, and how many bytes ahead of use they are asked for.
 /// Measured on Zen 4: one stream 85 % of the read bandwidth, two 98 %, six neighbouring rows 60 %.
