@@ -16,7 +16,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use std::sync::Arc;
 
 fn noise(n: usize) -> Vec<f32> {
-    let mut words = beautiful_prompt::random::Words::new(1, n as u64);
+    let mut words = beautiful_prompt::random::PhiloxStream::new(1, n as u64);
     (0..n).map(|_| words.uniform() - 0.5).collect()
 }
 

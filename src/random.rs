@@ -81,7 +81,7 @@ pub fn uniform(bits: u32) -> f32 {
 }
 
 /// A stream of words under a key; `stream` keeps streams of one key apart.
-pub struct Words {
+pub struct PhiloxStream {
     key: u64,
     stream: u64,
     block: u64,
@@ -89,10 +89,10 @@ pub struct Words {
     used: usize,
 }
 
-impl Words {
+impl PhiloxStream {
     /// The stream's beginning.
-    pub fn new(key: u64, stream: u64) -> Words {
-        Words { key, stream, block: 0, words: [0; 4], used: 4 }
+    pub fn new(key: u64, stream: u64) -> PhiloxStream {
+        PhiloxStream { key, stream, block: 0, words: [0; 4], used: 4 }
     }
 
     /// The next 32 random bits.
@@ -132,14 +132,14 @@ impl Words {
 
 /// Standard normal numbers (Box-Muller).
 pub struct Normal {
-    words: Words,
+    words: PhiloxStream,
     spare: Option<f32>,
 }
 
 impl Normal {
-    /// A stream of numbers; `key` and `stream` are those of [`Words::new`].
+    /// A stream of numbers; `key` and `stream` are those of [`PhiloxStream::new`].
     pub fn new(key: u64, stream: u64) -> Normal {
-        Normal { words: Words::new(key, stream), spare: None }
+        Normal { words: PhiloxStream::new(key, stream), spare: None }
     }
 
     /// The next number.

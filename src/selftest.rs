@@ -14,7 +14,7 @@ use crate::ops::{
     BLOCK, Backend, Batch, DecodeBackend, Decoder, DecoderActivations, DecoderLayer, Epilogue,
     Heads, LayerNorm, Linear, NormInput, Tensor,
 };
-use crate::random::Words;
+use crate::random::PhiloxStream;
 use crate::tensor::{DType, HostTensor};
 use half::{bf16, f16};
 use std::rc::Rc;
@@ -65,7 +65,7 @@ impl Shapes {
 
     /// Drawn from the seed, small enough for the emulator.
     pub fn random(seed: u64) -> Shapes {
-        let mut words = Words::new(seed, 2);
+        let mut words = PhiloxStream::new(seed, 2);
         let mut between = |min: usize, max: usize| min + words.below(max - min + 1);
         let sizes = [32, 64, 80, 96, 128];
         Shapes {
@@ -136,7 +136,7 @@ struct Test<'a, L: Launcher> {
     cuda: Cuda<L>,
     cpu: Cpu,
     half: DType,
-    words: Words,
+    words: PhiloxStream,
     each: &'a mut dyn FnMut(KernelCheck),
 }
 
@@ -149,7 +149,7 @@ pub fn run<L: Launcher>(
 ) -> Result<()> {
     let cuda = Cuda::new(launcher.clone(), half, false);
     let cpu = Cpu::new(0, Isa::detect());
-    let mut test = Test { cuda, cpu, half, words: Words::new(shapes.seed, 1), each };
+    let mut test = Test { cuda, cpu, half, words: PhiloxStream::new(shapes.seed, 1), each };
     for &(outputs, inputs) in &shapes.matrices {
         for int8 in [false, true] {
             let weights = test.matrix(outputs, inputs, int8)?;

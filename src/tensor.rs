@@ -55,7 +55,7 @@ pub enum Bytes {
     /// A range of a mapped file.
     Mapped(Arc<Mmap>, Range<usize>),
     /// Of no file, in large pages.
-    Resident(Arc<Mmap>, Range<usize>),
+    HugePages(Arc<Mmap>, Range<usize>),
     /// Bytes that the program itself contains.
     Static(&'static [u8]),
     /// A range of a vector.
@@ -67,7 +67,7 @@ impl std::ops::Deref for Bytes {
 
     fn deref(&self) -> &[u8] {
         match self {
-            Bytes::Mapped(map, range) | Bytes::Resident(map, range) => &map[range.clone()],
+            Bytes::Mapped(map, range) | Bytes::HugePages(map, range) => &map[range.clone()],
             Bytes::Static(bytes) => bytes,
             Bytes::Owned(bytes, range) => &bytes[range.clone()],
         }
@@ -75,19 +75,19 @@ impl std::ops::Deref for Bytes {
 }
 
 impl Bytes {
-    /// Memory of `len` bytes in large pages, where the system has them: reading all of it misses
-    /// the address cache far less than reading a mapped file, whose pages are small. `fill` gets it
+    /// Memory of `len` bytes in huge pages, where the system has them: reading all of it misses
+    /// the TLB far less than reading a mapped file, whose pages are small. `fill` gets it
     /// zeroed.
-    pub fn resident(len: usize, fill: impl FnOnce(&mut [u8])) -> std::io::Result<Bytes> {
+    pub fn in_huge_pages(len: usize, fill: impl FnOnce(&mut [u8])) -> std::io::Result<Bytes> {
         let mut memory = memmap2::MmapMut::map_anon(len.max(1))?;
         #[cfg(target_os = "linux")]
         let _ = memory.advise(memmap2::Advice::HugePage);
         fill(&mut memory[..len]);
-        Ok(Bytes::Resident(Arc::new(memory.make_read_only()?), 0..len))
+        Ok(Bytes::HugePages(Arc::new(memory.make_read_only()?), 0..len))
     }
 
-    /// Gives the memory of a part back where it is a mapped file's; it comes again when it is read.
-    pub fn give_back(&self, range: Range<usize>) {
+    /// Releases the pages of a part of a mapped file; they come again when they are read.
+    pub fn release_pages(&self, range: Range<usize>) {
         #[cfg(target_os = "linux")]
         if let Bytes::Mapped(map, whole) = self {
             assert!(range.start <= range.end && whole.start + range.end <= whole.end);
@@ -109,9 +109,9 @@ impl Bytes {
                 assert!(range.start <= range.end && outer.start + range.end <= outer.end);
                 Bytes::Mapped(map.clone(), outer.start + range.start..outer.start + range.end)
             }
-            Bytes::Resident(map, outer) => {
+            Bytes::HugePages(map, outer) => {
                 assert!(range.start <= range.end && outer.start + range.end <= outer.end);
-                Bytes::Resident(map.clone(), outer.start + range.start..outer.start + range.end)
+                Bytes::HugePages(map.clone(), outer.start + range.start..outer.start + range.end)
             }
             Bytes::Static(bytes) => Bytes::Static(&bytes[range]),
             Bytes::Owned(bytes, outer) => {

@@ -585,7 +585,7 @@ fn long_requests_do_not_starve_short_ones() {
 fn broken_connections_leave_nothing_behind() {
     let server =
         Server::start(&["--header-timeout", "2", "--body-timeout", "2", "--request-timeout", "2"]);
-    let mut words = beautiful_prompt::random::Words::new(11, 0);
+    let mut words = beautiful_prompt::random::PhiloxStream::new(11, 0);
     let body = long().to_string();
     let request = format!(
         "POST /v1/completions HTTP/1.1\r\nHost: x\r\n{JSON}Content-Length: {}\r\n\r\n{body}",

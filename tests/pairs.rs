@@ -6,7 +6,7 @@ use beautiful_prompt::data::records::{Pair, read_pairs, read_prompts, write_pair
 use beautiful_prompt::data::tails::TailLimits;
 use beautiful_prompt::eval::variety::variety;
 use beautiful_prompt::models::embedded;
-use beautiful_prompt::random::Words;
+use beautiful_prompt::random::PhiloxStream;
 use beautiful_prompt::text::artists::names_artist;
 use beautiful_prompt::text::content_words::{ContentWords, words};
 use beautiful_prompt::text::mediums::Mediums;
@@ -96,7 +96,7 @@ fn mixed_prompts() -> Vec<String> {
             for (k, m) in media.iter().enumerate() {
                 // in an order of its own, or all would be one group of similar prompts
                 let mut phrases: Vec<&str> = m.split(", ").collect();
-                Words::new(7, all.len() as u64).shuffle(&mut phrases);
+                PhiloxStream::new(7, all.len() as u64).shuffle(&mut phrases);
                 let style = phrases[..5].join(", ");
                 all.push(
                     format!("{} a {s} {p} {k}{i}{j}, {style}{}", lead[k], artists[k])

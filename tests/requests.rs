@@ -7,7 +7,7 @@ use beautiful_prompt::models::bloom::Bloom;
 use beautiful_prompt::models::embedded;
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
-use beautiful_prompt::random::Words;
+use beautiful_prompt::random::PhiloxStream;
 use beautiful_prompt::text::Tokenizer;
 use beautiful_prompt::text::literals::Literals;
 use beautiful_prompt::text::phrases::Phrases;
@@ -51,13 +51,13 @@ struct Asked {
     cancelled: Option<usize>,
 }
 
-fn pick(random: &mut Words, list: &[&str], most: usize) -> Vec<String> {
+fn pick(random: &mut PhiloxStream, list: &[&str], most: usize) -> Vec<String> {
     (0..random.below(most + 1)).map(|_| list[random.below(list.len())].to_owned()).collect()
 }
 
 /// A request with anything that the API allows.
-fn asked(random: &mut Words, tokenizer: &Tokenizer) -> Asked {
-    let one_in = |random: &mut Words, n: usize| random.below(n) == 0;
+fn asked(random: &mut PhiloxStream, tokenizer: &Tokenizer) -> Asked {
+    let one_in = |random: &mut PhiloxStream, n: usize| random.below(n) == 0;
     let prompt = format!("{}\n", PROMPTS[random.below(PROMPTS.len())].repeat(1 + random.below(3)));
     let sampling = Sampling {
         temperature: [0.0, 1.0, 1.0, 1.5, 1e-38][random.below(5)],
@@ -200,7 +200,7 @@ fn every_option_at_once() {
     let model = Bloom::load(&cpu, embedded::checkpoint(), None).unwrap();
     let tokenizer = embedded::tokenizer();
     let eos = embedded::checkpoint().config.eos_token_id;
-    let mut random = Words::new(12, 0);
+    let mut random = PhiloxStream::new(12, 0);
     let mut requests = 0;
     for round in 0..50 {
         let asked: Vec<Asked> = (0..40).map(|_| asked(&mut random, &tokenizer)).collect();

@@ -359,7 +359,7 @@ fn mutated_requests_get_answers() {
         "[99999999]",
         "\"<lora:\"",
     ];
-    let mut words = beautiful_prompt::random::Words::new(3, 0);
+    let mut words = beautiful_prompt::random::PhiloxStream::new(3, 0);
     for i in 0..300 {
         let (path, seed) = &seeds[i % seeds.len()];
         let mut text = seed.to_string().into_bytes();

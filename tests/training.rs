@@ -7,7 +7,7 @@ use beautiful_prompt::models::bloom::training::{TrainModel, Workspace};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::train::{PackedBatch, Precision};
-use beautiful_prompt::random::Words;
+use beautiful_prompt::random::PhiloxStream;
 use beautiful_prompt::train::examples::{Example, pack};
 use beautiful_prompt::train::optimizer::AdamWOptions;
 use beautiful_prompt::train::report::{Metrics, StepMetrics};
@@ -19,8 +19,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Sequences whose second half repeats the first: attention has something to learn.
 fn examples(count: usize, seed: u64) -> Vec<Example> {
-    let mut words = Words::new(seed, 0);
-    let one = |words: &mut Words| {
+    let mut words = PhiloxStream::new(seed, 0);
+    let one = |words: &mut PhiloxStream| {
         let half: Vec<u32> = (0..3 + words.below(5)).map(|_| 4 + words.below(20) as u32).collect();
         let ids = [&half[..], &[3], &half[..], &[2]].concat();
         Example { loss_from: half.len() + 1, ids }

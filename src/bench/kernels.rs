@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::memory::MemoryPlan;
 use crate::models::bloom::{Bloom, BloomConfig};
 use crate::ops::{BLOCK, Batch, DecodeBackend, Epilogue, LayerNorm, Linear, NormInput, Tensor};
-use crate::random::Words;
+use crate::random::PhiloxStream;
 use crate::tensor::{DType, HostTensor};
 use serde::Serialize;
 use std::cell::RefCell;
@@ -106,7 +106,7 @@ impl Case {
     /// Random tokens at the end of each sequence's positions.
     fn batch(&self, vocabulary: usize) -> Batch {
         let blocks = self.positions.div_ceil(BLOCK);
-        let mut words = Words::new(3, self.all() as u64);
+        let mut words = PhiloxStream::new(3, self.all() as u64);
         let mut batch = Batch::default();
         for s in 0..self.sequences {
             let ids: Vec<u32> = (0..self.tokens).map(|_| words.below(vocabulary) as u32).collect();
@@ -294,7 +294,7 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
     /// one.
     fn square(&self, n: usize, dtype: DType) -> Result<()> {
         let b = self.backend;
-        let mut words = Words::new(4, n as u64);
+        let mut words = PhiloxStream::new(4, n as u64);
         let mut matrix = || {
             let noise: Vec<f32> = (0..n * n).map(|_| words.uniform() - 0.5).collect();
             b.weight(HostTensor::of_rows(&noise, n), Some(dtype))

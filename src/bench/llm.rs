@@ -9,7 +9,7 @@ use crate::memory::MemoryPlan;
 use crate::models::bloom::{Bloom, BloomCheckpoint, BloomConfig};
 use crate::ops::cuda::Comparison;
 use crate::ops::{DecodeBackend, Weight as _};
-use crate::random::Words;
+use crate::random::PhiloxStream;
 use crate::tensor::{Bytes, DType, HostTensor};
 use half::{bf16, f16};
 use serde::Serialize;
@@ -93,7 +93,7 @@ pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Result<BloomCheck
         .with("weights", bytes, "--dtype to bf16, or take a smaller --shape")
         .check()?;
     // one block of noise serves all tensors: each takes a stretch of it
-    let mut words = Words::new(1, 0);
+    let mut words = PhiloxStream::new(1, 0);
     let noise: Vec<f32> = (0..1 << 18).map(|_| (words.uniform() - 0.5) * 0.07).collect();
     let bytes: Vec<u8> = match stored {
         DType::F32 => noise.iter().flat_map(|v| v.to_le_bytes()).collect(),
@@ -103,7 +103,7 @@ pub fn random_checkpoint(config: BloomConfig, dtype: DType) -> Result<BloomCheck
     let mut tensors = BTreeMap::new();
     for (i, p) in config.parameters().into_iter().enumerate() {
         let len = p.len() * stored.size();
-        let filled = Bytes::resident(len, |mut data| {
+        let filled = Bytes::in_huge_pages(len, |mut data| {
             let mut at = (i * 4099 * stored.size()) % bytes.len();
             while !data.is_empty() {
                 let n = (bytes.len() - at).min(data.len());
@@ -151,7 +151,7 @@ struct Runner<'a, B: DecodeBackend> {
     engine: Engine<'a, B>,
     model: &'a Bloom<B>,
     o: LlmOptions,
-    words: Words,
+    words: PhiloxStream,
     next_id: u64,
 }
 
@@ -231,7 +231,7 @@ pub fn run<B: DecodeBackend + Machine>(
     for repeat in 0..o.repeats.max(1) {
         let engine = Engine::new(backend, model, o.engine())?;
         let mut runner =
-            Runner { engine, model, o, words: Words::new(7, repeat as u64), next_id: 0 };
+            Runner { engine, model, o, words: PhiloxStream::new(7, repeat as u64), next_id: 0 };
         runner.submit(1)?;
         let (seconds, peaks) = gauge.around(|| runner.tokens())?;
         prefill_times.push(seconds);

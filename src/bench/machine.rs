@@ -48,7 +48,7 @@ impl Machine for Cpu {
     type Probe = Elements<f32>;
     /// In as large pages as weights are.
     fn probe(&self) -> Result<Elements<f32>> {
-        let data = Bytes::resident(probe_bytes(), |data| data.fill(1))
+        let data = Bytes::in_huge_pages(probe_bytes(), |data| data.fill(1))
             .map_err(Error::io("memory", "reserve"))?;
         Ok(Elements::from_bytes(data))
     }

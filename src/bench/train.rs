@@ -8,7 +8,7 @@ use crate::models::bloom::BloomConfig;
 use crate::models::bloom::training::{TrainModel, Workspace, training_bytes_per_token};
 use crate::ops::cpu::Cpu;
 use crate::ops::train::{PackedBatch, Precision};
-use crate::random::Words;
+use crate::random::PhiloxStream;
 use crate::tensor::DType;
 use crate::train::optimizer::{AdamW, AdamWOptions, clip_gradients};
 use serde::Serialize;
@@ -92,7 +92,7 @@ pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
     let mut model = TrainModel::random(config, 1);
     let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 };
     let mut optimizer = AdamW::new(&model.config.parameters(), options);
-    let mut words = Words::new(1, 1);
+    let mut words = PhiloxStream::new(1, 1);
     let mut batch = PackedBatch::default();
     for _ in 0..o.sequences {
         let ids: Vec<u32> = (0..o.tokens).map(|_| words.below(o.vocab) as u32).collect();

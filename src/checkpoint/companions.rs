@@ -1,4 +1,4 @@
-//! What a model folder holds beside configuration and weights.
+//! What a model folder holds besides configuration and weights.
 
 use super::write_atomic;
 use crate::error::{Error, Result};

@@ -1,4 +1,4 @@
-//! `bprompt bench`: measures beside the machine's floors.
+//! `bprompt bench`: measures speed compared with the machine's floors.
 
 use super::DeviceArgs;
 use super::hub::model_folder;

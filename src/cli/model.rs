@@ -322,7 +322,7 @@ pub fn check_sampling(s: &Sampling, named: impl Fn(&str) -> String) -> anyhow::R
     )
 }
 
-/// What the CPU takes for weights beside the pages of mapped files, which the system takes back
+/// What the CPU takes for weights besides the pages of mapped files, which the system takes back
 /// when it needs them.
 fn weights_plan(cpu: &Cpu, checkpoint: &BloomCheckpoint, dtype: Option<DType>) -> MemoryPlan {
     let bytes: f64 = checkpoint
@@ -334,7 +334,7 @@ fn weights_plan(cpu: &Cpu, checkpoint: &BloomCheckpoint, dtype: Option<DType>) -
             let held = dtype.unwrap_or(tensor.dtype);
             let packed = held == DType::Bf16 && cpu.isa().has_bf16();
             // what is in such memory already is laid out where it lies
-            let there = held == tensor.dtype && matches!(tensor.bytes, Bytes::Resident(..));
+            let there = held == tensor.dtype && matches!(tensor.bytes, Bytes::HugePages(..));
             let copied = held != tensor.dtype
                 || packed
                 || (cpu.resident() && matches!(tensor.bytes, Bytes::Mapped(..)));

@@ -8,7 +8,7 @@ use super::near_duplicates::{SimilarGroups, similar_pairs};
 use super::phrases::StylePhrases;
 use super::records::Pair;
 use super::tails::{TailLimits, Tails};
-use crate::random::Words;
+use crate::random::PhiloxStream;
 use crate::text::Tokenizer;
 use crate::text::artists::{names_artist, names_in};
 use crate::text::content_words::{ContentWords, most_repeated, words};
@@ -151,7 +151,7 @@ pub fn make_pairs(
     let is_rich = |p: &Parsed| p.style_count >= options.min_style;
     let held_out = |groups: &mut SimilarGroups, i: usize| {
         let group = groups.find(i) as u64;
-        Words::new(options.seed, group).uniform() < options.validation
+        PhiloxStream::new(options.seed, group).uniform() < options.validation
     };
     // a plain prompt may only borrow from the training side, or validation would leak into it
     let lenders: Vec<usize> = (0..parsed.len())
@@ -165,7 +165,7 @@ pub fn make_pairs(
     let mut maker = Maker { options, lenders: &lenders, tails, counts };
     let mut made = MadePairs { train: vec![], validation: vec![], counts: vec![] };
     for i in (0..parsed.len()).filter(|&i| !duplicate[i]) {
-        let mut rng = Words::new(options.seed ^ 0x5061_6972, i as u64);
+        let mut rng = PhiloxStream::new(options.seed ^ 0x5061_6972, i as u64);
         let sides = maker.sides(&parsed[i], i, is_rich(&parsed[i]), &mut rng);
         let validation = held_out(&mut groups, i);
         for side in sides {
@@ -207,7 +207,7 @@ const OF_MEDIUM: usize = 3;
 
 impl Maker<'_> {
     /// What a prompt gives: pairs of its own style phrases, and pairs with those of others.
-    fn sides(&mut self, p: &Parsed, i: usize, rich: bool, rng: &mut Words) -> Vec<Side> {
+    fn sides(&mut self, p: &Parsed, i: usize, rich: bool, rng: &mut PhiloxStream) -> Vec<Side> {
         let mut sides = Vec::new();
         if rich {
             let derived = derived_sides(p, self.options, rng);
@@ -244,7 +244,7 @@ impl Maker<'_> {
     }
 
     /// The words that a tail should add.
-    fn length(&self, rng: &mut Words) -> usize {
+    fn length(&self, rng: &mut PhiloxStream) -> usize {
         self.options.min_added + rng.below(self.options.min_added + 4)
     }
 
@@ -256,7 +256,7 @@ impl Maker<'_> {
         i: usize,
         raw: &str,
         used: &[usize],
-        rng: &mut Words,
+        rng: &mut PhiloxStream,
     ) -> Option<String> {
         let worn = names_artist(&p.head) && !self.tails.has_room_for(&p.head);
         let head = if worn { &p.subject } else { &p.head };
@@ -293,7 +293,7 @@ impl Maker<'_> {
     }
 
     /// A plain prompt with style phrases of similar ones.
-    fn borrowed(&mut self, own: &str, i: usize, rng: &mut Words) -> Option<Side> {
+    fn borrowed(&mut self, own: &str, i: usize, rng: &mut PhiloxStream) -> Option<Side> {
         let lenders = self.lenders.similar(own, i, rng);
         if lenders.is_empty() {
             return None;
@@ -326,7 +326,7 @@ fn refuse(
     target: &str,
     tokenizer: &Tokenizer,
     options: &PairOptions,
-    rng: &mut Words,
+    rng: &mut PhiloxStream,
 ) -> Option<&'static str> {
     if words(target).len() < words(raw).len() + options.min_added {
         return Some("dropped: target adds too few words");
@@ -395,7 +395,11 @@ fn parse(text: String, styles: &StylePhrases) -> Parsed {
 
 /// Up to `options.variants` plain sides of a rich prompt, each with the details that it names: the
 /// bare subject, with its details, reworded, shortened.
-fn derived_sides(p: &Parsed, options: &PairOptions, rng: &mut Words) -> Vec<(String, Vec<usize>)> {
+fn derived_sides(
+    p: &Parsed,
+    options: &PairOptions,
+    rng: &mut PhiloxStream,
+) -> Vec<(String, Vec<usize>)> {
     if words(&p.subject).is_empty() {
         return vec![];
     }
@@ -486,7 +490,7 @@ impl Lenders {
 
     /// Prompts among those that share the most telling words with `text` (but not `but`), in random
     /// order.
-    fn similar(&self, text: &str, but: usize, rng: &mut Words) -> Vec<usize> {
+    fn similar(&self, text: &str, but: usize, rng: &mut PhiloxStream) -> Vec<usize> {
         let mut scores: BTreeMap<usize, f32> = BTreeMap::new();
         for stem in self.content.stems(text) {
             if let Some(list) = self.index.get(&stem) {

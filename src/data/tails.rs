@@ -1,7 +1,7 @@
 //! What is added to a plain prompt: style phrases that fit its medium and each other, none of them
 //! worn out.
 
-use crate::random::Words;
+use crate::random::PhiloxStream;
 use crate::text::artists::{names_artist, names_in};
 use crate::text::content_words::{ContentWords, words};
 use crate::text::mediums::{MediumSet, Mediums};
@@ -87,7 +87,7 @@ impl<'a> Tails<'a> {
 
     /// A plain prompt with a medium put before or after it, and that medium; `None` if it names one
     /// already.
-    pub fn name_medium(&self, raw: &str, rng: &mut Words) -> Option<(String, MediumSet)> {
+    pub fn name_medium(&self, raw: &str, rng: &mut PhiloxStream) -> Option<(String, MediumSet)> {
         if self.mediums.of(raw).is_some() {
             return None;
         }
@@ -131,7 +131,12 @@ impl<'a> Tails<'a> {
     }
 
     /// Phrases of one medium alone, a few of them.
-    pub fn of_medium(&self, medium: MediumSet, count: usize, rng: &mut Words) -> Vec<&'a str> {
+    pub fn of_medium(
+        &self,
+        medium: MediumSet,
+        count: usize,
+        rng: &mut PhiloxStream,
+    ) -> Vec<&'a str> {
         let Some(list) = self.of_medium.get(&medium).filter(|l| !l.is_empty()) else {
             return vec![];
         };
@@ -263,7 +268,7 @@ fn artists_of(phrase: &str) -> Vec<String> {
 /// A tail as it grows.
 struct Tail<'p> {
     phrases: Vec<&'p str>,
-    /// Words added.
+    /// PhiloxStream added.
     added: usize,
     /// Phrases that name an artist.
     artists: usize,

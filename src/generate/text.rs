@@ -401,7 +401,7 @@ impl<'a> Growing<'a> {
 mod tests {
     use super::*;
     use crate::models::embedded;
-    use crate::random::Words;
+    use crate::random::PhiloxStream;
     use proptest::prelude::*;
     use std::sync::OnceLock;
 
@@ -448,7 +448,7 @@ mod tests {
         let rules = Arc::new(rules);
         let mut c = Growing::new(tokenizer, rules.clone(), EOS, max_new)
             .expect("room for what is to be kept");
-        let mut random = Words::new(seed, 0);
+        let mut random = PhiloxStream::new(seed, 0);
         let (mut given, mut given_tokens) = (String::new(), vec![]);
         let mut banned: Vec<(usize, u32)> = vec![];
         let mut forced: Vec<u32> = vec![];

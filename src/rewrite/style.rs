@@ -5,7 +5,7 @@
 //! same wherever it is rewritten. What the prompt itself holds is never banned.
 
 use crate::error::{Error, Result};
-use crate::random::{Derived, Words, derived_seed};
+use crate::random::{Derived, PhiloxStream, derived_seed};
 use crate::text::artists;
 use crate::text::content_words::words;
 use crate::text::mediums::{MediumSet, Mediums};
@@ -221,7 +221,7 @@ impl Additions {
             lists.push(ARTISTS.clone());
         }
         if self.variety > 0.0 {
-            let mut words = Words::new(derived_seed(seed, Derived::Variety, 0), 0);
+            let mut words = PhiloxStream::new(derived_seed(seed, Derived::Variety, 0), 0);
             lists.push(COMMON.but_those(|| words.uniform() >= self.variety));
         }
         Phrases::joined([ban, &Phrases::joined(&lists).but_those_in(prompt)])
@@ -235,7 +235,8 @@ impl Additions {
         if style.naming.find(prompt).is_some() || Mediums::built_in().of(prompt).is_some() {
             return Cow::Borrowed(prompt);
         }
-        let n = Words::new(derived_seed(seed, Derived::Style, 0), 0).below(style.names.len());
+        let n =
+            PhiloxStream::new(derived_seed(seed, Derived::Style, 0), 0).below(style.names.len());
         Cow::Owned(format!("{}, {}", prompt.trim_end_matches(['.', ',', ';', ' ']), style.names[n]))
     }
 }

@@ -3,7 +3,7 @@
 use crate::data::records::Pair;
 use crate::error::Result;
 use crate::ops::train::PackedBatch;
-use crate::random::Words;
+use crate::random::PhiloxStream;
 use crate::text::Tokenizer;
 use crate::text::template::Template;
 
@@ -36,7 +36,7 @@ pub fn example(
 /// The order of the examples in `epoch`, a function of the seed alone.
 pub fn epoch_order(count: usize, seed: u64, epoch: u64) -> Vec<usize> {
     let mut order: Vec<usize> = (0..count).collect();
-    Words::new(seed, epoch).shuffle(&mut order);
+    PhiloxStream::new(seed, epoch).shuffle(&mut order);
     order
 }
 

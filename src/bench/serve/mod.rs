@@ -7,7 +7,7 @@ mod report;
 pub use client::Server;
 pub use report::{Goodput, ServeReport};
 
-use crate::random::Words;
+use crate::random::PhiloxStream;
 use report::Measured;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -66,7 +66,7 @@ pub struct LoadOptions {
 
 impl LoadOptions {
     fn body(&self, i: usize) -> Value {
-        let mut words = Words::new(self.seed, i as u64 + 1);
+        let mut words = PhiloxStream::new(self.seed, i as u64 + 1);
         let mut body = json!({
             "model": self.model,
             "max_tokens": self.max_tokens,
@@ -108,7 +108,7 @@ pub async fn run(
 ) -> anyhow::Result<ServeReport> {
     let options = Arc::new(options);
     let room = Arc::new(Semaphore::new(options.concurrency.unwrap_or(Semaphore::MAX_PERMITS)));
-    let mut gaps = Words::new(options.seed, 0);
+    let mut gaps = PhiloxStream::new(options.seed, 0);
     let started = Instant::now();
     let mut tasks = tokio::task::JoinSet::new();
     let mut due = started;

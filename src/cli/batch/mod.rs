@@ -40,7 +40,7 @@ use target::{Begin, Target};
 /// Results that may wait for an earlier one: they take memory.
 const PENDING: usize = 4096;
 
-/// Bytes that a line of JSON may have beside its prompt.
+/// Bytes that a line of JSON may have besides its prompt.
 const BESIDE_PROMPT: usize = 1 << 20;
 
 pub fn run(args: &BatchArgs) -> anyhow::Result<()> {

@@ -89,7 +89,7 @@ pub fn run(args: &BatchArgs, mut begun: Begun) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// What the answers depend on beside the requests. How tokens are drawn is the model's
+/// What the answers depend on besides the requests. How tokens are drawn is the model's
 /// recommendation, which holds where a request says nothing.
 fn settings(args: &BatchArgs, shared: &Shared, fingerprint: &str) -> Settings {
     let mut settings = Settings::default();

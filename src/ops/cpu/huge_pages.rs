@@ -6,7 +6,7 @@ use crate::tensor::Bytes;
 use std::cell::RefCell;
 use std::sync::Arc;
 
-/// Minimum bytes of a task, after which mapped pages are given back.
+/// Minimum bytes of a task, after which mapped pages are released.
 const TASK: usize = 4 << 20;
 
 thread_local! {
@@ -16,7 +16,7 @@ thread_local! {
 
 /// Moves `bytes` to memory of large pages, where `write` puts them part by part, each of `part`
 /// bytes (the last one may have fewer); it gets a part's place among the bytes, the part, and where
-/// to. They never take memory twice: of a mapped file, pages are given back on the way; what is in
+/// to. They never take memory twice: of a mapped file, pages are released on the way; what is in
 /// such memory already and nobody else's is written over.
 pub fn into_huge_pages(
     cpu: &Cpu,
@@ -28,7 +28,7 @@ pub fn into_huge_pages(
     let task = part * TASK.div_ceil(part);
     let ranges = |i: usize| i * task..((i + 1) * task).min(len);
     let shared = match bytes {
-        Bytes::Resident(map, range) if range == (0..map.len()) => match Arc::try_unwrap(map) {
+        Bytes::HugePages(map, range) if range == (0..map.len()) => match Arc::try_unwrap(map) {
             Ok(map) => {
                 let mut map = map.make_mut()?;
                 let out = Disjoint::new(&mut map[..]);
@@ -43,13 +43,13 @@ pub fn into_huge_pages(
                         }
                     });
                 });
-                return Ok(Bytes::Resident(Arc::new(map.make_read_only()?), range));
+                return Ok(Bytes::HugePages(Arc::new(map.make_read_only()?), range));
             }
-            Err(map) => Bytes::Resident(map, range),
+            Err(map) => Bytes::HugePages(map, range),
         },
         other => other,
     };
-    Bytes::resident(len, |out| {
+    Bytes::in_huge_pages(len, |out| {
         let out = Disjoint::new(out);
         cpu.threads.run(len.div_ceil(task), |i| {
             let range = ranges(i);
@@ -60,7 +60,7 @@ pub fn into_huge_pages(
             {
                 write(i * task + n * part, from, to);
             }
-            shared.give_back(range);
+            shared.release_pages(range);
         });
     })
 }

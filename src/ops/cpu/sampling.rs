@@ -272,7 +272,7 @@ mod tests {
     /// chunk that is not whole.
     #[test]
     fn shortcuts_choose_the_same_token() {
-        let mut words = crate::random::Words::new(3, 4);
+        let mut words = crate::random::PhiloxStream::new(3, 4);
         for case in 0..60 {
             let n = [1, 5, 64, 200, 3001][case % 5];
             let steep = [0.0, 1.0, 30.0][case % 3];

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::ops::{
     BLOCK, Backend, Batch, DecodeBackend, Epilogue, Heads, LayerNorm, Linear, NormInput, Tensor,
 };
-use crate::random::Words;
+use crate::random::PhiloxStream;
 use crate::tensor::{DType, HostTensor};
 
 const OUTPUTS: usize = 304;
@@ -17,7 +17,7 @@ const INPUTS: usize = 192;
 const TOKENS: [usize; 2] = [60, 200];
 
 /// Numbers in (-1, 1).
-fn noise(words: &mut Words, n: usize) -> Vec<f32> {
+fn noise(words: &mut PhiloxStream, n: usize) -> Vec<f32> {
     (0..n).map(|_| 2.0 * words.uniform() - 1.0).collect()
 }
 
@@ -54,7 +54,7 @@ impl<L: Launcher> Cuda<L> {
     }
 
     fn wrong_products(&self) -> Result<Option<&'static str>> {
-        let mut words = Words::new(1, 3);
+        let mut words = PhiloxStream::new(1, 3);
         let weight =
             self.weight(HostTensor::of_rows(&noise(&mut words, OUTPUTS * INPUTS), INPUTS), None)?;
         let linear = Linear {
@@ -113,7 +113,7 @@ impl<L: Launcher> Cuda<L> {
         let (width, lengths) = (2 * heads.size, [70usize, 150]);
         let blocks: Vec<u32> =
             (0..(lengths[0] + lengths[1]).div_ceil(BLOCK) as u32).rev().collect();
-        let mut words = Words::new(1, 4);
+        let mut words = PhiloxStream::new(1, 4);
         let weight =
             self.weight(HostTensor::of_rows(&noise(&mut words, 3 * width * width), width), None)?;
         let bias = self.vector(&HostTensor::of_rows(&noise(&mut words, 3 * width), width))?;

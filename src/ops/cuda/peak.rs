@@ -9,7 +9,7 @@ const THREADS: usize = super::abi::PEAK_THREADS;
 
 impl<L: Launcher> Cuda<L> {
     /// Bytes a second that the device reads from its memory: the best of several passes over
-    /// `bytes`, much more than its second-level cache holds.
+    /// `bytes`, much more than its L2 holds.
     pub fn read_bandwidth(&self, bytes: usize, passes: usize) -> Result<f64> {
         let data = Memory::zeroed(&self.launcher, bytes)?;
         let out = Memory::zeroed(&self.launcher, 4)?;

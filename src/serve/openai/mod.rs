@@ -87,7 +87,7 @@ pub struct SamplingParams {
     pub seed: Option<i64>,
     /// Texts that end a candidate, and are left out; at most 16.
     pub stop: Option<OneOrMany>,
-    /// Tokens that end a candidate, by id, beside the end of sequence.
+    /// Tokens that end a candidate, by id, besides the end of sequence.
     #[schema(max_items = 256)]
     pub stop_token_ids: Option<Vec<u32>>,
     /// Whether the stop text or token that ended a candidate is part of its text.

@@ -47,7 +47,7 @@ impl Bf16Weight {
         let data = if rows.is_multiple_of(GROUP) && cols.is_multiple_of(2) {
             into_huge_pages(cpu, source, group, pack)?
         } else {
-            Bytes::resident(rows.div_ceil(GROUP) * group, |out| {
+            Bytes::in_huge_pages(rows.div_ceil(GROUP) * group, |out| {
                 let width = GROUP * cols * 2;
                 for (i, (from, to)) in
                     source.chunks(width).zip(out.chunks_exact_mut(group)).enumerate()
@@ -164,7 +164,7 @@ mod tests {
     use crate::ops::cpu::Cpu;
     use crate::ops::cpu::simd::InstructionSet;
     use crate::ops::cpu::threads::Disjoint;
-    use crate::random::Words;
+    use crate::random::PhiloxStream;
     use crate::tensor::{Bytes, DType, HostTensor};
     use half::bf16;
     use proptest::prelude::*;
@@ -181,14 +181,14 @@ mod tests {
                 return Ok(());
             };
             let cpu = Cpu::new(2, isa);
-            let mut words = Words::new(rows as u64, (cols * tokens) as u64);
+            let mut words = PhiloxStream::new(rows as u64, (cols * tokens) as u64);
             let mut noise = |n: usize| -> Vec<bf16> {
                 (0..n).map(|_| bf16::from_f32(words.uniform() - 0.5)).collect()
             };
             let (w, x) = (noise(rows * cols), noise(tokens * cols));
             let x: Vec<f32> = x.into_iter().map(bf16::to_f32).collect();
             let fill = |to: &mut [u8]| to.copy_from_slice(bytemuck::cast_slice(&w));
-            let bytes = Bytes::resident(rows * cols * 2, fill).unwrap();
+            let bytes = Bytes::in_huge_pages(rows * cols * 2, fill).unwrap();
             let tensor = HostTensor { dtype: DType::Bf16, shape: vec![rows, cols], bytes };
             let matrix = CpuWeight::new(&cpu, tensor, None).unwrap();
             let mut row = vec![0f32; cols];

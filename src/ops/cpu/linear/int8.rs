@@ -31,7 +31,7 @@ impl Int8Weight {
     ) -> std::io::Result<Int8Weight> {
         let (words, count) = (cols.div_ceil(INNER), rows.div_ceil(GROUP));
         let (mut scales, mut sums) = (vec![0.0; rows], vec![0; rows]);
-        let data = Bytes::resident(count * words * GROUP * INNER, |data| {
+        let data = Bytes::in_huge_pages(count * words * GROUP * INNER, |data| {
             let (data, scales, sums) =
                 (Disjoint::new(data), Disjoint::new(&mut scales), Disjoint::new(&mut sums));
             cpu.threads.run_ranges(count, 4, |groups| {

@@ -27,8 +27,7 @@ use dot::{Dot, Float};
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Inner elements that are summed before the next chunk begins: six rows of it fit the first-level
-/// cache.
+/// Inner elements that are summed before the next chunk begins: six rows of it fit L1.
 const CHUNK: usize = 2048;
 /// Maximum weights and rows of one task: longer tasks would leave a thread waiting at the end.
 const PANEL: usize = 96 * 2048;
@@ -207,8 +206,8 @@ unsafe fn panel<D: Dot>(
     let n = rows.len();
     let (tile_m, tile_n) = if D::WIDE { (4, 6) } else { (2, 2) };
     // Where each row is read by one tile only, memory is the limit: few streams, each of
-    // consecutive rows, are what it delivers fastest. Else a group of rows stays in the first-level
-    // cache while all tiles use it, and they ask for the next group meanwhile.
+    // consecutive rows, are what it delivers fastest. Else a group of rows stays in L1 while all
+    // tiles use it, and they ask for the next group meanwhile.
     let one_tile = tokens.len() <= tile_m;
     let (height, step) = if one_tile { (STREAMS, n / STREAMS) } else { (tile_n, 1) };
     let groups = n / height;

@@ -14,8 +14,8 @@ use crate::tensor::{Bytes, DType, Elements, HostTensor};
 use bytemuck::Pod;
 use half::{bf16, f16};
 
-/// Rows after whose conversion a mapped file's memory is given back.
-const GIVE_BACK: usize = 1024;
+/// Rows after whose conversion a mapped file's pages are released.
+const RELEASE_ROWS: usize = 1024;
 
 /// A matrix of plain elements, mapped where the file's alignment allows.
 pub struct RowMajor<E: Pod> {
@@ -61,8 +61,8 @@ impl CpuWeight {
             let row = |i: usize| {
                 let bytes = tensor.bytes.slice(i * width..(i + 1) * width);
                 found.look(cpu.isa, tensor.dtype, i * cols, &bytes);
-                if i.is_multiple_of(GIVE_BACK) {
-                    tensor.bytes.give_back(i.saturating_sub(GIVE_BACK) * width..i * width);
+                if i.is_multiple_of(RELEASE_ROWS) {
+                    tensor.bytes.release_pages(i.saturating_sub(RELEASE_ROWS) * width..i * width);
                 }
                 HostTensor { dtype: tensor.dtype, shape: vec![cols], bytes }.to_f32()
             };
@@ -72,7 +72,7 @@ impl CpuWeight {
                 found.result(&tensor.shape, finite::STORED)?;
                 return Ok(CpuWeight::Int8(matrix));
             }
-            let bytes = reserved(Bytes::resident(rows * cols * dtype.size(), |out| {
+            let bytes = reserved(Bytes::in_huge_pages(rows * cols * dtype.size(), |out| {
                 for (i, out) in out.chunks_exact_mut(cols * dtype.size()).enumerate() {
                     convert(cpu.isa, &row(i), dtype, out);
                     overflow.look(cpu.isa, dtype, i * cols, out);
