@@ -268,7 +268,7 @@ fn artists_of(phrase: &str) -> Vec<String> {
 /// A tail as it grows.
 struct Tail<'p> {
     phrases: Vec<&'p str>,
-    /// PhiloxStream added.
+    /// Words added.
     added: usize,
     /// Phrases that name an artist.
     artists: usize,
