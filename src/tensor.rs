@@ -86,7 +86,7 @@ impl Bytes {
         Ok(Bytes::HugePages(Arc::new(memory.make_read_only()?), 0..len))
     }
 
-    /// Releases the pages of a part of a mapped file; they come again when they are read.
+    /// Releases the pages of a part where it is a mapped file's; they come again when it is read.
     pub fn release_pages(&self, range: Range<usize>) {
         #[cfg(target_os = "linux")]
         if let Bytes::Mapped(map, whole) = self {

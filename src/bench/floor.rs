@@ -68,7 +68,7 @@ impl<'a, M: Machine> Gauge<'a, M> {
     }
 }
 
-/// What some work has to do at work.
+/// What some work has to do at least.
 #[derive(Clone, Copy, Debug)]
 pub struct MinimumWork {
     /// Read from and written to memory at least once.

@@ -330,13 +330,13 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
         &self,
         operation: &'static str,
         case: Case,
-        work_done: MinimumWork,
+        minimum: MinimumWork,
         work: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<()> {
         let mut gauge = self.gauge.borrow_mut();
         let (seconds, peaks) = gauge.around(|| self.backend.time(self.calls, work))?;
-        let compared = Compared::new(seconds, work_done, peaks, self.backend.last_cache());
-        let MinimumWork { bytes, flops, .. } = work_done;
+        let compared = Compared::new(seconds, minimum, peaks, self.backend.last_cache());
+        let MinimumWork { bytes, flops, .. } = minimum;
         self.rows.borrow_mut().push(KernelRow {
             operation,
             sequences: case.sequences,

@@ -129,7 +129,7 @@ fn prefill(text: &str) -> Result<(usize, usize), String> {
 }
 
 impl KernelArgs {
-    fn run(mut self) -> anyhow::Result<()> {
+    fn run(self) -> anyhow::Result<()> {
         ensure!(
             self.model.model.is_none(),
             "bench kernels measures random weights: --shape instead of --model"
@@ -156,7 +156,6 @@ impl KernelArgs {
             squares: self.squares.clone(),
             calls: self.calls,
         };
-        self.model.long_running = true; // as servers and batches are
         let report = match self.model.device(&config)? {
             Device::Cpu(cpu) => kernels::run(&cpu, config, dtype, &options)?,
             Device::Cuda(driver) => {
@@ -291,7 +290,7 @@ impl TrainArgs {
 }
 
 impl LlmArgs {
-    fn run(mut self) -> anyhow::Result<()> {
+    fn run(self) -> anyhow::Result<()> {
         within("--prompt-tokens", self.prompt_tokens, 1..=MAX_CONTEXT, "[1, 16777216]")?;
         within("--new-tokens", self.new_tokens, 1..=MAX_CONTEXT, "[1, 16777216]")?;
         within("--batch", self.batch, 1..=MAX_SEQUENCES, "[1, 1048576]")?;
@@ -309,7 +308,6 @@ impl LlmArgs {
             batch: self.batch,
             repeats: self.repeats,
         };
-        self.model.long_running = true; // as servers and batches are
         let report = match self.model.place(checkpoint, dtype)? {
             Placed::Cpu(cpu, model) => run(&cpu, &model, options)?,
             Placed::Cuda(cuda, model) => run(&*cuda, &model, options)?,

@@ -161,7 +161,7 @@ impl BloomConfig {
         if config.head_size() > MAX_HEAD_SIZE {
             let size = config.head_size();
             return Err(format!(
-                "hidden_size over n_head gives heads of {size}, expected at max {MAX_HEAD_SIZE}"
+                "hidden_size over n_head gives heads of {size}, expected at most {MAX_HEAD_SIZE}"
             ));
         }
         if config.eos_token_id as usize >= config.vocab_size {

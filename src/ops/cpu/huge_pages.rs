@@ -14,7 +14,7 @@ thread_local! {
     static BEFORE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Moves `bytes` to memory of large pages, where `write` puts them part by part, each of `part`
+/// Moves `bytes` to memory in huge pages, where `write` puts them part by part, each of `part`
 /// bytes (the last one may have fewer); it gets a part's place among the bytes, the part, and where
 /// to. They never take memory twice: of a mapped file, pages are released on the way; what is in
 /// such memory already and nobody else's is written over.

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use utoipa::ToSchema;
 
-/// Maximum candidates of a prompt, and most likely tokens reported with each.
+/// Maximum candidates of a prompt, and likely tokens reported with each.
 const MAX_CANDIDATES: u32 = 128;
 const MAX_LOGPROBS: usize = 20;
 

@@ -1,7 +1,7 @@
 //! y = x W^T with bf16 weights on AVX-512 BF16: [`super::lanes`] with words of two inner elements,
 //! for `vdpbf16ps`.
 //!
-//! Weights are laid out once, at load, in memory of large pages. The pause (0.2 s for BLOOM-1b1 on
+//! Weights are laid out once, at load, in huge pages. The pause (0.2 s for BLOOM-1b1 on
 //! two cores of Zen 5) comes back within some sixty tokens; laid out as they are used, from where
 //! they lie in the file, one sequence decoded at a third of the speed.
 
@@ -77,7 +77,7 @@ impl Bf16Weight {
     }
 }
 
-/// Computes x W^T; see [`super::linear`].
+/// Computes x W^T; see [`super::gemm_nt`].
 pub fn gemm_nt(cpu: &Cpu, x: &[f32], w: &Bf16Weight, store: &StoreFn) {
     let (rows, cols, bytes) = (w.rows, w.cols, group_bytes(w.cols));
     let convert = |x: &[f32], row: &mut [bf16], _| f32_to_bf16(cpu.isa, x, row);

@@ -183,7 +183,7 @@ simd_fn! {
     }
 }
 
-/// RowMajor Rust.
+/// Plain Rust.
 struct Portable;
 
 impl Lanes for Portable {

@@ -5,9 +5,9 @@
 //! The others in dot-product form: lanes run along the inner dimension, so that mapped files are
 //! read as they lie. A tile is 4 tokens by 6 rows of weights (24 vector sums in registers, 10 loads
 //! for 24 multiply-adds). A task takes a panel of rows, whose chunk of `CHUNK` inner elements
-//! stays in L1 while all tokens pass by it from the second: each weight is read
-//! from memory once a call. An output's sum runs over lanes, then chunks, in an order that depends
-//! on the inner size alone: a token's result is the same in every batch.
+//! stays in L1 while all tokens pass by it from L2: each weight is read from memory once a call. An
+//! output's sum runs over lanes, then chunks, in an order that depends on the inner size alone: a
+//! token's result is the same in every batch.
 
 #[cfg(target_arch = "x86_64")]
 mod bf16;
