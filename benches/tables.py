@@ -54,12 +54,18 @@ LLM = {
 }
 
 
-def cpu_rows():
-    """What was done, with what it is compared, and the three figures."""
-    llama, transformers = result("llama_cpp_zen5_2cores"), result("transformers_zen5_2cores")
+def llama_rows(name):
+    """What was done, with which weights of llama.cpp it is compared, and the three figures."""
+    llama = result(name)
     for dtype, name in [("bf16", "llama.cpp, bf16"), ("int8", "llama.cpp, Q8_0")]:
         for key, what in LLM.items():
             yield f"BLOOM-1b1 {dtype}, {what}", name, llama[dtype][key]
+
+
+def cpu_rows():
+    """The same for all peers."""
+    yield from llama_rows("llama_cpp_zen5_2cores")
+    transformers = result("transformers_zen5_2cores")
     for key, what in LLM.items():
         yield f"BLOOM-1b1 bf16, {what}", "transformers, bf16", transformers["bf16"][key]
 
@@ -77,6 +83,12 @@ HEADING = ["tokens a second", "compared with", "ours", "theirs", "ratio"]
 @table("cpu")
 def cpu():
     return [HEADING] + [[what, peer, *compared(figures)] for what, peer, figures in cpu_rows()]
+
+
+@table("cpu-zen4")
+def cpu_zen4():
+    rows = llama_rows("llama_cpp_zen4_2cores")
+    return [HEADING] + [[what, peer, *compared(figures)] for what, peer, figures in rows]
 
 
 @table("training")
