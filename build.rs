@@ -48,6 +48,10 @@ fn main() {
     }
     table.push_str("];\n");
     std::fs::write(out.join("images.rs"), table).expect("OUT_DIR can be written");
+    // kernels that tests compile and load call the emulator in the test's program
+    if std::env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "linux") {
+        println!("cargo:rustc-link-arg-tests=-Wl,--export-dynamic");
+    }
     let header = "kernels/include/abi.h";
     let text = std::fs::read_to_string(header).unwrap_or_else(|e| panic!("{header}: {e}"));
     let rust = abi::rust_of(&text, header).unwrap_or_else(|e| panic!("{e}"));

@@ -8,13 +8,12 @@ A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`; NAME
 """
 
 import argparse
-import json
-import pathlib
 import re
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benches" / "results"
+import time_model
+from cells import ROOT, markdown, number, percent, result
+
 BEGIN, END = re.compile(r"<!-- table: ([\w-]+) -->"), "<!-- end -->"
 TABLES = {}
 
@@ -27,19 +26,6 @@ def table(name):
         return make
 
     return register
-
-
-def result(name):
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def number(value):
-    """Three digits or all whole ones, with commas between thousands."""
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
-
-
-def percent(value, digits=0):
-    return f"{100 * value:.{digits}f} %"
 
 
 def compared(figures):
@@ -203,6 +189,21 @@ def beats():
     return rows
 
 
+@table("time-model")
+def time_model_cases():
+    return time_model.case_rows()
+
+
+@table("time-model-layer")
+def time_model_layer():
+    return time_model.layer_rows()
+
+
+@table("time-model-constants")
+def time_model_constants():
+    return time_model.constant_rows()
+
+
 @table("meaning")
 def meaning():
     rows = [
@@ -242,13 +243,6 @@ def style():
     ]:
         rows.append([what, *(form(c[key]) for c in columns)])
     return rows
-
-
-def markdown(rows):
-    width = len(rows[0])
-    assert all(len(row) == width for row in rows), rows
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|" + " --- |" * width, *lines[1:]]
 
 
 def filled(path, used):

@@ -44,15 +44,15 @@ DEVICE constexpr int stage_bytes() {
 template <int SIZE>
 DEVICE void load_steps(char* shared, uint64_t* full, uint64_t* empty, const TensorMap* cache,
                        uint32_t keys, uint32_t values, const AttentionArgs& a,
-                       const uint32_t* table, uint32_t head, uint32_t end, int steps) {
+                       const uint32_t* table, uint32_t head, uint32_t end, uint32_t steps) {
     constexpr int TILES = tiles_of_head<SIZE>();
     constexpr int BLOCKS = STEP / CACHE_BLOCK;
     constexpr int COPIES = 2 * TILES * BLOCKS;
     static_assert(COPIES <= WARP, "a copy for each lane");
     int lane = lane_index();
     int part = lane / (TILES * BLOCKS), tile = lane / BLOCKS % TILES, block = lane % BLOCKS;
-    for (int s = 0; s < steps; s++) {
-        int stage = s % STAGES;
+    for (uint32_t s = 0; s < steps; s++) {
+        uint32_t stage = s % STAGES;
         mbarrier_wait_parity(&empty[stage], (s / STAGES + 1) & 1);
         if (lane == 0) mbarrier_arrive_expect_tx(&full[stage], stage_bytes<SIZE>());
         warp_sync();
@@ -84,69 +84,10 @@ DEVICE void start_scores(float (&scores)[STEP / 2], const uint32_t (&q)[SIZE / 1
 template <class T, int SIZE>
 DEVICE void start_output(float (&out)[SIZE / 2], const uint32_t (&p)[STEP / 16][4],
                          const char* values) {
-    constexpr int WHOLE = SIZE / COLUMNS, REST = SIZE % COLUMNS;
     UNROLL
     for (int k = 0; k < STEP / 16; k++) {
-        UNROLL
-        for (int j = 0; j < WHOLE; j++) {
-            wgmma_rs<T, COLUMNS, true>(out + j * COLUMNS / 2, p[k],
-                                       wgmma_descriptor_transposed(values + j * TILE_BYTES, k * 16),
-                                       false);
-        }
-        if constexpr (REST > 0) {
-            wgmma_rs<T, REST, true>(
-                out + WHOLE * COLUMNS / 2, p[k],
-                wgmma_descriptor_transposed(values + WHOLE * TILE_BYTES, k * 16), false);
-        }
-    }
-}
-
-// The running maximum and sum of exponentials for the two queries of a thread, which are 8 rows
-// apart.
-struct SoftmaxState {
-    float max[2], sum[2];
-};
-
-// Turns the scores of the positions from `first` on into softmax weights relative to the maximum so
-// far. `rescale` is the factor that brings earlier results to the new maximum. Exponentials have
-// base 2: `scale` and `slope` contain log2(e).
-DEVICE void online_softmax(float (&scores)[STEP / 2], SoftmaxState& softmax, float (&rescale)[2],
-                           const uint32_t (&positions)[2], uint32_t first, bool masked, float scale,
-                           float slope) {
-    int t = lane_index() % 4;
-    UNROLL
-    for (int half = 0; half < 2; half++) {
-        float new_max = softmax.max[half];
-        // small distances are exact in f32
-        float distance =
-            static_cast<float>(static_cast<int>(first + 2 * t) - static_cast<int>(positions[half]));
-        UNROLL
-        for (int n = 0; n < STEP / 8; n++) {
-            UNROLL
-            for (int j = 0; j < 2; j++) {
-                float& x = scores[4 * n + 2 * half + j];
-                x = x * scale + slope * (distance + static_cast<float>(n * 8 + j));
-                if (masked && first + n * 8 + 2 * t + j > positions[half]) x = -INFINITY;
-                new_max = fmaxf(new_max, x);
-            }
-        }
-        // The positions of a query are spread over four neighbouring lanes. Every query attends to
-        // position 0, so `new_max` is finite.
-        new_max = fmaxf(new_max, shuffle_xor(new_max, 1));
-        new_max = fmaxf(new_max, shuffle_xor(new_max, 2));
-        rescale[half] = exp2_approx(softmax.max[half] - new_max);
-        softmax.max[half] = new_max;
-        float sum = 0;
-        UNROLL
-        for (int n = 0; n < STEP / 8; n++) {
-            UNROLL
-            for (int j = 0; j < 2; j++) {
-                float& x = scores[4 * n + 2 * half + j];
-                x = exp2_approx(x - new_max);
-                sum += x;
-            }
-        }
-        softmax.sum[half] = softmax.sum[half] * rescale[half] + sum;
+        wgmma_rs<T, SIZE, true>(out, p[k], wgmma_descriptor_transposed(values, k * 16, TILE_BYTES),
+                                false);
     }
 }
 
@@ -168,12 +109,13 @@ DEVICE void attention_hopper(const TensorMap* cache, uint32_t keys_row, uint32_t
     char* shared = shared_memory();
     uint64_t* full = reinterpret_cast<uint64_t*>(shared + STAGES * stage_bytes<SIZE>());
     uint64_t* empty = full + STAGES;
+    if (threadIdx.x == 0) prefetch_tensormap(cache);
     init_pipeline_stages(full, empty, STAGES, CONSUMERS * WARPGROUP / WARP);
     griddep_wait();
     uint32_t head = blockIdx.x;
-    uint32_t first_token = a.tiles[2 * blockIdx.y], count = a.tiles[2 * blockIdx.y + 1];
+    uint32_t first_token = a.tiles[2 * tile_number()], count = a.tiles[2 * tile_number() + 1];
     uint32_t first_position = a.positions[first_token];
-    int steps = (first_position + count + STEP - 1) / STEP;
+    uint32_t steps = (first_position + count + STEP - 1) / STEP;
     if (threadIdx.x < WARPGROUP) {
         setmaxnreg_dec<40>();
         const uint32_t* table =
@@ -194,36 +136,38 @@ DEVICE void attention_hopper(const TensorMap* cache, uint32_t keys_row, uint32_t
     uint32_t last_query =
         first_query + CONSUMER_QUERIES < count ? first_query + CONSUMER_QUERIES : count;
     // the steps that this warpgroup has to compute: none if it has no queries
-    int own_steps = first_query < count ? (first_position + last_query + STEP - 1) / STEP : 0;
+    uint32_t own_steps = first_query < count ? (first_position + last_query + STEP - 1) / STEP : 0;
     uint32_t q[SIZE / 16][4];
     load_queries<T, SIZE>(q, a, first_token, rows, head);
-    const float log2_e = 1.44269504f;
-    const float scale = log2_e / sqrtf(static_cast<float>(SIZE)), slope = a.slopes[head] * log2_e;
+    const float scale = LOG2_E / sqrtf(static_cast<float>(SIZE)), slope = a.slopes[head] * LOG2_E;
     float out[SIZE / 2], scores[STEP / 2], rescale[2];
     uint32_t p[STEP / 16][4];
     UNROLL
     for (int i = 0; i < SIZE / 2; i++) out[i] = 0;
     UNROLL
     for (int i = 0; i < STEP / 2; i++) scores[i] = 0;
-    SoftmaxState softmax = {{-INFINITY, -INFINITY}, {0, 0}};
-    auto stage_of = [&](int s) { return shared + s % STAGES * stage_bytes<SIZE>(); };
-    auto values_of = [&](int s) { return stage_of(s) + tiles_of_head<SIZE>() * TILE_BYTES; };
-    auto consumer_release = [&](int s) {
+    SoftmaxState softmax;
+    auto stage_of = [&](uint32_t s) { return shared + s % STAGES * stage_bytes<SIZE>(); };
+    auto values_of = [&](uint32_t s) { return stage_of(s) + tiles_of_head<SIZE>() * TILE_BYTES; };
+    auto consumer_wait = [&](uint32_t s) {
+        mbarrier_wait_parity(&full[s % STAGES], s / STAGES & 1);
+    };
+    auto consumer_release = [&](uint32_t s) {
         if (lane == 0) mbarrier_arrive(&empty[s % STAGES]);
     };
     // from this step on, some query does not attend to all positions
-    int masked = (first_position + first_query + 1) / STEP;
+    uint32_t masked = (first_position + first_query + 1) / STEP;
     if (own_steps > 0) {
-        mbarrier_wait_parity(&full[0], 0);
+        consumer_wait(0);
         wgmma_fence();
         start_scores<T, SIZE>(scores, q, stage_of(0));
         wgmma_commit_group();
         wgmma_wait_group<0>();
         wgmma_fence_operand(scores);
-        online_softmax(scores, softmax, rescale, positions, 0, masked <= 0, scale, slope);
+        online_softmax(scores, softmax, rescale, positions, 0, masked == 0, scale, slope);
         pack_weights<T>(p, scores);
-        for (int s = 1; s < own_steps; s++) {
-            mbarrier_wait_parity(&full[s % STAGES], s / STAGES & 1);
+        if (own_steps > 1) consumer_wait(1);
+        for (uint32_t s = 1; s < own_steps; s++) {
             wgmma_fence();
             start_scores<T, SIZE>(scores, q, stage_of(s));
             wgmma_commit_group();
@@ -233,6 +177,11 @@ DEVICE void attention_hopper(const TensorMap* cache, uint32_t keys_row, uint32_t
             wgmma_fence_operand(scores);
             online_softmax(scores, softmax, rescale, positions, s * STEP, masked <= s, scale,
                            slope);
+            // The next step is waited for here and not where it begins, because this loop keeps
+            // ptxas from moving the wait for the weighted sums up in front of the softmax: it moves
+            // no instruction across a branch. The stage of the next step was released two steps
+            // ago, so this wait depends on nothing that this step has yet to do.
+            if (s + 1 < own_steps) consumer_wait(s + 1);
             wgmma_wait_group<0>();
             wgmma_fence_operand(out);
             consumer_release(s - 1);
@@ -249,8 +198,8 @@ DEVICE void attention_hopper(const TensorMap* cache, uint32_t keys_row, uint32_t
         wgmma_fence_operand(out);
         consumer_release(own_steps - 1);
     }
-    for (int s = own_steps; s < steps; s++) {
-        mbarrier_wait_parity(&full[s % STAGES], s / STAGES & 1);
+    for (uint32_t s = own_steps; s < steps; s++) {
+        consumer_wait(s);
         consumer_release(s);
     }
     griddep_launch_dependents();

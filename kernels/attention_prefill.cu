@@ -44,24 +44,26 @@ DEVICE void attention_prefill(const AttentionArgs& a) {
     uint32_t head = blockIdx.x;
     char* shared = shared_memory();
     griddep_wait();
-    uint32_t first_token = a.tiles[2 * blockIdx.y], count = a.tiles[2 * blockIdx.y + 1];
+    uint32_t first_token = a.tiles[2 * tile_number()], count = a.tiles[2 * tile_number() + 1];
     uint32_t first_position = a.positions[first_token];
     uint32_t end = first_position + count;
     const uint32_t* table = a.tables + static_cast<size_t>(a.spans[first_token]) * a.table_width;
     int steps = (end + STEP - 1) / STEP;
     load_step<T, SIZE>(shared, shared + STEP * STRIDE, a, table, head, 0, end);
     cp_async_commit_group();
-    int lane = lane_index(), g = lane / 4, t = lane % 4;
+    int lane = lane_index(), g = lane / 4;
     // A lane works on two of this warp's 16 queries. Rows beyond the last query compute the last
     // one again.
     uint32_t q0 = warp_index() * 16 + g, q1 = q0 + 8;
     uint32_t rows[2] = {q0 < count ? q0 : count - 1, q1 < count ? q1 : count - 1};
     uint32_t q[SIZE / 16][4];
     load_queries<T, SIZE>(q, a, first_token, rows, head);
-    const float scale = 1.0f / sqrtf(static_cast<float>(SIZE));
-    float slope = a.slopes[head];
+    uint32_t positions[2] = {first_position + rows[0], first_position + rows[1]};
+    // from this step on, some query of the warp does not attend to all positions
+    int masked = (first_position + warp_index() * 16 + 1) / STEP;
+    const float scale = LOG2_E / sqrtf(static_cast<float>(SIZE)), slope = a.slopes[head] * LOG2_E;
     float out[SIZE / 8][4] = {};
-    float max_score[2] = {-INFINITY, -INFINITY}, sum_exp[2] = {0, 0};
+    SoftmaxState softmax;
     for (int s = 0; s < steps; s++) {
         char* keys = shared + s % 2 * STAGE;
         char* values = keys + STEP * STRIDE;
@@ -85,42 +87,14 @@ DEVICE void attention_prefill(const AttentionArgs& a) {
                 mma_m16n8k16<T>(scores[2 * n + 1], q[i], b1);
             }
         }
-        UNROLL
-        for (int half = 0; half < 2; half++) {
-            uint32_t position = first_position + rows[half];
-            float new_max = max_score[half];
-            UNROLL
-            for (int n = 0; n < STEP / 8; n++) {
-                UNROLL
-                for (int j = 0; j < 2; j++) {
-                    uint32_t key = s * STEP + n * 8 + 2 * t + j;
-                    float& x = scores[n][2 * half + j];
-                    x = x * scale +
-                        slope * (static_cast<float>(key) - static_cast<float>(position));
-                    if (key > position) x = -INFINITY;
-                    new_max = fmaxf(new_max, x);
-                }
-            }
-            // The positions of a query are spread over four neighbouring lanes. Every query attends
-            // to position 0, so `new_max` is finite.
-            new_max = fmaxf(new_max, shuffle_xor(new_max, 1));
-            new_max = fmaxf(new_max, shuffle_xor(new_max, 2));
-            float rescale = expf(max_score[half] - new_max), sum = 0;
-            max_score[half] = new_max;
-            UNROLL
-            for (int n = 0; n < STEP / 8; n++) {
-                UNROLL
-                for (int j = 0; j < 2; j++) {
-                    float& x = scores[n][2 * half + j];
-                    x = expf(x - new_max);
-                    sum += x;
-                }
-            }
-            sum_exp[half] = sum_exp[half] * rescale + sum;
+        float rescale[2];
+        online_softmax(&scores[0][0], softmax, rescale, positions, s * STEP, masked <= s, scale,
+                       slope);
+        if (warp_any(rescale[0] != 1.0f || rescale[1] != 1.0f)) {
             UNROLL
             for (int d = 0; d < SIZE / 8; d++) {
-                out[d][2 * half] *= rescale;
-                out[d][2 * half + 1] *= rescale;
+                UNROLL
+                for (int i = 0; i < 4; i++) out[d][i] *= rescale[i / 2];
             }
         }
         UNROLL
@@ -143,7 +117,7 @@ DEVICE void attention_prefill(const AttentionArgs& a) {
     }
     griddep_launch_dependents();
     uint32_t queries[2] = {q0, q1};
-    store_results<T, SIZE>(a, first_token, queries, count, head, &out[0][0], sum_exp);
+    store_results<T, SIZE>(a, first_token, queries, count, head, &out[0][0], softmax.sum);
 }
 
 #define ATTENTION_PREFILL(T, SIZE)                                         \

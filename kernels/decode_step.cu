@@ -50,68 +50,114 @@ DEVICE uint32_t outputs_of(const DecodeModel& m, uint32_t part) {
 }
 
 // A warp's stream of weights, in chunks of 16 outputs by 128 bytes of inputs, in the order in which
-// the linears consume them.
+// the linears consume them: by groups of outputs, then by inputs, then by the outputs of a group.
+// Every address follows from the one before by an addition, so that a chunk costs few instructions.
 template <class W, int DEPTH>
 struct Stream {
     static constexpr uint32_t INPUTS = CHUNK_ROW_BYTES / sizeof(W); // inputs in a chunk
+    static constexpr uint32_t ROWS_AT_ONCE = WARP * 16 / CHUNK_ROW_BYTES;
     const DecodeModel& m;
-    char* ring;
-    // the next chunk to load
-    const W* weight;
-    uint32_t inputs;
-    Share share;
     uint32_t number; // number of the linear: layer * 4 + part
-    uint32_t group, k, tile;
-    uint32_t issued, consumed;
+    // the next chunk to load
+    const char* from; // this lane's 16 bytes of the first rows
+    uint32_t left;    // rows of the group from this chunk on; 0 at the end of the stream
+    uint32_t step;    // of the warp, through the inputs
+    // of the linear
+    uint32_t row_bytes, steps;
+    uint32_t lane_steps; // steps in which this lane's inputs exist
+    Share share;
+    uint32_t group, group_rows; // the first row of the group, and how many it has
+    int64_t next_step;          // bytes from the last chunk of a step to the first of the next step
+    // The ring: where this lane reads from and writes to in the first chunk, and the bytes from
+    // there to the next chunk. A chunk takes the place of the one that has just been read.
+    const char* reads;
+    char* writes;
+    uint32_t slot;
 
-    DEVICE_MEMBER Stream(const DecodeModel& m, char* ring)
-        : m(m), ring(ring), number(0), issued(0), consumed(0) {
-        next_linear();
-        for (int i = 0; i < DEPTH; i++) issue();
-    }
-
-    // Goes on to the next linear of which this warp has a part.
-    DEVICE_MEMBER void next_linear() {
-        for (; number < m.count * LINEARS; number++) {
-            inputs = inputs_of(m, number % LINEARS);
-            share = share_of(outputs_of(m, number % LINEARS));
-            if (share.rows > 0 && warp_index() * INPUTS < inputs) break;
+    DEVICE_MEMBER Stream(const DecodeModel& m, char* ring) : m(m), number(0), slot(0) {
+        // bank conflicts are avoided by exchanging the halves of odd rows
+        uint32_t lane = lane_index(), row = lane / 8, column = lane % 8, g = lane / 4, t = lane % 4;
+        writes = opaque_shared(ring + row * CHUNK_ROW_BYTES + (column ^ (row & 1) << 2) * 16);
+        reads = opaque_shared(ring + g * CHUNK_ROW_BYTES + (t ^ (g & 1) << 2) * 16);
+        begin_linear();
+        UNROLL
+        for (int i = 0; i < DEPTH; i++) {
+            issue<true>();
+            next_slot();
         }
-        if (number < m.count * LINEARS)
-            weight =
-                static_cast<const W*>(m.layers[number / LINEARS].linears[number % LINEARS].weight);
-        group = tile = 0;
-        k = warp_index() * INPUTS;
+    }
+    DEVICE_MEMBER void next_slot() {
+        slot = slot + CHUNK_BYTES == DEPTH * CHUNK_BYTES ? 0 : slot + CHUNK_BYTES;
     }
 
+    // Goes on to linear `number`, or to the next one of which this warp has a part.
+    DEVICE_MEMBER void begin_linear() {
+        left = 0;
+        for (; number < m.count * LINEARS; number++) {
+            uint32_t part = number % LINEARS, inputs = inputs_of(m, part);
+            share = share_of(outputs_of(m, part));
+            uint32_t first = warp_index() * INPUTS,
+                     first_of_lane = first + lane_index() % 8 * (16 / sizeof(W));
+            if (share.rows == 0 || first >= inputs) continue;
+            row_bytes = inputs * sizeof(W);
+            steps = steps_from(first, inputs);
+            lane_steps = steps_from(first_of_lane, inputs);
+            group = 0;
+            begin_group();
+            return;
+        }
+    }
+    DEVICE_MEMBER static uint32_t steps_from(uint32_t first, uint32_t inputs) {
+        return first < inputs ? (inputs - first + WARPS * INPUTS - 1) / (WARPS * INPUTS) : 0;
+    }
+    DEVICE_MEMBER void begin_group() {
+        const DecodeLinear& linear = m.layers[number / LINEARS].linears[number % LINEARS];
+        from = static_cast<const char*>(linear.weight) +
+               static_cast<size_t>(share.first + group + lane_index() / 8) * row_bytes +
+               warp_index() * CHUNK_ROW_BYTES + lane_index() % 8 * 16;
+        uint32_t rest = share.rows - group;
+        group_rows = left = rest < GROUP_ROWS ? rest : GROUP_ROWS;
+        next_step = static_cast<int64_t>(WARPS * CHUNK_ROW_BYTES) -
+                    static_cast<int64_t>((left - 1) / CHUNK_ROWS * CHUNK_ROWS) * row_bytes;
+        step = 0;
+    }
+
+    // Starts loading a chunk. Only the FIRST ones of the ring fill what does not exist with zeros:
+    // later, weights of another chunk may stay there. They are finite, and the activations that
+    // they meet are zeros, or their results are not used.
+    template <bool FIRST>
     DEVICE_MEMBER void issue() {
-        if (number < m.count * LINEARS) {
-            char* to = ring + issued % DEPTH * CHUNK_BYTES;
+        if (left > 0) {
+            bool exists = step < lane_steps;
+            const char* rows = from;
             UNROLL
-            for (int i = 0; i < CHUNK_BYTES / 16 / WARP; i++) {
-                uint32_t row = i * 4 + lane_index() / 8, c = lane_index() % 8,
-                         at = k + c * (16 / sizeof(W));
-                uint32_t r = group * GROUP_ROWS + tile * CHUNK_ROWS + row;
-                bool valid = r < share.rows && at < inputs;
-                cp_async(to + row * CHUNK_ROW_BYTES + (c ^ (row & 1) << 2) * 16,
-                         valid ? weight + static_cast<size_t>(share.first + r) * inputs + at
-                               : weight,
-                         valid);
+            for (uint32_t i = 0; i < CHUNK_ROWS / ROWS_AT_ONCE; i++) {
+                // shares are multiples of the rows at once
+                bool valid = exists && i * ROWS_AT_ONCE < left;
+                char* to = writes + slot + i * ROWS_AT_ONCE * CHUNK_ROW_BYTES;
+                if (FIRST) {
+                    cp_async(to, valid ? rows : from, valid);
+                } else if (valid) {
+                    cp_async(to, rows, true);
+                }
+                rows += static_cast<size_t>(ROWS_AT_ONCE) * row_bytes;
             }
-            uint32_t left = share.rows - group * GROUP_ROWS;
-            if (++tile >= TILES || tile * CHUNK_ROWS >= left) {
-                tile = 0;
-                k += WARPS * INPUTS;
-                if (k >= inputs) {
-                    k = warp_index() * INPUTS;
-                    if (++group * GROUP_ROWS >= share.rows) {
-                        number++;
-                        next_linear();
-                    }
+            if (left > CHUNK_ROWS) {
+                left -= CHUNK_ROWS;
+                from = rows;
+            } else if (++step < steps) {
+                from += next_step;
+                left = group_rows;
+            } else {
+                group += GROUP_ROWS;
+                if (group < share.rows) {
+                    begin_group();
+                } else {
+                    number++;
+                    begin_linear();
                 }
             }
         }
-        issued++;
         cp_async_commit_group();
     }
 
@@ -120,19 +166,16 @@ struct Stream {
     DEVICE_MEMBER void consume(Pack16B (&rows)[2][2]) {
         cp_async_wait_group<DEPTH - 1>();
         warp_sync();
-        const char* from = ring + consumed % DEPTH * CHUNK_BYTES;
-        int g = lane_index() / 4, t = lane_index() % 4;
+        const char *here = reads + slot,
+                   *there = here + (lane_index() / 4 % 2 == 0 ? 64 : -64); // the other half
         UNROLL
-        for (int half = 0; half < 2; half++) {
-            UNROLL
-            for (int i = 0; i < 2; i++) {
-                rows[half][i] = load(reinterpret_cast<const Pack16B*>(
-                    from + (g + 8 * i) * CHUNK_ROW_BYTES + ((half * 4 + t) ^ (g & 1) << 2) * 16));
-            }
+        for (int i = 0; i < 2; i++) {
+            rows[0][i] = load(reinterpret_cast<const Pack16B*>(here + 8 * i * CHUNK_ROW_BYTES));
+            rows[1][i] = load(reinterpret_cast<const Pack16B*>(there + 8 * i * CHUNK_ROW_BYTES));
         }
-        consumed++;
         warp_sync(); // all lanes have read the chunk
-        issue();
+        issue<false>();
+        next_slot();
     }
 };
 
@@ -157,34 +200,35 @@ DEVICE void linear_share(Stream<W, DEPTH>& stream, const DecodeModel& m, uint32_
     constexpr uint32_t INPUTS = Stream<W, DEPTH>::INPUTS;
     // 16-byte vectors of activations that a lane needs for a chunk
     constexpr int VECTORS = INPUTS / 32;
-    constexpr int AHEAD = 8 / VECTORS; // chunks whose activations are loaded together
+    constexpr uint32_t AHEAD = 8 / VECTORS; // steps whose activations are in registers
     Share share = share_of(outputs_of(m, part));
     uint32_t inputs = inputs_of(m, part);
-    int warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
-    for (uint32_t group = 0; group * GROUP_ROWS < share.rows; group++) {
-        uint32_t left = share.rows - group * GROUP_ROWS,
-                 tiles = (left + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    uint32_t warp = warp_index(), lane = lane_index(), g = lane / 4, t = lane % 4;
+    uint32_t steps = stream.steps_from(warp * INPUTS, inputs);
+    // A lane's inputs in each half of a chunk are contiguous, as its weights are. From `rest` on
+    // there are none; lanes without a token have none at all.
+    uint32_t first_input = warp * INPUTS + t * (INPUTS / 8);
+    uint32_t rest = g < tokens && first_input < inputs ? inputs - first_input : 0;
+    const T* first = x + static_cast<size_t>(g < tokens ? g : 0) * stride + first_input;
+    for (uint32_t group = 0; group < share.rows; group += GROUP_ROWS) {
+        uint32_t left = share.rows - group, tiles = (left + CHUNK_ROWS - 1) / CHUNK_ROWS;
         float c[TILES][4] = {};
-        for (uint32_t first_k = warp * INPUTS; first_k < inputs;
-             first_k += AHEAD * WARPS * INPUTS) {
-            Pack16B b[AHEAD][VECTORS];
+        Pack16B b[AHEAD][VECTORS];
+        auto fetch = [&](Pack16B(&of_step)[VECTORS], uint32_t step) {
             UNROLL
-            for (int a = 0; a < AHEAD; a++) {
-                UNROLL
-                for (int i = 0; i < VECTORS; i++) {
-                    // a lane's inputs in each half of a chunk are contiguous, as its weights are
-                    uint32_t k = first_k + a * WARPS * INPUTS + i / (VECTORS / 2) * (INPUTS / 2) +
-                                 t * (INPUTS / 8) + i % (VECTORS / 2) * 8;
-                    b[a][i] = Pack16B{};
-                    if (static_cast<uint32_t>(g) < tokens && k < inputs) {
-                        b[a][i] = load(reinterpret_cast<const Pack16B*>(
-                            x + static_cast<size_t>(g) * stride + k));
-                    }
-                }
+            for (int i = 0; i < VECTORS; i++) {
+                uint32_t k = step * WARPS * INPUTS + i / (VECTORS / 2) * (INPUTS / 2) +
+                             i % (VECTORS / 2) * 8;
+                of_step[i] = Pack16B{};
+                if (k < rest) of_step[i] = load(reinterpret_cast<const Pack16B*>(first + k));
             }
+        };
+        UNROLL
+        for (uint32_t a = 0; a < AHEAD; a++) fetch(b[a], a);
+        for (uint32_t step = 0; step < steps; step += AHEAD) {
             UNROLL
-            for (int a = 0; a < AHEAD; a++) {
-                if (first_k + a * WARPS * INPUTS >= inputs) continue;
+            for (uint32_t a = 0; a < AHEAD; a++) {
+                if (step + a >= steps) continue;
                 UNROLL
                 for (int tile = 0; tile < TILES; tile++) {
                     if (static_cast<uint32_t>(tile) >= tiles) continue;
@@ -204,6 +248,7 @@ DEVICE void linear_share(Stream<W, DEPTH>& stream, const DecodeModel& m, uint32_
                         }
                     }
                 }
+                fetch(b[a], step + a + AHEAD);
             }
         }
         UNROLL
@@ -219,7 +264,7 @@ DEVICE void linear_share(Stream<W, DEPTH>& stream, const DecodeModel& m, uint32_
         uint32_t token = threadIdx.x / (GROUP_ROWS / 2), pair = threadIdx.x % (GROUP_ROWS / 2) * 2;
         if (token < tokens && pair < left) {
             float total[2] = {0, 0};
-            uint32_t row = share.first + group * GROUP_ROWS + pair;
+            uint32_t row = share.first + group + pair;
             UNROLL
             for (int i = 0; i < 2; i++) {
                 for (int other = 0; other < WARPS; other++)

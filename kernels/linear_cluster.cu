@@ -88,15 +88,7 @@ DEVICE void linear_cluster(const TensorMap* x, const TensorMap* w, uint32_t toke
                 }
             }
         }
-        if (e.width % 8 == 0) {
-            epilogue_eight<T>(e, token, row, v);
-            continue;
-        }
-        UNROLL
-        for (int j = 0; j < 8; j += 2) {
-            if (row + j < e.width)
-                epilogue_pair<T>(e, token, row + j, v[j], v[j + 1], row + j + 1 < e.width);
-        }
+        epilogue_eight<T>(e, token, row, v);
     }
     cluster_sync(); // the other blocks have read this one's sums, and written their outputs
     if (next.weight)

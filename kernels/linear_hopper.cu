@@ -36,14 +36,12 @@ constexpr int FLOAT_COLUMNS = 32,
 constexpr int STAGED_BYTES = LINEAR_HOPPER_STAGED_BYTES; // of each consuming warp
 static_assert(STAGED_BYTES == 16 * FLOAT_STRIDE, "room for 16 tokens");
 
-// Writes a warp's 16 tokens by 256 outputs in 16 bits. The accumulators in `d` are ordered as by
-// wgmma_ss; `staged` is shared memory of this warp for 16 rows.
-template <class T, uint32_t MODE>
-DEVICE void store_half_tile(const EpilogueArgs& of, char* staged, uint32_t first_token,
+// Writes a warp's 16 tokens by 256 outputs in 16 bits, if CURVED after GELU. The accumulators in
+// `d` are ordered as by wgmma_ss; `staged` is shared memory of this warp for 16 rows.
+template <class T, bool CURVED>
+DEVICE void store_half_tile(const EpilogueArgs& e, char* staged, uint32_t first_token,
                             uint32_t tokens, uint32_t first_row, const float (&d)[TILE_N / 2]) {
     constexpr int CHUNKS = STAGED_COLUMNS / 8; // chunks of 16 bytes in a staged row
-    EpilogueArgs e = of;
-    e.mode = MODE; // known at compile time
     int lane = lane_index(), t = lane % 4;
     UNROLL
     for (int part = 0; part < TILE_N / STAGED_COLUMNS; part++) {
@@ -58,7 +56,7 @@ DEVICE void store_half_tile(const EpilogueArgs& of, char* staged, uint32_t first
                                  row < e.width ? e.bias[row + 1] : 0};
                 float a = d[column / 2 + i % 2 * 2] + bias[0],
                       b = d[column / 2 + i % 2 * 2 + 1] + bias[1];
-                four[i] = e.mode == EPILOGUE_GELU ? pack<T>(gelu(a), gelu(b)) : pack<T>(a, b);
+                four[i] = CURVED ? pack<T>(gelu(a), gelu(b)) : pack<T>(a, b);
             }
             stmatrix_x4(staged + (lane / 8 % 2 * 8 + lane % 8) * STAGED_STRIDE +
                             (j + lane / 16) * 16,
@@ -79,13 +77,29 @@ DEVICE void store_half_tile(const EpilogueArgs& of, char* staged, uint32_t first
     }
 }
 
+// Leaves a part of a warp's results, FLOAT_COLUMNS outputs of 16 tokens, in shared memory.
+DEVICE void stage_floats(char* staged, const float (&d)[TILE_N / 2], int part) {
+    int lane = lane_index(), g = lane / 4, t = lane % 4;
+    UNROLL
+    for (int j = 0; j < FLOAT_COLUMNS / 8; j++) {
+        const float* from = d + (part * FLOAT_COLUMNS + j * 8) / 2;
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            float* to =
+                reinterpret_cast<float*>(staged + (g + 8 * half) * FLOAT_STRIDE) + j * 8 + 2 * t;
+            to[0] = from[2 * half];
+            to[1] = from[2 * half + 1];
+        }
+    }
+}
+
 // Writes the same in f32. The residual of the next part is loaded while this part is written.
 template <class T, uint32_t MODE>
 DEVICE void store_float_tile(const EpilogueArgs& e, char* staged, uint32_t first_token,
                              uint32_t tokens, uint32_t first_row, const float (&d)[TILE_N / 2]) {
     constexpr int PARTS = TILE_N / FLOAT_COLUMNS;
     constexpr int ROWS = 4; // each lane has the same four columns of every fourth token
-    int lane = lane_index(), g = lane / 4, t = lane % 4, chunk = lane % 8;
+    int lane = lane_index(), chunk = lane % 8;
     uint32_t first = first_token + lane / 8;
     auto offset = [&](int part, int i) {
         return static_cast<size_t>(first + i * 4) * e.width + first_row + part * FLOAT_COLUMNS +
@@ -116,17 +130,7 @@ DEVICE void store_float_tile(const EpilogueArgs& e, char* staged, uint32_t first
     for (int part = 0; part < PARTS; part++) {
         UNROLL
         for (int i = 0; i < ROWS; i++) residual[i] = next[i];
-        UNROLL
-        for (int j = 0; j < FLOAT_COLUMNS / 8; j++) {
-            const float* from = d + (part * FLOAT_COLUMNS + j * 8) / 2;
-            UNROLL
-            for (int half = 0; half < 2; half++) {
-                float* to = reinterpret_cast<float*>(staged + (g + 8 * half) * FLOAT_STRIDE) +
-                            j * 8 + 2 * t;
-                to[0] = from[2 * half];
-                to[1] = from[2 * half + 1];
-            }
-        }
+        stage_floats(staged, d, part);
         if (part + 1 < PARTS) load_residual(part + 1, next);
         warp_sync();
         Float4 bias = {};
@@ -146,17 +150,43 @@ DEVICE void store_float_tile(const EpilogueArgs& e, char* staged, uint32_t first
     }
 }
 
+// Writes results of a width that is no multiple of 8, for which speed does not matter: widths of
+// models are multiples of 16.
+template <class T>
+DEVICE void store_pairs(const EpilogueArgs& e, char* staged, uint32_t first_token, uint32_t tokens,
+                        uint32_t first_row, const float (&d)[TILE_N / 2]) {
+    UNROLL
+    for (int part = 0; part < TILE_N / FLOAT_COLUMNS; part++) {
+        stage_floats(staged, d, part);
+        warp_sync();
+        for (uint32_t i = lane_index(); i < 16 * FLOAT_COLUMNS / 2; i += WARP) {
+            uint32_t token = i / (FLOAT_COLUMNS / 2), column = i % (FLOAT_COLUMNS / 2) * 2,
+                     row = first_row + part * FLOAT_COLUMNS + column;
+            const float* pair =
+                reinterpret_cast<const float*>(staged + token * FLOAT_STRIDE) + column;
+            if (first_token + token < tokens && row < e.width)
+                epilogue_pair<T>(e, first_token + token, row, pair[0], pair[1], row + 1 < e.width);
+        }
+        warp_sync();
+    }
+}
+
 // Writes a warp's results. The mode is decided once for each tile, so that each mode has code of
 // its own.
 template <class T>
 DEVICE void epilogue_tile(const EpilogueArgs& e, char* staged, uint32_t first_token,
                           uint32_t tokens, uint32_t first_row, const float (&d)[TILE_N / 2]) {
+    if (e.width % 8 != 0) {
+        store_pairs<T>(e, staged, first_token, tokens, first_row, d);
+        return;
+    }
     switch (e.mode) {
     case EPILOGUE_GELU:
-        store_half_tile<T, EPILOGUE_GELU>(e, staged, first_token, tokens, first_row, d);
+        store_half_tile<T, true>(e, staged, first_token, tokens, first_row, d);
         break;
+    case EPILOGUE_HALF:
     case EPILOGUE_QKV:
-        store_half_tile<T, EPILOGUE_QKV>(e, staged, first_token, tokens, first_row, d);
+        store_half_tile<T, false>(e, staged, first_token, tokens, first_row, d);
         break;
     case EPILOGUE_RESIDUAL:
         store_float_tile<T, EPILOGUE_RESIDUAL>(e, staged, first_token, tokens, first_row, d);
@@ -172,7 +202,13 @@ template <class T>
 DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t tokens, uint32_t inputs,
                           const EpilogueArgs& e) {
     char* shared = shared_memory();
+    if (threadIdx.x == 0) {
+        prefetch_tensormap(x);
+        prefetch_tensormap(w);
+    }
     Pipeline pipeline(shared, CONSUMERS * WARPGROUP / WARP);
+    // blocks of the next kernel may start where blocks of this one have ended
+    griddep_launch_dependents();
     griddep_wait();
     // the blocks of a cluster take neighbouring tokens of the same outputs
     uint32_t rows = ((tokens + TILE_M - 1) / TILE_M + pipeline.blocks - 1) / pipeline.blocks,
@@ -205,30 +241,14 @@ DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t token
         }
     } else {
         setmaxnreg_inc<232>();
-        int half = threadIdx.x / WARPGROUP - 1, lane = lane_index();
-        int g = lane / 4, t = lane % 4;
+        int half = threadIdx.x / WARPGROUP - 1;
         for (uint32_t tile = blockIdx.x / pipeline.blocks; tile < tiles; tile += clusters) {
             float d[TILE_N / 2];
             pipeline.mainloop<T, TILE_N>(d, iteration, slices, half * 64, 0);
             first(tile, token, output);
             uint32_t warp_token = token + half * 64 + warp_index() % 4 * 16;
-            if (e.width % 8 == 0) {
-                epilogue_tile<T>(e, shared + Pipeline::BYTES + (warp_index() - 4) * STAGED_BYTES,
-                                 warp_token, tokens, output, d);
-                continue;
-            }
-            UNROLL
-            for (int j = 0; j < TILE_N / 8; j++) {
-                uint32_t row = output + j * 8 + 2 * t;
-                if (row >= e.width) continue;
-                UNROLL
-                for (int i = 0; i < 2; i++) {
-                    uint32_t at = warp_token + g + i * 8;
-                    if (at < tokens)
-                        epilogue_pair<T>(e, at, row, d[4 * j + 2 * i], d[4 * j + 2 * i + 1],
-                                         row + 1 < e.width);
-                }
-            }
+            epilogue_tile<T>(e, shared + Pipeline::BYTES + (warp_index() - 4) * STAGED_BYTES,
+                             warp_token, tokens, output, d);
         }
     }
     // copies to the other block and arrivals there are complete

@@ -8,8 +8,8 @@
 // A block computes 128 tokens by 128 outputs in 8 warps of 64 by 32. The next two slices of 64
 // inputs are copied during the computation of this one. Rows in shared memory are 128 bytes, with
 // their 16-byte chunks swizzled so that ldmatrix has no bank conflicts. The inputs of an output are
-// added in one order, whatever the other tokens are. Tiles of the LM head stay in shared memory,
-// from where tokens are sampled or logits are written in whole lines.
+// added in one order, whatever the other tokens are. Results go through shared memory, so that
+// whole lines are written and read; tokens are sampled from there.
 #include "accumulator_tile.cuh"
 #include "epilogue.cuh"
 #include "linear.cuh"
@@ -149,60 +149,59 @@ DEVICE WarpTile accumulate_warp(const LinearArgs& in, const W* w, uint32_t outpu
     return sums;
 }
 
-// Calls `write(token, output, a, b)` with every two neighbouring sums and their place in the tile,
-// scaled if the weights have scales. The second may be beyond the matrix.
-template <class Write>
-DEVICE void for_each_pair(const WarpTile& sums, const float* scales, uint32_t outputs,
-                          uint32_t first_output, const Write& write) {
+// Computes the tile of 128 tokens from `first_token` on by the outputs of tile `number`, and leaves
+// it in shared memory, scaled if the weights have scales.
+template <class T, class W>
+DEVICE AccumulatorTile accumulate_large(const LinearArgs& in, const W* w, const float* scales,
+                                        uint32_t outputs, uint32_t first_token, uint32_t number) {
+    static_assert(TILE == TILE_OUTPUTS, "the tiles of all kernels have the same outputs");
+    static_assert(TILE * TILE_STRIDE * 4 <= STAGES * stage_bytes<W>(), "room for the accumulators");
+    WarpTile sums = accumulate_warp<T, W>(in, w, outputs, first_token, number * TILE);
+    AccumulatorTile tile = {reinterpret_cast<float*>(shared_memory()), first_token,
+                            in.tokens - first_token, TILE, number};
+    cp_async_wait_group<0>();
+    block_sync(); // all warps have read the last slice
     int g = lane_index() / 4, t = lane_index() % 4;
     UNROLL
     for (int n = 0; n < 4; n++) {
         int output = sums.n0 + n * 8 + 2 * t;
-        uint32_t row = first_output + output;
+        uint32_t row = number * TILE + output;
         float scale[2] = {scales && row < outputs ? scales[row] : 1.0f,
                           scales && row + 1 < outputs ? scales[row + 1] : 1.0f};
         UNROLL
         for (int m = 0; m < 4; m++) {
             UNROLL
             for (int half = 0; half < 2; half++) {
-                write(sums.m0 + m * 16 + half * 8 + g, output, sums.c[m][n][2 * half] * scale[0],
-                      sums.c[m][n][2 * half + 1] * scale[1]);
+                tile.put(sums.m0 + m * 16 + half * 8 + g, output, sums.c[m][n][2 * half] * scale[0],
+                         sums.c[m][n][2 * half + 1] * scale[1]);
             }
         }
     }
+    block_sync();
+    return tile;
 }
 
 template <class T, class W>
 DEVICE void linear_large(const LinearArgs& in, const W* w, const float* scales,
                          const EpilogueArgs& e) {
-    uint32_t first_output = blockIdx.x * TILE, first_token = blockIdx.y * TILE;
-    WarpTile sums = accumulate_warp<T, W>(in, w, e.width, first_token, first_output);
-    for_each_pair(sums, scales, e.width, first_output,
-                  [&](int token, int output, float a, float b) {
-                      uint32_t row = first_output + output;
-                      if (first_token + token < in.tokens && row < e.width) {
-                          epilogue_pair<T>(e, first_token + token, row, a, b, row + 1 < e.width);
-                      }
-                  });
+    AccumulatorTile tile =
+        accumulate_large<T, W>(in, w, scales, e.width, blockIdx.y * TILE, blockIdx.x);
+    constexpr uint32_t CHUNKS = TILE / 8;
+    for (uint32_t i = threadIdx.x; i < TILE * CHUNKS; i += THREADS) {
+        uint32_t token = tile.first_token + i / CHUNKS, row = tile.number * TILE + i % CHUNKS * 8;
+        if (!tile.holds(token) || row >= e.width) continue;
+        Float4 low = tile.four(token, i % CHUNKS * 8), high = tile.four(token, i % CHUNKS * 8 + 4);
+        float v[8] = {low.v[0],  low.v[1],  low.v[2],  low.v[3],
+                      high.v[0], high.v[1], high.v[2], high.v[3]};
+        epilogue_eight<T>(e, token, row, v);
+    }
 }
 
-// Computes a tile of the LM head and leaves it in shared memory. Tokens are along x, so that
-// consecutive blocks read the same weights.
+// A tile of the LM head. Tokens are along x, so that consecutive blocks read the same weights.
 template <class T, class W>
 DEVICE AccumulatorTile lm_head_tile(const LinearArgs& in, const W* w, const float* scales,
                                     uint32_t outputs) {
-    static_assert(TILE == TILE_OUTPUTS, "the tiles of both kernels have the same outputs");
-    static_assert(TILE * TILE_STRIDE * 4 <= STAGES * stage_bytes<W>(), "room for the accumulators");
-    uint32_t first_token = blockIdx.x * TILE, first_output = blockIdx.y * TILE;
-    WarpTile sums = accumulate_warp<T, W>(in, w, outputs, first_token, first_output);
-    AccumulatorTile tile = {reinterpret_cast<float*>(shared_memory()), first_token,
-                            in.tokens - first_token, TILE, blockIdx.y};
-    cp_async_wait_group<0>();
-    block_sync(); // all warps have read the last slice
-    for_each_pair(sums, scales, outputs, first_output,
-                  [&](int token, int output, float a, float b) { tile.put(token, output, a, b); });
-    block_sync();
-    return tile;
+    return accumulate_large<T, W>(in, w, scales, outputs, blockIdx.x * TILE, blockIdx.y);
 }
 
 #define LARGE(T, W, suffix)                                                                    \

@@ -9,6 +9,7 @@ constexpr int THREADS = PEAK_THREADS;
 // from removing the loads.
 KERNEL(peak_read, THREADS)(uint32_t* out, const Pack16B* data, uint32_t count) {
     constexpr uint32_t EACH = 8;
+    griddep_wait();
     uint32_t sum = 0;
     for (uint32_t i = blockIdx.x * THREADS * EACH + threadIdx.x; i < count;
          i += gridDim.x * THREADS * EACH) {
@@ -29,6 +30,7 @@ EXPORT(peak_read)
 // Each warp runs 8 * `steps` mma_m16n8k16, of 4096 FLOPs each.
 template <class T>
 DEVICE void peak_mma(float* out, uint32_t steps) {
+    griddep_wait();
     uint32_t a[4], b[2];
     UNROLL
     for (int i = 0; i < 4; i++) a[i] = pack<T>(0.5f, -0.25f);

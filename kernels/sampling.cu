@@ -11,6 +11,7 @@
 constexpr int THREADS = MERGE_THREADS;
 
 KERNEL(merge_samples, THREADS)(SamplingArgs args, SampledToken* out) {
+    griddep_launch_dependents();
     griddep_wait();
     const PartialSample* partials = args.partials + static_cast<size_t>(blockIdx.x) * args.blocks;
     PartialSample p = no_sample();

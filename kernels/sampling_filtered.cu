@@ -299,6 +299,7 @@ DEVICE PartialSample sample_unlisted(Shared& s, const At& at, const SamplingJob&
 KERNEL_ALONE(sample_filtered, THREADS)
 (SampledToken* out, const float* all_logits, const SoftmaxStats* all_stats, const SamplingJob* jobs,
  const LogitChange* changes, const SampledToken* previous, uint32_t vocabulary) {
+    griddep_launch_dependents();
     griddep_wait();
     Shared& s = *reinterpret_cast<Shared*>(shared_memory());
     const SamplingJob& c = jobs[blockIdx.x];
@@ -381,6 +382,7 @@ EXPORT(sample_filtered)
 KERNEL_ALONE(top_logprobs, THREADS)
 (SampledToken* out, const float* all_logits, const SoftmaxStats* all_stats, const TopRequest* tops,
  uint32_t max_count, uint32_t vocabulary) {
+    griddep_launch_dependents();
     griddep_wait();
     Shared& s = *reinterpret_cast<Shared*>(shared_memory());
     TopRequest top = tops[blockIdx.x];

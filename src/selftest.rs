@@ -318,6 +318,7 @@ impl<L: Launcher> Test<'_, L> {
         let width = heads.width();
         let (embedding, cpu_embedding) = self.matrix(vocabulary, width, int8)?;
         let (embedding_norm, cpu_embedding_norm) = self.norm(width, 1.0)?;
+        let (final_norm, cpu_final_norm) = self.norm(width, 1.0)?;
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for _ in 0..layers {
             let mut linear = |outputs: usize, inputs: usize| -> Result<_> {
@@ -349,6 +350,8 @@ impl<L: Launcher> Test<'_, L> {
             layers: ours,
             heads: heads.clone(),
             residual_post_norm,
+            final_norm,
+            lm_head: None,
         };
         let theirs = Decoder {
             id: Default::default(),
@@ -357,6 +360,8 @@ impl<L: Launcher> Test<'_, L> {
             layers: theirs,
             heads: heads.clone(),
             residual_post_norm,
+            final_norm: cpu_final_norm,
+            lm_head: None,
         };
         Ok((ours, theirs))
     }
@@ -473,6 +478,9 @@ impl<L: Launcher> Test<'_, L> {
         self.cpu.linear(&mut expected, &cpu_x, cpu_linear, Epilogue::Bias);
         let e = error(&self.cuda.download(&out)?, expected.buffer());
         self.report("linear", case.clone(), e, sums);
+        self.cuda.linear(&mut out, &half, linear, Epilogue::BiasHalf);
+        let e = error(&self.cuda.download(&out)?, expected.buffer());
+        self.report("linear, rounded", case.clone(), e, self.rounding());
         let epilogue = Epilogue::BiasResidual(&cpu_residual);
         self.cpu.linear(&mut expected, &cpu_x, cpu_linear, epilogue);
         for r in &our_residuals {

@@ -13,8 +13,8 @@ use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::cuda::{Cuda, Persistent};
 use beautiful_prompt::ops::{Batch, DecodeBackend, DecoderActivations};
-use beautiful_prompt::tensor::DType;
-use emulated::{Emulated, gpu};
+use beautiful_prompt::tensor::{DType, HostTensor};
+use emulated::{Captures, Emulated, gpu};
 use golden_models::{MODELS, error, logits, open};
 use std::collections::BTreeMap;
 
@@ -431,6 +431,67 @@ fn steps_begin_before_the_tokens_are_known() {
             assert_eq!(ahead[..4], [2; 4], "passes launched when each token was told: {ahead:?}");
         }
     }
+}
+
+/// Where launches cannot be captured with kernels that overlap, they are without; where they cannot
+/// be captured at all, steps are launched kernel by kernel. Nothing is tried more often than once.
+#[test]
+fn captures_that_fail_are_tried_in_order() {
+    let (checkpoint, ids, _) = open("bf16_sharded");
+    let run = |captures| {
+        let launcher = gpu(false, false);
+        launcher.captures.set(captures);
+        let cuda = Cuda::new(launcher.clone(), DType::Bf16, false);
+        let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
+        let e = logits(&cuda, &model, &ids, 2);
+        let ids: Vec<u32> = ids.iter().copied().rev().collect();
+        let more = logits(&cuda, &model, &ids, 3);
+        (launcher.recorded.get(), launcher.refused.get(), launcher.replayed.get() > 0, [e, more])
+    };
+    let (recorded, refused, replayed, expected) = run(Captures::All);
+    assert!(recorded > 1 && refused == 0 && replayed);
+    let (in_order, refused, replayed, found) = run(Captures::InOrder);
+    assert_eq!((in_order, refused, replayed), (recorded, 1, true));
+    assert!(found == expected);
+    let (none, refused, replayed, found) = run(Captures::None);
+    assert_eq!((none, refused, replayed), (0, 2, false));
+    assert!(found == expected);
+}
+
+/// A channel with much larger numbers than all others hides no error of the one kernel: an error of
+/// 40 is less than a tenth of the largest magnitude, but all the difference after the final norm.
+#[test]
+fn an_error_beside_an_outlier_is_found_when_both_ways_are_compared() {
+    let mut checkpoint = random_checkpoint(BloomConfig::new(300, 64, 2, 2), DType::F32).unwrap();
+    let mut set = |name: &str, values: &[f32]| {
+        let tensors = &mut checkpoint.weights.tensors;
+        let tensor = tensors.get_mut(name).unwrap();
+        *tensor = HostTensor { shape: tensor.shape.clone(), ..HostTensor::of_rows(values, 64) };
+    };
+    let mut bias = [0.0; 64];
+    bias[5] = 500.0;
+    set("transformer.h.1.mlp.dense_4h_to_h.bias", &bias);
+    set("transformer.ln_f.weight", &[1.0; 64]);
+    set("transformer.ln_f.bias", &[0.0; 64]);
+    let run = |error: f32, persistent| {
+        let launcher = gpu(false, true);
+        *launcher.spoil.borrow_mut() = Some(Box::new(move |l| {
+            if l.kernel.starts_with("decode_step") {
+                l.add(l.address(1, 0) + 4 * 9, error);
+            }
+        }));
+        let mut cuda = Cuda::new(launcher.clone(), DType::F16, false);
+        cuda.persistent = persistent;
+        let model = Bloom::load(&cuda, checkpoint.clone(), None).unwrap();
+        let out = logits(&cuda, &model, &[1, 7, 3, 250, 9], 1);
+        (out, cuda.comparisons())
+    };
+    let (_, right) = run(0.0, Persistent::Auto);
+    assert!(right.len() == 1 && right[0].one_kernel_microseconds.is_some(), "{right:?}");
+    let (expected, _) = run(0.0, Persistent::Never);
+    let (found, wrong) = run(40.0, Persistent::Auto);
+    assert!(wrong.len() == 1 && wrong[0].one_kernel_microseconds.is_none(), "{wrong:?}");
+    assert!(found == expected, "steps are launched kernel by kernel");
 }
 
 /// A step is done in launches and in one kernel the second time that its shape comes; from then on

@@ -14,32 +14,41 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
+/// How kernels are compiled, here and by `src/mutant.rs`.
+const FLAGS: [&str; 12] = [
+    "-std=c++17",
+    "-DKERNEL_EMULATOR",
+    "-ffp-contract=off",
+    "-fno-exceptions",
+    "-fno-strict-aliasing",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-parameter",
+    "-Wno-psabi",
+    "-fsanitize=kernel-address",
+    "--param=asan-instrumentation-with-call-threshold=0",
+    "--param=asan-stack=0",
+    "--param=asan-globals=0",
+];
+
 fn main() {
     let here = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let kernels = here.parent().expect("the emulator lies in kernels").to_owned();
     let mut files = sources(&kernels);
     files.extend(sources(&here.join("faults")));
     let mut build = cc::Build::new();
+    FLAGS.iter().for_each(|flag| {
+        build.flag(flag);
+    });
     build
         .cpp(true)
-        .std("c++17")
         .opt_level(2)
-        .define("KERNEL_EMULATOR", None)
         .include(here.join("include"))
         .include(kernels.join("include"))
-        .flag("-ffp-contract=off")
-        .flag("-fno-exceptions")
-        .flag("-fno-strict-aliasing")
-        .flag("-Wno-unknown-pragmas")
-        .flag("-Wno-unused-parameter")
-        .flag("-Wno-psabi")
-        .flag("-fsanitize=kernel-address")
-        .flag("--param=asan-instrumentation-with-call-threshold=0")
-        .flag("--param=asan-stack=0")
-        .flag("--param=asan-globals=0")
         .flag("-xc++")
         .link_lib_modifier("+whole-archive") // kernels register themselves: nobody names them
         .files(&files);
     build.compile("emulated_kernels");
+    println!("cargo:rustc-env=EMULATOR_COMPILER={}", build.get_compiler().path().display());
+    println!("cargo:rustc-env=EMULATOR_FLAGS={}", FLAGS.join(" "));
     println!("cargo:rerun-if-changed={}", kernels.display());
 }

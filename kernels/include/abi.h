@@ -105,6 +105,8 @@ constexpr uint32_t EPILOGUE_RESIDUAL = 2;
 // Rows are [head, 3, head size]: queries go to the output in 16 bits, keys and values to their
 // cache blocks.
 constexpr uint32_t EPILOGUE_QKV = 3;
+// The output is in 16 bits: sum + bias
+constexpr uint32_t EPILOGUE_HALF = 4;
 
 typedef struct {
     // [tokens, width]; for EPILOGUE_QKV [tokens, width / 3]

@@ -10,14 +10,14 @@ DEVICE float gelu(float x) {
 
 // Whether the results are 16 bits wide.
 DEVICE bool half_output(const EpilogueArgs& e) {
-    return e.mode == EPILOGUE_GELU || e.mode == EPILOGUE_QKV;
+    return e.mode == EPILOGUE_GELU || e.mode == EPILOGUE_HALF || e.mode == EPILOGUE_QKV;
 }
 
 // Where the 16-bit result for output `row` of a token is written. Eight neighbours from a multiple
 // of 8 on are contiguous, because head sizes are multiples of 8.
 template <class T>
 DEVICE T* half_output_at(const EpilogueArgs& e, uint32_t token, uint32_t row) {
-    if (e.mode == EPILOGUE_GELU)
+    if (e.mode != EPILOGUE_QKV)
         return static_cast<T*>(e.out) + static_cast<size_t>(token) * e.width + row;
     uint32_t head = row / (3 * e.head_size), part = row / e.head_size % 3, d = row % e.head_size;
     if (part == 0)
@@ -39,10 +39,11 @@ DEVICE void epilogue_pair(const EpilogueArgs& e, uint32_t token, uint32_t row, f
         *reinterpret_cast<uint32_t*>(half_output_at<T>(e, token, row)) = pack<T>(a, b);
         return;
     }
-    if (e.mode == EPILOGUE_GELU) {
+    if (half_output(e)) {
         T* out = half_output_at<T>(e, token, row);
-        out[0] = to_half<T>(gelu(a));
-        if (second) out[1] = to_half<T>(gelu(b));
+        bool curved = e.mode == EPILOGUE_GELU;
+        out[0] = to_half<T>(curved ? gelu(a) : a);
+        if (second) out[1] = to_half<T>(curved ? gelu(b) : b);
         return;
     }
     size_t at = static_cast<size_t>(token) * e.width + row;
@@ -62,10 +63,10 @@ DEVICE void epilogue_pair(const EpilogueArgs& e, uint32_t token, uint32_t row, f
     if (second) out[1] = b;
 }
 
-// Finishes eight neighbouring accumulators of a token, from output `row` on. `row` and the width
-// are multiples of 8.
+// The same for eight neighbours from output `row` on, where the width is a multiple of 8.
 template <class T>
-DEVICE void epilogue_eight(const EpilogueArgs& e, uint32_t token, uint32_t row, float (&v)[8]) {
+DEVICE void epilogue_whole_eight(const EpilogueArgs& e, uint32_t token, uint32_t row,
+                                 float (&v)[8]) {
     UNROLL
     for (int i = 0; i < 8; i += 4) {
         Float4 bias = *reinterpret_cast<const Float4*>(e.bias + row + i);
@@ -101,5 +102,20 @@ DEVICE void epilogue_eight(const EpilogueArgs& e, uint32_t token, uint32_t row, 
             for (int j = 0; j < 4; j++) out.v[j] += r.v[j];
         }
         *reinterpret_cast<Float4*>(static_cast<float*>(e.out) + at + i) = out;
+    }
+}
+
+// Finishes eight neighbouring accumulators of a token, from output `row` on, a multiple of 8. Not
+// all of them need exist.
+template <class T>
+DEVICE void epilogue_eight(const EpilogueArgs& e, uint32_t token, uint32_t row, float (&v)[8]) {
+    if (e.width % 8 == 0) {
+        epilogue_whole_eight<T>(e, token, row, v);
+        return;
+    }
+    UNROLL
+    for (int j = 0; j < 8; j += 2) {
+        if (row + j < e.width)
+            epilogue_pair<T>(e, token, row + j, v[j], v[j + 1], row + j + 1 < e.width);
     }
 }

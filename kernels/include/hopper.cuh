@@ -26,10 +26,12 @@ DEVICE void mbarrier_init(uint64_t* barrier, uint32_t count) {
                  "r"(count)
                  : "memory");
 }
+// Makes what was stored to shared memory visible to TMA and wgmma.
+DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Makes initialized mbarriers visible to TMA and to the cluster.
 DEVICE void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    fence_proxy_async();
 }
 DEVICE void mbarrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))

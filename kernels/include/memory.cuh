@@ -26,6 +26,14 @@ DEVICE const char* opaque_address(const void* address) {
     return static_cast<const char*>(address);
 }
 
+// The same address in shared memory, kept in a register: the compiler would otherwise compute the
+// address of shared memory from the number of the block in its cluster wherever it is used.
+DEVICE char* opaque_shared(char* address) {
+    uint32_t at = shared_address(address);
+    asm("" : "+r"(at));
+    return static_cast<char*>(__cvta_shared_to_generic(at));
+}
+
 // Loads 16 bytes that this kernel reads once and nobody writes meanwhile, past the L1 cache.
 DEVICE Pack16B load_streaming(const Pack16B* p) {
     Pack16B v;
@@ -54,6 +62,10 @@ template <int left>
 DEVICE void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
 }
+#endif
+
+#ifdef KERNEL_EMULATOR
+DEVICE char* opaque_shared(char* address) { return address; }
 #endif
 
 DEVICE Pack16B load(const Pack16B* p) { return *p; }

@@ -31,13 +31,16 @@ DEVICE void device_fence() { __threadfence(); }
 
 // Increments a counter in device memory and returns its value before. Who sees the new value sees
 // what this thread wrote before, and this thread sees what others wrote before they incremented.
+// Two whole fences would each take longer than what this one instruction needs.
 DEVICE uint32_t atomic_increment(uint32_t* counter) {
-    device_fence();
-    uint32_t before = atomicAdd(counter, 1u);
-    device_fence();
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(counter)
+                 : "memory");
     return before;
 }
-// Increments a counter without learning its value, which needs one fence less.
+// Increments a counter without learning its value.
 DEVICE void release_increment(uint32_t* counter) {
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }

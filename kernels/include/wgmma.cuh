@@ -6,18 +6,23 @@
 
 #if HOPPER
 
-// Describes an operand [rows, 64] in shared memory, as tma_load writes it, from inner element `k`
-// on: its address, 1024 bytes between groups of 8 rows, and 128-byte swizzling. Addresses and
-// distances are in units of 16 bytes.
-DEVICE uint64_t wgmma_descriptor(const void* tile, int k) {
-    uint64_t at = shared_address(tile);
-    at += k * 2;
-    return (at >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+// Describes an operand in shared memory that tma_load wrote with 128-byte swizzling: its address,
+// `leading` bytes between tiles of 128 bytes side by side, and 1024 bytes between groups of 8 rows.
+// Addresses and distances are in units of 16 bytes.
+DEVICE uint64_t swizzled_descriptor(uint32_t address, uint32_t leading) {
+    constexpr uint64_t SWIZZLE_128 = 1;
+    return (address >> 4 & 0x3fff) | static_cast<uint64_t>(leading >> 4) << 16 |
+           static_cast<uint64_t>(1024 >> 4) << 32 | SWIZZLE_128 << 62;
 }
-// Describes a tile [inner elements, up to 64 columns], whose rows are the inner dimension, from row
-// `k` on.
-DEVICE uint64_t wgmma_descriptor_transposed(const void* tile, int k) {
-    return wgmma_descriptor(static_cast<const char*>(tile) + k * 128, 0);
+// Describes an operand [rows, 64] from inner element `k` on. An instruction reads 16 inner
+// elements, so there is no second tile side by side, and the distance to it is not used.
+DEVICE uint64_t wgmma_descriptor(const void* tile, int k) {
+    return swizzled_descriptor(shared_address(tile) + k * 2, 16);
+}
+// Describes tiles [inner elements, 64 columns], whose rows are the inner dimension, from row `k`
+// on. The next 64 columns are `tile_bytes` behind the first.
+DEVICE uint64_t wgmma_descriptor_transposed(const void* tiles, int k, uint32_t tile_bytes) {
+    return swizzled_descriptor(shared_address(tiles) + k * 128, tile_bytes);
 }
 
 #ifdef KERNEL_EMULATOR
@@ -44,13 +49,16 @@ DEVICE void wgmma_fence_operand(float (&d)[n]) {
         "+f"(d[i + 6]), "+f"(d[i + 7])
 #define ACCUMULATORS_16(d, i) ACCUMULATORS_8(d, i), ACCUMULATORS_8(d, i + 8)
 #define ACCUMULATORS_32(d, i) ACCUMULATORS_16(d, i), ACCUMULATORS_16(d, i + 16)
+#define ACCUMULATORS_40(d) ACCUMULATORS_32(d, 0), ACCUMULATORS_8(d, 32)
+#define ACCUMULATORS_48(d) ACCUMULATORS_32(d, 0), ACCUMULATORS_16(d, 32)
 #define ACCUMULATORS_64(d) ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32)
 #define ACCUMULATORS_128(d) ACCUMULATORS_64(d), ACCUMULATORS_32(d, 64), ACCUMULATORS_32(d, 96)
-#define OPERANDS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define OPERANDS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define OPERANDS_32                                                          \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define OPERANDS_40 OPERANDS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define OPERANDS_48 OPERANDS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define OPERANDS_64                                                                                \
     OPERANDS_32 ", "                                                                               \
                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
@@ -102,33 +110,34 @@ DEVICE void wgmma_rs(float* d, const uint32_t (&a)[4], uint64_t b, bool zero) {
                  : accumulators                                                               \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                        \
                    "r"(static_cast<int>(!zero)))
-#define WGMMA_RS_64(type, trans)                                                                \
-    WGMMA_RS(type, "64", OPERANDS_32, ACCUMULATORS_32(d, 0), "%32", "%33", "%34", "%35", "%36", \
-             "%37", trans)
-#define WGMMA_RS_32(type, trans)                                                                \
-    WGMMA_RS(type, "32", OPERANDS_16, ACCUMULATORS_16(d, 0), "%16", "%17", "%18", "%19", "%20", \
-             "%21", trans)
-#define WGMMA_RS_16(type, trans)                                                                   \
-    WGMMA_RS(type, "16", OPERANDS_8, ACCUMULATORS_8(d, 0), "%8", "%9", "%10", "%11", "%12", "%13", \
-             trans)
+#define WGMMA_RS_N(type, trans)                                                                   \
+    if constexpr (N == 128) {                                                                     \
+        WGMMA_RS(type, "128", OPERANDS_64, ACCUMULATORS_64(d), "%64", "%65", "%66", "%67", "%68", \
+                 "%69", trans);                                                                   \
+    } else if constexpr (N == 96) {                                                               \
+        WGMMA_RS(type, "96", OPERANDS_48, ACCUMULATORS_48(d), "%48", "%49", "%50", "%51", "%52",  \
+                 "%53", trans);                                                                   \
+    } else if constexpr (N == 80) {                                                               \
+        WGMMA_RS(type, "80", OPERANDS_40, ACCUMULATORS_40(d), "%40", "%41", "%42", "%43", "%44",  \
+                 "%45", trans);                                                                   \
+    } else if constexpr (N == 64) {                                                               \
+        WGMMA_RS(type, "64", OPERANDS_32, ACCUMULATORS_32(d, 0), "%32", "%33", "%34", "%35",      \
+                 "%36", "%37", trans);                                                            \
+    } else {                                                                                      \
+        WGMMA_RS(type, "32", OPERANDS_16, ACCUMULATORS_16(d, 0), "%16", "%17", "%18", "%19",      \
+                 "%20", "%21", trans);                                                            \
+    }
+    static_assert(N == 128 || N == 96 || N == 80 || N == 64 || N == 32,
+                  "this shape of wgmma is not wrapped");
     constexpr bool is_bf16 = std::is_same<T, bf16>::value;
-    static_assert(N == 64 || (TRANS && (N == 32 || N == 16)), "this shape of wgmma is not wrapped");
-    if constexpr (!TRANS && is_bf16) {
-        WGMMA_RS_64("bf16", "0");
-    } else if constexpr (!TRANS) {
-        WGMMA_RS_64("f16", "0");
-    } else if constexpr (N == 64 && is_bf16) {
-        WGMMA_RS_64("bf16", "1");
-    } else if constexpr (N == 64) {
-        WGMMA_RS_64("f16", "1");
-    } else if constexpr (N == 32 && is_bf16) {
-        WGMMA_RS_32("bf16", "1");
-    } else if constexpr (N == 32) {
-        WGMMA_RS_32("f16", "1");
+    if constexpr (is_bf16 && TRANS) {
+        WGMMA_RS_N("bf16", "1");
     } else if constexpr (is_bf16) {
-        WGMMA_RS_16("bf16", "1");
+        WGMMA_RS_N("bf16", "0");
+    } else if constexpr (TRANS) {
+        WGMMA_RS_N("f16", "1");
     } else {
-        WGMMA_RS_16("f16", "1");
+        WGMMA_RS_N("f16", "0");
     }
 }
 #endif

@@ -13,7 +13,7 @@ use crate::models::bloom::BloomCheckpoint;
 use crate::models::bloom::{Bloom, BloomConfig};
 use crate::models::embedded;
 use crate::ops::cpu::Cpu;
-use crate::ops::cuda::{Cuda, Persistent};
+use crate::ops::cuda::{CHAIN_RUNS, Cuda, Persistent};
 use crate::tensor::{Bytes, DType};
 use crate::text::Tokenizer;
 use crate::text::template::Template;
@@ -271,10 +271,16 @@ impl ModelArgs {
             PersistentChoice::Always => Persistent::Always,
             PersistentChoice::Never => Persistent::Never,
         };
-        if let Some(what) = cuda.try_hopper(&config.attention_heads())? {
+        let wrong = cuda.try_hopper(config.attention_heads().size, CHAIN_RUNS)?;
+        if let Some(first) = wrong.first() {
+            let more = match wrong.len() - 1 {
+                0 => String::new(),
+                n => format!(" ({n} more)"),
+            };
+            wrong.iter().for_each(|w| tracing::debug!("{w}"));
             note!(
-                "{}: the kernels with Hopper's own instructions are not used: {what} came out \
-                wrong; please report it",
+                "{}: the kernels with Hopper's own instructions are not used, because of wrong \
+                results: {first}{more}; please report it",
                 cuda.launcher().name
             );
         }

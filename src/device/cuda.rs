@@ -1,7 +1,10 @@
 //! The CUDA driver, through cudarc, which looks for it at run time.
 
 use super::staging::{self, Slot, Staging};
-use super::{Address, Args, LaunchConfig, Launcher, Limits, TensorMap, images, not_capturable};
+use super::{
+    Address, Args, LaunchConfig, Launcher, Limits, TensorMap, TensorMapConfig, images,
+    not_capturable,
+};
 use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
 use std::cell::{Cell, RefCell};
@@ -28,6 +31,8 @@ pub struct Driver {
     functions: RefCell<HashMap<String, Function>>,
     staging: Staging,
     capturing: Cell<bool>,
+    /// Whether kernels may begin while the ones before them end.
+    overlap: Cell<bool>,
     /// See [`Launcher::allocation_epoch`].
     allocation_epoch: Cell<u64>,
 }
@@ -175,6 +180,7 @@ impl Driver {
         let (stream, modules, functions) = load(device, images)?;
         let (functions, staging) = (RefCell::new(functions), Staging::default());
         let (capturing, allocation_epoch) = (Cell::new(false), Cell::new(0));
+        let overlap = Cell::new(true);
         Ok(Driver {
             name,
             capability,
@@ -185,6 +191,7 @@ impl Driver {
             functions,
             staging,
             capturing,
+            overlap,
             allocation_epoch,
         })
     }
@@ -338,19 +345,24 @@ impl Launcher for Driver {
             use sys::CUlaunchAttributeID as Id;
             // SAFETY: attributes are plain data, for which zeros are a value.
             let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
+            let mut count = 0;
             if config.cooperative {
                 attributes[0].id = Id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
                 attributes[0].value.cooperative = 1;
-            } else {
+                count = 1;
+            } else if self.overlap.get() {
                 // may begin while the kernel before it ends: kernels wait before they read what it
                 // wrote
                 attributes[0].id = Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
                 attributes[0].value.programmaticStreamSerializationAllowed = 1;
+                count = 1;
             }
-            attributes[1].id = Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-            let cluster =
-                sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: config.cluster, y: 1, z: 1 };
-            attributes[1].value.clusterDim = cluster;
+            if config.cluster > 1 {
+                use sys::CUlaunchAttributeValue_union__bindgen_ty_1 as Blocks;
+                attributes[count].id = Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+                attributes[count].value.clusterDim = Blocks { x: config.cluster, y: 1, z: 1 };
+                count += 1;
+            }
             let config = sys::CUlaunchConfig {
                 gridDimX: x,
                 gridDimY: y,
@@ -361,7 +373,7 @@ impl Launcher for Driver {
                 sharedMemBytes: config.shared_bytes,
                 hStream: self.stream,
                 attrs: attributes.as_mut_ptr(),
-                numAttrs: if config.cluster > 1 { 2 } else { 1 },
+                numAttrs: count as u32,
             };
             let none = std::ptr::null_mut();
             // SAFETY: the arguments are those of the kernel; who launches it vouches for what they
@@ -388,13 +400,15 @@ impl Launcher for Driver {
         launched.map_err(failed(format!("launch of {kernel} as {config:?}")))
     }
 
-    fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+    fn capture(&self, work: &mut dyn FnMut() -> Result<()>, overlap: bool) -> Result<Graph> {
         use sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as MODE;
         // SAFETY: plain calls of the driver; the graph that was captured is ours to destroy.
         unsafe { result::stream::begin_capture(self.stream, MODE) }
             .map_err(failed("capturing launches"))?;
         self.capturing.set(true);
+        self.overlap.set(overlap);
         let done = work();
+        self.overlap.set(true);
         self.capturing.set(false);
         // ended in any case, or the stream would stay in it
         // SAFETY: the capture was begun above.
@@ -443,13 +457,14 @@ impl Launcher for Driver {
         self.allocation_epoch.get()
     }
 
-    fn tensor_map(
-        &self,
-        at: Address,
-        rows: usize,
-        cols: usize,
-        tile_rows: usize,
-    ) -> Result<TensorMap> {
+    fn tensor_map(&self, config: &TensorMapConfig) -> Result<TensorMap> {
+        use sys::CUtensorMapSwizzle as Swizzle;
+        let swizzles = [
+            Swizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
+            Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,
+            Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        ];
         // SAFETY: the driver writes the whole map.
         let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
         // SAFETY: all pointers are valid for the call.
@@ -457,19 +472,19 @@ impl Launcher for Driver {
             sys::cuTensorMapEncodeTiled(
                 &mut map,
                 sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
-                2,
-                at as *mut c_void,
-                [cols as u64, rows as u64].as_ptr(),
-                [2 * cols as u64].as_ptr(),
-                [64, tile_rows as u32].as_ptr(),
-                [1, 1].as_ptr(),
+                config.global_dim.len() as u32,
+                config.address as *mut c_void,
+                config.global_dim.as_ptr(),
+                &config.global_stride,
+                config.box_dim.as_ptr(),
+                config.element_strides.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                swizzles[config.swizzle as usize],
                 sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
         };
-        done.result().map_err(failed(format!("a map of a [{rows}, {cols}] matrix")))?;
+        done.result().map_err(failed(format!("{config:?}")))?;
         Ok(TensorMap(map.opaque))
     }
 }

@@ -60,6 +60,40 @@ pub struct Limits {
 #[repr(C, align(64))]
 pub struct TensorMap(pub [u64; 16]);
 
+/// How TMA finds the tiles of a matrix of 16-bit elements: the arguments of
+/// `cuTensorMapEncodeTiled`, in its order and units, the inner dimension first.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TensorMapConfig {
+    /// Where the matrix begins, aligned to 16 bytes.
+    pub address: Address,
+    /// Elements of a row, and rows.
+    pub global_dim: [u64; 2],
+    /// Bytes from one row to the next, a multiple of 16.
+    pub global_stride: u64,
+    /// Elements of a row of a tile, and rows of a tile: at most 256.
+    pub box_dim: [u32; 2],
+    /// Every so many elements are taken.
+    pub element_strides: [u32; 2],
+    /// How 16-byte chunks of a tile are permuted in shared memory: not (0), or within 32 (1), 64
+    /// (2) or 128 bytes (3).
+    pub swizzle: u32,
+}
+
+impl TensorMapConfig {
+    /// Tiles of `tile_rows` by 64 of the row-major matrix `[rows, cols]`, swizzled by 128 bytes as
+    /// wgmma reads them; elements beyond the matrix are zeros.
+    pub fn tiles(at: Address, rows: usize, cols: usize, tile_rows: usize) -> TensorMapConfig {
+        TensorMapConfig {
+            address: at,
+            global_dim: [cols as u64, rows as u64],
+            global_stride: 2 * cols as u64,
+            box_dim: [64, tile_rows as u32],
+            element_strides: [1, 1],
+            swizzle: 3,
+        }
+    }
+}
+
 /// What a device answers to anything but launches during graph capture.
 pub(crate) fn not_capturable(what: &str) -> Error {
     Error::Cuda(format!("{what} was asked for while launches were captured"))
@@ -96,7 +130,12 @@ pub trait Launcher {
     /// Starts the kernel of this name, and does not wait for it.
     fn launch(&self, kernel: &str, config: LaunchConfig, args: &Args) -> Result<()>;
     /// Keeps the launches of `work` instead of doing them; it may ask for nothing but launches.
-    fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Self::CapturedGraph>;
+    /// Without `overlap` each kernel begins when the one before has ended.
+    fn capture(
+        &self,
+        work: &mut dyn FnMut() -> Result<()>,
+        overlap: bool,
+    ) -> Result<Self::CapturedGraph>;
     /// Does what was captured, with the arguments of then.
     fn replay(&self, graph: &Self::CapturedGraph) -> Result<()>;
     /// Seconds by the device's clock from the first to the last thing that `work` asks for; waits
@@ -105,15 +144,11 @@ pub trait Launcher {
     /// How often memory has been reserved or freed: for as long as this stays, addresses in
     /// captured graphs hold.
     fn allocation_epoch(&self) -> u64;
-    /// A map of tiles of `tile_rows` by 64 of a row-major matrix `[rows, cols]` of 16-bit elements,
-    /// swizzled by 128 bytes, zeros beyond the matrix. `at` and its rows are aligned to 16 bytes.
-    fn tensor_map(
-        &self,
-        at: Address,
-        rows: usize,
-        cols: usize,
-        tile_rows: usize,
-    ) -> Result<TensorMap>;
+    /// Encodes a tensor map.
+    ///
+    /// # Errors
+    /// If it breaks one of the driver's rules.
+    fn tensor_map(&self, config: &TensorMapConfig) -> Result<TensorMap>;
 }
 
 /// Arguments of a launch, each aligned to 64 bytes.

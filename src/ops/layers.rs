@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub enum Epilogue<'a, B: Backend> {
     /// y = x W^T + b
     Bias,
+    /// The same in the type in which linear layers read rows, which may have fewer bits.
+    BiasHalf,
     /// y = gelu(x W^T + b), tanh form.
     BiasGelu,
     /// y = x W^T + b + residual, which is `[rows, outputs]`.
@@ -86,7 +88,7 @@ pub struct DecoderLayer<B: Backend> {
     pub down: Linear<B>,
 }
 
-/// A decoder from token ids to its last layer's output.
+/// A decoder from token ids to its last layer's output, and what makes logits of that.
 pub struct Decoder<B: Backend> {
     /// Tells this decoder's weights from all others'.
     pub id: ObjectId,
@@ -100,6 +102,17 @@ pub struct Decoder<B: Backend> {
     pub heads: Heads,
     /// Whether the residual branches off after the layer norms instead of before them.
     pub residual_post_norm: bool,
+    /// Normalizes the last layer's output for the LM head.
+    pub final_norm: LayerNorm<B>,
+    /// `None` if the LM head is the embedding.
+    pub lm_head: Option<B::Weight>,
+}
+
+impl<B: Backend> Decoder<B> {
+    /// The LM head's matrix `[vocabulary, hidden]`.
+    pub fn lm_head(&self) -> &B::Weight {
+        self.lm_head.as_ref().unwrap_or(&self.embedding)
+    }
 }
 
 /// Tells long-lived objects apart: what a backend remembers about one (a captured graph, say) is

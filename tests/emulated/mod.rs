@@ -1,6 +1,8 @@
 //! The kernel emulator as a device.
 
-use beautiful_prompt::device::{Address, Args, LaunchConfig, Launcher, Limits, TensorMap};
+use beautiful_prompt::device::{
+    Address, Args, LaunchConfig, Launcher, Limits, TensorMap, TensorMapConfig,
+};
 use beautiful_prompt::error::{Error, Result};
 use kernel_emulator::Emulator;
 use std::cell::{Cell, RefCell};
@@ -13,8 +15,16 @@ pub struct Emulated {
     pub hopper: bool,
     /// Multiprocessors that it has: kernels divide their work by them.
     pub processors: Cell<u32>,
-    /// Kernels whose names begin so compute less than they should: the fourth argument is one less.
-    pub broken: Cell<Option<&'static str>>,
+    /// Told of every launch when it is done, and may change what it wrote.
+    pub spoil: RefCell<Option<Spoil>>,
+    /// The captures that succeed.
+    pub captures: Cell<Captures>,
+    /// Captures that failed.
+    pub refused: Cell<usize>,
+    /// Kernels that are known by this and their own names are launched instead of the others.
+    pub mutant: Cell<&'static str>,
+    /// Changes what tensor maps are made of.
+    pub mapped: Cell<fn(TensorMapConfig) -> TensorMapConfig>,
     /// Launches of each kernel.
     pub launched: RefCell<BTreeMap<String, usize>>,
     /// Sizes of their clusters.
@@ -30,6 +40,53 @@ pub struct Emulated {
 
 type CapturedGraph = Vec<(String, LaunchConfig, Args)>;
 
+#[derive(Clone, Copy, PartialEq)]
+#[allow(dead_code)] // each test has its own
+pub enum Captures {
+    All,
+    /// Those of kernels that do not overlap.
+    InOrder,
+    None,
+}
+
+/// Changes what a launch wrote.
+pub type Spoil = Box<dyn Fn(&Launched)>;
+
+/// A launch that is done.
+#[allow(dead_code)] // each test uses its own
+pub struct Launched<'a> {
+    pub emulator: &'a Emulator,
+    pub kernel: &'a str,
+    pub config: LaunchConfig,
+    args: &'a [Vec<u8>],
+}
+
+#[allow(dead_code)] // each test uses its own
+impl Launched<'_> {
+    /// A word of an argument.
+    pub fn word(&self, argument: usize, offset: usize) -> u32 {
+        let bytes = &self.args[argument][offset..offset + 4];
+        u32::from_le_bytes(bytes.try_into().unwrap())
+    }
+
+    /// An address in an argument.
+    pub fn address(&self, argument: usize, offset: usize) -> Address {
+        self.word(argument, offset) as u64 | (self.word(argument, offset + 4) as u64) << 32
+    }
+
+    /// Adds to an f32 in device memory.
+    pub fn add(&self, at: Address, value: f32) {
+        let mut bytes = [0; 4];
+        self.emulator.read(at, &mut bytes).unwrap();
+        self.emulator.write(at, &(f32::from_le_bytes(bytes) + value).to_le_bytes()).unwrap();
+    }
+
+    /// Writes a number that is large in both 16-bit types.
+    pub fn enlarge(&self, at: Address) {
+        self.emulator.write(at, &[0x00, 0x50]).unwrap();
+    }
+}
+
 /// A GPU with room for a gigabyte, of Hopper's kind or older. `check_order` runs every launch
 /// twice, in two orders of threads.
 pub fn gpu(check_order: bool, hopper: bool) -> Rc<Emulated> {
@@ -37,13 +94,18 @@ pub fn gpu(check_order: bool, hopper: bool) -> Rc<Emulated> {
     emulator.check_order = check_order;
     emulator.shared_limit = if hopper { 227 << 10 } else { 99 << 10 };
     let (launched, clusters, capturing, allocation_epoch) = Default::default();
-    let (recorded, replayed, writes) = Default::default();
-    let (processors, broken) = (Cell::new(4), Cell::new(None));
+    let (recorded, replayed, writes, refused) = Default::default();
+    let (processors, spoil) = (Cell::new(4), RefCell::default());
+    let (mutant, mapped) = (Cell::new(""), Cell::new(std::convert::identity as fn(_) -> _));
     Rc::new(Emulated {
         emulator,
         hopper,
         processors,
-        broken,
+        spoil,
+        captures: Cell::new(Captures::All),
+        refused,
+        mutant,
+        mapped,
         launched,
         clusters,
         capturing,
@@ -120,21 +182,31 @@ impl Launcher for Emulated {
             shared_bytes: config.shared_bytes,
             cooperative: config.cooperative,
             cluster: config.cluster,
+            dependent: self.hopper && !config.cooperative,
         };
-        let mut args: Vec<Vec<u8>> = args.iter().map(|a| a.to_vec()).collect();
-        if self.broken.get().is_some_and(|b| kernel.starts_with(b)) {
-            args[3][0] -= 1;
+        let args: Vec<Vec<u8>> = args.iter().map(|a| a.to_vec()).collect();
+        let mutant = format!("{}{kernel}", self.mutant.get());
+        let name = if Emulator::has(&mutant) { &mutant } else { kernel };
+        let bytes: Vec<&[u8]> = args.iter().map(|a| &a[..]).collect();
+        failed(self.emulator.launch(name, shape, &bytes))?;
+        if let Some(spoil) = &*self.spoil.borrow() {
+            spoil(&Launched { emulator: &self.emulator, kernel, config, args: &args });
         }
-        failed(self.emulator.launch(
-            kernel,
-            shape,
-            &args.iter().map(|a| &a[..]).collect::<Vec<_>>(),
-        ))
+        Ok(())
     }
-    fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<CapturedGraph> {
+    fn capture(
+        &self,
+        work: &mut dyn FnMut() -> Result<()>,
+        overlap: bool,
+    ) -> Result<CapturedGraph> {
         *self.capturing.borrow_mut() = Some(Vec::new());
         let done = work();
         let graph = self.capturing.take().expect("begun above");
+        let captures = self.captures.get();
+        if captures == Captures::None || captures == Captures::InOrder && overlap {
+            self.refused.set(self.refused.get() + 1);
+            return Err(Error::invalid("such launches are not captured here"));
+        }
         self.recorded.set(self.recorded.get() + 1);
         done.map(|()| graph)
     }
@@ -150,13 +222,23 @@ impl Launcher for Emulated {
     fn allocation_epoch(&self) -> u64 {
         self.allocation_epoch.get()
     }
-    fn tensor_map(
-        &self,
-        at: Address,
-        rows: usize,
-        cols: usize,
-        tile_rows: usize,
-    ) -> Result<TensorMap> {
-        Ok(TensorMap(kernel_emulator::tensor_map(at, rows, cols, tile_rows)))
+    fn tensor_map(&self, config: &TensorMapConfig) -> Result<TensorMap> {
+        let &TensorMapConfig {
+            address,
+            global_dim,
+            global_stride,
+            box_dim,
+            element_strides,
+            swizzle,
+        } = &self.mapped.get()(*config);
+        let config = kernel_emulator::TensorMapConfig {
+            address,
+            global_dim,
+            global_stride,
+            box_dim,
+            element_strides,
+            swizzle,
+        };
+        failed(kernel_emulator::tensor_map(&config)).map(TensorMap)
     }
 }

@@ -108,6 +108,7 @@ KERNEL(fault_tile_not_awaited, 64)(const GRID_CONSTANT TensorMap map, uint16_t* 
     uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + 1024);
     if (threadIdx.x == 0) {
         mbarrier_init(barrier, 1);
+        fence_mbarrier_init();
         mbarrier_arrive_expect_tx(barrier, 1024);
         tma_load(shared, &map, 0, 0, barrier);
     }
@@ -132,6 +133,24 @@ KERNEL(tile_awaited, 64)(const GRID_CONSTANT TensorMap map, uint16_t* out) {
     out[threadIdx.x] = reinterpret_cast<uint16_t*>(shared)[threadIdx.x];
 }
 EXPORT(tile_awaited)
+
+// Has TMA copy what the kernel itself wrote to device memory, without a fence between.
+KERNEL(fault_tile_of_own_stores, 64)(const GRID_CONSTANT TensorMap map, uint16_t* out,
+                                     uint16_t* data) {
+    char* shared = shared_memory();
+    uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + 1024);
+    if (threadIdx.x == 0) {
+        data[40] = 7;
+        mbarrier_init(barrier, 1);
+        fence_mbarrier_init();
+        mbarrier_arrive_expect_tx(barrier, 1024);
+        tma_load(shared, &map, 1, 8, barrier);
+    }
+    block_sync();
+    mbarrier_wait_parity(barrier, 0);
+    out[threadIdx.x] = reinterpret_cast<uint16_t*>(shared)[threadIdx.x];
+}
+EXPORT(fault_tile_of_own_stores)
 
 // Has TMA copy the next tile while the last one is still read.
 KERNEL(fault_tile_overwritten, 64)(const GRID_CONSTANT TensorMap map, uint16_t* out) {
@@ -159,7 +178,19 @@ KERNEL(fault_tile_overwritten, 64)(const GRID_CONSTANT TensorMap map, uint16_t* 
 EXPORT(fault_tile_overwritten)
 
 // A wgmma of ones, with one of several mistakes or none.
-enum Mistake : uint32_t { NONE, USED_EARLY, NOT_WRITTEN, OVERWRITTEN, NEVER_AWAITED };
+enum Mistake : uint32_t {
+    NONE,
+    USED_EARLY,
+    NOT_WRITTEN,
+    OVERWRITTEN,
+    NEVER_AWAITED,
+    NO_PROXY_FENCE,
+    NO_WGMMA_FENCE,
+    CHANGED_REGISTERS,
+    DIVERGED,
+    BASE_OFFSET,
+    SPLIT_GROUP
+};
 KERNEL(wgmma_awaited, 128)(float* out, uint32_t mistake) {
     // [64, 64] elements, of which 16 columns are used; all are equal, so that swizzling makes no
     // difference
@@ -168,12 +199,20 @@ KERNEL(wgmma_awaited, 128)(float* out, uint32_t mistake) {
         if (mistake != NOT_WRITTEN || i != 8 * 32)
             reinterpret_cast<uint32_t*>(tile)[i] = pack<bf16>(1.0f, 1.0f);
     }
+    if (mistake != NO_PROXY_FENCE) fence_proxy_async();
     block_sync();
     uint32_t a[4];
     for (int i = 0; i < 4; i++) a[i] = pack<bf16>(1.0f, 1.0f);
     float d[32] = {};
-    wgmma_fence();
-    wgmma_rs<bf16, 64, false>(d, a, wgmma_descriptor(tile, 0), true);
+    if (mistake != NO_WGMMA_FENCE) wgmma_fence();
+    if (mistake == DIVERGED && lane_index() == 7) wgmma_fence();
+    uint64_t b = wgmma_descriptor(tile + (mistake == SPLIT_GROUP ? 128 : 0), 0);
+    if (mistake == BASE_OFFSET) b |= uint64_t(1) << 49;
+    wgmma_rs<bf16, 64, false>(d, a, b, true);
+    if (mistake == CHANGED_REGISTERS) {
+        a[1] = 0;
+        wgmma_rs<bf16, 64, false>(d, a, b, true);
+    }
     wgmma_commit_group();
     float early = d[0];
     if (mistake == OVERWRITTEN) {

@@ -1,17 +1,18 @@
 //! Runs the blocks of a launch: every thread a fiber, switched where threads wait for each other.
 
 use crate::Shape;
-use crate::memory::{Arena, UNWRITTEN, WRITTEN};
+use crate::memory::{Arena, UNWRITTEN};
 use crate::registry::Kernel;
-use crate::tensor_map::TensorMap;
+use crate::tensor_map::{Swizzle, TensorMap};
+use crate::visibility::{Clock, Writer};
 use corosensei::stack::{Stack, StackPointer};
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, c_char, c_void};
 use std::ops::Range;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// Bytes of a thread's stack.
 const STACK: usize = 128 * 1024;
@@ -33,6 +34,14 @@ pub struct Launch<'a> {
     pub arena: &'a Arena,
     pub schedule: Schedule,
     pub fault: Mutex<Option<String>>,
+    /// Counts the runs of kernels on a device, from 1.
+    pub number: u64,
+    /// The runs before it that may not have ended as it begins.
+    pub running: Range<u64>,
+    /// What can be seen by whoever reads a word that atomics write, by its address.
+    pub flags: Mutex<HashMap<usize, Clock>>,
+    /// Whether any thread has waited for the kernels before.
+    pub waited: AtomicBool,
 }
 
 /// Where a thread is, as kernels see it; laid out as in `include/emulated.h`.
@@ -49,6 +58,23 @@ pub struct ThreadCoords {
 
 pub type CollectiveOp = unsafe extern "C" fn(*mut *mut c_void, u32);
 
+/// State of a byte of shared memory, beside [`UNWRITTEN`]: written by ordinary stores, and whether
+/// a fence has made it visible to TMA and wgmma since; or by TMA with the swizzle whose number is
+/// added.
+pub const GENERIC: u8 = 2;
+pub const FENCED: u8 = 3;
+pub const ASYNC: u8 = 8;
+
+/// What reads device memory.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Reader {
+    /// An ordinary load, or a cp.async.
+    Thread,
+    /// A load through the read-only cache.
+    ReadOnly,
+    Tma,
+}
+
 /// Why a thread does not run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Wait {
@@ -56,6 +82,8 @@ pub enum Wait {
     Barrier {
         id: u32,
         count: u32,
+        /// Of the source: the lanes of a warp must be at the same one.
+        line: u32,
     },
     Collective {
         size: u32,
@@ -71,6 +99,8 @@ pub enum Wait {
     },
     /// At the barrier of the cluster.
     Cluster,
+    /// For so many registers, which the other warpgroups have to give up.
+    Registers(u32),
     Ended,
     Fault,
 }
@@ -92,6 +122,8 @@ pub struct Copy {
 pub struct Wgmma {
     pub op: CollectiveOp,
     pub data: Vec<u8>,
+    /// Address and bytes.
+    pub accumulators: (usize, usize),
     pub name: *const c_char,
 }
 
@@ -102,6 +134,8 @@ pub struct Tile {
     pub row: u32,
     pub column: u32,
     pub barrier: usize,
+    /// Whether the thread that asked for it had waited for the kernels before.
+    pub waited: bool,
 }
 
 pub struct Thread {
@@ -111,8 +145,26 @@ pub struct Thread {
     /// Ends of committed groups in `copies`, oldest first.
     pub groups: Vec<usize>,
     pub wgmma: Vec<Wgmma>,
+    /// Wgmma that ran when they were issued and belong to no group yet.
+    pub wgmma_issued: usize,
     /// Ends of committed groups in `wgmma`, oldest first.
     pub wgmma_groups: Vec<usize>,
+    /// The registers that it gave to wgmma, by address, and what they held at the last wgmma.fence
+    /// or when a wgmma had written them.
+    pub fenced_registers: Option<HashMap<usize, Vec<u8>>>,
+    /// Whether it has waited for the kernels before, or met one that has at a barrier.
+    pub waited: bool,
+    /// What its last fence of device memory covers.
+    pub fenced: Clock,
+    /// What it has learnt from flags and no fence has confirmed.
+    pub observed: Clock,
+}
+
+impl Thread {
+    /// Whether there are wgmma that no wait has covered.
+    fn wgmma_in_flight(&self) -> bool {
+        !self.wgmma.is_empty() || self.wgmma_issued > 0 || !self.wgmma_groups.is_empty()
+    }
 }
 
 pub struct Block<'a> {
@@ -122,6 +174,15 @@ pub struct Block<'a> {
     _shared: Vec<u8>,
     /// State of each byte of shared memory.
     pub states: Vec<u8>,
+    /// Its number in the grid.
+    pub index: u32,
+    /// Which writes of other blocks it sees.
+    pub clock: Clock,
+    /// How often it has released its writes.
+    pub epoch: u32,
+    /// Registers of a thread of each warpgroup, and how many threads' worth are free.
+    pub registers: Vec<u32>,
+    pub free_registers: u32,
     /// By address.
     pub mbarriers: BTreeMap<usize, Mbarrier>,
     pub tiles: Vec<Tile>,
@@ -138,9 +199,23 @@ pub struct Mbarrier {
     pub arrived: u32,
     pub bytes: i64,
     pub parity: u32,
+    /// Who initialized it, until that thread's fence has made it visible to TMA and the cluster.
+    pub unfenced: Option<usize>,
 }
 
 impl Mbarrier {
+    /// # Errors
+    /// If TMA or another block uses it before they are sure to find it initialized.
+    pub fn check_fenced(&self) -> Result<(), String> {
+        match self.unfenced {
+            None => Ok(()),
+            Some(t) => Err(format!(
+                "an mbarrier is used by TMA or the cluster, without a fence (fence_mbarrier_init) \
+                of thread {t}, which initialized it"
+            )),
+        }
+    }
+
     pub fn settle(&mut self) {
         if self.arrived == self.expected && self.bytes == 0 {
             self.parity ^= 1;
@@ -174,23 +249,33 @@ pub unsafe fn here() -> (&'static mut Block<'static>, usize) {
     (unsafe { &mut *current.block }, current.thread)
 }
 
-/// Checks what a common operation reads of shared memory.
-pub fn check_operand(at: usize, bytes: usize) {
+/// Checks what a wgmma reads of shared memory, which its descriptor says to be swizzled so.
+pub fn check_operand(at: usize, bytes: usize, swizzle: Swizzle) {
     let Some(block) = OPERATING.get() else { return };
     // SAFETY: set for as long as the operation runs.
     let block = unsafe { &*block };
     let start = at.wrapping_sub(block.threads[0].coords.shared as usize);
-    let states = block.states.get(start..start.saturating_add(bytes));
-    let what = match states {
-        None => format!(
-            "reads an operand at byte {start} of shared memory, which has {}",
-            block.states.len()
-        ),
-        Some(s) if s.contains(&UNWRITTEN) => {
-            format!("reads an operand at byte {start} of shared memory, which nothing wrote")
+    let reads = format_args!("reads an operand at byte {start} of shared memory");
+    let what = match block.states.get(start..start.saturating_add(bytes)) {
+        None => format!("{reads}, which has {}", block.states.len()),
+        Some(s) if s.contains(&UNWRITTEN) => format!("{reads}, which nothing wrote"),
+        Some(s) if s.contains(&GENERIC) => {
+            format!("{reads}, which was stored without a fence between the proxies")
         }
-        Some(_) => return,
+        Some(s) => match s.iter().find(|s| **s >= ASYNC && **s != ASYNC + swizzle as u8) {
+            None => return,
+            Some(s) => format!(
+                "{reads}, which TMA wrote with a swizzle of {} bytes; the descriptor says {}",
+                Swizzle::ALL[(s - ASYNC) as usize].span(),
+                swizzle.span()
+            ),
+        },
     };
+    operand_is_wrong(what);
+}
+
+/// Notes what is wrong with the common operation that runs.
+pub fn operand_is_wrong(what: String) {
     WRONG.set(Some(WRONG.take().unwrap_or(what)));
 }
 
@@ -310,6 +395,11 @@ impl Launch<'_> {
             }
         }
         match self.fault.lock().expect("no panic with the lock").take() {
+            None if self.shape.dependent && !self.waited.load(Ordering::Relaxed) => Err(format!(
+                "{}: no thread waits for the kernels before (griddep_wait), so that it can end \
+                before them",
+                self.kernel.name
+            )),
             None => Ok(()),
             Some(message) => Err(message),
         }
@@ -338,12 +428,24 @@ impl Launch<'_> {
             copies: vec![],
             groups: vec![],
             wgmma: vec![],
+            wgmma_issued: 0,
             wgmma_groups: vec![],
+            fenced_registers: None,
+            waited: !self.shape.dependent,
+            fenced: Clock::default(),
+            observed: Clock::default(),
         };
+        let [x, y, _] = self.shape.grid;
+        let warpgroups = self.shape.threads.div_ceil(128) as usize;
         Box::new(Block {
             launch: self,
             threads: (0..self.shape.threads).map(thread).collect(),
             states: vec![UNWRITTEN; bytes],
+            index: coords[0] + x * (coords[1] + y * coords[2]),
+            clock: Clock::default(),
+            epoch: 0,
+            registers: vec![self.kernel.registers(); warpgroups],
+            free_registers: 0,
             _shared: shared,
             mbarriers: BTreeMap::new(),
             tiles: vec![],
@@ -436,6 +538,11 @@ impl Launch<'_> {
                 {
                     block.threads[t].wait = Wait::Runnable;
                 }
+                if let Wait::Registers(count) = block.threads[t].wait
+                    && count <= block.free_registers
+                {
+                    block.threads[t].wait = Wait::Runnable;
+                }
                 if block.threads[t].wait != Wait::Runnable {
                     continue;
                 }
@@ -455,9 +562,9 @@ impl Launch<'_> {
                 block.threads[t].wait = wait;
                 let problem = match wait {
                     Wait::Fault => break 'rounds,
-                    Wait::Barrier { id, count } => block.arrive(id, count),
+                    Wait::Barrier { id, count, .. } => block.arrive(id, count),
                     Wait::Collective { size, .. } => block.meet(t, size as usize),
-                    Wait::Ended if !block.threads[t].wgmma.is_empty() => Some(format!(
+                    Wait::Ended if block.threads[t].wgmma_in_flight() => Some(format!(
                         "{}, thread {t}: it ends before its wgmma are waited for",
                         block.name()
                     )),
@@ -475,11 +582,7 @@ impl Launch<'_> {
                 // whoever has ended is not waited for
                 let at_barrier = |t: &Thread| matches!(t.wait, Wait::Cluster | Wait::Ended);
                 if blocks.iter().all(|b| b.threads.iter().all(at_barrier)) {
-                    let waiting = blocks
-                        .iter_mut()
-                        .flat_map(|b| &mut b.threads)
-                        .filter(|t| t.wait == Wait::Cluster);
-                    waiting.for_each(|t| t.wait = Wait::Runnable);
+                    end_cluster_barrier(&mut blocks);
                     continue;
                 }
                 let stuck = blocks.iter().find_map(|b| b.stuck());
@@ -508,6 +611,24 @@ thread_local! {
     static YIELDERS: RefCell<Vec<Option<Current>>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Lets all threads of a cluster go on. They see what any of them saw or wrote before.
+fn end_cluster_barrier(blocks: &mut [Box<Block>]) {
+    let mut all = Clock::default();
+    for block in blocks.iter_mut() {
+        all.merge(&block.clock);
+        all.see(block.index, block.epoch);
+        block.epoch += 1;
+    }
+    let waited = blocks.iter().any(|b| b.threads.iter().any(|t| t.waited));
+    for block in blocks {
+        block.clock = all.clone();
+        for t in block.threads.iter_mut().filter(|t| t.wait == Wait::Cluster) {
+            t.wait = Wait::Runnable;
+            t.waited |= waited;
+        }
+    }
+}
+
 fn shuffle(order: &mut [usize], state: &mut u64) {
     for i in (1..order.len()).rev() {
         *state ^= *state << 13;
@@ -532,20 +653,87 @@ impl Block<'_> {
                 self.threads.len()
             ));
         }
-        if self
-            .threads
-            .iter()
-            .any(|t| matches!(t.wait, Wait::Barrier { id: i, count: c } if i == id && c != count))
-        {
+        let counts_otherwise = |t: &Thread| match t.wait {
+            Wait::Barrier { id: i, count: c, .. } => i == id && c != count,
+            _ => false,
+        };
+        if self.threads.iter().any(counts_otherwise) {
             return Some(format!(
                 "{}: threads come to barrier {id} with different counts",
                 self.name()
             ));
         }
-        if self.threads.iter().filter(|t| here(t)).count() == count as usize {
-            self.threads.iter_mut().filter(|t| here(t)).for_each(|t| t.wait = Wait::Runnable);
+        if self.threads.iter().filter(|t| here(t)).count() < count as usize {
+            return None;
+        }
+        for (warp, lanes) in self.threads.chunks(32).enumerate() {
+            let mut waits = lanes.iter().map(|t| t.wait).filter(|w| *w != Wait::Ended);
+            let first = waits.next();
+            if lanes.iter().any(here) && waits.any(|w| Some(w) != first) {
+                return Some(format!(
+                    "{}: lanes of warp {warp} come to barrier {id} on different ways: it is \
+                    .aligned",
+                    self.name()
+                ));
+            }
+        }
+        let waited = self.threads.iter().any(|t| here(t) && t.waited);
+        for t in self.threads.iter_mut().filter(|t| here(t)) {
+            t.wait = Wait::Runnable;
+            t.waited |= waited;
         }
         None
+    }
+
+    /// Whether a thread may read this device memory, as far as its writers go.
+    pub fn check_visible(
+        &self,
+        waited: bool,
+        start: usize,
+        len: usize,
+        reader: Reader,
+    ) -> Result<(), String> {
+        let (launch, mut checked) = (self.launch, Writer::default());
+        for writer in launch.arena.writers_of(start, len) {
+            let writer = Writer(writer.load(Ordering::Relaxed));
+            if writer == checked {
+                continue;
+            }
+            checked = writer;
+            let other = writer.block() != self.index;
+            let what = if writer.launch() == launch.number {
+                match reader {
+                    Reader::ReadOnly => {
+                        "this launch wrote, through the read-only cache, which may hold it as it \
+                        was"
+                    }
+                    Reader::Tma => "this launch wrote, and no fence is between the proxies",
+                    Reader::Thread if writer.is_atomic() => {
+                        "this launch changes by atomics, by an ordinary load"
+                    }
+                    Reader::Thread if other && !self.clock.sees(writer) => {
+                        "another block wrote, without a fence and a flag between"
+                    }
+                    Reader::Thread => continue,
+                }
+            } else if !waited && launch.running.contains(&writer.launch()) {
+                "a kernel before writes, which may still run: griddep_wait comes too late"
+            } else {
+                continue;
+            };
+            return Err(format!("{len} bytes of device memory that {what}"));
+        }
+        Ok(())
+    }
+
+    /// Publishes the writes of this block so far: what a fence of thread `t` covers.
+    pub fn release(&mut self, t: usize) {
+        let thread = &mut self.threads[t];
+        self.clock.merge(&thread.observed);
+        thread.observed = Clock::default();
+        thread.fenced = self.clock.clone();
+        thread.fenced.see(self.index, self.epoch);
+        self.epoch += 1;
     }
 
     /// A thread has come to an operation of its warp or warpgroup: runs it if it was the last.
@@ -565,6 +753,10 @@ impl Block<'_> {
             match self.threads[i].wait {
                 Wait::Collective { mask: m, op: o, data: d, .. } if m == mask && o == op => {
                     data[i - first] = d as *mut c_void;
+                }
+                // other warps of a warpgroup may still be on their way to it
+                Wait::Collective { size: s, .. } if s as usize != size && i / 32 != t / 32 => {
+                    return None;
                 }
                 Wait::Collective { name: other, .. } => {
                     return Some(format!(
@@ -593,9 +785,11 @@ impl Block<'_> {
     /// Why nothing goes on in this block.
     fn stuck(&self) -> Option<String> {
         let waiting: Vec<&Thread> = self.threads.iter().filter(|t| t.wait != Wait::Ended).collect();
-        let first = waiting.first()?;
+        // whoever waits for registers keeps the others waiting
+        let registers = waiting.iter().find(|t| matches!(t.wait, Wait::Registers(_)));
+        let first = registers.or(waiting.first())?;
         let what = match first.wait {
-            Wait::Barrier { id, count } => format!("at barrier {id} for {count}"),
+            Wait::Barrier { id, count, .. } => format!("at barrier {id} for {count}"),
             Wait::Collective { name, mask, .. } => format!("in {} with mask {mask:#x}", text(name)),
             Wait::Phase { barrier, parity } => format!(
                 "for the end of a phase of parity {parity} of the mbarrier at shared byte \
@@ -604,6 +798,10 @@ impl Block<'_> {
                 self.mbarriers.get(&barrier)
             ),
             Wait::Cluster => "at the cluster's barrier".to_owned(),
+            Wait::Registers(count) => format!(
+                "in setmaxnreg for {count} registers more, of which {} are free",
+                self.free_registers
+            ),
             _ => "for nothing".to_owned(),
         };
         let ended = self.threads.len() - waiting.len();
@@ -635,11 +833,10 @@ impl Block<'_> {
 
     pub fn copy_tile(&mut self, tile: &Tile) -> Result<(), String> {
         let map = tile.map;
+        let swizzle = map.swizzle()?;
         let start = tile.to.wrapping_sub(self.threads[0].coords.shared as usize);
-        let bytes = map.tile_rows as usize * 128;
-        if map.magic != TensorMap::MAGIC {
-            return Err("TMA is given something that is no tensor map".to_owned());
-        }
+        let row_bytes = map.tile_cols * 2;
+        let bytes = (map.tile_rows * row_bytes) as usize;
         if !start.is_multiple_of(1024) || start + bytes > self.states.len() {
             return Err(format!(
                 "a tile of {bytes} bytes is copied to shared byte {start}: not aligned to 1024, or \
@@ -647,29 +844,37 @@ impl Block<'_> {
             ));
         }
         for r in 0..map.tile_rows {
-            for piece in 0..8u64 {
-                let offset = (r * 128 + (piece ^ (r & 7)) * 16) as usize;
+            for piece in 0..row_bytes / 16 {
+                let offset = swizzle.place((r * row_bytes + piece * 16) as usize);
                 let (y, x) = (tile.row as u64 + r, tile.column as u64 + piece * 8);
                 let mut values = [0u16; 8];
-                for (i, v) in values.iter_mut().enumerate() {
-                    if y < map.rows && x + (i as u64) < map.cols {
-                        let from = (map.at + (y * map.cols + x + i as u64) * 2) as usize;
-                        let arena = self.launch.arena;
-                        let at =
-                            arena.find(from).ok_or("a TMA copy reads outside device memory")?;
-                        arena
-                            .access(at, 2, false)
-                            .map_err(|e| format!("a TMA copy reads memory that is {e}"))?;
-                        // SAFETY: checked just now.
-                        *v = unsafe { *(from as *const u16) };
+                let inside =
+                    if y < map.rows { map.cols.saturating_sub(x).min(8) as usize } else { 0 };
+                if inside > 0 {
+                    let from = (map.address + y * map.stride + x * 2) as usize;
+                    let arena = self.launch.arena;
+                    let at = arena.find(from).ok_or("a TMA copy reads outside device memory")?;
+                    arena
+                        .access(at, 2 * inside, false)
+                        .map_err(|e| format!("a TMA copy reads memory that is {e}"))?;
+                    self.check_visible(tile.waited, at, 2 * inside, Reader::Tma)
+                        .map_err(|e| format!("a TMA copy reads {e}"))?;
+                    // SAFETY: checked just now.
+                    unsafe {
+                        std::ptr::copy_nonoverlapping(
+                            from as *const u16,
+                            values.as_mut_ptr(),
+                            inside,
+                        );
                     }
                 }
-                self.states[start + offset..start + offset + 16].fill(WRITTEN);
+                self.states[start + offset..start + offset + 16].fill(ASYNC + swizzle as u8);
                 // SAFETY: inside shared memory, checked above.
                 unsafe { ((tile.to + offset) as *mut [u16; 8]).write_unaligned(values) };
             }
         }
         let barrier = self.mbarriers.get_mut(&tile.barrier).ok_or(NO_MBARRIER)?;
+        barrier.check_fenced()?;
         barrier.bytes -= bytes as i64;
         barrier.settle();
         Ok(())
@@ -703,7 +908,7 @@ impl Block<'_> {
             if at > self.states.len() || c.bytes + c.zeros > self.states.len() - at {
                 return Err("an asynchronous copy writes outside shared memory".to_owned());
             }
-            self.states[at..at + c.bytes + c.zeros].fill(WRITTEN);
+            self.states[at..at + c.bytes + c.zeros].fill(GENERIC);
             // SAFETY: both ranges were checked.
             unsafe {
                 std::ptr::copy_nonoverlapping(c.from as *const u8, c.to as *mut u8, c.bytes);

@@ -1,13 +1,8 @@
 //! What the compiler calls before every access to memory.
 
-use crate::block::{Block, CURRENT, fault};
-use crate::memory::{UNWRITTEN, WRITTEN};
-
-unsafe extern "C" {
-    /// Begin and end of this program's own image, by the linker.
-    static __executable_start: u8;
-    static end: u8;
-}
+use crate::block::{Block, CURRENT, GENERIC, Reader, fault};
+use crate::memory::UNWRITTEN;
+use crate::visibility::Writer;
 
 /// Checks an access to a block's shared memory from byte `start` on, which is in it.
 fn check_shared(block: &mut Block, start: usize, len: usize, write: bool) {
@@ -20,12 +15,31 @@ fn check_shared(block: &mut Block, start: usize, len: usize, write: bool) {
     }
     let states = &mut block.states[start..start + len];
     if write {
-        states.fill(WRITTEN);
+        states.fill(GENERIC);
     } else if states.contains(&UNWRITTEN) {
         fault(&format!(
             "read of {len} bytes at byte {start} of shared memory, which nothing wrote"
         ));
     }
+}
+
+/// Checks an access to device memory from its byte `start` on.
+fn check_device(block: &mut Block, thread: usize, start: usize, len: usize, write: bool) {
+    let (launch, waited) = (block.launch, block.threads[thread].waited);
+    let what = if write { "write" } else { "read" };
+    if let Err(e) = launch.arena.access(start, len, write) {
+        fault(&format!("{what} of {len} bytes of device memory that is {e}"));
+    }
+    if !write {
+        if let Err(e) = block.check_visible(waited, start, len, Reader::Thread) {
+            fault(&format!("read of {e}"));
+        }
+        return;
+    }
+    if !waited {
+        fault("a write to device memory before griddep_wait: kernels before may still use it");
+    }
+    launch.arena.note_writer(start, len, Writer::new(launch.number, block.index, block.epoch));
 }
 
 fn check(at: usize, len: usize, write: bool) {
@@ -55,16 +69,12 @@ fn check(at: usize, len: usize, write: bool) {
         }
     }
     if let Some(start) = block.launch.arena.find(at) {
-        if let Err(e) = block.launch.arena.access(start, len, write) {
-            fault(&format!("{what} of {len} bytes of device memory that is {e}"));
-        }
-        return;
+        return check_device(block, current.thread, start, len, write);
     }
-    let image = (&raw const __executable_start as usize)..(&raw const end as usize);
     // what the kernel asks of the emulator itself: its arguments, its coordinates, constants
     let own = block.arguments.iter().any(|r| r.contains(&at))
         || block.threads.as_ptr_range().contains(&(at as *const _));
-    if write || !(image.contains(&at) || own) {
+    if write || !(block.launch.kernel.image.contains(&at) || own) {
         fault(&format!(
             "{what} of {len} bytes out of bounds of shared and device memory ({start} past shared \
             memory's start)"

@@ -8,6 +8,10 @@
 //! - lanes of a warp that meet in different operations;
 //! - accesses out of bounds of device or shared memory, and to freed memory;
 //! - reads of memory that nothing wrote;
+//! - reads of what an earlier kernel writes that may still run, before the wait for it;
+//! - reads of what another block of the launch wrote, without fence and flag between;
+//! - operands of TMA and wgmma without the fences that these need, with other swizzles than their
+//!   descriptors say, and registers given away that the block does not have;
 //! - results that change with the order in which threads run (a missing barrier), if
 //!   [`Emulator::check_order`] is set;
 //! - arguments, block sizes and shared memory that do not fit the kernel.
@@ -16,15 +20,17 @@ mod block;
 mod calls;
 mod check;
 mod memory;
+pub mod mutant;
 mod registry;
 mod tensor_map;
+mod visibility;
 
 pub use memory::Address;
-pub use tensor_map::tensor_map;
+pub use tensor_map::{TensorMapConfig, tensor_map};
 
 use block::{Launch, Schedule};
 use memory::Arena;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// A device of its own: its memory, and how launches are scheduled.
@@ -38,6 +44,10 @@ pub struct Emulator {
     /// Shared memory that a block may ask for.
     pub shared_limit: u32,
     launches: AtomicU64,
+    /// Runs of kernels so far; a launch whose order is checked has two.
+    runs: AtomicU64,
+    /// The first run that may not have ended when a dependent launch begins.
+    window: AtomicU64,
 }
 
 /// What a launch needs; sizes as in CUDA.
@@ -51,6 +61,8 @@ pub struct Shape {
     /// So many blocks, neighbours along x, are a cluster: alive together, with barriers and each
     /// other's shared memory. 1: none.
     pub cluster: u32,
+    /// It may begin before the launches before it have ended (programmatic dependent launch).
+    pub dependent: bool,
 }
 
 impl Emulator {
@@ -62,6 +74,8 @@ impl Emulator {
             workers: std::thread::available_parallelism().map_or(1, |n| n.get()),
             shared_limit: 227 * 1024,
             launches: AtomicU64::new(0),
+            runs: AtomicU64::new(0),
+            window: AtomicU64::new(1),
         }
     }
 
@@ -74,12 +88,19 @@ impl Emulator {
         self.arena.free(at);
     }
 
+    /// Copies wait for all launches before them, and launches for the copies before them.
     pub fn write(&self, at: Address, bytes: &[u8]) -> Result<(), String> {
+        self.all_launches_have_ended();
         self.arena.write(at, bytes)
     }
 
     pub fn read(&self, at: Address, bytes: &mut [u8]) -> Result<(), String> {
+        self.all_launches_have_ended();
         self.arena.read(at, bytes)
+    }
+
+    fn all_launches_have_ended(&self) {
+        self.window.store(self.runs.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }
 
     /// Launches done so far.
@@ -90,6 +111,11 @@ impl Emulator {
     /// Names of all kernels, the faulty ones of this crate's own tests included.
     pub fn kernels() -> Vec<String> {
         registry::names()
+    }
+
+    /// Whether there is a kernel of this name.
+    pub fn has(kernel: &str) -> bool {
+        registry::find(kernel).is_some()
     }
 
     /// Runs a kernel to its end. Each argument is its bytes.
@@ -124,6 +150,10 @@ impl Emulator {
                 shape.cluster, shape.grid
             ));
         }
+        if !shape.dependent {
+            self.all_launches_have_ended();
+        }
+        let first = self.runs.load(Ordering::Relaxed) + 1;
         let run = |schedule| {
             let launch = Launch {
                 kernel: entry,
@@ -132,6 +162,10 @@ impl Emulator {
                 arena: &self.arena,
                 schedule,
                 fault: Mutex::new(None),
+                number: self.runs.fetch_add(1, Ordering::Relaxed) + 1,
+                running: self.window.load(Ordering::Relaxed)..first,
+                flags: Mutex::default(),
+                waited: AtomicBool::new(false),
             };
             launch.run(self.workers)
         };

@@ -1,7 +1,10 @@
-//! Device memory: one range of addresses, with a byte of state beside every byte.
+//! Device memory: one range of addresses, with a byte of state beside every byte, and beside every
+//! two bytes who wrote them last.
 
+use crate::visibility::Writer;
 use std::ops::Range;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// An address that kernels can use.
 pub type Address = u64;
@@ -14,9 +17,14 @@ pub const WRITTEN: u8 = 2;
 /// Between allocations, so that running over the end of one is no access to the next.
 const GAP: usize = 4096;
 
+/// Bytes that are written by one block at a time.
+const GRANULE: usize = 2;
+
 pub struct Arena {
     base: *mut u8,
     states: *mut u8,
+    /// A [`Writer`] for every [`GRANULE`] bytes.
+    writers: *mut u8,
     size: usize,
     allocations: Mutex<Allocations>,
 }
@@ -54,7 +62,14 @@ fn reserve(size: usize) -> *mut u8 {
 
 impl Arena {
     pub fn new(size: usize) -> Arena {
-        Arena { base: reserve(size), states: reserve(size), size, allocations: Mutex::default() }
+        let (base, states, writers) =
+            (reserve(size), reserve(size), reserve(Self::writer_bytes(size)));
+        Arena { base, states, writers, size, allocations: Mutex::default() }
+    }
+
+    /// Bytes of all writers of so many bytes.
+    fn writer_bytes(size: usize) -> usize {
+        size.div_ceil(GRANULE) * size_of::<Writer>()
     }
 
     pub fn allocate(&self, bytes: usize) -> Result<Address, String> {
@@ -87,7 +102,10 @@ impl Arena {
                 self.states.add(range.start).write_bytes(FREE, range.len());
                 let (first, last) = (range.start.next_multiple_of(4096), range.end / 4096 * 4096);
                 if first < last {
-                    libc::madvise(self.base.add(first).cast(), last - first, libc::MADV_DONTNEED);
+                    let bytes = last - first;
+                    libc::madvise(self.base.add(first).cast(), bytes, libc::MADV_DONTNEED);
+                    let (first, bytes) = (Self::writer_bytes(first), Self::writer_bytes(bytes));
+                    libc::madvise(self.writers.add(first).cast(), bytes, libc::MADV_DONTNEED);
                 }
             }
         }
@@ -163,6 +181,20 @@ impl Arena {
         Ok(())
     }
 
+    /// Who wrote the granules of a range last.
+    #[inline]
+    pub fn writers_of(&self, start: usize, len: usize) -> &[AtomicU64] {
+        let first = start / GRANULE;
+        let count = (start + len).min(self.size).div_ceil(GRANULE) - first;
+        // SAFETY: inside the mapping, whose zeros are writers too.
+        unsafe { std::slice::from_raw_parts(self.writers.cast::<AtomicU64>().add(first), count) }
+    }
+
+    #[inline]
+    pub fn note_writer(&self, start: usize, len: usize, writer: Writer) {
+        self.writers_of(start, len).iter().for_each(|w| w.store(writer.0, Ordering::Relaxed));
+    }
+
     pub fn snapshot(&self) -> Snapshot {
         let a = self.allocations.lock().expect("nothing panics with the lock");
         let bytes = |p: *mut u8, r: &Range<usize>| {
@@ -210,10 +242,11 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        // SAFETY: both were mapped in `new` with this size.
+        // SAFETY: all were mapped in `new` with these sizes.
         unsafe {
             libc::munmap(self.base.cast(), self.size);
             libc::munmap(self.states.cast(), self.size);
+            libc::munmap(self.writers.cast(), Self::writer_bytes(self.size));
         }
     }
 }

@@ -1,9 +1,27 @@
 //! Each kind of fault is reported, and right kernels are not.
 
-use kernel_emulator::{Emulator, Shape, tensor_map};
+use kernel_emulator::{Emulator, Shape, TensorMapConfig, tensor_map};
 
-const SHAPE: Shape =
-    Shape { grid: [1, 1, 1], threads: 32, shared_bytes: 0, cooperative: false, cluster: 1 };
+const SHAPE: Shape = Shape {
+    grid: [1, 1, 1],
+    threads: 32,
+    shared_bytes: 0,
+    cooperative: false,
+    cluster: 1,
+    dependent: false,
+};
+
+/// Tiles of 8 rows by 64 of a matrix of 9 rows of 16 elements.
+fn tiles(address: u64) -> TensorMapConfig {
+    TensorMapConfig {
+        address,
+        global_dim: [16, 9],
+        global_stride: 32,
+        box_dim: [64, 8],
+        element_strides: [1, 1],
+        swizzle: 3,
+    }
+}
 
 /// Runs a faulty kernel on a buffer of 32 words (and more arguments) and returns the report.
 fn report(kernel: &str, shape: Shape, check_order: bool, more: &[&[u8]]) -> String {
@@ -116,7 +134,7 @@ fn barrier_objects() {
 }
 
 #[test]
-fn tiles() {
+fn tiles_by_tma() {
     let mut device = Emulator::new(1 << 24);
     device.check_order = true;
     // 9 rows of 16 elements that say where they are
@@ -124,13 +142,17 @@ fn tiles() {
     let values: Vec<u8> =
         (0..9u16).flat_map(|r| (0..16u16).flat_map(move |c| (r * 100 + c).to_le_bytes())).collect();
     device.write(data, &values).unwrap();
-    let map: Vec<u8> = tensor_map(data, 9, 16, 8).iter().flat_map(|w| w.to_ne_bytes()).collect();
+    let map: Vec<u8> =
+        tensor_map(&tiles(data)).unwrap().iter().flat_map(|w| w.to_ne_bytes()).collect();
     let args: [&[u8]; 2] = [&map, &out.to_ne_bytes()];
     let shape = Shape { threads: 64, shared_bytes: 2048, ..SHAPE };
     let r = device.launch("fault_tile_not_awaited", shape, &args).unwrap_err();
     assert!(r.contains("nothing wrote") || r.contains("depends on the order"), "{r}");
     let r = device.launch("fault_tile_overwritten", shape, &args).unwrap_err();
     says(&r, "depends on the order");
+    let own: [&[u8]; 3] = [&map, &out.to_ne_bytes(), &data.to_ne_bytes()];
+    let r = device.launch("fault_tile_of_own_stores", shape, &own).unwrap_err();
+    says(&r, "this launch wrote, and no fence is between the proxies");
     device.launch("tile_awaited", shape, &args).unwrap();
     let mut bytes = [0; 128];
     device.read(out, &mut bytes).unwrap();
@@ -141,28 +163,37 @@ fn tiles() {
     assert_eq!(row, expected);
 }
 
-/// Products happen when they are waited for: what is used before is old, and what they read must
-/// last.
+/// In the natural order wgmma happens when it is waited for: what is used before is old. In the
+/// other it happens at once.
 #[test]
 fn wgmma_of_a_warpgroup() {
-    let device = Emulator::new(1 << 24);
+    let mut device = Emulator::new(1 << 24);
     let out = device.allocate(512).unwrap();
-    let run = |mistake: u32| -> Result<Vec<f32>, String> {
-        let shape = Shape { threads: 128, shared_bytes: 8192, ..SHAPE };
+    let run = |device: &Emulator, mistake: u32| -> Result<Vec<f32>, String> {
+        let shape = Shape { threads: 128, shared_bytes: 16384, ..SHAPE };
         let mut bytes = [0; 512];
         device.launch("wgmma_awaited", shape, &[&out.to_ne_bytes(), &mistake.to_ne_bytes()])?;
         device.read(out, &mut bytes)?;
         Ok(floats(&bytes))
     };
-    assert_eq!(run(0), Ok(vec![16.0; 128]));
-    assert_eq!(run(1), Ok(vec![0.0; 128]), "used before the wait");
-    says(
-        &run(2).unwrap_err(),
-        "wgmma reads an operand at byte 1024 of shared memory, which nothing wrote",
-    );
-    let overwritten = run(3).unwrap();
-    assert!(overwritten.iter().all(|x| *x < 16.0), "overwritten before the wait: {overwritten:?}");
-    says(&run(4).unwrap_err(), "it ends before its wgmma are waited for");
+    assert_eq!(run(&device, 0), Ok(vec![16.0; 128]));
+    assert_eq!(run(&device, 1), Ok(vec![0.0; 128]), "used before the wait");
+    device.check_order = true;
+    assert_eq!(run(&device, 0), Ok(vec![16.0; 128]));
+    for (mistake, words) in [
+        (1, "depends on the order"),
+        (2, "wgmma reads an operand at byte 1024 of shared memory, which nothing wrote"),
+        (3, "which was stored without a fence between the proxies"),
+        (4, "it ends before its wgmma are waited for"),
+        (5, "byte 0 of shared memory, which was stored without a fence between the proxies"),
+        (6, "wgmma without a wgmma.fence before"),
+        (7, "wgmma reads registers that were changed after the last wgmma.fence"),
+        (8, "in wgmma.fence"),
+        (9, "bits in reserved fields or a base offset"),
+        (10, "begins within a group of 8 rows, without a base offset"),
+    ] {
+        says(&run(&device, mistake).unwrap_err(), words);
+    }
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
@@ -218,7 +249,8 @@ fn tiles_that_a_cluster_shares() {
     let values: Vec<u8> =
         (0..9u16).flat_map(|r| (0..16u16).flat_map(move |c| (r * 100 + c).to_le_bytes())).collect();
     device.write(data, &values).unwrap();
-    let map: Vec<u8> = tensor_map(data, 9, 16, 8).iter().flat_map(|w| w.to_ne_bytes()).collect();
+    let map: Vec<u8> =
+        tensor_map(&tiles(data)).unwrap().iter().flat_map(|w| w.to_ne_bytes()).collect();
     let shape = Shape { grid: [4, 1, 1], shared_bytes: 3072, cluster: 2, ..SHAPE };
     let run = |mistake: u32| {
         device.launch(

@@ -16,9 +16,6 @@ pub struct Bloom<B: DecodeBackend> {
     /// Sizes and switches.
     pub config: BloomConfig,
     decoder: Decoder<B>,
-    final_norm: LayerNorm<B>,
-    /// `None` if the LM head is the embedding.
-    lm_head: Option<B::Weight>,
     /// What keys and values are cached in.
     cache_dtype: DType,
 }
@@ -91,9 +88,9 @@ impl<B: DecodeBackend> Bloom<B> {
                 layers: p.layers.into_iter().map(|l| loader.layer(l)).collect::<Result<_>>()?,
                 heads: config.attention_heads(),
                 residual_post_norm: config.residual_post_layer_norm,
+                final_norm: loader.layer_norm(p.final_norm)?,
+                lm_head: p.lm_head.map(|h| loader.weight(h)).transpose()?,
             },
-            final_norm: loader.layer_norm(p.final_norm)?,
-            lm_head: p.lm_head.map(|h| loader.weight(h)).transpose()?,
             cache_dtype: match dtype.unwrap_or(stored) {
                 DType::Int8 => DType::Bf16,
                 plain => plain,
@@ -115,14 +112,14 @@ impl<B: DecodeBackend> Bloom<B> {
         self.config.kv_bytes_per_token(self.cache_dtype.size())
     }
 
-    /// The layers and what is before them.
+    /// The layers, and what is before and behind them.
     pub fn decoder(&self) -> &Decoder<B> {
         &self.decoder
     }
 
     /// The LM head's matrix `[vocabulary, hidden]`.
     pub fn lm_head(&self) -> &B::Weight {
-        self.lm_head.as_ref().unwrap_or(&self.decoder.embedding)
+        self.decoder.lm_head()
     }
 
     /// Runs all tokens of `batch` through the layers and extends the cache. The final hidden states
@@ -149,7 +146,7 @@ impl<B: DecodeBackend> Bloom<B> {
         a: &mut DecoderActivations<B>,
         out: &mut Vec<f32>,
     ) -> Result<()> {
-        backend.layer_norm_rows(&mut a.normed, &a.x, rows, &self.final_norm);
+        backend.layer_norm_rows(&mut a.normed, &a.x, rows, &self.decoder.final_norm);
         backend.logits(&a.normed, self.lm_head(), out)
     }
 
@@ -198,7 +195,7 @@ impl<B: DecodeBackend> Bloom<B> {
         tokens.sort_unstable();
         tokens.dedup();
         let at = |r: &SamplingRow| tokens.binary_search(&r.row).expect("taken from the rows above");
-        backend.layer_norm_rows(&mut a.normed, &a.x, &tokens, &self.final_norm);
+        backend.layer_norm_rows(&mut a.normed, &a.x, &tokens, &self.decoder.final_norm);
         rows.iter().map(|r| (at(r), r)).collect()
     }
 }

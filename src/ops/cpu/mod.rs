@@ -124,7 +124,7 @@ impl Backend for Cpu {
             let out = unsafe { rows.slice(at.clone()) };
             let bias = &linear.bias[first..first + sums.len()];
             match &epilogue {
-                Epilogue::Bias => add_bias(self.isa, sums, bias, out),
+                Epilogue::Bias | Epilogue::BiasHalf => add_bias(self.isa, sums, bias, out),
                 Epilogue::BiasGelu => add_bias_gelu(self.isa, sums, bias, out),
                 Epilogue::BiasResidual(residual) => {
                     add_bias_residual(self.isa, sums, bias, &residual.buffer()[at], out)

@@ -2,7 +2,7 @@
 
 use super::abi::{self, AttentionArgs};
 use super::{Cuda, DeviceBatch};
-use crate::device::{Args, Launcher, Memory};
+use crate::device::{Args, Launcher, Memory, TensorMapConfig};
 use crate::error::Result;
 use crate::ops::{BLOCK, Heads, ObjectId, Tensor};
 use bytemuck::Zeroable;
@@ -168,12 +168,9 @@ impl<L: Launcher> Cuda<L> {
                 let kernel = format!("attention_hopper_{}_{size}", self.suffix());
                 // all of the cache is one matrix, of which blocks of positions are copied
                 let row = |at: u64| ((at - cache.memory.at) / (2 * size as u64)) as u32;
-                let map = self.launcher.tensor_map(
-                    cache.memory.at,
-                    cache.memory.bytes / (2 * size),
-                    size,
-                    BLOCK,
-                )?;
+                let rows = cache.memory.bytes / (2 * size);
+                let tiles = TensorMapConfig::tiles(cache.memory.at, rows, size, BLOCK);
+                let map = self.launcher.tensor_map(&tiles)?;
                 let args = Args::new().with(map).with(row(keys)).with(row(values)).with(part);
                 let tile = STEP * HOPPER_COLUMNS * 2;
                 let shared = HOPPER_STAGES * (2 * size.div_ceil(HOPPER_COLUMNS) * tile + 2 * 8);

@@ -75,8 +75,12 @@ impl<L: Launcher> Cuda<L> {
         let processors = limits.processors as usize;
         let tile = tile_tokens(tokens);
         let tiles = tokens.div_ceil(tile) * weight.rows().div_ceil(TILE);
-        // a power of two, with more than half of the multiprocessors at work
-        let wanted = (processors * 7 / 10).div_ceil(tiles).next_power_of_two().min(CLUSTER);
+        // A power of two. Up to 64 tokens, time is that of the weights, and nearly all
+        // multiprocessors are to load them; two blocks share one, so there may be more blocks than
+        // multiprocessors. Beyond, more than half are at work: to divide the inputs further would
+        // add sums, but no tensor cores.
+        let tenths = if tokens <= TOKENS { 9 } else { 7 };
+        let wanted = (processors * tenths / 10).div_ceil(tiles).next_power_of_two().min(CLUSTER);
         let max = weight.cols().div_ceil(SLICE);
         let blocks = if wanted > max { (max + 1).next_power_of_two() / 2 } else { wanted };
         // what the busiest multiprocessor has to do, in units of the smaller tile

@@ -1,8 +1,8 @@
 //! Linear layers, their epilogues, and the layer norms that are done along with them.
 
 use super::abi::{
-    EPILOGUE_BIAS, EPILOGUE_GELU, EPILOGUE_QKV, EPILOGUE_RESIDUAL, EpilogueArgs, LinearArgs,
-    NextNorm,
+    EPILOGUE_BIAS, EPILOGUE_GELU, EPILOGUE_HALF, EPILOGUE_QKV, EPILOGUE_RESIDUAL, EpilogueArgs,
+    LinearArgs, NextNorm,
 };
 use super::gemm_select::{
     DEEP, FEW_TOKENS, HOPPER_M, HOPPER_N, HOPPER_SHARED, HOPPER_THREADS, LinearKernel, OUTPUTS,
@@ -10,11 +10,16 @@ use super::gemm_select::{
     stages_rows, tile_shared, tiles,
 };
 use super::{Cache, Cuda, DeviceBatch, DeviceWeight};
-use crate::device::{Args, LaunchConfig, Launcher, Memory};
+use crate::device::{Args, LaunchConfig, Launcher, Memory, TensorMapConfig};
 use crate::error::Result;
 use crate::ops::{Epilogue, LayerNorm, Linear, NormInput, Tensor, Weight as _};
 use crate::tensor::DType;
 use bytemuck::Zeroable;
+
+/// Whether the results of an epilogue have 16 bits.
+fn is_half(mode: u32) -> bool {
+    matches!(mode, EPILOGUE_GELU | EPILOGUE_HALF | EPILOGUE_QKV)
+}
 
 impl LinearArgs {
     /// Rows in 16 bits at `x`.
@@ -72,24 +77,40 @@ impl<L: Launcher> Cuda<L> {
         x: &Tensor<Self>,
         linear: &Linear<Self>,
         epilogue: Epilogue<Self>,
+        next: (&LayerNorm<Self>, &mut Tensor<Self>),
+    ) -> Result<bool> {
+        let by = self.linear_kernel(x.shape()[0], &linear.weight);
+        self.launch_linear_then_norm_by(by, y, (x, linear), epilogue, next)
+    }
+
+    /// [`Cuda::launch_linear_then_norm`] by a given kernel.
+    pub(super) fn launch_linear_then_norm_by(
+        &self,
+        by: LinearKernel,
+        y: &mut Tensor<Self>,
+        (x, linear): (&Tensor<Self>, &Linear<Self>),
+        epilogue: Epilogue<Self>,
         (norm, normed): (&LayerNorm<Self>, &mut Tensor<Self>),
     ) -> Result<bool> {
-        let finish = self.epilogue_args(y, x.shape()[0], linear, epilogue)?;
-        let next = self.next_norm(x.shape()[0], &linear.weight, norm, normed)?;
+        let (tokens, weight) = (x.shape()[0], &linear.weight);
+        x.expect("linear", [tokens, weight.cols()], self.half);
+        let finish = self.epilogue_args(y, tokens, linear, epilogue)?;
+        let next = self.next_norm(by, (tokens, weight), norm, normed)?;
         let with_norm = next.normed != 0;
-        self.run(LinearInput::Rows(x), &linear.weight, finish, next)?;
+        let input = LinearArgs::rows(x.at(), tokens, weight.cols());
+        self.run_by(by, input, weight, finish, next)?;
         Ok(with_norm)
     }
 
     /// What a kernel needs to know of the norm that comes next, if it is to do it.
     fn next_norm(
         &self,
-        tokens: usize,
-        weight: &DeviceWeight<L>,
+        by: LinearKernel,
+        (tokens, weight): (usize, &DeviceWeight<L>),
         norm: &LayerNorm<Self>,
         normed: &mut Tensor<Self>,
     ) -> Result<NextNorm> {
-        match self.linear_kernel(tokens, weight) {
+        match by {
             // a cluster has enough warps for the rows
             LinearKernel::Cluster { tokens: tile, blocks }
                 if tile <= 4 * blocks * TILE_THREADS as usize / 32 =>
@@ -142,6 +163,7 @@ impl<L: Launcher> Cuda<L> {
             EpilogueArgs { bias: linear.bias.at, width: width as u32, ..EpilogueArgs::zeroed() };
         finish.mode = match epilogue {
             Epilogue::Bias => EPILOGUE_BIAS,
+            Epilogue::BiasHalf => EPILOGUE_HALF,
             Epilogue::BiasGelu => EPILOGUE_GELU,
             Epilogue::BiasResidual(r) => {
                 r.expect("linear's residual", [tokens, width], r.dtype());
@@ -149,7 +171,7 @@ impl<L: Launcher> Cuda<L> {
                 EPILOGUE_RESIDUAL
             }
         };
-        let dtype = if finish.mode == EPILOGUE_GELU { self.half } else { DType::F32 };
+        let dtype = if is_half(finish.mode) { self.half } else { DType::F32 };
         self.reserve(y, [tokens, width], dtype)?;
         finish.out = y.at();
         Ok(finish)
@@ -162,12 +184,41 @@ impl<L: Launcher> Cuda<L> {
         input: LinearInput<L>,
         qkv: &Linear<Self>,
         batch: &DeviceBatch<L>,
-        (cache, layer): (&Cache<L>, usize),
+        cache: (&Cache<L>, usize),
     ) -> Result<()> {
+        let finish = self.qkv_args(queries, input.tokens(), qkv, batch, cache)?;
+        self.run(input, &qkv.weight, finish, NextNorm::zeroed())
+    }
+
+    /// [`Cuda::launch_qkv`] of 16-bit rows by a given kernel.
+    pub(super) fn launch_qkv_by(
+        &self,
+        by: LinearKernel,
+        queries: &mut Tensor<Self>,
+        (x, qkv): (&Tensor<Self>, &Linear<Self>),
+        batch: &DeviceBatch<L>,
+        cache: (&Cache<L>, usize),
+    ) -> Result<()> {
+        let tokens = x.shape()[0];
+        x.expect("linear", [tokens, qkv.weight.cols()], self.half);
+        let finish = self.qkv_args(queries, tokens, qkv, batch, cache)?;
+        let input = LinearArgs::rows(x.at(), tokens, qkv.weight.cols());
+        self.run_by(by, input, &qkv.weight, finish, NextNorm::zeroed())
+    }
+
+    /// Where queries, keys and values go; makes room for the queries.
+    fn qkv_args(
+        &self,
+        queries: &mut Tensor<Self>,
+        tokens: usize,
+        qkv: &Linear<Self>,
+        batch: &DeviceBatch<L>,
+        (cache, layer): (&Cache<L>, usize),
+    ) -> Result<EpilogueArgs> {
         let heads = cache.heads();
-        self.reserve(queries, [input.tokens(), heads.width()], self.half)?;
+        self.reserve(queries, [tokens, heads.width()], self.half)?;
         let (keys, values) = cache.layer(layer);
-        let finish = EpilogueArgs {
+        Ok(EpilogueArgs {
             out: queries.at(),
             bias: qkv.bias.at,
             keys,
@@ -178,8 +229,7 @@ impl<L: Launcher> Cuda<L> {
             heads: heads.count as u32,
             head_size: heads.size as u32,
             ..EpilogueArgs::zeroed()
-        };
-        self.run(input, &qkv.weight, finish, NextNorm::zeroed())
+        })
     }
 
     fn run(
@@ -296,8 +346,9 @@ impl<L: Launcher> Cuda<L> {
         x_rows: usize,
         w_rows: usize,
     ) -> Result<Args> {
-        let map =
-            |at, rows, tile_rows| self.launcher.tensor_map(at, rows, weight.cols(), tile_rows);
+        let map = |at, rows, tile_rows| {
+            self.launcher.tensor_map(&TensorMapConfig::tiles(at, rows, weight.cols(), tile_rows))
+        };
         let args = Args::new().with(map(x, tokens, x_rows)?).with(map(
             weight.data.at,
             weight.rows(),
@@ -322,10 +373,9 @@ impl<L: Launcher> Cuda<L> {
                 tokens: count as u32,
                 ..input
             };
-            let narrow_out = matches!(finish.mode, EPILOGUE_GELU | EPILOGUE_QKV);
             let row = if finish.mode == EPILOGUE_QKV { w / 3 } else { w };
             let finish = EpilogueArgs {
-                out: finish.out + f * row * if narrow_out { 2 } else { 4 },
+                out: finish.out + f * row * if is_half(finish.mode) { 2 } else { 4 },
                 residual: finish.residual + f * w * if finish.half_residual == 1 { 2 } else { 4 },
                 slots: finish.slots + f * 4,
                 ..finish

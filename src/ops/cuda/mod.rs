@@ -8,6 +8,7 @@
 
 mod abi;
 mod attention;
+mod compare;
 mod decoder;
 mod gemm_select;
 mod graphs;
@@ -21,6 +22,7 @@ mod weights;
 
 pub use attention::Cache;
 pub use graphs::Comparison;
+pub use hopper_check::CHAIN_RUNS;
 pub use persistent::Persistent;
 pub use weights::DeviceWeight;
 

@@ -1,6 +1,8 @@
 // What the tensor core instructions of include/mma.cuh mean on the CPU.
 #pragma once
 
+// Instruction: bf16 f16 mma.sync.aligned.m16n8k16.row.col.f32. .f32 {%0,%1,%2,%3}, {%4,%5,%6,%7},
+//   {%8,%9}, {%0,%1,%2,%3};
 template <class T>
 DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     struct Lane {
@@ -36,6 +38,7 @@ DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
         &mine, "mma_m16n8k16");
 }
 
+// Instruction: ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];
 DEVICE void ldmatrix_x4(uint32_t (&out)[4], const void* row) {
     struct Lane {
         Pack16B row;
@@ -52,6 +55,7 @@ DEVICE void ldmatrix_x4(uint32_t (&out)[4], const void* row) {
         &mine, "ldmatrix_x4");
 }
 
+// Instruction: ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];
 DEVICE void ldmatrix_x4_trans(uint32_t (&out)[4], const void* row) {
     struct Lane {
         Pack16B row;
@@ -74,6 +78,7 @@ DEVICE void ldmatrix_x4_trans(uint32_t (&out)[4], const void* row) {
         &mine, "ldmatrix_x4_trans");
 }
 
+// Instruction: stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};
 DEVICE void stmatrix_x4(void* row, const uint32_t (&in)[4]) {
     struct Lane {
         const uint32_t* in;

@@ -1,12 +1,18 @@
 // What the barriers, shuffles and atomics of include/threads.cuh mean on the CPU.
 #pragma once
 
-DEVICE void block_sync() { emulator_barrier(0, blockDim.x); }
-DEVICE void named_barrier_sync(int id, int count) { emulator_barrier(id, count); }
+// Instruction: __syncthreads();
+DEVICE void block_sync(int line = __builtin_LINE()) { emulator_barrier(0, blockDim.x, line); }
+// Instruction: bar.sync %0, %1;
+DEVICE void named_barrier_sync(int id, int count, int line = __builtin_LINE()) {
+    emulator_barrier(id, count, line);
+}
 
+// Instruction: __syncwarp();
 DEVICE void warp_sync() {
     emulator_collective(32, 0xffffffff, [](void**, uint32_t) {}, nullptr, "warp_sync");
 }
+// Instruction: return __shfl_xor_sync(0xffffffff, x, mask);
 DEVICE float shuffle_xor(float x, int mask) {
     struct Lane {
         float in, out;
@@ -23,6 +29,7 @@ DEVICE float shuffle_xor(float x, int mask) {
         &lane, "shuffle_xor");
     return lane.out;
 }
+// Instruction: return __shfl_sync(0xffffffff, x, from);
 DEVICE uint32_t shuffle(uint32_t x, int from) {
     struct Lane {
         uint32_t in, out;
@@ -39,6 +46,7 @@ DEVICE uint32_t shuffle(uint32_t x, int from) {
         &lane, "shuffle");
     return lane.out;
 }
+// Instruction: return __any_sync(0xffffffff, predicate);
 DEVICE bool warp_any(bool predicate) {
     struct Lane {
         bool predicate, any;
@@ -54,29 +62,35 @@ DEVICE bool warp_any(bool predicate) {
     return lane.any;
 }
 
-// Blocks run on several threads of this machine, whose atomics order memory as the GPU's do.
-DEVICE void device_fence() {}
+// Instruction: __threadfence();
+DEVICE void device_fence() { emulator_device_fence(); }
+// Instruction: atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;
 DEVICE uint32_t atomic_increment(uint32_t* counter) {
-    return __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL);
+    uint32_t before = emulator_atomic_add(counter, 1, true);
+    device_fence();
+    return before;
 }
-DEVICE void release_increment(uint32_t* counter) {
-    __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL);
-}
+// Instruction: red.release.gpu.global.add.u32 [%0], 1;
+DEVICE void release_increment(uint32_t* counter) { emulator_atomic_add(counter, 1, true); }
+// Instruction: ld.acquire.gpu.global.u32 %0, [%1];
 DEVICE void wait_for_counter(uint32_t* counter, uint32_t n) {
-    while (static_cast<int32_t>(__atomic_load_n(counter, __ATOMIC_ACQUIRE) - n) < 0) {
-        emulator_yield();
-    }
+    while (static_cast<int32_t>(emulator_atomic_load_acquire(counter) - n) < 0) emulator_yield();
 }
 
 // The threads of a block take turns, so nothing comes between a read and the write behind it.
+// Instruction: return atomicAdd(counter, n);
 DEVICE uint32_t atomic_add_shared(uint32_t* counter, uint32_t n) {
     uint32_t before = *counter;
     *counter = before + n;
     return before;
 }
+// Instruction: atomicAdd(sum, n);
 DEVICE void atomic_add_shared(unsigned long long* sum, unsigned long long n) { *sum += n; }
+// Instruction: atomicOr(word, bits);
 DEVICE void atomic_or_shared(uint32_t* word, uint32_t bits) { *word |= bits; }
 
-// A launch begins when the one before has ended.
-DEVICE void griddep_wait() {}
+// A kernel runs when those before have ended; what it may not touch before the wait is checked.
+// Instruction: griddepcontrol.wait;
+DEVICE void griddep_wait() { emulator_griddep_wait(); }
+// Instruction: griddepcontrol.launch_dependents;
 DEVICE void griddep_launch_dependents() {}

@@ -1,0 +1,515 @@
+//! The emulator finds the mistakes that a GPU would punish: kernels are changed in their text,
+//! compiled, and run in place of the right ones.
+
+mod emulated;
+
+use beautiful_prompt::bench::llm::random_checkpoint;
+use beautiful_prompt::device::TensorMapConfig;
+use beautiful_prompt::engine::{Engine, EngineOptions, Request, Verdict};
+use beautiful_prompt::models::bloom::{Bloom, BloomConfig};
+use beautiful_prompt::ops::cuda::{Cuda, Persistent};
+use beautiful_prompt::selftest::{Shapes, run};
+use beautiful_prompt::tensor::DType;
+use emulated::{Emulated, gpu};
+use kernel_emulator::Emulator;
+use kernel_emulator::mutant::{Patch, load};
+use std::rc::Rc;
+
+/// What runs on a device with changed kernels.
+#[derive(Clone, Copy, Debug)]
+enum Work {
+    /// A GEMM: outputs, inputs, tokens.
+    Linear(usize, usize, usize),
+    /// Attention of one head of this size: positions in the cache, new tokens.
+    Attention(usize, usize, usize),
+    /// A whole decoding step in one kernel.
+    PersistentStep,
+    /// Some steps of a small model, whose kernels depend on each other.
+    Model,
+    /// The same with so many sequences that clusters divide the inputs.
+    LargeBatch,
+}
+
+impl Work {
+    /// Multiprocessors of the device: kernels divide their work by them.
+    fn processors(self) -> u32 {
+        match self {
+            // few, so that all tiles are of the largest kind
+            Work::Linear(..) => 2,
+            // more than there are tiles
+            Work::LargeBatch => 16,
+            _ => 4,
+        }
+    }
+}
+
+/// Does the work; `Err` is what the device reports, or which result is wrong.
+fn perform(work: Work, device: &Rc<Emulated>) -> Result<(), String> {
+    let none = Shapes {
+        heads: vec![],
+        steps: vec![],
+        matrices: vec![],
+        long_matrices: vec![],
+        tokens: vec![],
+        batches: vec![],
+        vocabularies: vec![],
+        seed: 1,
+    };
+    let shapes = match work {
+        Work::Linear(outputs, inputs, tokens) => {
+            Shapes { matrices: vec![(outputs, inputs)], tokens: vec![tokens], ..none }
+        }
+        Work::Attention(size, past, new) => {
+            Shapes { heads: vec![(1, size)], batches: vec![vec![(past, new)]], ..none }
+        }
+        Work::PersistentStep => Shapes { steps: vec![(2, 32)], ..none },
+        Work::Model => return generate(device, 128, 2, 20),
+        Work::LargeBatch => return generate(device, 256, 20, 2),
+    };
+    let mut wrong = None;
+    let mut each = |check: beautiful_prompt::selftest::KernelCheck| {
+        if !check.passed() {
+            wrong.get_or_insert(format!("wrong result of {}, {}", check.operation, check.case));
+        }
+    };
+    run(device, DType::Bf16, &shapes, &mut each).map_err(|e| e.to_string())?;
+    wrong.map_or(Ok(()), Err)
+}
+
+/// Prompts of `prompt` tokens and three tokens for each of the sequences, by a model of this width.
+fn generate(
+    device: &Rc<Emulated>,
+    width: usize,
+    sequences: u32,
+    prompt: u32,
+) -> Result<(), String> {
+    let checkpoint = random_checkpoint(BloomConfig::new(100, width, 2, 4), DType::Bf16).unwrap();
+    let mut cuda = Cuda::new(device.clone(), DType::Bf16, false);
+    cuda.persistent = Persistent::Never;
+    let model = Bloom::load(&cuda, checkpoint, None).map_err(|e| e.to_string())?;
+    let options = EngineOptions { cache_tokens: 1024, ..EngineOptions::default() };
+    let mut engine = Engine::new(&cuda, &model, options).map_err(|e| e.to_string())?;
+    for id in 0..sequences {
+        let ids = (0..prompt).map(|i| (id + i * 7) % 100).collect();
+        let request = Request { ignore_eos: true, ..Request::new(id.into(), ids, 3, 2) };
+        engine.submit(request).unwrap();
+    }
+    while !engine.is_idle() {
+        engine.step(&mut |_| Verdict::Go).map_err(|e| e.to_string())?;
+    }
+    Ok(())
+}
+
+struct Mutation {
+    /// The file that is compiled, and what is changed in it and in headers.
+    source: &'static str,
+    patches: Vec<Patch>,
+    work: Work,
+    /// Whether launches run in two orders of threads.
+    check_order: bool,
+    /// Any of these is a report of this mistake.
+    says: &'static [&'static str],
+}
+
+const fn patch(file: &'static str, from: &'static str, to: &'static str) -> Patch {
+    Patch { file, from, to }
+}
+
+fn device(check_order: bool, processors: u32) -> Rc<Emulated> {
+    let device = gpu(check_order, true);
+    device.processors.set(processors);
+    device
+}
+
+/// Runs every mutation; each has to be reported in one of its words.
+fn all_are_found(name: &str, mutations: &[Mutation]) {
+    let mut missed = Vec::new();
+    for (i, m) in mutations.iter().enumerate() {
+        let prefix: &'static str = format!("{name}{i}:").leak();
+        load(prefix, m.source, &m.patches).unwrap();
+        let device = device(m.check_order, m.work.processors());
+        device.mutant.set(prefix);
+        let found = perform(m.work, &device);
+        let launched = device.launched.borrow();
+        let used = launched.keys().any(|k| Emulator::has(&format!("{prefix}{k}")));
+        assert!(used, "{}: none of its kernels was launched by {:?}", m.source, m.work);
+        let named = found.as_ref().is_err_and(|e| m.says.iter().any(|words| e.contains(words)));
+        if !named {
+            let last = m.patches.last();
+            missed.push(format!("{}, {last:?}: {found:?}, not {:?}", m.source, m.says));
+        }
+    }
+    assert!(missed.is_empty(), "{}", missed.join("\n"));
+}
+
+/// Only some of a file's kernels are compiled, which is quicker.
+const ONE_ATTENTION: [Patch; 5] = [
+    patch("attention_hopper.cu", "ATTENTION_HOPPER_ALL(f16)", ""),
+    patch("attention_hopper.cu", "    ATTENTION_HOPPER(T, 32)     \\\n", ""),
+    patch("attention_hopper.cu", "    ATTENTION_HOPPER(T, 80)     \\\n", ""),
+    patch("attention_hopper.cu", "    ATTENTION_HOPPER(T, 96)     \\\n", ""),
+    patch(
+        "attention_hopper.cu",
+        "    ATTENTION_HOPPER(T, 64)     \\\n    ATTENTION_HOPPER(T, 128)",
+        "    ATTENTION_HOPPER(T, 64)",
+    ),
+];
+const ONE_LINEAR: Patch = patch("linear_hopper.cu", "LINEAR_HOPPER(f16)", "");
+
+/// The right kernels run all of this without a report, also when they are compiled here.
+#[test]
+fn right_kernels_are_left_alone() {
+    let one = [ONE_LINEAR];
+    load("right:", "linear_hopper.cu", &one).unwrap();
+    load("right:", "attention_hopper.cu", &ONE_ATTENTION).unwrap();
+    for work in
+        [TILES, Work::Attention(64, 300, 150), Work::PersistentStep, Work::Model, Work::LargeBatch]
+    {
+        let device = device(true, work.processors());
+        device.mutant.set("right:");
+        assert_eq!(perform(work, &device), Ok(()), "{work:?}");
+    }
+}
+
+/// Whole tiles and parts of them in several stages of the pipeline.
+const TILES: Work = Work::Linear(256, 400, 130);
+
+#[test]
+fn fences_between_proxies_and_before_wgmma() {
+    const NO_INIT_FENCE: Patch = patch("hopper.cuh", "        fence_mbarrier_init();\n", "");
+    const INIT: &[&str] = &["without a fence (fence_mbarrier_init)"];
+    let [a, b, c, d, e] = ONE_ATTENTION;
+    let attention = move |extra: Patch| -> Vec<Patch> { vec![a, b, c, d, e, extra] };
+    let linear = |extra: Patch| -> Vec<Patch> { vec![ONE_LINEAR, extra] };
+    let attended = Work::Attention(64, 300, 150);
+    let mutation =
+        |source, patches, work, says| Mutation { source, patches, work, check_order: false, says };
+    all_are_found(
+        "fences",
+        &[
+            mutation("linear_hopper.cu", linear(NO_INIT_FENCE), TILES, INIT),
+            mutation("attention_hopper.cu", attention(NO_INIT_FENCE), attended, INIT),
+            mutation(
+                "linear_hopper.cu",
+                linear(patch("tma_pipeline.cuh", "wgmma_fence();", "")),
+                TILES,
+                &["wgmma without a wgmma.fence"],
+            ),
+            mutation(
+                "attention_hopper.cu",
+                attention(patch("attention_hopper.cu", "            wgmma_fence();", "")),
+                attended,
+                &["registers that were changed after the last wgmma.fence"],
+            ),
+        ],
+    );
+}
+
+#[test]
+fn waits_of_the_pipeline() {
+    let linear = |extra: Patch| -> Vec<Patch> { vec![ONE_LINEAR, extra] };
+    let pipeline = |from, to| linear(patch("tma_pipeline.cuh", from, to));
+    let mutation = |patches, says| Mutation {
+        source: "linear_hopper.cu",
+        patches,
+        work: TILES,
+        check_order: true,
+        says,
+    };
+    const ORDER: &[&str] = &["depends on the order", "wrong result", "nothing wrote"];
+    all_are_found(
+        "waits",
+        &[
+            mutation(pipeline("            wgmma_wait_group<1>();\n", ""), ORDER),
+            mutation(
+                pipeline("        wgmma_wait_group<0>();\n", ""),
+                &["ends before its wgmma", "depends on the order"],
+            ),
+            mutation(
+                pipeline("mbarrier_wait_parity(&empty", "if (false) mbarrier_wait_parity(&empty"),
+                &["more arrivals at an mbarrier", "depends on the order"],
+            ),
+            mutation(
+                pipeline("            if (s > 0) consumer_release(iteration - 1);\n", ""),
+                &["deadlock"],
+            ),
+            mutation(
+                pipeline("% STAGES], STAGE_BYTES)", "% STAGES], STAGE_BYTES - 128)"),
+                &["deadlock"],
+            ),
+            mutation(
+                pipeline("mbarrier_wait_parity(&full", "if (false) mbarrier_wait_parity(&full"),
+                ORDER,
+            ),
+        ],
+    );
+}
+
+#[test]
+fn registers_that_move_between_warpgroups() {
+    let mutation = |from, to, says| Mutation {
+        source: "linear_hopper.cu",
+        patches: vec![ONE_LINEAR, patch("linear_hopper.cu", from, to)],
+        work: TILES,
+        check_order: false,
+        says,
+    };
+    all_are_found(
+        "registers",
+        &[
+            mutation("setmaxnreg_inc<232>", "setmaxnreg_inc<240>", &["in setmaxnreg for 9216"]),
+            mutation("setmaxnreg_dec<40>", "setmaxnreg_dec<48>", &["in setmaxnreg for 8192"]),
+            mutation("setmaxnreg_dec<40>();", "", &["in setmaxnreg for 8192"]),
+            mutation("setmaxnreg_inc<232>", "setmaxnreg_inc<228>", &["no multiple of 8"]),
+            mutation("setmaxnreg_dec<40>", "setmaxnreg_dec<176>", &["the warpgroup has 168"]),
+            mutation("setmaxnreg_inc<232>", "setmaxnreg_inc<160>", &["the warpgroup has 168"]),
+            mutation("KERNEL_ALONE(", "KERNEL(", &["launch bounds do not say"]),
+        ],
+    );
+}
+
+#[test]
+fn descriptors_of_operands() {
+    let mutation = |from, to, says| Mutation {
+        source: "linear_hopper.cu",
+        patches: vec![ONE_LINEAR, patch("wgmma.cuh", from, to)],
+        work: TILES,
+        check_order: false,
+        says,
+    };
+    all_are_found(
+        "descriptors",
+        &[
+            mutation("SWIZZLE_128 = 1", "SWIZZLE_128 = 2", &["the descriptor says 64"]),
+            mutation("SWIZZLE_128 = 1", "SWIZZLE_128 = 3", &["the descriptor says 32"]),
+            mutation("SWIZZLE_128 = 1", "SWIZZLE_128 = 0", &["the descriptor says 16"]),
+            mutation("(1024 >> 4) << 32", "(512 >> 4) << 32", &["wrong result"]),
+            mutation(
+                "SWIZZLE_128 << 62",
+                "SWIZZLE_128 << 62 | static_cast<uint64_t>(1) << 49",
+                &["reserved fields or a base offset"],
+            ),
+            mutation("+ k * 2, 16", "+ k * 2 + 128, 16", &["within a group of 8 rows"]),
+            mutation("+ k * 2, 16", "+ k, 16", &["wrong result"]),
+            // the values of a head of 96 are two tiles side by side
+            Mutation {
+                source: "attention_hopper.cu",
+                patches: vec![
+                    patch("attention_hopper.cu", "ATTENTION_HOPPER_ALL(f16)", ""),
+                    patch("wgmma.cuh", "k * 128, tile_bytes", "k * 128, 16"),
+                ],
+                work: Work::Attention(96, 70, 70),
+                check_order: false,
+                says: &["wrong result", "which nothing wrote"],
+            },
+        ],
+    );
+}
+
+/// What the driver is told of matrices: CUDA's rules, and what kernels expect.
+#[test]
+fn maps_of_tensors() {
+    type Change = fn(TensorMapConfig) -> TensorMapConfig;
+    let changes: [(Change, &[&str]); 9] = [
+        (|c| TensorMapConfig { swizzle: 2, ..c }, &["rows of 128 bytes do not fit the swizzle"]),
+        (|c| TensorMapConfig { swizzle: 0, ..c }, &["which TMA wrote with a swizzle of 16 bytes"]),
+        (
+            |c| TensorMapConfig { global_dim: [c.global_dim[1], c.global_dim[0]], ..c },
+            &["rows overlap", "wrong result", "never written"],
+        ),
+        (|c| TensorMapConfig { global_stride: c.global_stride + 8, ..c }, &["no multiple of 16"]),
+        (
+            |c| TensorMapConfig { global_stride: c.global_stride + 16, ..c },
+            &["wrong result", "out of bounds", "never written"],
+        ),
+        (
+            |c| TensorMapConfig { box_dim: [c.box_dim[1], c.box_dim[0]], ..c },
+            &["do not fit the swizzle"],
+        ),
+        (
+            |c| TensorMapConfig { box_dim: [c.box_dim[0], c.box_dim[1] / 2], ..c },
+            &["deadlock", "nothing wrote"],
+        ),
+        (|c| TensorMapConfig { element_strides: [2, 1], ..c }, &["element strides"]),
+        (|c| TensorMapConfig { address: c.address + 2, ..c }, &["address is no multiple of 16"]),
+    ];
+    for (change, says) in changes {
+        let device = device(false, TILES.processors());
+        device.mapped.set(change);
+        let found = perform(TILES, &device);
+        let named = found.as_ref().is_err_and(|e| says.iter().any(|words| e.contains(words)));
+        assert!(named, "{found:?}, not {says:?}");
+    }
+}
+
+/// What a kernel reads of those before it comes after the wait for them.
+#[test]
+fn waits_for_the_kernels_before() {
+    const NOBODY: &[&str] = &[
+        "no thread waits for the kernels before",
+        "comes too late",
+        "a write to device memory before griddep_wait",
+    ];
+    const LATE: &[&str] = &["griddep_wait comes too late"];
+    let [a, b, c, d, e] = ONE_ATTENTION;
+    let mutation =
+        |source, patches, work, says| Mutation { source, patches, work, check_order: false, says };
+    let removed =
+        |source: &'static str| -> Vec<Patch> { vec![patch(source, "griddep_wait();", "")] };
+    all_are_found(
+        "dependents",
+        &[
+            mutation("layer_norm.cu", removed("layer_norm.cu"), Work::Model, NOBODY),
+            mutation("sampling.cu", removed("sampling.cu"), Work::Model, NOBODY),
+            mutation("attention_decode.cu", removed("attention_decode.cu"), Work::Model, NOBODY),
+            mutation("linear_skinny.cu", removed("linear_skinny.cu"), Work::Model, NOBODY),
+            mutation(
+                "linear_skinny.cu",
+                vec![
+                    patch("linear_skinny.cu", "    griddep_wait();\n", ""),
+                    patch(
+                        "linear_skinny.cu",
+                        "    float c[TILES][2][4] = {};\n",
+                        "    griddep_wait();\n    float c[TILES][2][4] = {};\n",
+                    ),
+                ],
+                Work::Model,
+                LATE,
+            ),
+            mutation(
+                "linear_hopper.cu",
+                vec![ONE_LINEAR, patch("linear_hopper.cu", "griddep_wait();", "")],
+                TILES,
+                NOBODY,
+            ),
+            mutation(
+                "attention_hopper.cu",
+                vec![a, b, c, d, e, patch("attention_hopper.cu", "griddep_wait();", "")],
+                Work::Attention(64, 300, 150),
+                NOBODY,
+            ),
+            mutation(
+                "linear_cluster.cu",
+                vec![patch("tiles_hopper.cuh", "            griddep_wait();\n", "")],
+                Work::LargeBatch,
+                LATE,
+            ),
+            mutation(
+                "linear_cluster.cu",
+                vec![patch(
+                    "linear_cluster.cu",
+                    "    if (next.weight && blockIdx.y == 0) {",
+                    "    if (next.weight) *next.counters = 0;\n    if (next.weight) {",
+                )],
+                Work::LargeBatch,
+                &["a write to device memory before griddep_wait"],
+            ),
+        ],
+    );
+}
+
+/// What blocks tell each other through device memory passes a fence and a flag.
+#[test]
+fn memory_that_other_multiprocessors_wrote() {
+    const ONE_STEP: [Patch; 4] = [
+        patch("decode_step.cu", "DECODE_STEP_ALL(4)", ""),
+        patch("decode_step.cu", "    DECODE_STEP(f16, f16, f16, DEPTH)           \\\n", ""),
+        patch("decode_step.cu", "    DECODE_STEP(bf16, int8_t, bf16_int8, DEPTH) \\\n", ""),
+        patch("decode_step.cu", "    DECODE_STEP(f16, int8_t, f16_int8, DEPTH)", ""),
+    ];
+    let step = |extra: Patch| -> Vec<Patch> {
+        let [a, b, c, d] = ONE_STEP;
+        vec![a, b, c, d, extra]
+    };
+    let mutation =
+        |source, patches, work, says| Mutation { source, patches, work, check_order: false, says };
+    const SPLIT: Work = Work::Attention(64, 1040, 1);
+    all_are_found(
+        "visibility",
+        &[
+            mutation(
+                "decode_step.cu",
+                step(patch("decode_step.cu", "release_increment(counter);", "*counter += 1;")),
+                Work::PersistentStep,
+                &["without a fence and a flag", "deadlock"],
+            ),
+            mutation(
+                "decode_step.cu",
+                step(patch(
+                    "decode_step.cu",
+                    "wait_for_counter(counter, arrived);",
+                    "while (static_cast<int32_t>(*counter - arrived) < 0) device_fence();",
+                )),
+                Work::PersistentStep,
+                &["this launch changes by atomics, by an ordinary load"],
+            ),
+            mutation(
+                "decode_step.cu",
+                step(patch("attention_decode.cuh", "v[r][i] = load(", "v[r][i] = load_streaming(")),
+                Work::PersistentStep,
+                &["through the read-only cache"],
+            ),
+            mutation(
+                "attention_decode.cu",
+                vec![patch(
+                    "attention_decode.cuh",
+                    "atomic_increment(&a.counters[index])",
+                    "a.counters[index]++",
+                )],
+                SPLIT,
+                &["another block wrote, without a fence and a flag between"],
+            ),
+            mutation(
+                "linear_cluster.cu",
+                vec![patch(
+                    "linear_cluster.cu",
+                    "atomic_increment(counter) == gridDim.y - 1",
+                    "(*counter)++ == gridDim.y - 1",
+                )],
+                Work::LargeBatch,
+                &["another block wrote, without a fence and a flag between"],
+            ),
+        ],
+    );
+}
+
+#[test]
+fn barriers_and_copies_of_a_block() {
+    let mutation = |patches, says| Mutation {
+        source: "linear_skinny.cu",
+        patches,
+        work: Work::Linear(48, 400, 3),
+        check_order: true,
+        says,
+    };
+    all_are_found(
+        "barriers",
+        &[
+            mutation(
+                vec![patch(
+                    "linear_skinny.cu",
+                    "    block_sync();\n    return sums;",
+                    "    if (lane_index() < 16) {\n        block_sync();\n    } else {\n        \
+                     block_sync();\n    }\n    return sums;",
+                )],
+                &["on different ways: it is .aligned"],
+            ),
+            mutation(
+                vec![patch(
+                    "linear_skinny.cu",
+                    "cp_async_wait_group<DEPTH - 1>",
+                    "cp_async_wait_group<DEPTH>",
+                )],
+                &["nothing wrote", "depends on the order"],
+            ),
+            mutation(
+                vec![patch(
+                    "linear_skinny.cu",
+                    "    block_sync();\n    return sums;",
+                    "    return sums;",
+                )],
+                &["depends on the order", "wrong result"],
+            ),
+        ],
+    );
+}
