@@ -119,9 +119,8 @@ def gpu_llm(rows, weights="bf16"):
     return {row["batch"]: row for row in rows if row["weights"] == weights}
 
 
-@table("gpu-h200")
-def gpu_h200():
-    measured = result("gpu_h200")
+def gpu_rows(measured):
+    """Prefill and decode of a GPU, where it was measured compared with transformers."""
     peer = measured["peers"]["transformers_eager"]
     rows = [
         ["sequences", "prefill", "transformers", "ratio"]
@@ -139,22 +138,11 @@ def gpu_h200():
     return rows
 
 
-@table("gpu-h100")
-def gpu_h100():
-    rows = [["sequences", "prefill", "of the floor", "decode", "of the floor"]]
-    for batch, own in gpu_llm(result("gpu_h100")["parameters_prefetched"]["llm"]).items():
-        cells = [str(batch)]
-        for phase in ["prefill", "decode"]:
-            cells += [number(own[phase]["tokens_per_second"]), percent(own[phase]["fraction"])]
-        rows.append(cells)
-    return rows
-
-
-@table("gpu-operations")
-def gpu_operations():
+def gpu_operations(measured):
+    """Single operations of a GPU compared with PyTorch's, by the shape of the batch."""
     shapes, operations = [], {}
-    for row in result("gpu_h200")["peers"]["operations"]:
-        if "squares" in row["operation"]:
+    for row in measured["peers"]["operations"]:
+        if row["operation"] == "square GEMM":
             continue
         sequences, tokens = row["sequences"], row["tokens"]
         shape = f"{sequences} x {tokens}"
@@ -167,17 +155,53 @@ def gpu_operations():
     ]
 
 
+H100_STATES = {
+    "first_run": "first run",
+    "weights_through_rings": "weights through rings",
+    "parameters_prefetched": "parameters prefetched",
+    "softmax_beside_products": "softmax beside products",
+    "epilogues_overlapped": "now",
+}
+
+
+@table("gpu-h100")
+def gpu_h100():
+    return gpu_rows(result("gpu_h100")["epilogues_overlapped"])
+
+
+@table("gpu-h100-operations")
+def gpu_h100_operations():
+    return gpu_operations(result("gpu_h100")["epilogues_overlapped"])
+
+
+@table("gpu-h100-states")
+def gpu_h100_states():
+    measured, batches = result("gpu_h100"), [1, 8, 64, 256]
+    rows = [["kernels", *(f"decode, {b}" for b in batches), "prefill, 64"]]
+    for state, what in H100_STATES.items():
+        own = gpu_llm(measured[state]["llm"])
+        rates = [own[b]["decode"]["tokens_per_second"] for b in batches]
+        rates.append(own[64]["prefill"]["tokens_per_second"])
+        rows.append([what, *map(number, rates)])
+    return rows
+
+
+@table("gpu-h200")
+def gpu_h200():
+    return gpu_rows(result("gpu_h200"))
+
+
 @table("beats")
 def beats():
     """The README's: what this program is compared with, and by how much it is faster."""
-    gpu = result("gpu_h200")["peers"]["transformers_eager"]
+    gpu = result("gpu_h100")["epilogues_overlapped"]["peers"]["transformers_eager"]
     rows = [["BLOOM-1b1, tokens a second", "machine", "compared with", "ours", "theirs", "ratio"]]
     for key, what in [
         ("decode_1", "decode, one sequence"),
         ("decode_64", "decode, 64 sequences"),
         ("prefill_64", "prefill, 64 prompts of 128 tokens"),
     ]:
-        rows.append([f"bf16 {what}", "H200", "transformers, bf16", *compared(gpu[key])])
+        rows.append([f"bf16 {what}", "H100", "transformers, bf16", *compared(gpu[key])])
     llama, cores = result("llama_cpp_zen5_2cores"), "2 CPU cores"
     for dtype, peer in [("bf16", "llama.cpp, bf16"), ("int8", "llama.cpp, Q8_0")]:
         for key in ["decode_1", "decode_16", "prefill_128"]:

@@ -44,7 +44,7 @@ CONSTANTS = {
     "norm": Constant(1.5, "us", "layer norm of few rows by each block", FITTED),
     "cluster_barrier": Constant(0.7, "us", "barrier of a cluster", "assumed"),
     "grid_barrier": Constant(
-        1.2, "us", "barrier of the grid, late blocks included", "assumed: four trips to L2"
+        2.7, "us", "barrier of the grid, late blocks included", "sampled by a profiler on an H100"
     ),
     "issue": Constant(
         0.55, "instr./cycle", "a scheduler that has two warps", "assumed: dependent instructions"
@@ -87,16 +87,17 @@ class Gpu:
 
 
 def gpus():
-    h200 = result("gpu_h200")
-    rows = h200["peers"]["operations"]
-    ours = {(r["operation"], r["sequences"], r["tokens"]): r["ours_us"] for r in rows}
-    theirs = {(r["operation"], r["sequences"], r["tokens"]): r["theirs_us"] for r in rows}
-    yield Gpu("H200", *measured_llm(h200), ours, theirs)
-    h100, ours = result("gpu_h100"), {}
-    for state in ["weights_through_rings", "parameters_prefetched"]:  # the newest last
-        for r in h100[state]["operations"]:
+    for name, measured in [
+        ("H100", result("gpu_h100")["epilogues_overlapped"]),
+        ("H200", result("gpu_h200")),
+    ]:
+        ours, theirs = {}, {}
+        for r in measured.get("operations", []):
             ours[r["operation"], r["sequences"], r["tokens"]] = r["microseconds"]
-    yield Gpu("H100", *measured_llm(h100["parameters_prefetched"]), ours, {})
+        for r in measured["peers"]["operations"]:
+            key = r["operation"], r["sequences"], r["tokens"]
+            ours[key], theirs[key] = r["ours_us"], r["theirs_us"]
+        yield Gpu(name, *measured_llm(measured), ours, theirs)
 
 
 def measured_llm(results):
@@ -156,24 +157,23 @@ def cluster_in_flight(name):
     return tiles * blocks * 4 * 128 * 64 * 2
 
 
-def layer_of_launches(gpu, batch, alone=False):
-    """Microseconds of each kernel of a layer, for 1 sequence or for 17 to 64. Many sequences are
-    normalized by the linear layer before, or by a launch more if each operation runs `alone`."""
+def layer_of_launches(gpu, batch):
+    """Microseconds of each kernel of a layer, for 1 sequence or for 17 to 64, which are normalized
+    by a launch more."""
     if batch == 1:
-        in_flight, before, behind, both = skinny_in_flight, ["norm"], [], []
+        in_flight, before, both = skinny_in_flight, ["norm"], []
     else:
         in_flight, both = cluster_in_flight, ["cluster_barrier"] * 2
-        before = ["launch", "norm"] if alone else []
-        behind = [] if alone else ["cluster_barrier", "norm"]
+        before = ["launch", "norm"]
     linear = lambda name, extra: launch(
         gpu, weight_bytes(name), in_flight(name), *both, *extra
     )
     return {
         "norm + QKV into cache": linear("QKV", before),
         "attention": launch(gpu, cache_bytes(batch), cache_bytes(batch), "latency"),
-        "dense + residual": linear("dense", behind),
+        "dense + residual": linear("dense", []),
         "norm + up + GELU": linear("up", before),
-        "down + residual": linear("down", behind),
+        "down + residual": linear("down", []),
     }
 
 
@@ -207,21 +207,17 @@ def persistent_step(gpu):
     return constant("launch") + constant("latency") + LAYERS * layer
 
 
-def gemm_tile(gpu, inputs, epilogue_bytes, residual_bytes):
-    """Microseconds of a tile of 128 by 256 on a multiprocessor: the main loop, then the epilogue,
-    which nothing overlaps with. The residual is read 2 KB a warp at a time."""
-    main = 128 * 256 * inputs * 2 / constant("tensor") / (clock() * constant("gemm_clock"))
-    share = gpu.bandwidth / constant("processors")
-    loads = residual_bytes * constant("latency") / (8 * 2048)
-    return main + max(epilogue_bytes / share, loads) + constant("latency")
-
-
 def gemm(gpu, tokens, inputs, outputs, residual):
-    """TFLOP/s of linear_hopper with results in f32."""
+    """TFLOP/s of linear_hopper with results in f32. Tiles are written while the next ones are
+    computed, if memory is fast enough; what the last ones take is added. Their residuals are read
+    4 KB a warp at a time."""
     tile = 128 * 256 * 4
     waves = -(-(tokens // 128) * (outputs // 256) // constant("processors"))
-    time = waves * gemm_tile(gpu, inputs, tile * (1 + residual), tile * residual)
-    return 2 * tokens * inputs * outputs / (time + constant("launch")) / 1e6
+    main = 128 * 256 * inputs * 2 / constant("tensor") / (clock() * constant("gemm_clock"))
+    writing = tile * (1 + residual) / (gpu.bandwidth / constant("processors"))
+    last = max(writing, tile * residual * constant("latency") / (8 * 4096))
+    time = waves * max(main, writing) + last + constant("launch") + constant("latency")
+    return 2 * tokens * inputs * outputs / time / 1e6
 
 
 def attention_step(size):
@@ -273,15 +269,15 @@ def decoding(gpu, what, batch, estimate, goal, measured):
 
 
 def decoding_cases(gpu):
-    step = LAYERS * sum(layer_of_launches(gpu, 1).values()) + head(gpu)
+    # both ways have the same LM head, which is what the faster one takes besides the layers
     row = gpu.llm[1]
-    rate = row["decode"]["tokens_per_second"]
+    ways = {way: row["steps"][0][f"{way}_microseconds"] for way in ["launches", "one_kernel"]}
+    rest = row["decode"]["milliseconds"] * 1e3 - min(ways.values())
+    step = LAYERS * sum(layer_of_launches(gpu, 1).values()) + head(gpu)
+    rate = 1e6 / (ways["launches"] + rest)
     yield decoding(gpu, "decode 1, launches", 1, step, "goal 1", rate)
-    # both ways have the same LM head, which is what the step takes besides the layers
-    ways = row["steps"][0]
-    rest = row["decode"]["milliseconds"] * 1e3 - ways["launches_microseconds"]
-    rate = 1e6 / (ways["one_kernel_microseconds"] + rest)
     step = persistent_step(gpu) + head(gpu)
+    rate = 1e6 / (ways["one_kernel"] + rest)
     yield decoding(gpu, "decode 1, one kernel", 1, step, "goal 1", rate)
     step = LAYERS * sum(layer_of_launches(gpu, 64).values()) + head(gpu)
     rate = gpu.llm[64]["decode"]["tokens_per_second"]
@@ -300,7 +296,7 @@ def compute_case(gpu, what, key, flops, estimate, peak_goal=None, peer_goal=None
 
 
 def compute_cases(gpu):
-    key, flops = ("product of squares", 1, 8192), 2 * 8192**3
+    key, flops = ("square GEMM", 1, 8192), 2 * 8192**3
     rate = gemm(gpu, 8192, 8192, 8192, 0)
     yield compute_case(gpu, "GEMM, 8192 cubed", key, flops, rate, peer_goal="goal GEMM")
     key, flops = ("dense + residual", 64, 128), 2 * 8192 * WIDTH**2
@@ -337,7 +333,7 @@ def layer_rows():
         for batch in [1, 64]:
             floors = [*map(weight_bytes, LINEARS)]
             floors.insert(1, cache_bytes(batch))
-            times = layer_of_launches(gpu, batch, alone=True)
+            times = layer_of_launches(gpu, batch)
             for (what, time), read in zip(times.items(), floors):
                 measured = gpu.operations.get((what, batch, 1))
                 rows.append(

@@ -5,14 +5,16 @@
 constexpr int WARPS = ATTENTION_DECODE_WARPS;
 constexpr int SPLIT = ATTENTION_DECODE_SPLIT;
 
-#define ATTENTION_DECODE(T, SIZE)                                                               \
-    KERNEL_SHARED(attention_decode_##T##_##SIZE, WARPS* WARP,                                   \
-                  SIZE > 96 ? 3 : 4)(AttentionArgs a) {                                         \
-        griddep_launch_dependents(); /* the next linear loads its first weights meanwhile */    \
-        griddep_wait();                                                                         \
-        float* shared = reinterpret_cast<float*>(shared_memory());                              \
-        attention_decode<T, SIZE, WARPS, SPLIT>(a, blockIdx.x, blockIdx.y, blockIdx.z, shared); \
-    }                                                                                           \
+#define ATTENTION_DECODE(T, SIZE)                                                            \
+    KERNEL_SHARED(attention_decode_##T##_##SIZE, WARPS* WARP,                                \
+                  SIZE > 96 ? 3 : 4)(AttentionArgs a) {                                      \
+        griddep_launch_dependents(); /* the next linear loads its first weights meanwhile */ \
+        griddep_wait();                                                                      \
+        float* shared = reinterpret_cast<float*>(shared_memory());                           \
+        uint32_t head = blockIdx.x, number = blockIdx.y, split = blockIdx.z;                 \
+        DecodeQuery query = load_decode_query<WARPS, SPLIT>(a, head, number, split);         \
+        attention_decode<T, SIZE, WARPS, SPLIT>(a, query, head, number, split, shared);      \
+    }                                                                                        \
     EXPORT(attention_decode_##T##_##SIZE)
 #define ATTENTION_DECODE_ALL(T) \
     ATTENTION_DECODE(T, 32)     \

@@ -14,6 +14,12 @@
 // tokens its columns. Blocks meet at a counter in device memory that only ever grows; the launch is
 // cooperative, so that all blocks are sure to run.
 //
+// What follows a barrier is a chain of latencies that nothing hides once the rings are full, so it
+// is kept short. Whatever does not depend on other blocks is loaded before the barrier: a norm's
+// weight and bias, addresses of the layers (in shared memory), which cache blocks a warp attends to
+// (in registers). All warps normalize a row together. Biases, residuals and addresses of results
+// are loaded before the products that they follow.
+//
 // The order of sums does not depend on the tokens, but it differs from that of the kernels for one
 // layer at a time.
 #include "attention_decode.cuh"
@@ -31,7 +37,7 @@ constexpr int GROUP_ROWS = TILES * CHUNK_ROWS;
 static_assert(CHUNK_BYTES == DECODE_CHUNK_BYTES && GROUP_ROWS == DECODE_GROUP_OUTPUTS,
               "as the host reserves it");
 constexpr int SPLIT = DECODE_SPLIT;
-// elements of padding between rows in shared memory, against bank conflicts
+constexpr int STEPS = SPLIT / CACHE_BLOCK / WARPS; // of a warp through a split
 constexpr int LINEARS = DECODE_LINEARS;
 
 // This block's outputs of a linear.
@@ -57,7 +63,8 @@ struct Stream {
     static constexpr uint32_t INPUTS = CHUNK_ROW_BYTES / sizeof(W); // inputs in a chunk
     static constexpr uint32_t ROWS_AT_ONCE = WARP * 16 / CHUNK_ROW_BYTES;
     const DecodeModel& m;
-    uint32_t number; // number of the linear: layer * 4 + part
+    const DecodeLayer* layers; // in device memory, later in shared memory
+    uint32_t number;           // number of the linear: layer * 4 + part
     // the next chunk to load
     const char* from; // this lane's 16 bytes of the first rows
     uint32_t left;    // rows of the group from this chunk on; 0 at the end of the stream
@@ -74,7 +81,8 @@ struct Stream {
     char* writes;
     uint32_t slot;
 
-    DEVICE_MEMBER Stream(const DecodeModel& m, char* ring) : m(m), number(0), slot(0) {
+    DEVICE_MEMBER Stream(const DecodeModel& m, char* ring)
+        : m(m), layers(m.layers), number(0), slot(0) {
         // bank conflicts are avoided by exchanging the halves of odd rows
         uint32_t lane = lane_index(), row = lane / 8, column = lane % 8, g = lane / 4, t = lane % 4;
         writes = opaque_shared(ring + row * CHUNK_ROW_BYTES + (column ^ (row & 1) << 2) * 16);
@@ -111,7 +119,7 @@ struct Stream {
         return first < inputs ? (inputs - first + WARPS * INPUTS - 1) / (WARPS * INPUTS) : 0;
     }
     DEVICE_MEMBER void begin_group() {
-        const DecodeLinear& linear = m.layers[number / LINEARS].linears[number % LINEARS];
+        const DecodeLinear& linear = layers[number / LINEARS].linears[number % LINEARS];
         from = static_cast<const char*>(linear.weight) +
                static_cast<size_t>(share.first + group + lane_index() / 8) * row_bytes +
                warp_index() * CHUNK_ROW_BYTES + lane_index() % 8 * 16;
@@ -210,9 +218,17 @@ DEVICE void linear_share(Stream<W, DEPTH>& stream, const DecodeModel& m, uint32_
     uint32_t first_input = warp * INPUTS + t * (INPUTS / 8);
     uint32_t rest = g < tokens && first_input < inputs ? inputs - first_input : 0;
     const T* first = x + static_cast<size_t>(g < tokens ? g : 0) * stride + first_input;
+    // each thread finishes two neighbours of one token
+    uint32_t token = threadIdx.x / (GROUP_ROWS / 2), pair = threadIdx.x % (GROUP_ROWS / 2) * 2;
     for (uint32_t group = 0; group < share.rows; group += GROUP_ROWS) {
         uint32_t left = share.rows - group, tiles = (left + CHUNK_ROWS - 1) / CHUNK_ROWS;
-        float c[TILES][4] = {};
+        uint32_t row = share.first + group + pair;
+        bool finishes = token < tokens && pair < left;
+        PairInputs finish = {};
+        if (finishes) finish = load_pair_inputs<T>(e, token, row, true);
+        if (group > 0) block_sync(); // the sums of the group before have been read
+        // the halves of a chunk have sums of their own, so that fewer products wait for others
+        float c[TILES][2][4] = {};
         Pack16B b[AHEAD][VECTORS];
         auto fetch = [&](Pack16B(&of_step)[VECTORS], uint32_t step) {
             UNROLL
@@ -235,16 +251,16 @@ DEVICE void linear_share(Stream<W, DEPTH>& stream, const DecodeModel& m, uint32_
                     Pack16B rows[2][2];
                     stream.consume(rows);
                     UNROLL
-                    for (int half = 0; half < 2; half++) {
+                    for (int s = 0; s < Operand::STEPS; s++) {
                         UNROLL
-                        for (int s = 0; s < Operand::STEPS; s++) {
+                        for (int half = 0; half < 2; half++) {
                             uint32_t upper[2], lower[2];
                             Operand::operand(upper, rows[half][0], s);
                             Operand::operand(lower, rows[half][1], s);
                             uint32_t a4[4] = {upper[0], lower[0], upper[1], lower[1]};
                             const Pack16B& vector = b[a][half * (VECTORS / 2) + s / 2];
                             uint32_t b2[2] = {vector.pairs[s % 2 * 2], vector.pairs[s % 2 * 2 + 1]};
-                            mma_m16n8k16<T>(c[tile], a4, b2);
+                            mma_m16n8k16<T>(c[tile][half], a4, b2);
                         }
                     }
                 }
@@ -256,103 +272,149 @@ DEVICE void linear_share(Stream<W, DEPTH>& stream, const DecodeModel& m, uint32_
             UNROLL
             for (int i = 0; i < 4; i++) {
                 sums[(warp * TOKENS + 2 * t + i % 2) * GROUP_ROWS + tile * CHUNK_ROWS + i / 2 * 8 +
-                     g] = c[tile][i];
+                     g] = c[tile][0][i] + c[tile][1][i];
             }
         }
         block_sync();
-        // adds the warps' sums in order; each thread has two neighbours of one token
-        uint32_t token = threadIdx.x / (GROUP_ROWS / 2), pair = threadIdx.x % (GROUP_ROWS / 2) * 2;
-        if (token < tokens && pair < left) {
+        // adds the warps' sums in order
+        if (finishes) {
             float total[2] = {0, 0};
-            uint32_t row = share.first + group + pair;
             UNROLL
             for (int i = 0; i < 2; i++) {
                 for (int other = 0; other < WARPS; other++)
                     total[i] += sums[(other * TOKENS + token) * GROUP_ROWS + pair + i];
                 if (scales && row + i < e.width) total[i] *= scales[row + i];
             }
-            epilogue_pair<T>(e, token, row, total[0], total[1], true);
+            finish_pair<T>(e, finish, total[0], total[1], true);
         }
-        block_sync();
     }
 }
 
+// A block's part of attention: a head of a query over a split of its positions.
+struct Unit {
+    uint32_t head, query, split;
+};
+DEVICE Unit unit_of(const AttentionArgs& a, uint32_t number, uint32_t tokens) {
+    return Unit{number % a.heads, number / a.heads % tokens, number / a.heads / tokens};
+}
+
+// `mine` is what the block knows of its first unit; units are further ones where there are more of
+// them than blocks.
 template <class T, int SIZE>
-DEVICE void attention_share(const AttentionArgs& a, uint32_t tokens, float* shared) {
+DEVICE void attention_share(const AttentionArgs& a, const DecodeQuery& mine, uint32_t tokens,
+                            float* shared) {
     uint32_t units = tokens * a.heads * a.splits;
-    for (uint32_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
-        attention_decode<T, SIZE, WARPS, SPLIT>(a, unit % a.heads, unit / a.heads % tokens,
-                                                unit / a.heads / tokens, shared);
-        block_sync();
+    for (uint32_t number = blockIdx.x; number < units; number += gridDim.x) {
+        Unit unit = unit_of(a, number, tokens);
+        DecodeQuery query = mine;
+        if (number != blockIdx.x) {
+            block_sync(); // the results of the unit before have been read
+            query = load_decode_query<WARPS, SPLIT>(a, unit.head, unit.query, unit.split);
+        }
+        attention_decode<T, SIZE, WARPS, SPLIT>(a, query, unit.head, unit.query, unit.split,
+                                                shared);
     }
 }
 
-// Shared memory holds the rings of the warps, then sums, then normalized rows.
+// The attention arguments of a layer.
+DEVICE AttentionArgs attention_of(const AttentionArgs& a, const DecodeStep& step, uint32_t layer) {
+    AttentionArgs of = a;
+    of.keys = static_cast<const char*>(a.keys) + layer * step.layer_bytes;
+    of.values = static_cast<const char*>(a.values) + layer * step.layer_bytes;
+    return of;
+}
+
+// Brings what layer `l` reads besides its weights to the L2 cache: biases, scales and norms, the
+// first norm of the next layer, and the keys and values of this block's first unit.
+DEVICE void prefetch_layer(const DecodeModel& m, const DecodeLayer* layers, uint32_t l,
+                           const AttentionArgs& a, const DecodeQuery& query, const Unit& unit,
+                           uint32_t head_size) {
+    const DecodeLayer& layer = layers[l];
+    uint32_t thread = threadIdx.x * gridDim.x + blockIdx.x, threads = THREADS * gridDim.x;
+    for (uint32_t p = 0; p < LINEARS; p++) {
+        const DecodeLinear& linear = layer.linears[p];
+        prefetch_l2(linear.bias, outputs_of(m, p) * 4, thread, threads);
+        if (linear.scales) prefetch_l2(linear.scales, outputs_of(m, p) * 4, thread, threads);
+    }
+    for (uint32_t i = 0; i < 2; i++) {
+        prefetch_l2(layer.post_norm[i], m.width * 4, thread, threads);
+        if (l + 1 < m.count) prefetch_l2(layers[l + 1].input_norm[i], m.width * 4, thread, threads);
+    }
+    uint32_t bytes = CACHE_BLOCK * head_size * 2;
+    for (uint32_t i = 0; i < STEPS; i++) {
+        uint32_t first = (unit.split * STEPS + i) * WARPS * CACHE_BLOCK;
+        if (first + warp_index() * CACHE_BLOCK > query.position || unit.split >= a.splits) break;
+        size_t at = (static_cast<size_t>(shuffle(query.blocks, i)) * a.heads + unit.head) * bytes;
+        prefetch_l2(static_cast<const char*>(a.keys) + at, bytes, lane_index(), WARP);
+        prefetch_l2(static_cast<const char*>(a.values) + at, bytes, lane_index(), WARP);
+    }
+}
+
+// Shared memory holds the rings of the warps, then sums, normalized rows, and the layers'
+// addresses.
 template <class T, class W, int DEPTH>
 DEVICE void decode_step(const DecodeModel& m, const DecodeStep& step, const TokenIds& ids,
                         const AttentionArgs& attention) {
     char* shared = shared_memory();
     float* sums = reinterpret_cast<float*>(shared + WARPS * DEPTH * CHUNK_BYTES);
     T* rows = reinterpret_cast<T*>(sums + WARPS * TOKENS * GROUP_ROWS);
+    uint32_t width = m.width, stride = width + DECODE_PADDING;
+    DecodeLayer* layers = reinterpret_cast<DecodeLayer*>(rows + TOKENS * stride);
     Stream<W, DEPTH> stream(m, shared + warp_index() * DEPTH * CHUNK_BYTES);
+    for (uint32_t i = threadIdx.x; i < m.count * sizeof(DecodeLayer) / 16; i += THREADS) {
+        reinterpret_cast<Pack16B*>(layers)[i] =
+            load(reinterpret_cast<const Pack16B*>(m.layers) + i);
+    }
+    block_sync();
+    stream.layers = layers;
+    NormColumns<WARPS, DECODE_MAX_WIDTH / (THREADS * 4)> norm;
+    norm.load(layers[0].input_norm[0], layers[0].input_norm[1], width);
     griddep_wait();
-    uint32_t arrived = step.arrived, tokens = step.tokens, width = m.width,
-             stride = width + DECODE_PADDING;
+    uint32_t arrived = step.arrived, tokens = step.tokens, head_size = width / attention.heads;
+    Unit unit = unit_of(attention, blockIdx.x, tokens);
+    DecodeQuery query = {};
+    if (blockIdx.x < tokens * attention.heads * attention.splits)
+        query = load_decode_query<WARPS, SPLIT>(attention, unit.head, unit.query, unit.split);
     // tokens go to different blocks first, then to different warps
     for (uint32_t token = warp_index() * gridDim.x + blockIdx.x; token < tokens;
          token += THREADS / WARP * gridDim.x) {
         embed_row(step.x, ids, token, static_cast<const W*>(m.embedding), m.embedding_scales,
                   m.embedding_norm_weight, m.embedding_norm_bias, width, m.eps);
     }
+    prefetch_layer(m, layers, 0, attention, query, unit, head_size);
     grid_sync(step.barrier, arrived);
-    uint32_t head_size = width / attention.heads;
     void* residual_normed = m.residual_post_norm ? step.normed : nullptr;
     // All linears go through one call, so that the code of a layer fits the instruction cache.
     for (uint32_t number = 0; number < m.count * LINEARS; number++) {
         uint32_t l = number / LINEARS, part = number % LINEARS;
-        const DecodeLayer& layer = m.layers[l];
+        const DecodeLayer& layer = layers[l];
         EpilogueArgs e = {};
-        if (part == 0) {
-            // what the layer reads besides its weights, and the first norm of the next layer
-            uint32_t thread = threadIdx.x * gridDim.x + blockIdx.x, threads = THREADS * gridDim.x;
-            for (uint32_t p = 0; p < LINEARS; p++) {
-                const DecodeLinear& linear = layer.linears[p];
-                prefetch_l2(linear.bias, outputs_of(m, p) * 4, thread, threads);
-                if (linear.scales)
-                    prefetch_l2(linear.scales, outputs_of(m, p) * 4, thread, threads);
-            }
-            for (uint32_t i = 0; i < 2; i++) {
-                prefetch_l2(layer.post_norm[i], width * 4, thread, threads);
-                if (l + 1 < m.count)
-                    prefetch_l2(m.layers[l + 1].input_norm[i], width * 4, thread, threads);
-            }
-        }
         if (part == 1) {
-            AttentionArgs a = attention;
-            a.keys = static_cast<const char*>(attention.keys) + l * step.layer_bytes;
-            a.values = static_cast<const char*>(attention.values) + l * step.layer_bytes;
+            AttentionArgs a = attention_of(attention, step, l);
             switch (head_size) {
-            case 32: attention_share<T, 32>(a, tokens, sums); break;
-            case 64: attention_share<T, 64>(a, tokens, sums); break;
-            case 80: attention_share<T, 80>(a, tokens, sums); break;
-            case 96: attention_share<T, 96>(a, tokens, sums); break;
-            default: attention_share<T, 128>(a, tokens, sums); break;
+            case 32: attention_share<T, 32>(a, query, tokens, sums); break;
+            case 64: attention_share<T, 64>(a, query, tokens, sums); break;
+            case 80: attention_share<T, 80>(a, query, tokens, sums); break;
+            case 96: attention_share<T, 96>(a, query, tokens, sums); break;
+            default: attention_share<T, 128>(a, query, tokens, sums); break;
             }
             grid_sync(step.barrier, arrived);
         }
         const T* x = rows;
         uint32_t x_stride = stride;
         if (part % 2 == 0) {
-            const float* const* norm = part == 0 ? layer.input_norm : layer.post_norm;
-            LinearArgs in = {part == 0 ? step.x : step.x2,
-                             norm[0],
-                             norm[1],
-                             residual_normed,
-                             m.eps,
-                             tokens,
-                             width,
-                             0};
-            stage_normalized<T, WARPS>(in, rows, stride);
+            const float* from = part == 0 ? step.x : step.x2;
+            normalize_together<3>(
+                norm, tokens, width, m.eps, reinterpret_cast<Float4*>(sums),
+                [&](uint32_t token) { return from + static_cast<size_t>(token) * width; },
+                [&](uint32_t token, uint32_t column, Float4 v) {
+                    store_four(rows + static_cast<size_t>(token) * stride + column, v);
+                    if (residual_normed && blockIdx.x == 0)
+                        store_four(static_cast<T*>(residual_normed) +
+                                       static_cast<size_t>(token) * width + column,
+                                   v);
+                });
+            block_sync();
         } else {
             x = static_cast<const T*>(part == 1 ? step.attended : step.wide);
             x_stride = inputs_of(m, part);
@@ -362,12 +424,11 @@ DEVICE void decode_step(const DecodeModel& m, const DecodeStep& step, const Toke
             e.out = part == 1 ? step.x2 : step.x;
         }
         if (part == 0) {
+            AttentionArgs a = attention_of(attention, step, l);
             e.mode = EPILOGUE_QKV;
             e.out = step.queries;
-            e.keys =
-                const_cast<char*>(static_cast<const char*>(attention.keys) + l * step.layer_bytes);
-            e.values = const_cast<char*>(static_cast<const char*>(attention.values) +
-                                         l * step.layer_bytes);
+            e.keys = const_cast<void*>(a.keys);
+            e.values = const_cast<void*>(a.values);
             e.slots = step.slots;
             e.heads = attention.heads;
             e.head_size = head_size;
@@ -379,7 +440,15 @@ DEVICE void decode_step(const DecodeModel& m, const DecodeStep& step, const Toke
         e.width = outputs_of(m, part);
         linear_share<T, W, DEPTH>(stream, m, part, layer.linears[part].scales, x, x_stride, tokens,
                                   sums, e);
-        if (number + 1 < m.count * LINEARS) grid_sync(step.barrier, arrived);
+        if (number + 1 == m.count * LINEARS) break;
+        if (part == 1) {
+            norm.load(layer.post_norm[0], layer.post_norm[1], width);
+        } else if (part == 3) {
+            norm.load(layers[l + 1].input_norm[0], layers[l + 1].input_norm[1], width);
+            prefetch_layer(m, layers, l + 1, attention_of(attention, step, l + 1), query, unit,
+                           head_size);
+        }
+        grid_sync(step.barrier, arrived);
     }
 }
 

@@ -8,196 +8,330 @@
 // each byte (85 without clusters, where there is only one tile of tokens).
 // One block fills a multiprocessor and takes tile after tile, in groups of 16 tiles of tokens, so
 // that the tiles in work at the same time read few rows of either operand from memory. One thread
-// of the first warpgroup is the producer and loads slices of 64 inputs, four ahead; the other two
+// of the first warpgroup is the producer and loads slices of 64 inputs, three ahead; the other two
 // warpgroups compute 64 tokens by 256 outputs each, straight from shared memory, and issue the
 // wgmma of a slice before those of the previous one are waited for. Two mbarriers for each stage
-// say when it is full and when it is empty, in both blocks. Results go through shared memory, 128
-// bytes of a token at a time, so that whole lines are written and whole lines of the residual are
-// read.
+// say when it is full and when it is empty, in both blocks.
+// Results are finished and written by the other three warps of the first warpgroup, while the
+// consumers compute the next tile. Consumers only leave their sums in shared memory, in f32: those
+// of half of the outputs when a tile ends, and those of the other half, which they hold in
+// registers so long, between two slices of the next tile. Tensor cores wait for 64 KB of stores a
+// tile, by computation 512 cycles, where the slices of 1536 inputs take them 24576; GELU in the
+// consumers would keep them waiting 4096 more, with two MUFU for each output. Bias, residual and
+// addresses come before the sums do. The sums of the last tile, behind which nothing is left to
+// compute, are written by the consumers themselves.
+// The stages are three, because half of the sums take nearly the room of two more: a copy still has
+// the time of two slices, by computation 2048 cycles. Beside four stages there would be room for a
+// quarter of the sums, and too few registers for the other three.
 #include "epilogue.cuh"
 #include "linear.cuh"
 #include "memory.cuh"
-#include "mma.cuh"
 #include "tma_pipeline.cuh"
 
 #if HOPPER
 
 constexpr int TILE_M = LINEAR_HOPPER_TOKENS, TILE_N = LINEAR_HOPPER_OUTPUTS;
 constexpr int CONSUMERS = 2;
+constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / WARP;
+constexpr int WRITERS = WARPGROUP / WARP - 1; // warps of the producer's warpgroup
 constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
 static_assert(THREADS == LINEAR_HOPPER_THREADS, "as the host launches it");
 using Pipeline = TmaPipeline<TILE_M, TILE_N, LINEAR_HOPPER_STAGES, true>;
 constexpr uint32_t GROUP = 16; // tiles of tokens that are taken together
 
-constexpr int STAGED_COLUMNS = 64;
-constexpr int STAGED_STRIDE = STAGED_COLUMNS * 2 + 16; // the padding avoids bank conflicts
-constexpr int FLOAT_COLUMNS = 32,
-              FLOAT_STRIDE = FLOAT_COLUMNS * 4 + 32;     // the same for results in f32
-constexpr int STAGED_BYTES = LINEAR_HOPPER_STAGED_BYTES; // of each consuming warp
-static_assert(STAGED_BYTES == 16 * FLOAT_STRIDE, "room for 16 tokens");
+constexpr int STAGED_OUTPUTS = TILE_N / 2;             // of a tile at a time
+constexpr int STAGED_STRIDE = STAGED_OUTPUTS * 4 + 32; // the padding avoids bank conflicts
+constexpr int WARP_TOKENS = 16;                        // of a consuming warp
+constexpr int WARP_BYTES = WARP_TOKENS * STAGED_STRIDE;
+static_assert(LINEAR_HOPPER_STAGED_BYTES == TILE_M * STAGED_STRIDE + 2 * 8, "as the host adds it");
+static_assert(CONSUMER_WARPS * 2 * WARP_BYTES <= Pipeline::BARRIERS_AT, "room for the last tile");
 
-// Writes a warp's 16 tokens by 256 outputs in 16 bits, if CURVED after GELU. The accumulators in
-// `d` are ordered as by wgmma_ss; `staged` is shared memory of this warp for 16 rows.
-template <class T, bool CURVED>
-DEVICE void store_half_tile(const EpilogueArgs& e, char* staged, uint32_t first_token,
-                            uint32_t tokens, uint32_t first_row, const float (&d)[TILE_N / 2]) {
-    constexpr int CHUNKS = STAGED_COLUMNS / 8; // chunks of 16 bytes in a staged row
-    int lane = lane_index(), t = lane % 4;
-    UNROLL
-    for (int part = 0; part < TILE_N / STAGED_COLUMNS; part++) {
-        UNROLL
-        for (int j = 0; j < CHUNKS; j += 2) {
-            uint32_t four[4];
-            UNROLL
-            for (int i = 0; i < 4; i++) {
-                int column = part * STAGED_COLUMNS + (j + i / 2) * 8;
-                uint32_t row = first_row + column + 2 * t;
-                float bias[2] = {row < e.width ? e.bias[row] : 0,
-                                 row < e.width ? e.bias[row + 1] : 0};
-                float a = d[column / 2 + i % 2 * 2] + bias[0],
-                      b = d[column / 2 + i % 2 * 2 + 1] + bias[1];
-                four[i] = CURVED ? pack<T>(gelu(a), gelu(b)) : pack<T>(a, b);
-            }
-            stmatrix_x4(staged + (lane / 8 % 2 * 8 + lane % 8) * STAGED_STRIDE +
-                            (j + lane / 16) * 16,
-                        four);
-        }
-        warp_sync();
-        UNROLL
-        for (int i = lane; i < 16 * CHUNKS; i += WARP) {
-            uint32_t token = first_token + i / CHUNKS,
-                     row = first_row + part * STAGED_COLUMNS + i % CHUNKS * 8;
-            if (token < tokens && row < e.width) {
-                *reinterpret_cast<Pack16B*>(half_output_at<T>(e, token, row)) =
-                    load(reinterpret_cast<const Pack16B*>(staged + i / CHUNKS * STAGED_STRIDE +
-                                                          i % CHUNKS * 16));
-            }
-        }
-        warp_sync();
-    }
+// Sums that lie in shared memory, of STAGED_OUTPUTS outputs from `output` on and `rows` tokens from
+// `token` on. A warp writes some of the tokens: number `first` and every `step`-th behind it.
+struct StagedSums {
+    const char* at;
+    uint32_t token, rows, output, first, step;
+};
+
+// The same for `size` tokens, not all of which need exist.
+DEVICE StagedSums staged_sums(const char* at, uint32_t token, uint32_t size, uint32_t tokens,
+                              uint32_t output, uint32_t first, uint32_t step) {
+    uint32_t left = token < tokens ? tokens - token : 0;
+    return StagedSums{at, token, left < size ? left : size, output, first, step};
 }
 
-// Leaves a part of a warp's results, FLOAT_COLUMNS outputs of 16 tokens, in shared memory.
-DEVICE void stage_floats(char* staged, const float (&d)[TILE_N / 2], int part) {
+// Leaves half of a warp's sums, from d[FIRST] on, in shared memory. They are ordered as by
+// wgmma_ss.
+template <int FIRST, int SUMS>
+DEVICE void stage_sums(char* staged, const float (&d)[SUMS]) {
     int lane = lane_index(), g = lane / 4, t = lane % 4;
+    char* to = staged + g * STAGED_STRIDE + t * 8;
     UNROLL
-    for (int j = 0; j < FLOAT_COLUMNS / 8; j++) {
-        const float* from = d + (part * FLOAT_COLUMNS + j * 8) / 2;
+    for (int j = 0; j < STAGED_OUTPUTS / 8; j++) {
         UNROLL
-        for (int half = 0; half < 2; half++) {
-            float* to =
-                reinterpret_cast<float*>(staged + (g + 8 * half) * FLOAT_STRIDE) + j * 8 + 2 * t;
-            to[0] = from[2 * half];
-            to[1] = from[2 * half + 1];
+        for (int below = 0; below < 2; below++) {
+            const float* pair = d + FIRST + 4 * j + 2 * below;
+            *reinterpret_cast<Float2*>(to + below * 8 * STAGED_STRIDE + j * 32) =
+                Float2{{pair[0], pair[1]}};
         }
     }
 }
 
-// Writes the same in f32. The residual of the next part is loaded while this part is written.
-template <class T, uint32_t MODE>
-DEVICE void store_float_tile(const EpilogueArgs& e, char* staged, uint32_t first_token,
-                             uint32_t tokens, uint32_t first_row, const float (&d)[TILE_N / 2]) {
-    constexpr int PARTS = TILE_N / FLOAT_COLUMNS;
-    constexpr int ROWS = 4; // each lane has the same four columns of every fourth token
-    int lane = lane_index(), chunk = lane % 8;
-    uint32_t first = first_token + lane / 8;
-    auto offset = [&](int part, int i) {
-        return static_cast<size_t>(first + i * 4) * e.width + first_row + part * FLOAT_COLUMNS +
-               chunk * 4;
-    };
-    auto exists = [&](int part, int i) {
-        return first + i * 4 < tokens && first_row + part * FLOAT_COLUMNS + chunk * 4 < e.width;
-    };
-    auto load_residual = [&](int part, Float4(&r)[ROWS]) {
+// Finishes and writes sums in 16 bits, if CURVED after GELU. Each lane has the same eight outputs
+// of every second row. What does not depend on the sums comes before `wait`.
+template <class T, bool CURVED, class Wait>
+DEVICE void write_halves(const EpilogueArgs& e, const StagedSums& sums, Wait wait) {
+    constexpr uint32_t LANES = STAGED_OUTPUTS / 8, ROWS = WARP / LANES; // of a row, and at a time
+    uint32_t lane = lane_index(), output = sums.output + lane % LANES * 8;
+    uint32_t rows = output < e.width ? sums.rows : 0;
+    uint32_t row = sums.first * ROWS + lane / LANES, step = sums.step * ROWS;
+    // every second group of four lanes begins with the second four outputs: eight lanes, which
+    // shared memory serves at a time, then read from different banks
+    uint32_t turned = lane / 4 % 2;
+    Float4 bias[2] = {};
+    HalfOutput<T> out = {};
+    uint32_t slot = 0;
+    if (row < rows) {
         UNROLL
-        for (int i = 0; i < ROWS; i++) {
-            r[i] = Float4{};
-            if (MODE != EPILOGUE_RESIDUAL || !exists(part, i)) continue;
-            if (e.half_residual) {
-                const uint32_t* pairs = reinterpret_cast<const uint32_t*>(
-                    static_cast<const T*>(e.residual) + offset(part, i));
-                r[i] = Float4{
-                    {low<T>(pairs[0]), high<T>(pairs[0]), low<T>(pairs[1]), high<T>(pairs[1])}};
-            } else {
-                r[i] = *reinterpret_cast<const Float4*>(static_cast<const float*>(e.residual) +
-                                                        offset(part, i));
+        for (int i = 0; i < 2; i++)
+            bias[i] = *reinterpret_cast<const Float4*>(e.bias + output + (i ^ turned) * 4);
+        out = half_output_of<T>(e, output);
+        if (out.cached) slot = e.slots[sums.token + row];
+    }
+    wait();
+    for (; row < rows; row += step) {
+        const char* from = sums.at + row * STAGED_STRIDE + lane % LANES * 32;
+        T* to = out.at(sums.token + row, slot);
+        // the next slot comes while this row is finished
+        if (out.cached && row + step < rows) slot = e.slots[sums.token + row + step];
+        uint32_t packed[2][2];
+        UNROLL
+        for (int i = 0; i < 2; i++) {
+            Float4 v = *reinterpret_cast<const Float4*>(from + (i ^ turned) * 16);
+            UNROLL
+            for (int k = 0; k < 4; k++) {
+                v.v[k] += bias[i].v[k];
+                if constexpr (CURVED) v.v[k] = gelu(v.v[k]);
+            }
+            packed[i][0] = pack<T>(v.v[0], v.v[1]);
+            packed[i][1] = pack<T>(v.v[2], v.v[3]);
+        }
+        Pack16B whole;
+        UNROLL
+        for (int i = 0; i < 4; i++)
+            whole.pairs[i] = turned ? packed[1 - i / 2][i % 2] : packed[i / 2][i % 2];
+        *reinterpret_cast<Pack16B*>(to) = whole;
+    }
+}
+
+// Four neighbouring numbers of a residual in 16 bits or f32, as they lie in memory.
+template <class R>
+struct Four {
+    Float2 raw;
+    DEVICE_MEMBER Float4 floats() const {
+        uint32_t a = float_as_uint(raw.v[0]), b = float_as_uint(raw.v[1]);
+        return Float4{{low<R>(a), high<R>(a), low<R>(b), high<R>(b)}};
+    }
+};
+template <>
+struct Four<float> {
+    Float4 raw;
+    DEVICE_MEMBER Float4 floats() const { return raw; }
+};
+
+// Finishes and writes sums in f32, with a residual in R if there is one. Each lane has the same
+// four outputs of every row. The residuals of BATCH rows are on their way at the same time.
+template <class R, class Wait>
+DEVICE void write_floats(const EpilogueArgs& e, const StagedSums& sums, Wait wait) {
+    constexpr int BATCH = 8;
+    uint32_t lane = lane_index(), output = sums.output + lane * 4;
+    uint32_t rows = output < e.width ? sums.rows : 0;
+    uint32_t residuals = e.mode == EPILOGUE_RESIDUAL ? rows : 0;
+    size_t start = static_cast<size_t>(sums.token) * e.width + output;
+    const R* added = static_cast<const R*>(e.residual) + start;
+    float* out = static_cast<float*>(e.out) + start;
+    Float4 bias = {};
+    if (rows > 0) bias = *reinterpret_cast<const Float4*>(e.bias + output);
+    Four<R> residual[BATCH];
+    auto load_residuals = [&](uint32_t first) {
+        UNROLL
+        for (int i = 0; i < BATCH; i++) {
+            uint32_t row = first + i * sums.step;
+            residual[i] = Four<R>{};
+            if (row < residuals)
+                residual[i] = *reinterpret_cast<const Four<R>*>(added + row * e.width);
+        }
+    };
+    load_residuals(sums.first);
+    wait();
+    for (uint32_t first = sums.first; first < rows; first += BATCH * sums.step) {
+        UNROLL
+        for (int i = 0; i < BATCH; i++) {
+            uint32_t row = first + i * sums.step;
+            if (row >= rows) break;
+            Float4 v = *reinterpret_cast<const Float4*>(sums.at + row * STAGED_STRIDE + lane * 16);
+            Float4 r = residual[i].floats();
+            UNROLL
+            for (int k = 0; k < 4; k++) v.v[k] = v.v[k] + bias.v[k] + r.v[k];
+            *reinterpret_cast<Float4*>(out + row * e.width) = v;
+        }
+        load_residuals(first + BATCH * sums.step);
+    }
+}
+
+// Finishes and writes results of a width that is no multiple of 8, for which speed does not matter:
+// widths of models are multiples of 16.
+template <class T, class Wait>
+DEVICE void write_pairs(const EpilogueArgs& e, const StagedSums& sums, Wait wait) {
+    wait();
+    for (uint32_t row = sums.first; row < sums.rows; row += sums.step) {
+        for (uint32_t column = lane_index() * 2; column < STAGED_OUTPUTS; column += WARP * 2) {
+            const float* pair =
+                reinterpret_cast<const float*>(sums.at + row * STAGED_STRIDE) + column;
+            uint32_t output = sums.output + column;
+            if (output < e.width) {
+                epilogue_pair<T>(e, sums.token + row, output, pair[0], pair[1],
+                                 output + 1 < e.width);
             }
         }
-    };
-    Float4 residual[ROWS], next[ROWS];
-    load_residual(0, next);
-    UNROLL
-    for (int part = 0; part < PARTS; part++) {
-        UNROLL
-        for (int i = 0; i < ROWS; i++) residual[i] = next[i];
-        stage_floats(staged, d, part);
-        if (part + 1 < PARTS) load_residual(part + 1, next);
-        warp_sync();
-        Float4 bias = {};
-        if (exists(part, 0))
-            bias = *reinterpret_cast<const Float4*>(e.bias + first_row + part * FLOAT_COLUMNS +
-                                                    chunk * 4);
-        UNROLL
-        for (int i = 0; i < ROWS; i++) {
-            Float4 v = *reinterpret_cast<const Float4*>(staged + (i * 4 + lane / 8) * FLOAT_STRIDE +
-                                                        chunk * 16);
-            UNROLL
-            for (int k = 0; k < 4; k++) v.v[k] = v.v[k] + bias.v[k] + residual[i].v[k];
-            if (exists(part, i))
-                *reinterpret_cast<Float4*>(static_cast<float*>(e.out) + offset(part, i)) = v;
-        }
-        warp_sync();
     }
 }
 
-// Writes results of a width that is no multiple of 8, for which speed does not matter: widths of
-// models are multiples of 16.
-template <class T>
-DEVICE void store_pairs(const EpilogueArgs& e, char* staged, uint32_t first_token, uint32_t tokens,
-                        uint32_t first_row, const float (&d)[TILE_N / 2]) {
-    UNROLL
-    for (int part = 0; part < TILE_N / FLOAT_COLUMNS; part++) {
-        stage_floats(staged, d, part);
-        warp_sync();
-        for (uint32_t i = lane_index(); i < 16 * FLOAT_COLUMNS / 2; i += WARP) {
-            uint32_t token = i / (FLOAT_COLUMNS / 2), column = i % (FLOAT_COLUMNS / 2) * 2,
-                     row = first_row + part * FLOAT_COLUMNS + column;
-            const float* pair =
-                reinterpret_cast<const float*>(staged + token * FLOAT_STRIDE) + column;
-            if (first_token + token < tokens && row < e.width)
-                epilogue_pair<T>(e, first_token + token, row, pair[0], pair[1], row + 1 < e.width);
-        }
-        warp_sync();
-    }
-}
-
-// Writes a warp's results. The mode is decided once for each tile, so that each mode has code of
-// its own.
-template <class T>
-DEVICE void epilogue_tile(const EpilogueArgs& e, char* staged, uint32_t first_token,
-                          uint32_t tokens, uint32_t first_row, const float (&d)[TILE_N / 2]) {
+// Calls `use` with the function that finishes and writes a warp's share of sums, which are there
+// once what it is given to wait with has returned. The epilogue is chosen outside of all loops, so
+// that the loops of each keep only their own numbers in registers.
+template <class T, class Use>
+DEVICE void with_epilogue(const EpilogueArgs& e, Use use) {
     if (e.width % 8 != 0) {
-        store_pairs<T>(e, staged, first_token, tokens, first_row, d);
-        return;
-    }
-    switch (e.mode) {
-    case EPILOGUE_GELU:
-        store_half_tile<T, true>(e, staged, first_token, tokens, first_row, d);
-        break;
-    case EPILOGUE_HALF:
-    case EPILOGUE_QKV:
-        store_half_tile<T, false>(e, staged, first_token, tokens, first_row, d);
-        break;
-    case EPILOGUE_RESIDUAL:
-        store_float_tile<T, EPILOGUE_RESIDUAL>(e, staged, first_token, tokens, first_row, d);
-        break;
-    default:
-        store_float_tile<T, EPILOGUE_BIAS>(e, staged, first_token, tokens, first_row, d);
-        break;
+        use([&](const StagedSums& sums, auto wait) { write_pairs<T>(e, sums, wait); });
+    } else if (e.mode == EPILOGUE_GELU) {
+        use([&](const StagedSums& sums, auto wait) { write_halves<T, true>(e, sums, wait); });
+    } else if (half_output(e)) {
+        use([&](const StagedSums& sums, auto wait) { write_halves<T, false>(e, sums, wait); });
+    } else if (e.half_residual) {
+        use([&](const StagedSums& sums, auto wait) { write_floats<T>(e, sums, wait); });
+    } else {
+        use([&](const StagedSums& sums, auto wait) { write_floats<float>(e, sums, wait); });
     }
 }
 
-// Shared memory holds the pipeline, then what `epilogue_tile` needs for each consuming warp.
+// Brings a warp's share of the residuals of half a tile to L2 while its sums are computed.
+DEVICE void prefetch_residuals(const EpilogueArgs& e, const StagedSums& sums) {
+    if (e.mode != EPILOGUE_RESIDUAL) return;
+    uint32_t size = e.half_residual ? 2 : 4, lines = STAGED_OUTPUTS * size / 128;
+    for (uint32_t i = sums.first * WARP + lane_index(); i < sums.rows * lines;
+         i += sums.step * WARP) {
+        uint32_t output = sums.output + i % lines * 128 / size;
+        size_t at = static_cast<size_t>(sums.token + i / lines) * e.width + output;
+        if (output < e.width) prefetch_l2_line(static_cast<const char*>(e.residual) + at * size);
+    }
+}
+
+// The order in which a block takes tiles: neighbouring tokens for the blocks of a cluster, and
+// groups of tiles in which those in work at the same time share rows.
+struct Schedule {
+    uint32_t rows, columns, tiles, blocks, rank, step;
+    DEVICE_MEMBER Schedule(const Pipeline& pipeline, uint32_t tokens, uint32_t width)
+        : blocks(pipeline.blocks), rank(pipeline.rank) {
+        rows = ((tokens + TILE_M - 1) / TILE_M + blocks - 1) / blocks;
+        columns = (width + TILE_N - 1) / TILE_N;
+        tiles = rows * columns;
+        step = gridDim.x / blocks;
+    }
+    DEVICE_MEMBER uint32_t begin() const { return blockIdx.x / blocks; }
+    DEVICE_MEMBER bool last(uint32_t tile) const { return tile + step >= tiles; }
+    // The first token and output of a tile.
+    DEVICE_MEMBER void locate(uint32_t tile, uint32_t& token, uint32_t& output) const {
+        uint32_t group = GROUP / blocks;
+        uint32_t above = tile / (group * columns) * group,
+                 height = rows - above < group ? rows - above : group;
+        uint32_t within = tile - above * columns;
+        token = ((above + within % height) * blocks + rank) * TILE_M;
+        output = within / height * TILE_N;
+    }
+};
+
+// Where consumers leave sums for the writers, half a tile at a time.
+struct Staging {
+    char* rows;
+    uint64_t *full, *empty;
+    DEVICE_MEMBER Staging(char* at)
+        : rows(at), full(reinterpret_cast<uint64_t*>(at + TILE_M * STAGED_STRIDE)),
+          empty(full + 1) {
+        if (threadIdx.x == 0) {
+            mbarrier_init(full, CONSUMER_WARPS);
+            mbarrier_init(empty, WRITERS);
+        }
+    }
+};
+
+// Writes the results of all tiles but the last one, by one of the WRITERS warps.
+template <class Write>
+DEVICE void write_tiles(const Schedule& schedule, const Staging& staging, const EpilogueArgs& e,
+                        uint32_t tokens, uint32_t writer, Write write) {
+    uint32_t token, output, turn = 0; // counts halves of tiles
+    for (uint32_t tile = schedule.begin(); tile < schedule.tiles; tile += schedule.step) {
+        schedule.locate(tile, token, output);
+        for (int part = 0; part < 2; part++, turn++) {
+            StagedSums sums = staged_sums(staging.rows, token, TILE_M, tokens,
+                                          output + part * STAGED_OUTPUTS, writer, WRITERS);
+            prefetch_residuals(e, sums);
+            if (schedule.last(tile)) continue;
+            write(sums, [&] { mbarrier_wait_parity(staging.full, turn & 1); });
+            warp_sync();
+            if (lane_index() == 0) mbarrier_arrive(staging.empty);
+        }
+    }
+}
+
+// Computes all tiles, by a warpgroup with half of the tokens.
+template <class T>
+DEVICE void compute_tiles(const Schedule& schedule, const Pipeline& pipeline,
+                          const Staging& staging, const EpilogueArgs& e, uint32_t tokens,
+                          uint32_t slices) {
+    uint32_t warp = warp_index() - WARPGROUP / WARP, first_token = warp / 4 * 64;
+    uint32_t iteration = 0, turn = 0;
+    char* staged = staging.rows + warp * WARP_BYTES;
+    float d[TILE_N / 2], held[TILE_N / 4];
+    auto hand_over = [&](auto stage) {
+        mbarrier_wait_parity(staging.empty, (turn + 1) & 1);
+        stage();
+        warp_sync();
+        if (lane_index() == 0) mbarrier_arrive(staging.full);
+        turn++;
+    };
+    for (uint32_t tile = schedule.begin(); tile < schedule.tiles; tile += schedule.step) {
+        UNROLL
+        for (int i = 0; i < TILE_N / 2; i++) d[i] = 0;
+        pipeline.add_slices<T, TILE_N>(d, iteration, 0, slices / 2, first_token, 0);
+        if (turn > 0) hand_over([&] { stage_sums<0>(staged, held); });
+        pipeline.add_slices<T, TILE_N>(d, iteration, slices / 2, slices, first_token, 0);
+        pipeline.finish_slices(d, iteration, slices);
+        if (schedule.last(tile)) break;
+        hand_over([&] { stage_sums<0>(staged, d); });
+        UNROLL
+        for (int i = 0; i < TILE_N / 4; i++) held[i] = d[TILE_N / 4 + i];
+    }
+    // Nothing is left to compute while the last tile is written, so its consumers do that. No more
+    // slices come to the stages, and once both warpgroups have read the last one, sums go there.
+    named_barrier_sync(1, CONSUMERS * WARPGROUP);
+    uint32_t token, output, tile = schedule.begin();
+    tile += (schedule.tiles - 1 - tile) / schedule.step * schedule.step;
+    schedule.locate(tile, token, output);
+    staged = pipeline.shared + warp * 2 * WARP_BYTES;
+    stage_sums<0>(staged, d);
+    stage_sums<TILE_N / 4>(staged + WARP_BYTES, d);
+    warp_sync();
+    with_epilogue<T>(e, [&](auto write) {
+        for (int part = 0; part < 2; part++) {
+            write(staged_sums(staged + part * WARP_BYTES, token + warp * WARP_TOKENS, WARP_TOKENS,
+                              tokens, output + part * STAGED_OUTPUTS, 0, 1),
+                  [] {});
+        }
+    });
+}
+
+// Shared memory holds the pipeline, then the staging area. Every block has a tile.
 template <class T>
 DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t tokens, uint32_t inputs,
                           const EpilogueArgs& e) {
@@ -206,32 +340,23 @@ DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t token
         prefetch_tensormap(x);
         prefetch_tensormap(w);
     }
-    Pipeline pipeline(shared, CONSUMERS * WARPGROUP / WARP);
+    Staging staging(shared + Pipeline::BYTES);
+    Pipeline pipeline(shared, CONSUMER_WARPS); // meets all threads when its mbarriers are there too
     // blocks of the next kernel may start where blocks of this one have ended
     griddep_launch_dependents();
     griddep_wait();
-    // the blocks of a cluster take neighbouring tokens of the same outputs
-    uint32_t rows = ((tokens + TILE_M - 1) / TILE_M + pipeline.blocks - 1) / pipeline.blocks,
-             columns = (e.width + TILE_N - 1) / TILE_N;
-    uint32_t tiles = rows * columns, clusters = gridDim.x / pipeline.blocks,
-             group = GROUP / pipeline.blocks;
-    // the first token and output of a tile, in an order in which tiles in work at the same time
-    // share rows
-    auto first = [&](uint32_t tile, uint32_t& token, uint32_t& output) {
-        uint32_t above = tile / (group * columns) * group,
-                 height = rows - above < group ? rows - above : group;
-        uint32_t within = tile - above * columns;
-        token = ((above + within % height) * pipeline.blocks + pipeline.rank) * TILE_M;
-        output = within / height * TILE_N;
-    };
-    uint32_t token, output;
+    Schedule schedule(pipeline, tokens, e.width);
     uint32_t slices = (inputs + Pipeline::WIDTH - 1) / Pipeline::WIDTH;
-    uint32_t iteration = 0; // counts the slices of all tiles
     if (threadIdx.x < WARPGROUP) {
-        setmaxnreg_dec<40>();
-        if (threadIdx.x == 0) {
-            for (uint32_t tile = blockIdx.x / pipeline.blocks; tile < tiles; tile += clusters) {
-                first(tile, token, output);
+        setmaxnreg_dec<88>();
+        if (warp_index() > 0) {
+            with_epilogue<T>(e, [&](auto write) {
+                write_tiles(schedule, staging, e, tokens, warp_index() - 1, write);
+            });
+        } else if (threadIdx.x == 0) {
+            uint32_t token, output, iteration = 0; // counts the slices of all tiles
+            for (uint32_t tile = schedule.begin(); tile < schedule.tiles; tile += schedule.step) {
+                schedule.locate(tile, token, output);
                 for (uint32_t s = 0; s < slices; s++, iteration++) {
                     pipeline.producer_acquire(iteration);
                     pipeline.load_x(iteration, x, token, s);
@@ -240,16 +365,8 @@ DEVICE void linear_hopper(const TensorMap* x, const TensorMap* w, uint32_t token
             }
         }
     } else {
-        setmaxnreg_inc<232>();
-        int half = threadIdx.x / WARPGROUP - 1;
-        for (uint32_t tile = blockIdx.x / pipeline.blocks; tile < tiles; tile += clusters) {
-            float d[TILE_N / 2];
-            pipeline.mainloop<T, TILE_N>(d, iteration, slices, half * 64, 0);
-            first(tile, token, output);
-            uint32_t warp_token = token + half * 64 + warp_index() % 4 * 16;
-            epilogue_tile<T>(e, shared + Pipeline::BYTES + (warp_index() - 4) * STAGED_BYTES,
-                             warp_token, tokens, output, d);
-        }
+        setmaxnreg_inc<208>();
+        compute_tiles<T>(schedule, pipeline, staging, e, tokens, slices);
     }
     // copies to the other block and arrivals there are complete
     if (pipeline.blocks > 1) cluster_sync();

@@ -75,10 +75,12 @@ fn every_kernel_agrees_with_the_cpu() {
 }
 
 /// Pairs of tiles of tokens of which the last one is beyond them all; and pairs with more slices
-/// than there are stages, in two orders of threads.
+/// than there are stages, or a single one and an odd width, in two orders of threads.
 #[test]
 fn clusters_share_weights() {
-    for (check_order, outputs, inputs, tokens) in [(false, 512, 16, 1100), (true, 512, 400, 130)] {
+    for (check_order, outputs, inputs, tokens) in
+        [(false, 512, 16, 1100), (true, 512, 400, 130), (true, 767, 48, 130)]
+    {
         let device = emulated::gpu(check_order, true);
         device.processors.set(2);
         let nothing =

@@ -66,14 +66,13 @@ constexpr int LINEAR_SLICE = 64;
 constexpr int LINEAR_LARGE_THREADS = 256;
 constexpr int LINEAR_LARGE_TILE = 128;
 constexpr int LINEAR_LARGE_STAGES = 3;
-// linear_hopper_*: threads, tokens and outputs of a tile, stages, consuming warps, and bytes of
-// shared memory in which each of these stages its results.
+// linear_hopper_*: threads, tokens and outputs of a tile, stages, and bytes of shared memory in
+// which half of a tile's sums are staged, with two mbarriers.
 constexpr int LINEAR_HOPPER_THREADS = 384;
 constexpr int LINEAR_HOPPER_TOKENS = 128;
 constexpr int LINEAR_HOPPER_OUTPUTS = 256;
-constexpr int LINEAR_HOPPER_STAGES = 4;
-constexpr int LINEAR_HOPPER_CONSUMER_WARPS = 8;
-constexpr int LINEAR_HOPPER_STAGED_BYTES = 16 * (32 * 4 + 32);
+constexpr int LINEAR_HOPPER_STAGES = 3;
+constexpr int LINEAR_HOPPER_STAGED_BYTES = 128 * (128 * 4 + 32) + 2 * 8;
 // linear_cluster_* and lm_head_*_hopper_*: threads, and outputs of a tile.
 constexpr int LINEAR_CLUSTER_THREADS = 288;
 constexpr int LINEAR_CLUSTER_OUTPUTS = 128;
@@ -130,19 +129,6 @@ typedef struct {
     uint32_t unused;
 } EpilogueArgs;
 static_assert(sizeof(EpilogueArgs) == 72);
-
-// A layer norm of a linear's results in f32, in addition to them; all zeros if there is none.
-typedef struct {
-    const float* weight;
-    const float* bias;
-    // [tokens, width] in 16 bits
-    void* normed;
-    // [tile of tokens]: clusters that are done; zeros before and after the launch
-    uint32_t* counters;
-    float eps;
-    uint32_t unused;
-} NextNorm;
-static_assert(sizeof(NextNorm) == 40);
 
 // embed_norm_* and layer_norm_*: rows that a block takes, and its threads.
 constexpr int NORM_ROWS = 4;
@@ -277,7 +263,9 @@ constexpr int DECODE_WARPS = 8;
 constexpr int DECODE_TOKENS = 8;
 constexpr int DECODE_CHUNK_BYTES = 2048;
 constexpr int DECODE_GROUP_OUTPUTS = 64;
-constexpr int DECODE_SPLIT = DECODE_WARPS * CACHE_BLOCK;
+constexpr int DECODE_SPLIT = 2 * DECODE_WARPS * CACHE_BLOCK;
+// The widest rows of which a thread keeps its columns of a norm's weight and bias.
+constexpr int DECODE_MAX_WIDTH = 4096;
 constexpr int DECODE_PADDING = 32;
 // Linears of a layer: queries, keys and values; dense; up; down.
 constexpr int DECODE_LINEARS = 4;

@@ -40,24 +40,42 @@ DEVICE uint32_t column_of_lane(int step, int columns, int lane) {
     return step * columns + lane % chunks * 8;
 }
 
+// What a block knows of a query before it computes: none of it depends on the layer.
+struct DecodeQuery {
+    uint32_t token, position;
+    uint32_t blocks; // the cache block that this warp takes in the step of this lane's number
+    float slope;
+};
+// Loads it for one head of query `number` and one split of the positions.
+template <int WARPS, int SPLIT>
+DEVICE DecodeQuery load_decode_query(const AttentionArgs& a, uint32_t head, uint32_t number,
+                                     uint32_t split) {
+    static_assert(SPLIT / CACHE_BLOCK / WARPS <= WARP, "a lane for each step of a warp");
+    DecodeQuery q = {};
+    q.token = a.tokens[number];
+    q.position = a.positions[q.token];
+    q.slope = a.slopes[head];
+    const uint32_t* table = a.tables + static_cast<size_t>(a.spans[q.token]) * a.table_width;
+    uint32_t step = warp_index() + lane_index() * WARPS, b = split * SPLIT / CACHE_BLOCK + step;
+    if (step < SPLIT / CACHE_BLOCK && b * CACHE_BLOCK <= q.position) q.blocks = table[b];
+    return q;
+}
+
 // Computes one head of query `number` over one split of the positions, by a block of WARPS warps.
 // `shared` has room for WARPS * (SIZE + 2) + 1 floats. A split beyond the query's positions does
 // nothing.
 template <class T, int SIZE, int WARPS, int SPLIT>
-DEVICE void attention_decode(const AttentionArgs& a, uint32_t head, uint32_t number, uint32_t split,
-                             float* shared) {
+DEVICE void attention_decode(const AttentionArgs& a, const DecodeQuery& of, uint32_t head,
+                             uint32_t number, uint32_t split, float* shared) {
     // a step loads 32 columns, 8 in each of four lanes
     constexpr int KEY_STEPS = (SIZE + 31) / 32;
     // a step loads 64 columns, 8 in each of eight groups of lanes
     constexpr int VALUE_STEPS = (SIZE + 63) / 64;
-    uint32_t token = a.tokens[number];
-    uint32_t position = a.positions[token];
+    uint32_t token = of.token, position = of.position;
     uint32_t first = split * SPLIT;
     if (first > position) return; // this sequence has fewer splits than the longest of the batch
     uint32_t splits = position / SPLIT + 1;
     uint32_t end = position + 1 < first + SPLIT ? position + 1 : first + SPLIT;
-    const uint32_t* table = a.tables + static_cast<size_t>(a.spans[token]) * a.table_width;
-    float slope = a.slopes[head];
     int g = lane_index() / 4, t = lane_index() % 4;
     const float scale = 1.0f / sqrtf(static_cast<float>(SIZE));
     const T* query =
@@ -77,9 +95,11 @@ DEVICE void attention_decode(const AttentionArgs& a, uint32_t head, uint32_t num
     // columns 64 i + 8 g + 2 j and + 1 are in [i][j][0] and [i][j][2]
     float accumulators[VALUE_STEPS][4][4] = {};
     float max_score = -INFINITY, sum_exp = 0;
-    for (uint32_t b = first / CACHE_BLOCK + warp_index(); b * CACHE_BLOCK < end; b += WARPS) {
+    for (uint32_t step = 0, b = first / CACHE_BLOCK + warp_index(); b * CACHE_BLOCK < end;
+         step++, b += WARPS) {
         uint32_t count = end - b * CACHE_BLOCK; // positions from this block on
-        size_t offset = (static_cast<size_t>(table[b]) * a.heads + head) * CACHE_BLOCK * SIZE;
+        size_t offset =
+            (static_cast<size_t>(shuffle(of.blocks, step)) * a.heads + head) * CACHE_BLOCK * SIZE;
         const char* keys = opaque_address(static_cast<const T*>(a.keys) + offset);
         const char* values = opaque_address(static_cast<const T*>(a.values) + offset);
         // rows beyond the last position load the last one again; their weights are zero
@@ -113,9 +133,9 @@ DEVICE void attention_decode(const AttentionArgs& a, uint32_t head, uint32_t num
             uint32_t row = half * 8 + g;
             float distance =
                 static_cast<float>(b * CACHE_BLOCK + row) - static_cast<float>(position);
-            score[half] = row < count
-                              ? (partial_scores[0] + partial_scores[3]) * scale + slope * distance
-                              : -INFINITY;
+            score[half] =
+                row < count ? (partial_scores[0] + partial_scores[3]) * scale + of.slope * distance
+                            : -INFINITY;
         }
         float new_max = fmaxf(score[0], score[1]);
         for (int mask = 4; mask < WARP; mask *= 2)

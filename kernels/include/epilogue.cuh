@@ -28,39 +28,96 @@ DEVICE T* half_output_at(const EpilogueArgs& e, uint32_t token, uint32_t row) {
     return static_cast<T*>(part == 1 ? e.keys : e.values) + slot_row * e.head_size + d;
 }
 
-// Finishes two neighbouring accumulators of a token, those of outputs `row` (which is even) and
-// `row + 1`. `second` is false if the second output does not exist.
+// The same for many tokens, with the divisions done once. Elsewhere it would only be more code.
 template <class T>
-DEVICE void epilogue_pair(const EpilogueArgs& e, uint32_t token, uint32_t row, float a, float b,
-                          bool second) {
-    a += e.bias[row];
-    if (second) b += e.bias[row + 1];
+struct HalfOutput {
+    T* first;        // of token 0, or of slot 0 of the cache
+    uint32_t stride; // between tokens, or between blocks of the cache
+    uint32_t cached; // in the cache the stride between slots of a block, elsewhere 0
+    // `slot` is the token's, and means nothing outside of the cache.
+    DEVICE_MEMBER T* at(uint32_t token, uint32_t slot) const {
+        if (!cached) return first + static_cast<size_t>(token) * stride;
+        return first + static_cast<size_t>(slot / CACHE_BLOCK) * stride +
+               slot % CACHE_BLOCK * cached;
+    }
+};
+template <class T>
+DEVICE HalfOutput<T> half_output_of(const EpilogueArgs& e, uint32_t row) {
+    if (e.mode != EPILOGUE_QKV) return HalfOutput<T>{static_cast<T*>(e.out) + row, e.width, 0};
+    uint32_t head = row / (3 * e.head_size), part = row / e.head_size % 3, d = row % e.head_size;
+    uint32_t width = e.heads * e.head_size;
+    if (part == 0) return HalfOutput<T>{static_cast<T*>(e.out) + head * e.head_size + d, width, 0};
+    T* cache = static_cast<T*>(part == 1 ? e.keys : e.values);
+    return HalfOutput<T>{cache + head * CACHE_BLOCK * e.head_size + d, CACHE_BLOCK * width,
+                         e.head_size};
+}
+
+// What the results of two neighbouring outputs need besides their sums. It does not depend on them,
+// so that it can be loaded ahead of them.
+struct PairInputs {
+    float bias[2], residual[2];
+    void* to; // where the first result is written
+};
+
+// For outputs `row` (which is even) and `row + 1` of a token. `second` is false if the second
+// output does not exist.
+template <class T>
+DEVICE PairInputs load_pair_inputs(const EpilogueArgs& e, uint32_t token, uint32_t row,
+                                   bool second) {
+    PairInputs p = {};
+    p.bias[0] = e.bias[row];
+    if (second) p.bias[1] = e.bias[row + 1];
+    if (half_output(e)) {
+        p.to = half_output_at<T>(e, token, row);
+        return p;
+    }
+    size_t at = static_cast<size_t>(token) * e.width + row;
+    p.to = static_cast<float*>(e.out) + at;
+    if (e.mode == EPILOGUE_RESIDUAL) {
+        if (e.half_residual) {
+            const T* r = static_cast<const T*>(e.residual) + at;
+            p.residual[0] = to_float(r[0]);
+            if (second) p.residual[1] = to_float(r[1]);
+        } else {
+            const float* r = static_cast<const float*>(e.residual) + at;
+            p.residual[0] = r[0];
+            if (second) p.residual[1] = r[1];
+        }
+    }
+    return p;
+}
+
+// Finishes two neighbouring accumulators of a token.
+template <class T>
+DEVICE void finish_pair(const EpilogueArgs& e, const PairInputs& p, float a, float b, bool second) {
+    a += p.bias[0];
+    if (second) b += p.bias[1];
     if (e.mode == EPILOGUE_QKV) {
-        *reinterpret_cast<uint32_t*>(half_output_at<T>(e, token, row)) = pack<T>(a, b);
+        *static_cast<uint32_t*>(p.to) = pack<T>(a, b);
         return;
     }
     if (half_output(e)) {
-        T* out = half_output_at<T>(e, token, row);
+        T* out = static_cast<T*>(p.to);
         bool curved = e.mode == EPILOGUE_GELU;
         out[0] = to_half<T>(curved ? gelu(a) : a);
         if (second) out[1] = to_half<T>(curved ? gelu(b) : b);
         return;
     }
-    size_t at = static_cast<size_t>(token) * e.width + row;
     if (e.mode == EPILOGUE_RESIDUAL) {
-        if (e.half_residual) {
-            const T* r = static_cast<const T*>(e.residual) + at;
-            a += to_float(r[0]);
-            if (second) b += to_float(r[1]);
-        } else {
-            const float* r = static_cast<const float*>(e.residual) + at;
-            a += r[0];
-            if (second) b += r[1];
-        }
+        a += p.residual[0];
+        if (second) b += p.residual[1];
     }
-    float* out = static_cast<float*>(e.out) + at;
+    float* out = static_cast<float*>(p.to);
     out[0] = a;
     if (second) out[1] = b;
+}
+
+// Finishes two neighbouring accumulators of a token, those of outputs `row` (which is even) and
+// `row + 1`. `second` is false if the second output does not exist.
+template <class T>
+DEVICE void epilogue_pair(const EpilogueArgs& e, uint32_t token, uint32_t row, float a, float b,
+                          bool second) {
+    finish_pair<T>(e, load_pair_inputs<T>(e, token, row, second), a, b, second);
 }
 
 // The same for eight neighbours from output `row` on, where the width is a multiple of 8.
@@ -118,4 +175,53 @@ DEVICE void epilogue_eight(const EpilogueArgs& e, uint32_t token, uint32_t row, 
         if (row + j < e.width)
             epilogue_pair<T>(e, token, row + j, v[j], v[j + 1], row + j + 1 < e.width);
     }
+}
+
+// The same as PairInputs for four neighbouring outputs of a width that is a multiple of 8.
+struct FourInputs {
+    Float4 bias, residual;
+    void* to;
+};
+template <class T>
+DEVICE FourInputs load_four_inputs(const EpilogueArgs& e, uint32_t token, uint32_t row) {
+    FourInputs p = {};
+    p.bias = *reinterpret_cast<const Float4*>(e.bias + row);
+    if (half_output(e)) {
+        p.to = half_output_at<T>(e, token, row);
+        return p;
+    }
+    size_t at = static_cast<size_t>(token) * e.width + row;
+    p.to = static_cast<float*>(e.out) + at;
+    if (e.mode == EPILOGUE_RESIDUAL) {
+        if (e.half_residual) {
+            const uint32_t* r =
+                reinterpret_cast<const uint32_t*>(static_cast<const T*>(e.residual) + at);
+            p.residual = Float4{{low<T>(r[0]), high<T>(r[0]), low<T>(r[1]), high<T>(r[1])}};
+        } else {
+            p.residual =
+                *reinterpret_cast<const Float4*>(static_cast<const float*>(e.residual) + at);
+        }
+    }
+    return p;
+}
+
+// Finishes four neighbouring accumulators of a token.
+template <class T>
+DEVICE void finish_four(const EpilogueArgs& e, const FourInputs& p, Float4 v) {
+    UNROLL
+    for (int j = 0; j < 4; j++) v.v[j] += p.bias.v[j];
+    if (half_output(e)) {
+        uint32_t* out = static_cast<uint32_t*>(p.to);
+        UNROLL
+        for (int j = 0; j < 4; j += 2) {
+            out[j / 2] = e.mode == EPILOGUE_GELU ? pack<T>(gelu(v.v[j]), gelu(v.v[j + 1]))
+                                                 : pack<T>(v.v[j], v.v[j + 1]);
+        }
+        return;
+    }
+    if (e.mode == EPILOGUE_RESIDUAL) {
+        UNROLL
+        for (int j = 0; j < 4; j++) v.v[j] += p.residual.v[j];
+    }
+    *static_cast<Float4*>(p.to) = v;
 }

@@ -1,4 +1,4 @@
-// Layer norm of a row by one warp.
+// Layer norm of a row by one warp, or by a block.
 #pragma once
 #include "memory.cuh"
 #include "threads.cuh"
@@ -91,4 +91,104 @@ template <class T>
 DEVICE void normalize_row(T* out, const FloatRow& row, const float* weight, const float* bias,
                           uint32_t width, float eps) {
     normalize(row, weight, bias, width, eps, [&](uint32_t i, Float4 v) { store_four(out + i, v); });
+}
+
+// A thread's columns of a norm's weight and bias, four out of WARPS * 128 neighbours, STEPS times.
+// They do not depend on the rows, so that they can be loaded ahead of them.
+template <int WARPS, int STEPS>
+struct NormColumns {
+    static constexpr uint32_t COLUMNS = WARPS * WARP * 4, MAX_WIDTH = STEPS * COLUMNS;
+    Float4 weight[STEPS], bias[STEPS];
+
+    DEVICE_MEMBER void load(const float* weights, const float* biases, uint32_t width) {
+        UNROLL
+        for (int j = 0; j < STEPS; j++) {
+            uint32_t column = threadIdx.x * 4 + j * COLUMNS;
+            weight[j] = bias[j] = Float4{};
+            if (column >= width) continue;
+            weight[j] = *reinterpret_cast<const Float4*>(weights + column);
+            bias[j] = *reinterpret_cast<const Float4*>(biases + column);
+        }
+    }
+};
+
+// Normalizes `rows` rows of f32 by a block of WARPS warps, AT_ONCE rows at a time, where one warp
+// for each row would wait longer for memory and for its own sums. Each warp finds the mean and the
+// squares of its own columns, and these are merged in order (Chan et al. 1979), so that the block
+// meets once. `row(i)` is where row `i` lies, and `put(i, column, four)` takes the results.
+// `moments` is [WARPS][rows] times 16 bytes of shared memory.
+template <int AT_ONCE, int WARPS, int STEPS, class Row, class Put>
+DEVICE void normalize_together(const NormColumns<WARPS, STEPS>& norm, uint32_t rows, uint32_t width,
+                               float eps, Float4* moments, const Row& row, const Put& put) {
+    constexpr uint32_t COLUMNS = NormColumns<WARPS, STEPS>::COLUMNS;
+    uint32_t warp = warp_index(), first = threadIdx.x * 4;
+    uint32_t columns = 0; // of this warp
+    UNROLL
+    for (int j = 0; j < STEPS; j++) {
+        uint32_t from = warp * WARP * 4 + j * COLUMNS;
+        if (from < width) columns += width - from < WARP * 4 ? width - from : WARP * 4;
+    }
+    float count = static_cast<float>(columns), of_count = columns > 0 ? 1.0f / count : 0.0f,
+          of_width = 1.0f / static_cast<float>(width);
+    for (uint32_t above = 0; above < rows; above += AT_ONCE) {
+        Float4 v[AT_ONCE][STEPS];
+        UNROLL
+        for (uint32_t i = 0; i < AT_ONCE; i++) {
+            if (above + i >= rows) continue;
+            const float* from = row(above + i);
+            UNROLL
+            for (int j = 0; j < STEPS; j++) {
+                v[i][j] = Float4{};
+                if (first + j * COLUMNS < width)
+                    v[i][j] = *reinterpret_cast<const Float4*>(from + first + j * COLUMNS);
+            }
+        }
+        UNROLL
+        for (uint32_t i = 0; i < AT_ONCE; i++) {
+            if (above + i >= rows) continue;
+            float sum = 0, squares = 0;
+            UNROLL
+            for (int j = 0; j < STEPS; j++)
+                sum += (v[i][j].v[0] + v[i][j].v[1]) + (v[i][j].v[2] + v[i][j].v[3]);
+            float mean = warp_sum(sum) * of_count;
+            UNROLL
+            for (int j = 0; j < STEPS; j++) {
+                if (first + j * COLUMNS >= width) continue;
+                UNROLL
+                for (int k = 0; k < 4; k++)
+                    squares += (v[i][j].v[k] - mean) * (v[i][j].v[k] - mean);
+            }
+            squares = warp_sum(squares);
+            if (lane_index() == 0)
+                moments[warp * rows + above + i] = Float4{{count, mean, squares, 0}};
+        }
+        block_sync();
+        UNROLL
+        for (uint32_t i = 0; i < AT_ONCE; i++) {
+            if (above + i >= rows) continue;
+            float sum = 0, squares = 0;
+            UNROLL
+            for (int w = 0; w < WARPS; w++) {
+                Float4 of = moments[w * rows + above + i];
+                sum += of.v[0] * of.v[1];
+            }
+            float mean = sum * of_width;
+            UNROLL
+            for (int w = 0; w < WARPS; w++) {
+                Float4 of = moments[w * rows + above + i];
+                squares += of.v[2] + of.v[0] * (of.v[1] - mean) * (of.v[1] - mean);
+            }
+            float rstd = 1.0f / sqrtf(squares * of_width + eps);
+            UNROLL
+            for (int j = 0; j < STEPS; j++) {
+                if (first + j * COLUMNS >= width) continue;
+                Float4 out;
+                UNROLL
+                for (int k = 0; k < 4; k++)
+                    out.v[k] =
+                        (v[i][j].v[k] - mean) * rstd * norm.weight[j].v[k] + norm.bias[j].v[k];
+                put(above + i, first + j * COLUMNS, out);
+            }
+        }
+    }
 }

@@ -64,10 +64,6 @@ DEVICE void cp_async_wait_group() {
 }
 #endif
 
-#ifdef KERNEL_EMULATOR
-DEVICE char* opaque_shared(char* address) { return address; }
-#endif
-
 DEVICE Pack16B load(const Pack16B* p) { return *p; }
 
 // Brings `bytes` from `p` on to the L2 cache; the work is that of thread `i` of `count`. What a

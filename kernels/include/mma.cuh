@@ -45,14 +45,4 @@ DEVICE void ldmatrix_x4_trans(uint32_t (&out)[4], const void* row) {
                  : "r"(at)
                  : "memory");
 }
-
-// The reverse of ldmatrix_x4. Only Hopper and later have the instruction.
-DEVICE void stmatrix_x4(void* row, const uint32_t (&in)[4]) {
-#if __CUDA_ARCH__ >= 900
-    uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at),
-                 "r"(in[0]), "r"(in[1]), "r"(in[2]), "r"(in[3])
-                 : "memory");
-#endif
-}
 #endif

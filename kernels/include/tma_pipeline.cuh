@@ -65,15 +65,14 @@ struct TmaPipeline {
         }
     }
 
-    // Computes d = x W^T for 64 tokens of the tile from `token` on and N outputs from `output` on,
-    // over `slices` slices. The wgmma of a slice are issued before those of the previous one are
-    // waited for. The accumulators are ordered as by wgmma_ss.
+    // Adds the products of slices `begin` to `end` of a tile to d, for 64 tokens of the tile from
+    // `token` on and N outputs from `output` on. The wgmma of a slice are issued before those of
+    // the previous one are waited for, and those of the last one are not waited for at all. The
+    // accumulators are ordered as by wgmma_ss.
     template <class T, int N>
-    DEVICE_MEMBER void mainloop(float (&d)[N / 2], uint32_t& iteration, uint32_t slices, int token,
-                                int output) const {
-        UNROLL
-        for (int i = 0; i < N / 2; i++) d[i] = 0;
-        for (uint32_t s = 0; s < slices; s++, iteration++) {
+    DEVICE_MEMBER void add_slices(float (&d)[N / 2], uint32_t& iteration, uint32_t begin,
+                                  uint32_t end, int token, int output) const {
+        for (uint32_t s = begin; s < end; s++, iteration++) {
             const char* from = stage(iteration);
             mbarrier_wait_parity(&full[iteration % STAGES], iteration / STAGES & 1);
             wgmma_fence();
@@ -86,9 +85,22 @@ struct TmaPipeline {
             wgmma_wait_group<1>();
             if (s > 0) consumer_release(iteration - 1);
         }
+    }
+    // Waits for the last of a tile's slices.
+    template <int SUMS>
+    DEVICE_MEMBER void finish_slices(float (&d)[SUMS], uint32_t iteration, uint32_t slices) const {
         wgmma_wait_group<0>();
         wgmma_fence_operand(d);
         if (slices > 0) consumer_release(iteration - 1);
+    }
+    // Computes d = x W^T over `slices` slices.
+    template <class T, int N>
+    DEVICE_MEMBER void mainloop(float (&d)[N / 2], uint32_t& iteration, uint32_t slices, int token,
+                                int output) const {
+        UNROLL
+        for (int i = 0; i < N / 2; i++) d[i] = 0;
+        add_slices<T, N>(d, iteration, 0, slices, token, output);
+        finish_slices(d, iteration, slices);
     }
 };
 

@@ -15,13 +15,13 @@ pub(super) const SLICE: usize = abi::LINEAR_SLICE;
 const STAGES: usize = abi::LINEAR_LARGE_STAGES;
 const _: () = assert!(TILE == abi::LINEAR_CLUSTER_OUTPUTS);
 /// Of the largest tiles on Hopper: tokens and outputs of a tile, threads, shared memory of the
-/// stages, of their barriers, and of the results of each warp.
+/// stages, of their barriers, and of the sums that wait to be written.
 pub(super) const HOPPER_M: usize = abi::LINEAR_HOPPER_TOKENS;
 pub(super) const HOPPER_N: usize = abi::LINEAR_HOPPER_OUTPUTS;
 pub(super) const HOPPER_THREADS: u32 = abi::LINEAR_HOPPER_THREADS as u32;
 pub(super) const HOPPER_SHARED: usize = abi::LINEAR_HOPPER_STAGES
     * ((HOPPER_M + HOPPER_N) * SLICE * 2 + 2 * 8)
-    + abi::LINEAR_HOPPER_CONSUMER_WARPS * abi::LINEAR_HOPPER_STAGED_BYTES;
+    + abi::LINEAR_HOPPER_STAGED_BYTES;
 /// Of clusters and of the LM head on Hopper.
 pub(super) const TILE_THREADS: u32 = abi::LINEAR_CLUSTER_THREADS as u32;
 /// Maximum blocks of a cluster that every Hopper GPU has.

@@ -2,7 +2,7 @@
 
 use super::abi::{
     EPILOGUE_BIAS, EPILOGUE_GELU, EPILOGUE_HALF, EPILOGUE_QKV, EPILOGUE_RESIDUAL, EpilogueArgs,
-    LinearArgs, NextNorm,
+    LinearArgs,
 };
 use super::gemm_select::{
     DEEP, FEW_TOKENS, HOPPER_M, HOPPER_N, HOPPER_SHARED, HOPPER_THREADS, LinearKernel, OUTPUTS,
@@ -10,7 +10,7 @@ use super::gemm_select::{
     stages_rows, tile_shared, tiles,
 };
 use super::{Cache, Cuda, DeviceBatch, DeviceWeight};
-use crate::device::{Args, LaunchConfig, Launcher, Memory, TensorMapConfig};
+use crate::device::{Args, LaunchConfig, Launcher, TensorMapConfig};
 use crate::error::Result;
 use crate::ops::{Epilogue, LayerNorm, Linear, NormInput, Tensor, Weight as _};
 use crate::tensor::DType;
@@ -66,73 +66,7 @@ impl<L: Launcher> Cuda<L> {
         epilogue: Epilogue<Self>,
     ) -> Result<()> {
         let finish = self.epilogue_args(y, input.tokens(), linear, epilogue)?;
-        self.run(input, &linear.weight, finish, NextNorm::zeroed())
-    }
-
-    /// A linear layer of 16-bit rows, along with the layer norm that comes next if that is a launch
-    /// less. Returns whether the normalized rows are in `normed`.
-    pub(super) fn launch_linear_then_norm(
-        &self,
-        y: &mut Tensor<Self>,
-        x: &Tensor<Self>,
-        linear: &Linear<Self>,
-        epilogue: Epilogue<Self>,
-        next: (&LayerNorm<Self>, &mut Tensor<Self>),
-    ) -> Result<bool> {
-        let by = self.linear_kernel(x.shape()[0], &linear.weight);
-        self.launch_linear_then_norm_by(by, y, (x, linear), epilogue, next)
-    }
-
-    /// [`Cuda::launch_linear_then_norm`] by a given kernel.
-    pub(super) fn launch_linear_then_norm_by(
-        &self,
-        by: LinearKernel,
-        y: &mut Tensor<Self>,
-        (x, linear): (&Tensor<Self>, &Linear<Self>),
-        epilogue: Epilogue<Self>,
-        (norm, normed): (&LayerNorm<Self>, &mut Tensor<Self>),
-    ) -> Result<bool> {
-        let (tokens, weight) = (x.shape()[0], &linear.weight);
-        x.expect("linear", [tokens, weight.cols()], self.half);
-        let finish = self.epilogue_args(y, tokens, linear, epilogue)?;
-        let next = self.next_norm(by, (tokens, weight), norm, normed)?;
-        let with_norm = next.normed != 0;
-        let input = LinearArgs::rows(x.at(), tokens, weight.cols());
-        self.run_by(by, input, weight, finish, next)?;
-        Ok(with_norm)
-    }
-
-    /// What a kernel needs to know of the norm that comes next, if it is to do it.
-    fn next_norm(
-        &self,
-        by: LinearKernel,
-        (tokens, weight): (usize, &DeviceWeight<L>),
-        norm: &LayerNorm<Self>,
-        normed: &mut Tensor<Self>,
-    ) -> Result<NextNorm> {
-        match by {
-            // a cluster has enough warps for the rows
-            LinearKernel::Cluster { tokens: tile, blocks }
-                if tile <= 4 * blocks * TILE_THREADS as usize / 32 =>
-            {
-                self.reserve(normed, [tokens, weight.rows()], self.half)?;
-                let mut counters = self.tile_counters.borrow_mut();
-                let tiles = tokens.div_ceil(tile);
-                if counters.as_ref().is_none_or(|m| m.bytes < tiles * 4) {
-                    let bytes = tiles.next_power_of_two().max(64) * 4;
-                    *counters = Some(Memory::zeroed(&self.launcher, bytes)?);
-                }
-                Ok(NextNorm {
-                    weight: norm.weight.at,
-                    bias: norm.bias.at,
-                    normed: normed.at(),
-                    counters: counters.as_ref().map_or(0, |m| m.at),
-                    eps: norm.eps,
-                    unused: 0,
-                })
-            }
-            _ => Ok(NextNorm::zeroed()),
-        }
+        self.run(input, &linear.weight, finish)
     }
 
     /// A linear layer of 16-bit rows by a given kernel.
@@ -147,7 +81,7 @@ impl<L: Launcher> Cuda<L> {
         let tokens = x.shape()[0];
         let finish = self.epilogue_args(y, tokens, linear, epilogue)?;
         let input = LinearArgs::rows(x.at(), tokens, linear.weight.cols());
-        self.run_by(by, input, &linear.weight, finish, NextNorm::zeroed())
+        self.run_by(by, input, &linear.weight, finish)
     }
 
     /// Where the results of an epilogue go; makes room for them.
@@ -187,7 +121,7 @@ impl<L: Launcher> Cuda<L> {
         cache: (&Cache<L>, usize),
     ) -> Result<()> {
         let finish = self.qkv_args(queries, input.tokens(), qkv, batch, cache)?;
-        self.run(input, &qkv.weight, finish, NextNorm::zeroed())
+        self.run(input, &qkv.weight, finish)
     }
 
     /// [`Cuda::launch_qkv`] of 16-bit rows by a given kernel.
@@ -203,7 +137,7 @@ impl<L: Launcher> Cuda<L> {
         x.expect("linear", [tokens, qkv.weight.cols()], self.half);
         let finish = self.qkv_args(queries, tokens, qkv, batch, cache)?;
         let input = LinearArgs::rows(x.at(), tokens, qkv.weight.cols());
-        self.run_by(by, input, &qkv.weight, finish, NextNorm::zeroed())
+        self.run_by(by, input, &qkv.weight, finish)
     }
 
     /// Where queries, keys and values go; makes room for the queries.
@@ -237,7 +171,6 @@ impl<L: Launcher> Cuda<L> {
         input: LinearInput<L>,
         weight: &DeviceWeight<L>,
         finish: EpilogueArgs,
-        next: NextNorm,
     ) -> Result<()> {
         let (tokens, inputs) = (input.tokens(), weight.cols());
         let mut args = LinearArgs::rows(0, tokens, inputs);
@@ -263,7 +196,7 @@ impl<L: Launcher> Cuda<L> {
                 }
             }
         }
-        self.run_by(self.linear_kernel(tokens, weight), args, weight, finish, next)
+        self.run_by(self.linear_kernel(tokens, weight), args, weight, finish)
     }
 
     /// A linear layer of 16-bit rows, or with [`LinearKernel::Skinny`] of few rows to normalize, by
@@ -274,7 +207,6 @@ impl<L: Launcher> Cuda<L> {
         input: LinearArgs,
         weight: &DeviceWeight<L>,
         finish: EpilogueArgs,
-        next: NextNorm,
     ) -> Result<()> {
         let tokens = input.tokens as usize;
         match by {
@@ -293,7 +225,7 @@ impl<L: Launcher> Cuda<L> {
             LinearKernel::Cluster { tokens: tile, blocks } => {
                 let grid = [blocks * tokens.div_ceil(tile), weight.rows().div_ceil(TILE), 1];
                 let args = self.tile_args(input.x, tokens, weight, tile, TILE)?;
-                let args = args.with(weight.cols().div_ceil(SLICE) as u32).with(finish).with(next);
+                let args = args.with(weight.cols().div_ceil(SLICE) as u32).with(finish);
                 let config = LaunchConfig {
                     cluster: blocks as u32,
                     ..LaunchConfig::new(grid, TILE_THREADS, tile_shared(tile))

@@ -71,8 +71,6 @@ pub struct Cuda<L: Launcher> {
     batch_invariant: bool,
     /// Whether kernels with Hopper's own instructions are left alone, though the GPU has them.
     without_hopper: Cell<bool>,
-    /// Zeros between launches: how many clusters of one are done, by tiles of tokens.
-    tile_counters: RefCell<Option<Memory<L>>>,
     /// The first failure since results were last taken.
     failed: RefCell<Option<Error>>,
     scratch: RefCell<sampling::Scratch<L>>,
@@ -172,14 +170,13 @@ impl<L: Launcher> Cuda<L> {
     /// `half` is bf16 or f16.
     pub fn new(launcher: Rc<L>, half: DType, batch_invariant: bool) -> Cuda<L> {
         assert!(matches!(half, DType::Bf16 | DType::F16), "activations are bf16 or f16");
-        let (failed, scratch, graphs, models, tile_counters) = Default::default();
+        let (failed, scratch, graphs, models) = Default::default();
         let (persistent, without_hopper) = (Persistent::Never, Cell::new(false));
         Cuda {
             launcher,
             half,
             batch_invariant,
             without_hopper,
-            tile_counters,
             failed,
             scratch,
             captures_graphs: true,

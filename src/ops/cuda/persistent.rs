@@ -68,10 +68,11 @@ fn norm<L: Launcher>(norm: &LayerNorm<Cuda<L>>) -> [u64; 2] {
     [norm.weight.at, norm.bias.at]
 }
 
-fn shared_bytes(depth: usize, width: usize) -> usize {
+fn shared_bytes(depth: usize, width: usize, layers: usize) -> usize {
     WARPS * depth * PIECE_BYTES
         + WARPS * TOKENS * GROUP_ROWS * 4
         + TOKENS * (width + STRIDE_MORE) * 2
+        + layers * size_of::<DecodeLayer>()
 }
 
 impl<L: Launcher> Cuda<L> {
@@ -83,12 +84,14 @@ impl<L: Launcher> Cuda<L> {
         let same = |l: &Linear<Self>| l.weight.int8() == int8;
         let alike =
             |l: &DecoderLayer<Self>| same(&l.qkv) && same(&l.dense) && same(&l.up) && same(&l.down);
+        let (width, layers) = (f.decoder.embedding.cols(), f.decoder.layers.len());
         let fits = |depth: &usize| {
-            shared_bytes(*depth, f.decoder.embedding.cols())
-                <= self.launcher.limits().shared_bytes as usize
+            shared_bytes(*depth, width, layers) <= self.launcher.limits().shared_bytes as usize
         };
-        let few =
-            pass.tokens <= TOKENS && pass.single_count == pass.tokens && !self.batch_invariant;
+        let few = pass.tokens <= TOKENS
+            && pass.single_count == pass.tokens
+            && width <= abi::DECODE_MAX_WIDTH
+            && !self.batch_invariant;
         if few && f.decoder.layers.iter().all(alike) { DEPTHS.into_iter().find(fits) } else { None }
     }
 
@@ -170,7 +173,8 @@ impl<L: Launcher> Cuda<L> {
         let blocks = self.launcher.limits().processors;
         let int8 = if f.decoder.embedding.int8() { "_int8" } else { "" };
         let kernel = format!("decode_step_{}{int8}_{depth}", self.suffix());
-        let shared_bytes = shared_bytes(depth, f.decoder.embedding.cols()) as u32;
+        let (width, layers) = (f.decoder.embedding.cols(), f.decoder.layers.len());
+        let shared_bytes = shared_bytes(depth, width, layers) as u32;
         let config = LaunchConfig {
             grid: [blocks, 1, 1],
             threads: THREADS,

@@ -77,21 +77,3 @@ DEVICE void ldmatrix_x4_trans(uint32_t (&out)[4], const void* row) {
         },
         &mine, "ldmatrix_x4_trans");
 }
-
-// Instruction: stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};
-DEVICE void stmatrix_x4(void* row, const uint32_t (&in)[4]) {
-    struct Lane {
-        const uint32_t* in;
-        Pack16B row;
-    } mine = {in, Pack16B{}};
-    emulator_collective(
-        32, 0xffffffff,
-        [](void** data, uint32_t) {
-            for (int lane = 0; lane < 32; lane++)
-                for (int m = 0; m < 4; m++)
-                    static_cast<Lane*>(data[m * 8 + lane / 4])->row.pairs[lane % 4] =
-                        static_cast<Lane*>(data[lane])->in[m];
-        },
-        &mine, "stmatrix_x4");
-    *static_cast<Pack16B*>(row) = mine.row;
-}
