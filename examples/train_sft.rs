@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let cpu = Cpu::new(0, Isa::detect());
     let mut sft = Sft {
-        cpu: &cpu,
+        backend: &cpu,
         model: TrainModel::random(BloomConfig::new(64, 64, 2, 4), 1),
         companions: Companions::default(),
         train: (0..60).map(sequence).collect(),

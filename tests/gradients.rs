@@ -4,8 +4,8 @@ use beautiful_prompt::models::bloom::BloomCheckpoint;
 use beautiful_prompt::models::bloom::training::{TrainModel, Workspace};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
-use beautiful_prompt::ops::train::{PackedBatch, Precision};
-use beautiful_prompt::train::optimizer::{AdamW, AdamWOptions, clip_gradients};
+use beautiful_prompt::ops::train::{PackedBatch, Precision, StepSums, TrainBackend};
+use beautiful_prompt::train::optimizer::{AdamW, AdamWOptions};
 use serde::Deserialize;
 use std::path::Path;
 
@@ -48,9 +48,10 @@ fn gradients(
 ) -> (f64, Vec<f32>) {
     let mut grads = vec![0f32; model.values.len()];
     let scale = 1.0 / batch.labels.len() as f32;
-    let loss =
-        model.loss(cpu, precision, batch, &mut Workspace::default(), Some((scale, &mut grads)));
-    (loss / batch.labels.len() as f64, grads)
+    let mut sums = StepSums::default();
+    let out = Some((scale, &mut grads));
+    model.loss(cpu, (precision, batch), &mut Workspace::default(), out, &mut sums);
+    (sums.loss / batch.labels.len() as f64, grads)
 }
 
 #[test]
@@ -84,12 +85,13 @@ fn ten_adamw_losses_equal_pytorchs() {
     let mut model = TrainModel::new(checkpoint.config.clone(), checkpoint.to_f32().unwrap());
     let cpu = Cpu::new(2, Isa::detect());
     let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
-    let mut optimizer = AdamW::new(&model.config.parameters(), options);
+    let mut optimizer = AdamW::new(&cpu, &model.config.parameters(), options).unwrap();
     for (step, expected) in expected.losses.iter().enumerate() {
         let (loss, mut grads) = gradients(&cpu, Precision::F32, &model, &batch);
         assert!((loss - expected).abs() < 2e-5 * expected, "step {step}: {loss} for {expected}");
-        clip_gradients(&cpu, &mut grads, 1.0);
-        optimizer.step(&cpu, &mut model.values, &grads, 1e-3);
+        let mut sums = StepSums { loss, norm: 0.0 };
+        cpu.clip_gradients(&mut grads, 1.0, &mut sums);
+        optimizer.step(&cpu, (&mut model.values, &grads), 1e-3, &sums);
     }
 }
 
@@ -131,9 +133,11 @@ fn residual_after_the_norm_has_the_gradient_of_its_finite_differences() {
     let (_, grads) = gradients(&cpu, Precision::F32, &model, &batch);
     let mut loss_at = |i: usize, value: f32| {
         let old = std::mem::replace(&mut model.values[i], value);
-        let loss = model.loss(&cpu, Precision::F32, &batch, &mut Workspace::default(), None);
+        let mut sums = StepSums::default();
+        let batch_of = (Precision::F32, &batch);
+        model.loss(&cpu, batch_of, &mut Workspace::default(), None, &mut sums);
         model.values[i] = old;
-        (loss / batch.labels.len() as f64, old)
+        (sums.loss / batch.labels.len() as f64, old)
     };
     let worst = (0..grads.len()).step_by(173).map(|i| {
         let value = loss_at(i, 0.0).1;

@@ -6,7 +6,7 @@ use beautiful_prompt::models::bloom::BloomConfig;
 use beautiful_prompt::models::bloom::training::{TrainModel, Workspace};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
-use beautiful_prompt::ops::train::{PackedBatch, Precision};
+use beautiful_prompt::ops::train::{PackedBatch, Precision, StepSums};
 use beautiful_prompt::random::PhiloxStream;
 use beautiful_prompt::train::examples::{Example, pack};
 use beautiful_prompt::train::optimizer::AdamWOptions;
@@ -49,10 +49,10 @@ fn options(output: &Path) -> SftOptions {
     }
 }
 
-fn sft<'a>(cpu: &'a Cpu, options: SftOptions) -> Sft<'a> {
+fn sft<'a>(cpu: &'a Cpu, options: SftOptions) -> Sft<'a, Cpu> {
     let model = TrainModel::random(BloomConfig::new(24, 32, 2, 2), 1);
     Sft {
-        cpu,
+        backend: cpu,
         model,
         companions: Companions::default(),
         train: examples(96, 1),
@@ -72,7 +72,7 @@ impl Observer for StopAfter<'_> {
     }
 }
 
-fn run(sft: &mut Sft, resume: bool, stop_after: u64) -> Outcome {
+fn run(sft: &mut Sft<Cpu>, resume: bool, stop_after: u64) -> Outcome {
     let stop = AtomicBool::new(false);
     sft.run(resume, &stop, &mut StopAfter(stop_after, &stop)).unwrap()
 }
@@ -216,7 +216,9 @@ fn accumulated_gradients_equal_those_of_one_pass() {
         let mut grads = vec![0f32; model.values.len()];
         let batches = pack(examples.iter(), budget);
         for b in &batches {
-            model.loss(&cpu, Precision::F32, b, &mut Workspace::default(), Some((1.0, &mut grads)));
+            let (mut space, mut sums) = (Workspace::default(), StepSums::default());
+            let out = Some((1.0, &mut grads));
+            model.loss(&cpu, (Precision::F32, b), &mut space, out, &mut sums);
         }
         (batches.len(), grads)
     };
@@ -235,7 +237,10 @@ fn sequences_of_a_batch_do_not_see_each_other() {
     let loss = |examples: &[Example]| {
         let mut batch = PackedBatch::default();
         examples.iter().for_each(|e| batch.push(&e.ids, e.loss_from));
-        model.loss(&cpu, Precision::F32, &batch, &mut Workspace::default(), None)
+        let mut sums = StepSums::default();
+        let batch = (Precision::F32, &batch);
+        model.loss(&cpu, batch, &mut Workspace::default(), None, &mut sums);
+        sums.loss
     };
     let apart: f64 = examples.iter().map(|e| loss(std::slice::from_ref(e))).sum();
     assert!((loss(&examples) - apart).abs() < 1e-5 * apart);

@@ -7,10 +7,10 @@ use crate::memory::MemoryPlan;
 use crate::models::bloom::BloomConfig;
 use crate::models::bloom::training::{TrainModel, Workspace, training_bytes_per_token};
 use crate::ops::cpu::Cpu;
-use crate::ops::train::{PackedBatch, Precision};
+use crate::ops::train::{PackedBatch, Precision, TrainBackend};
 use crate::random::PhiloxStream;
 use crate::tensor::DType;
-use crate::train::optimizer::{AdamW, AdamWOptions, clip_gradients};
+use crate::train::optimizer::{AdamW, AdamWOptions};
 use serde::Serialize;
 use std::time::Instant;
 
@@ -91,14 +91,15 @@ pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
     plan(&config, &o).check()?;
     let mut model = TrainModel::random(config, 1);
     let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 };
-    let mut optimizer = AdamW::new(&model.config.parameters(), options);
+    let mut optimizer = AdamW::new(cpu, &model.config.parameters(), options)?;
     let mut words = PhiloxStream::new(1, 1);
     let mut batch = PackedBatch::default();
     for _ in 0..o.sequences {
         let ids: Vec<u32> = (0..o.tokens).map(|_| words.below(o.vocab) as u32).collect();
         batch.push(&ids, 1);
     }
-    let (mut grads, mut space) = (vec![0f32; model.values.len()], Workspace::default());
+    let (mut grads, mut space) = (cpu.zeros(model.values.len())?, Workspace::default());
+    let mut sums = cpu.new_sums()?;
     let (dtype, precision) = match o.precision {
         Precision::F32 => (DType::F32, "f32"),
         Precision::Bf16 => (DType::Bf16, "bf16"),
@@ -109,11 +110,12 @@ pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
     for step in 0..=o.repeats.max(1) {
         let (seconds, reached) = gauge.around(|| {
             let started = Instant::now();
-            grads.fill(0.0);
+            cpu.clear(&mut grads);
+            cpu.clear_sums(&mut sums);
             let out = Some((1.0 / batch.labels.len() as f32, &mut grads));
-            model.loss(cpu, o.precision, &batch, &mut space, out);
-            clip_gradients(cpu, &mut grads, 1.0);
-            optimizer.step(cpu, &mut model.values, &grads, 1e-4);
+            model.loss(cpu, (o.precision, &batch), &mut space, out, &mut sums);
+            cpu.clip_gradients(&mut grads, 1.0, &mut sums);
+            optimizer.step(cpu, (&mut model.values, &grads), 1e-4, &sums);
             Ok(started.elapsed().as_secs_f64())
         })?;
         peaks = peaks.best(reached);

@@ -11,6 +11,7 @@ use crate::memory::MemoryPlan;
 use crate::models::bloom::training::{TrainModel, training_bytes_per_token};
 use crate::models::bloom::{BloomCheckpoint, BloomConfig, save_model};
 use crate::models::embedded;
+use crate::ops::cpu::Cpu;
 use crate::ops::train::Precision;
 use crate::tensor::DType;
 use crate::text::template::Template;
@@ -392,7 +393,7 @@ impl SftArgs {
             .with_context(|| format!("{}: cannot create", self.output.display()))?;
         let options = self.options(&start.model, &train);
         let Start { model, companions, .. } = start;
-        let mut sft = Sft { cpu: &cpu, model, companions, train, validation, options };
+        let mut sft = Sft { backend: &cpu, model, companions, train, validation, options };
         note!(
             "{} parameters, {} examples, {} steps",
             sft.model.values.len(),
@@ -460,7 +461,7 @@ impl SftArgs {
     }
 
     /// Writes the trained model and says how good it is.
-    fn finish(&self, sft: &Sft, validation_loss: Option<f64>) -> anyhow::Result<()> {
+    fn finish(&self, sft: &Sft<Cpu>, validation_loss: Option<f64>) -> anyhow::Result<()> {
         let dtype = match self.save_dtype {
             SaveDtype::F32 => DType::F32,
             SaveDtype::F16 => DType::F16,

@@ -6,6 +6,8 @@
 //! shapes alone, so that runs repeat bit for bit.
 
 use super::{Affine, Backend, Heads, Tensor};
+use crate::error::{Error, Result};
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// How the GEMMs of training are computed.
@@ -105,6 +107,28 @@ pub struct LossGradients<'a, B: TrainBackend> {
     pub grads: &'a mut B::Flat,
 }
 
+/// What the backward pass of a linear layer reads.
+pub struct LinearBackward<'a, B: Backend> {
+    /// Gradient of the output, `[tokens, outputs]`.
+    pub dy: &'a Tensor<B>,
+    /// The input, `[tokens, inputs]`.
+    pub x: &'a Tensor<B>,
+    /// If the input is `gelu(u)`: `u`, whose gradient is then written instead of the input's.
+    pub before_gelu: Option<&'a Tensor<B>>,
+}
+
+/// What the backward pass of a layer norm reads.
+pub struct NormBackward<'a, B: Backend> {
+    /// Gradient of the output.
+    pub dy: &'a Tensor<B>,
+    /// The input.
+    pub x: &'a Tensor<B>,
+    /// The output, and the statistics of the rows.
+    pub output: &'a NormOutput<B>,
+    /// What else is part of the input's gradient: what comes along the residual branch.
+    pub residual: Option<&'a Tensor<B>>,
+}
+
 /// What AdamW does in one step.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamWStep {
@@ -118,6 +142,9 @@ pub struct AdamWStep {
     pub step_size: f32,
     /// Root of the second moment's bias correction.
     pub root: f32,
+    /// What parameters that decay are multiplied by first: one minus learning rate times weight
+    /// decay.
+    pub keep: f32,
 }
 
 /// The flat buffers of an optimizer's step.
@@ -132,18 +159,102 @@ pub struct AdamWBuffers<'a, F> {
     pub second: &'a mut F,
 }
 
-/// A backend that trains.
-pub trait TrainBackend: Backend {
-    /// Parameters, gradients or moments of a whole model, in f32.
-    type Flat;
+/// Neighbouring parameters of the flat buffers that an optimizer treats alike.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OptimizerGroup {
+    /// Which parameters.
+    pub range: Range<usize>,
+    /// Whether weight decay is applied to them.
+    pub decays: bool,
+}
 
-    /// Writes `table[ids]` = `[tokens, width]` to `y`.
-    fn embedding_forward(
+/// What a step of training adds up.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepSums {
+    /// Losses, summed over all labels.
+    pub loss: f64,
+    /// Norm of the gradient before it was clipped.
+    pub norm: f64,
+}
+
+impl StepSums {
+    /// Whether both are numbers: a step is taken only then.
+    pub fn finite(&self) -> bool {
+        self.loss.is_finite() && self.norm.is_finite()
+    }
+}
+
+/// Fails if there are not `count` values.
+pub(super) fn check_count(count: usize, values: &[f32]) -> Result<()> {
+    if values.len() == count {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("{} values were given, the model has {count}", values.len())))
+}
+
+/// A backend that trains.
+///
+/// Activations have the type that the backend's GEMMs multiply in; the residual stream and its
+/// gradient are f32. Nothing waits for the device but [`TrainBackend::sums`] and
+/// [`TrainBackend::values`].
+pub trait TrainBackend: Backend {
+    /// Parameters, gradients or moments of a whole model, in f32. Parameters may be there in the
+    /// type of the activations too, which the operations that change them keep equal.
+    type Flat;
+    /// Where a step's sums are.
+    type Sums;
+
+    /// Parameters with these values.
+    ///
+    /// # Errors
+    /// If there is no memory for them.
+    fn parameters(&self, values: Vec<f32>) -> Result<Self::Flat>;
+
+    /// Gradients or moments of `count` parameters, all zero.
+    ///
+    /// # Errors
+    /// If there is no memory for them.
+    fn zeros(&self, count: usize) -> Result<Self::Flat>;
+
+    /// Writes zeros.
+    fn clear(&self, flat: &mut Self::Flat);
+
+    /// Writes values from the host.
+    ///
+    /// # Errors
+    /// If they are not as many, or the device fails.
+    fn set_values(&self, flat: &mut Self::Flat, values: &[f32]) -> Result<()>;
+
+    /// The values, on the host.
+    ///
+    /// # Errors
+    /// What has failed since results were last taken.
+    fn values<'a>(&self, flat: &'a Self::Flat) -> Result<Cow<'a, [f32]>>;
+
+    /// Room for a step's sums, all zero.
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    fn new_sums(&self) -> Result<Self::Sums>;
+
+    /// Writes zeros.
+    fn clear_sums(&self, sums: &mut Self::Sums);
+
+    /// The sums, on the host.
+    ///
+    /// # Errors
+    /// What has failed since results were last taken.
+    fn sums(&self, sums: &Self::Sums) -> Result<StepSums>;
+
+    /// Writes `table[ids]` = `[tokens, width]` to the second of `out`, and its normalized rows, as
+    /// residual stream, with their statistics to the first.
+    fn embedding_norm_forward(
         &self,
-        y: &mut Tensor<Self>,
+        out: (&mut NormOutput<Self>, &mut Tensor<Self>),
         ids: &[u32],
-        width: usize,
         table: ParamsAt<Self, Range<usize>>,
+        norm: &Affine<Range<usize>>,
+        eps: f32,
     );
 
     /// Adds each token's gradient `[tokens, width]` to its row of the table's gradient.
@@ -155,7 +266,7 @@ pub trait TrainBackend: Backend {
         table: &Range<usize>,
     );
 
-    /// Writes the normalized rows of `x` and their statistics to `y`.
+    /// Writes the normalized rows of `x`, as linear layers read them, and their statistics to `y`.
     fn layer_norm_forward(
         &self,
         y: &mut NormOutput<Self>,
@@ -164,18 +275,18 @@ pub trait TrainBackend: Backend {
         eps: f32,
     );
 
-    /// Adds the gradient of the input to `dx`, which holds what comes along the residual branch,
-    /// and those of the norm to `grads`. `forward` is the input and what came of it.
+    /// Writes the gradient of the input, with what comes along the residual branch, to `dx`; adds
+    /// those of the norm to `grads`.
     fn layer_norm_backward(
         &self,
         dx: &mut Tensor<Self>,
         grads: &mut Self::Flat,
-        dy: &Tensor<Self>,
-        forward: (&Tensor<Self>, &NormOutput<Self>),
+        backward: NormBackward<Self>,
         norm: ParamsAt<Self, Affine<Range<usize>>>,
     );
 
-    /// Writes `x W^T + bias`, plus `residual` if given, to `y` = `[tokens, outputs]`.
+    /// Writes `x W^T + bias` to `y` = `[tokens, outputs]`; if `residual` is given, with it and as
+    /// residual stream.
     fn linear_forward(
         &self,
         y: &mut Tensor<Self>,
@@ -184,21 +295,18 @@ pub trait TrainBackend: Backend {
         residual: Option<&Tensor<Self>>,
     );
 
-    /// Writes `dy W` to `dx`; adds `dy^T x` and the sum of the rows of `dy` to `grads`.
+    /// Writes `dy W`, or what it is before a GELU, to `dx`; adds `dy^T x` and the sum of the rows of
+    /// `dy` to `grads`.
     fn linear_backward(
         &self,
         dx: &mut Tensor<Self>,
         grads: &mut Self::Flat,
-        dy: &Tensor<Self>,
-        x: &Tensor<Self>,
+        backward: LinearBackward<Self>,
         linear: ParamsAt<Self, Affine<Range<usize>>>,
     );
 
     /// Writes `gelu(x)`, tanh form, to `y`.
     fn gelu_forward(&self, y: &mut Tensor<Self>, x: &Tensor<Self>);
-
-    /// Turns the gradient of `gelu(x)` in `dy` into that of `x`.
-    fn gelu_backward(&self, dy: &mut Tensor<Self>, x: &Tensor<Self>);
 
     /// Causal attention with ALiBi inside each sequence of `qkv` = `[tokens, head, 3, head size]`.
     fn attention_forward(
@@ -219,16 +327,17 @@ pub trait TrainBackend: Backend {
         cu_seqlens: &[usize],
     );
 
-    /// Cross-entropy of the rows of `x` = `[labels, width]` against `targets`, through the LM head
-    /// `[vocabulary, width]`, whose logits never leave a chunk. Returns the sum over the rows.
+    /// Adds the cross-entropy of the rows of `x` = `[labels, width]` against `targets`, through the
+    /// LM head `[vocabulary, width]`, to the loss of `sums`. The logits never leave a chunk, for
+    /// which the second of `x` is room.
     fn lm_head_loss(
         &self,
-        x: &Tensor<Self>,
+        x: (&Tensor<Self>, &mut Tensor<Self>),
         targets: &[u32],
         lm_head: ParamsAt<Self, Range<usize>>,
-        logits: &mut Tensor<Self>,
         gradients: Option<LossGradients<Self>>,
-    ) -> f64;
+        sums: &mut Self::Sums,
+    );
 
     /// Writes chosen rows of `x`, in this order, to `y`.
     fn gather_rows(&self, y: &mut Tensor<Self>, x: &Tensor<Self>, rows: &[usize]);
@@ -236,28 +345,19 @@ pub trait TrainBackend: Backend {
     /// Writes the rows of `x` to these of the `count` rows of `y`, and zeros to the others.
     fn scatter_rows(&self, y: &mut Tensor<Self>, x: &Tensor<Self>, rows: &[usize], count: usize);
 
-    /// Writes zeros, in the shape of `like`.
-    fn zero(&self, y: &mut Tensor<Self>, like: &Tensor<Self>);
-
-    /// Writes `x` to `y`.
-    fn copy(&self, y: &mut Tensor<Self>, x: &Tensor<Self>);
-
     /// Adds `x` to `y`.
     fn add(&self, y: &mut Tensor<Self>, x: &Tensor<Self>);
 
-    /// One step of AdamW over a range of the flat buffers, whose parameters are multiplied by
-    /// `keep` first (one minus learning rate times weight decay).
+    /// Takes the norm of the gradient, in a fixed order, and has it be at most `max`.
+    fn clip_gradients(&self, grads: &mut Self::Flat, max: f32, sums: &mut Self::Sums);
+
+    /// One step of AdamW with the gradients that [`TrainBackend::clip_gradients`] clipped; none if
+    /// their norm or the loss is no number.
     fn adamw(
         &self,
         buffers: &mut AdamWBuffers<Self::Flat>,
-        range: Range<usize>,
-        keep: f32,
+        groups: &[OptimizerGroup],
         step: &AdamWStep,
+        sums: &Self::Sums,
     );
-
-    /// The sum of squares, in a fixed order.
-    fn squared_norm(&self, x: &Self::Flat) -> f64;
-
-    /// Multiplies all elements.
-    fn scale(&self, x: &mut Self::Flat, factor: f32);
 }

@@ -2,7 +2,8 @@
 //! outside the root.
 
 use crate::checkpoint::Parameter;
-use crate::ops::train::{AdamWBuffers, AdamWStep, TrainBackend};
+use crate::error::Result;
+use crate::ops::train::{AdamWBuffers, AdamWStep, OptimizerGroup, TrainBackend};
 
 /// Settings of AdamW.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -27,31 +28,37 @@ pub struct AdamW<F = Vec<f32>> {
     pub first: F,
     /// Second moments.
     pub second: F,
-    /// `(end, decays)` of each parameter.
-    regions: Vec<(usize, bool)>,
-}
-
-impl AdamW<Vec<f32>> {
-    /// An optimizer that has taken no step.
-    pub fn new(parameters: &[Parameter], options: AdamWOptions) -> AdamW<Vec<f32>> {
-        let mut end = 0;
-        let regions = parameters.iter().map(|p| {
-            end += p.len();
-            (end, p.decays())
-        });
-        let regions: Vec<_> = regions.collect();
-        AdamW { options, steps: 0, first: vec![0.0; end], second: vec![0.0; end], regions }
-    }
+    groups: Vec<OptimizerGroup>,
 }
 
 impl<F> AdamW<F> {
-    /// One step with learning rate `rate`.
+    /// An optimizer that has taken no step.
+    ///
+    /// # Errors
+    /// If the device has no memory for the moments.
+    pub fn new<B: TrainBackend<Flat = F>>(
+        backend: &B,
+        parameters: &[Parameter],
+        options: AdamWOptions,
+    ) -> Result<AdamW<F>> {
+        let mut end = 0;
+        let groups = parameters.iter().map(|p| {
+            let start = end;
+            end += p.len();
+            OptimizerGroup { range: start..end, decays: p.decays() }
+        });
+        let groups = groups.collect();
+        let (first, second) = (backend.zeros(end)?, backend.zeros(end)?);
+        Ok(AdamW { options, steps: 0, first, second, groups })
+    }
+
+    /// One step with learning rate `rate`, by gradients that were clipped with these `sums`.
     pub fn step<B: TrainBackend<Flat = F>>(
         &mut self,
         backend: &B,
-        values: &mut F,
-        grads: &F,
+        (values, grads): (&mut F, &F),
         rate: f32,
+        sums: &B::Sums,
     ) {
         self.steps += 1;
         let o = self.options;
@@ -63,23 +70,10 @@ impl<F> AdamW<F> {
             epsilon: o.epsilon,
             step_size: (rate as f64 / correction1) as f32,
             root: correction2.sqrt() as f32,
+            keep: 1.0 - rate * o.weight_decay,
         };
         let (first, second) = (&mut self.first, &mut self.second);
         let mut buffers = AdamWBuffers { values, grads, first, second };
-        let mut start = 0;
-        for &(end, decays) in &self.regions {
-            let keep = if decays { 1.0 - rate * o.weight_decay } else { 1.0 };
-            backend.adamw(&mut buffers, start..end, keep, &step);
-            start = end;
-        }
+        backend.adamw(&mut buffers, &self.groups, &step, sums);
     }
-}
-
-/// Scales the gradients so that their norm is at most `max`; returns the norm before.
-pub fn clip_gradients<B: TrainBackend>(backend: &B, grads: &mut B::Flat, max: f32) -> f64 {
-    let norm = backend.squared_norm(grads).sqrt();
-    if norm > max as f64 {
-        backend.scale(grads, (max as f64 / (norm + 1e-6)) as f32);
-    }
-    norm
 }

@@ -1,16 +1,15 @@
 //! Supervised fine-tuning: cross-entropy on the target and `</s>`, AdamW, resumable bit for bit.
 
 use super::examples::{Example, epoch_order, pack};
-use super::optimizer::{AdamW, AdamWOptions, clip_gradients};
+use super::optimizer::{AdamW, AdamWOptions};
 use super::report::{Metrics, StepMetrics};
 use super::schedule::Schedule;
-use super::state::{self, RunState};
+use super::state::{self, RunState, Saved};
 use crate::checkpoint::Companions;
 use crate::error::{Error, Result};
 use crate::files::as_read;
 use crate::models::bloom::training::{TrainModel, Workspace};
-use crate::ops::cpu::Cpu;
-use crate::ops::train::Precision;
+use crate::ops::train::{Precision, StepSums, TrainBackend};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -71,11 +70,11 @@ pub enum Outcome {
 }
 
 /// A fine-tuning run: what is trained, on what and how.
-pub struct Sft<'a> {
+pub struct Sft<'a, B: TrainBackend> {
     /// The backend that computes.
-    pub cpu: &'a Cpu,
+    pub backend: &'a B,
     /// The model; its parameters are updated in place.
-    pub model: TrainModel,
+    pub model: TrainModel<B::Flat>,
     /// Saved beside the weights.
     pub companions: Companions,
     /// Examples that are trained on.
@@ -86,7 +85,7 @@ pub struct Sft<'a> {
     pub options: SftOptions,
 }
 
-impl Sft<'_> {
+impl<B: TrainBackend> Sft<'_, B> {
     fn steps_per_epoch(&self) -> u64 {
         self.train.len().div_ceil(self.options.batch) as u64
     }
@@ -105,15 +104,15 @@ impl Sft<'_> {
         observer: &mut dyn Observer,
     ) -> Result<Outcome> {
         let checkpoints = self.options.output.join("checkpoints");
-        let mut optimizer = AdamW::new(&self.model.config.parameters(), self.options.optimizer);
+        let parameters = self.model.config.parameters();
+        let mut optimizer = AdamW::new(self.backend, &parameters, self.options.optimizer)?;
         let mut done = if resume { self.restore(&checkpoints, &mut optimizer)? } else { 0 };
         let mut metrics = Metrics::open(&self.options.output.join("metrics.jsonl"), done)?;
         let curve = self.options.output.join("loss.svg");
         let total = self.total_steps();
         let warmup = (total as f64 * self.options.warmup).ceil() as u64;
         let per_epoch = self.steps_per_epoch();
-        let mut grads = vec![0f32; self.model.values.len()];
-        let mut space = Workspace::default();
+        let mut scratch = Scratch::new(self.backend, self.model.config.parameter_count())?;
         let mut order = (u64::MAX, Vec::new());
         let mut validation_loss = None;
         while done < total {
@@ -124,19 +123,18 @@ impl Sft<'_> {
             }
             let first = (done % per_epoch) as usize * self.options.batch;
             let chosen = &order.1[first..(first + self.options.batch).min(order.1.len())];
-            let (loss, tokens) = self.gradients(chosen, &mut space, &mut grads);
-            let norm = clip_gradients(self.cpu, &mut grads, self.options.clip);
+            let rate =
+                self.options.learning_rate * self.options.schedule.factor(done, warmup, total);
+            let Step { loss, norm, tokens } =
+                self.step(chosen, &mut scratch, &mut optimizer, rate as f32)?;
             if !loss.is_finite() || !norm.is_finite() {
                 metrics.draw(&curve)?;
                 return Err(Error::invalid(self.diverged(done + 1, loss, norm)?));
             }
-            let rate =
-                self.options.learning_rate * self.options.schedule.factor(done, warmup, total);
-            optimizer.step(self.cpu, &mut self.model.values, &grads, rate as f32);
             done += 1;
             let due = |every: u64| done == total || (every > 0 && done.is_multiple_of(every));
             if due(self.options.validate_every) && !self.validation.is_empty() {
-                validation_loss = Some(self.validation_loss(&mut space));
+                validation_loss = Some(self.validation_loss(&mut scratch)?);
             }
             let stepped = StepMetrics {
                 step: done,
@@ -146,25 +144,13 @@ impl Sft<'_> {
                 gradient_norm: norm,
                 tokens,
                 tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
-                validation_loss: if due(self.options.validate_every) {
-                    validation_loss
-                } else {
-                    None
-                },
+                validation_loss: validation_loss.filter(|_| due(self.options.validate_every)),
             };
             observer.step(total, &stepped);
             metrics.push(stepped)?;
             let stopping = stop.load(Ordering::Relaxed);
             if stopping || due(self.options.save_every) {
-                let state = RunState { step: done, settings: self.options.settings.clone() };
-                let folder = state::save(
-                    &checkpoints,
-                    &self.model,
-                    &self.companions,
-                    &optimizer,
-                    &state,
-                    self.options.keep,
-                )?;
+                let folder = self.save(&checkpoints, &optimizer, done)?;
                 metrics.draw(&curve)?;
                 if stopping && done < total {
                     return Ok(Outcome::Stopped(folder));
@@ -175,10 +161,17 @@ impl Sft<'_> {
         Ok(Outcome::Finished { validation_loss })
     }
 
+    /// Writes a checkpoint after `step` steps; returns its folder.
+    fn save(&self, checkpoints: &Path, optimizer: &AdamW<B::Flat>, step: u64) -> Result<PathBuf> {
+        let state = RunState { step, settings: self.options.settings.clone() };
+        let saved = Saved { model: &self.model, companions: &self.companions, optimizer };
+        state::save(checkpoints, self.backend, saved, &state, self.options.keep)
+    }
+
     /// Takes up the newest checkpoint, if there is one; returns the steps that it had taken.
-    fn restore(&mut self, checkpoints: &Path, optimizer: &mut AdamW) -> Result<u64> {
+    fn restore(&mut self, checkpoints: &Path, optimizer: &mut AdamW<B::Flat>) -> Result<u64> {
         let Some((_, folder)) = state::list(checkpoints)?.pop() else { return Ok(0) };
-        let saved = state::load(&folder, &mut self.model, optimizer)?;
+        let saved = state::load(&folder, self.backend, &mut self.model, optimizer)?;
         if saved.settings != as_read(&self.options.settings) {
             return Err(Error::file(
                 &folder,
@@ -191,33 +184,42 @@ impl Sft<'_> {
         Ok(saved.step)
     }
 
-    /// Writes the gradient of the mean loss over the labels of some examples to `grads`; returns
-    /// that loss, and the tokens.
-    fn gradients(
-        &self,
+    /// A step of the optimizer by the gradient of the mean loss over the labels of some examples.
+    fn step(
+        &mut self,
         examples: &[usize],
-        space: &mut Workspace<Cpu>,
-        grads: &mut Vec<f32>,
-    ) -> (f64, usize) {
+        scratch: &mut Scratch<B>,
+        optimizer: &mut AdamW<B::Flat>,
+        rate: f32,
+    ) -> Result<Step> {
+        let b = self.backend;
         let batches = pack(examples.iter().map(|&i| &self.train[i]), self.options.micro_tokens);
-        let labels: usize = batches.iter().map(|b| b.labels.len()).sum();
-        grads.fill(0.0);
-        let mut sum = 0.0;
+        let labels = batches.iter().map(|b| b.labels.len()).sum::<usize>().max(1);
+        let Scratch { space, grads, sums } = scratch;
+        b.clear(grads);
+        b.clear_sums(sums);
         for batch in &batches {
-            let out = Some((1.0 / labels.max(1) as f32, &mut *grads));
-            sum += self.model.loss(self.cpu, self.options.precision, batch, space, out);
+            let out = Some((1.0 / labels as f32, &mut *grads));
+            self.model.loss(b, (self.options.precision, batch), space, out, sums);
         }
-        (sum / labels.max(1) as f64, batches.iter().map(|b| b.ids.len()).sum())
+        b.clip_gradients(grads, self.options.clip, sums);
+        optimizer.step(b, (&mut self.model.values, grads), rate, sums);
+        let StepSums { loss, norm } = b.sums(sums)?;
+        let tokens = batches.iter().map(|b| b.ids.len()).sum();
+        Ok(Step { loss: loss / labels as f64, norm, tokens })
     }
 
     /// Mean cross-entropy a label over the held-out examples.
-    fn validation_loss(&self, space: &mut Workspace<Cpu>) -> f64 {
-        let (mut sum, mut labels) = (0.0, 0);
+    fn validation_loss(&self, scratch: &mut Scratch<B>) -> Result<f64> {
+        let b = self.backend;
+        let mut labels = 0;
+        b.clear_sums(&mut scratch.sums);
         for batch in pack(self.validation.iter(), self.options.micro_tokens) {
             labels += batch.labels.len();
-            sum += self.model.loss(self.cpu, self.options.precision, &batch, space, None);
+            let batch = (self.options.precision, &batch);
+            self.model.loss(b, batch, &mut scratch.space, None, &mut scratch.sums);
         }
-        sum / labels.max(1) as f64
+        Ok(b.sums(&scratch.sums)?.loss / labels.max(1) as f64)
     }
 
     fn diverged(&self, step: u64, loss: f64, norm: f64) -> Result<String> {
@@ -230,6 +232,29 @@ impl Sft<'_> {
             --clip, or raise --warmup"
         ))
     }
+}
+
+/// What a run needs in every step.
+struct Scratch<B: TrainBackend> {
+    space: Workspace<B>,
+    grads: B::Flat,
+    sums: B::Sums,
+}
+
+impl<B: TrainBackend> Scratch<B> {
+    fn new(backend: &B, parameters: usize) -> Result<Scratch<B>> {
+        let (grads, sums) = (backend.zeros(parameters)?, backend.new_sums()?);
+        Ok(Scratch { space: Workspace::default(), grads, sums })
+    }
+}
+
+/// What a step of the optimizer was like.
+struct Step {
+    /// Mean cross-entropy a label.
+    loss: f64,
+    /// Norm of its gradient, before clipping.
+    norm: f64,
+    tokens: usize,
 }
 
 /// The names of settings whose values differ.

@@ -6,6 +6,7 @@ use crate::checkpoint::{Companions, write_atomic, write_atomic_at, write_folder}
 use crate::error::{Error, Result};
 use crate::models::bloom::training::TrainModel;
 use crate::models::bloom::{BloomCheckpoint, save_model};
+use crate::ops::train::TrainBackend;
 use crate::tensor::DType;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
@@ -25,16 +26,26 @@ pub fn step_folder(checkpoints: &Path, step: u64) -> PathBuf {
     checkpoints.join(format!("step-{step:07}"))
 }
 
+/// What a checkpoint holds.
+pub struct Saved<'a, F> {
+    /// The model.
+    pub model: &'a TrainModel<F>,
+    /// What else its folder has.
+    pub companions: &'a Companions,
+    /// The optimizer.
+    pub optimizer: &'a AdamW<F>,
+}
+
 /// Saves the run as `checkpoints/step-N`, a model folder of its own, and removes all but the newest
 /// `keep`.
-pub fn save(
+pub fn save<B: TrainBackend>(
     checkpoints: &Path,
-    model: &TrainModel,
-    companions: &Companions,
-    optimizer: &AdamW,
+    backend: &B,
+    run: Saved<B::Flat>,
     state: &RunState,
     keep: usize,
 ) -> Result<PathBuf> {
+    let Saved { model, companions, optimizer } = run;
     std::fs::create_dir_all(checkpoints).map_err(Error::io(checkpoints, "create"))?;
     let folder = step_folder(checkpoints, state.step);
     if folder.exists() {
@@ -42,11 +53,12 @@ pub fn save(
     }
     write_folder(&folder, |folder| {
         companions.write(folder)?;
-        save_model(folder, &model.config, &model.values, DType::F32)?;
-        let view =
-            |v| TensorView::new(Dtype::F32, vec![model.values.len()], bytemuck::cast_slice(v));
-        let first = view(&optimizer.first).expect("length and shape agree");
-        let second = view(&optimizer.second).expect("length and shape agree");
+        save_model(folder, &model.config, &backend.values(&model.values)?, DType::F32)?;
+        let (first, second) =
+            (backend.values(&optimizer.first)?, backend.values(&optimizer.second)?);
+        let view = |v| TensorView::new(Dtype::F32, vec![first.len()], bytemuck::cast_slice(v));
+        let first = view(&first).expect("length and shape agree");
+        let second = view(&second).expect("length and shape agree");
         write_atomic_at(&folder.join("optimizer.safetensors"), |file| {
             let tensors = [("first", first), ("second", second)];
             safetensors::serialize_to_file(tensors, None, file).map_err(std::io::Error::other)
@@ -77,17 +89,22 @@ pub fn list(checkpoints: &Path) -> Result<Vec<(u64, PathBuf)>> {
 }
 
 /// Reads a checkpoint back into `model` and `optimizer`, whose sizes must agree.
-pub fn load(folder: &Path, model: &mut TrainModel, optimizer: &mut AdamW) -> Result<RunState> {
+pub fn load<B: TrainBackend>(
+    folder: &Path,
+    backend: &B,
+    model: &mut TrainModel<B::Flat>,
+    optimizer: &mut AdamW<B::Flat>,
+) -> Result<RunState> {
     let path = folder.join("state.json");
     let text = std::fs::read(&path).map_err(Error::io(&path, "read"))?;
     let state: RunState = serde_json::from_slice(&text)
         .map_err(|e| Error::file(&path, format!("not a training state: {e}")))?;
     let checkpoint = BloomCheckpoint::open(folder)?;
-    let values = checkpoint.to_f32()?;
-    if values.len() != model.values.len() {
+    let count = model.config.parameter_count();
+    if checkpoint.config.parameter_count() != count {
         return Err(Error::file(folder, "holds a model of another size than this run's"));
     }
-    model.values = values;
+    backend.set_values(&mut model.values, &checkpoint.to_f32()?)?;
     let path = folder.join("optimizer.safetensors");
     let bytes = std::fs::read(&path).map_err(Error::io(&path, "read"))?;
     let file = safetensors::SafeTensors::deserialize(&bytes)
@@ -96,10 +113,11 @@ pub fn load(folder: &Path, model: &mut TrainModel, optimizer: &mut AdamW) -> Res
         let tensor = file
             .tensor(name)
             .map_err(|_| Error::file(&path, format!("tensor {name} is missing")))?;
-        if tensor.dtype() != Dtype::F32 || tensor.data().len() != to.len() * 4 {
+        if tensor.dtype() != Dtype::F32 || tensor.data().len() != count * 4 {
             return Err(Error::file(&path, format!("tensor {name} does not fit the model")));
         }
-        *to = bytemuck::pod_collect_to_vec(tensor.data());
+        let values: Vec<f32> = bytemuck::pod_collect_to_vec(tensor.data());
+        backend.set_values(to, &values)?;
     }
     optimizer.steps = state.step;
     Ok(state)

@@ -3,8 +3,10 @@
 
 use super::{BloomConfig, BloomLayerParameters, BloomParameters};
 use crate::models::params::flat_ranges;
+use crate::error::Result;
 use crate::ops::train::{
-    AttentionOutput, LossGradients, NormOutput, PackedBatch, Params, Precision, TrainBackend,
+    AttentionOutput, LinearBackward, LossGradients, NormBackward, NormOutput, PackedBatch, Params,
+    Precision, TrainBackend,
 };
 use crate::ops::{Heads, Tensor};
 use std::ops::Range;
@@ -19,9 +21,8 @@ pub struct TrainModel<F = Vec<f32>> {
     heads: Heads,
 }
 
-/// What the forward pass keeps of a layer for the backward pass.
+/// What the forward pass keeps of a layer for the backward pass, besides its input.
 struct LayerActivations<B: TrainBackend> {
-    x: Tensor<B>,
     norm1: NormOutput<B>,
     qkv: Tensor<B>,
     attention: AttentionOutput<B>,
@@ -29,12 +30,13 @@ struct LayerActivations<B: TrainBackend> {
     norm2: NormOutput<B>,
     up: Tensor<B>,
     gelu: Tensor<B>,
+    /// The layer's output.
+    out: Tensor<B>,
 }
 
 impl<B: TrainBackend> Default for LayerActivations<B> {
     fn default() -> Self {
         LayerActivations {
-            x: Tensor::default(),
             norm1: NormOutput::default(),
             qkv: Tensor::default(),
             attention: AttentionOutput::default(),
@@ -42,6 +44,7 @@ impl<B: TrainBackend> Default for LayerActivations<B> {
             norm2: NormOutput::default(),
             up: Tensor::default(),
             gelu: Tensor::default(),
+            out: Tensor::default(),
         }
     }
 }
@@ -62,7 +65,6 @@ pub struct Workspace<B: TrainBackend> {
     embedded: Tensor<B>,
     embedding_norm: NormOutput<B>,
     layers: Vec<LayerActivations<B>>,
-    x: Tensor<B>,
     final_norm: NormOutput<B>,
     labelled: Tensor<B>,
     logits: Tensor<B>,
@@ -75,7 +77,6 @@ impl<B: TrainBackend> Default for Workspace<B> {
             embedded: Tensor::default(),
             embedding_norm: NormOutput::default(),
             layers: Vec::new(),
-            x: Tensor::default(),
             final_norm: NormOutput::default(),
             labelled: Tensor::default(),
             logits: Tensor::default(),
@@ -125,6 +126,15 @@ impl TrainModel<Vec<f32>> {
         }
         TrainModel::new(config, values)
     }
+
+    /// The model with its parameters on a backend's device.
+    ///
+    /// # Errors
+    /// If there is no memory for them.
+    pub fn place<B: TrainBackend>(self, b: &B) -> Result<TrainModel<B::Flat>> {
+        let TrainModel { config, values, layout, heads } = self;
+        Ok(TrainModel { config, values: b.parameters(values)?, layout, heads })
+    }
 }
 
 impl<F> TrainModel<F> {
@@ -135,18 +145,18 @@ impl<F> TrainModel<F> {
         TrainModel { config, values, layout, heads }
     }
 
-    /// Summed cross-entropy over the labels of `batch`. With `gradients`, adds `scale` times the
-    /// gradient of that sum to them (same layout as the values).
+    /// Adds the cross-entropy of all labels of `batch` to the loss of `sums`. With `gradients`, adds
+    /// `scale` times the gradient of that sum to them (same layout as the values).
     pub fn loss<B: TrainBackend<Flat = F>>(
         &self,
         b: &B,
-        precision: Precision,
-        batch: &PackedBatch,
+        (precision, batch): (Precision, &PackedBatch),
         space: &mut Workspace<B>,
         gradients: Option<(f32, &mut F)>,
-    ) -> f64 {
+        sums: &mut B::Sums,
+    ) {
         if batch.labels.is_empty() {
-            return 0.0;
+            return;
         }
         let p = Params { values: &self.values, precision };
         let pass = Pass { b, p, batch, model: self };
@@ -155,15 +165,15 @@ impl<F> TrainModel<F> {
         let lm_head = self.layout.lm_head.as_ref().unwrap_or(&self.layout.embedding);
         let Workspace { labelled, logits, final_norm, d, .. } = space;
         b.gather_rows(labelled, &final_norm.y, &rows);
+        let rows_of = (&*labelled, &mut *logits);
         let Some((scale, grads)) = gradients else {
-            return b.lm_head_loss(labelled, &targets, (p, lm_head), logits, None);
+            return b.lm_head_loss(rows_of, &targets, (p, lm_head), None, sums);
         };
         let to = LossGradients { scale, dx: &mut d.labelled, grads: &mut *grads };
-        let loss = b.lm_head_loss(labelled, &targets, (p, lm_head), logits, Some(to));
+        b.lm_head_loss(rows_of, &targets, (p, lm_head), Some(to), sums);
         // the gradient of the final norm's output is zero but at labelled positions
         b.scatter_rows(&mut d.normed, &d.labelled, &rows, batch.ids.len());
         pass.backward(space, grads);
-        loss
     }
 }
 
@@ -180,94 +190,96 @@ impl<B: TrainBackend> Pass<'_, B> {
     fn forward(&self, space: &mut Workspace<B>) {
         let (b, p, c, l) = (self.b, self.p, &self.model.config, &self.model.layout);
         let eps = c.layer_norm_epsilon;
-        let ids = &self.batch.ids;
-        b.embedding_forward(&mut space.embedded, ids, c.hidden_size, (p, &l.embedding));
-        let norm = (p, &l.embedding_norm);
-        b.layer_norm_forward(&mut space.embedding_norm, &space.embedded, norm, eps);
-        space.layers.resize_with(c.layers, LayerActivations::default);
-        let mut input = &space.embedding_norm.y;
-        for (a, l) in space.layers.iter_mut().zip(&l.layers) {
-            b.copy(&mut a.x, input);
-            self.layer_forward(l, a, &mut space.x);
-            input = &space.x;
+        let Workspace { embedded, embedding_norm, layers, final_norm, .. } = space;
+        let table = (p, &l.embedding);
+        let out = (&mut *embedding_norm, embedded);
+        b.embedding_norm_forward(out, &self.batch.ids, table, &l.embedding_norm, eps);
+        layers.resize_with(c.layers, LayerActivations::default);
+        let mut x = &embedding_norm.y;
+        for (a, l) in layers.iter_mut().zip(&l.layers) {
+            self.layer_forward(l, x, a);
+            x = &a.out;
         }
-        b.layer_norm_forward(&mut space.final_norm, &space.x, (p, &l.final_norm), eps);
+        b.layer_norm_forward(final_norm, x, (p, &l.final_norm), eps);
     }
 
-    /// From `a.x` to `out`.
+    /// From a layer's input `x` to `a.out`.
     fn layer_forward(
         &self,
         l: &BloomLayerParameters<Range<usize>>,
+        x: &Tensor<B>,
         a: &mut LayerActivations<B>,
-        out: &mut Tensor<B>,
     ) {
         let (b, p, c) = (self.b, self.p, &self.model.config);
         let (eps, post_norm) = (c.layer_norm_epsilon, c.residual_post_layer_norm);
         // x2 = dense(attention(qkv(norm1))) + (norm1 or x)
-        b.layer_norm_forward(&mut a.norm1, &a.x, (p, &l.input_norm), eps);
+        b.layer_norm_forward(&mut a.norm1, x, (p, &l.input_norm), eps);
         b.linear_forward(&mut a.qkv, &a.norm1.y, (p, &l.qkv), None);
         let cu_seqlens = &self.batch.cu_seqlens;
         b.attention_forward(&mut a.attention, &a.qkv, &self.model.heads, cu_seqlens);
-        let residual = if post_norm { &a.norm1.y } else { &a.x };
+        let residual = if post_norm { &a.norm1.y } else { x };
         b.linear_forward(&mut a.x2, &a.attention.y, (p, &l.dense), Some(residual));
         // out = down(gelu(up(norm2))) + (norm2 or x2)
         b.layer_norm_forward(&mut a.norm2, &a.x2, (p, &l.post_norm), eps);
         b.linear_forward(&mut a.up, &a.norm2.y, (p, &l.up), None);
         b.gelu_forward(&mut a.gelu, &a.up);
         let residual = if post_norm { &a.norm2.y } else { &a.x2 };
-        b.linear_forward(out, &a.gelu, (p, &l.down), Some(residual));
+        b.linear_forward(&mut a.out, &a.gelu, (p, &l.down), Some(residual));
     }
 
     /// From the gradient of the final norm's output in `space.d.normed`.
     fn backward(&self, space: &mut Workspace<B>, grads: &mut B::Flat) {
         let (b, p, l) = (self.b, self.p, &self.model.layout);
-        let Workspace { embedded, embedding_norm, layers, x, final_norm, d, .. } = space;
-        b.zero(&mut d.x, x);
-        let forward = (&*x, &*final_norm);
-        b.layer_norm_backward(&mut d.x, grads, &d.normed, forward, (p, &l.final_norm));
-        for (a, l) in layers.iter().zip(&l.layers).rev() {
-            self.layer_backward(l, a, d, grads);
+        let Workspace { embedded, embedding_norm, layers, final_norm, d, .. } = space;
+        let input = |i: usize| if i == 0 { &embedding_norm.y } else { &layers[i - 1].out };
+        let last = input(layers.len());
+        let final_norm =
+            NormBackward { dy: &d.normed, x: last, output: final_norm, residual: None };
+        b.layer_norm_backward(&mut d.x, grads, final_norm, (p, &l.final_norm));
+        for (i, (a, l)) in layers.iter().zip(&l.layers).enumerate().rev() {
+            self.layer_backward(l, (input(i), a), d, grads);
         }
-        b.copy(&mut d.normed, &d.x);
-        b.zero(&mut d.x, embedded);
-        let forward = (&*embedded, &*embedding_norm);
-        b.layer_norm_backward(&mut d.x, grads, &d.normed, forward, (p, &l.embedding_norm));
-        b.embedding_backward(grads, &d.x, &self.batch.ids, &l.embedding);
+        let norm = NormBackward { dy: &d.x, x: embedded, output: embedding_norm, residual: None };
+        b.layer_norm_backward(&mut d.residual, grads, norm, (p, &l.embedding_norm));
+        b.embedding_backward(grads, &d.residual, &self.batch.ids, &l.embedding);
     }
 
     /// From the gradient of a layer's output in `d.x` to that of its input, in the same place.
     fn layer_backward(
         &self,
         l: &BloomLayerParameters<Range<usize>>,
-        a: &LayerActivations<B>,
+        (x, a): (&Tensor<B>, &LayerActivations<B>),
         d: &mut Gradients<B>,
         g: &mut B::Flat,
     ) {
         let (b, p, batch) = (self.b, self.p, self.batch);
         // out = down(gelu(up(norm2))) + (norm2 or x2)
-        b.linear_backward(&mut d.wide, g, &d.x, &a.gelu, (p, &l.down));
-        b.gelu_backward(&mut d.wide, &a.up);
-        b.linear_backward(&mut d.normed, g, &d.wide, &a.norm2.y, (p, &l.up));
-        self.merge_residual(&d.x, &mut d.normed, &mut d.residual);
-        let norm = (p, &l.post_norm);
-        b.layer_norm_backward(&mut d.residual, g, &d.normed, (&a.x2, &a.norm2), norm);
+        let down = LinearBackward { dy: &d.x, x: &a.gelu, before_gelu: Some(&a.up) };
+        b.linear_backward(&mut d.wide, g, down, (p, &l.down));
+        let up = LinearBackward { dy: &d.wide, x: &a.norm2.y, before_gelu: None };
+        b.linear_backward(&mut d.normed, g, up, (p, &l.up));
+        let residual = self.residual(&d.x, &mut d.normed);
+        let norm = NormBackward { dy: &d.normed, x: &a.x2, output: &a.norm2, residual };
+        b.layer_norm_backward(&mut d.residual, g, norm, (p, &l.post_norm));
         // x2 = dense(attention(qkv(norm1))) + (norm1 or x)
-        b.linear_backward(&mut d.attention, g, &d.residual, &a.attention.y, (p, &l.dense));
+        let dense = LinearBackward { dy: &d.residual, x: &a.attention.y, before_gelu: None };
+        b.linear_backward(&mut d.attention, g, dense, (p, &l.dense));
         let (forward, heads) = ((&a.qkv, &a.attention), &self.model.heads);
         b.attention_backward(&mut d.qkv, &d.attention, forward, heads, &batch.cu_seqlens);
-        b.linear_backward(&mut d.normed, g, &d.qkv, &a.norm1.y, (p, &l.qkv));
-        self.merge_residual(&d.residual, &mut d.normed, &mut d.x);
-        b.layer_norm_backward(&mut d.x, g, &d.normed, (&a.x, &a.norm1), (p, &l.input_norm));
+        let qkv = LinearBackward { dy: &d.qkv, x: &a.norm1.y, before_gelu: None };
+        b.linear_backward(&mut d.normed, g, qkv, (p, &l.qkv));
+        let residual = self.residual(&d.residual, &mut d.normed);
+        let norm = NormBackward { dy: &d.normed, x, output: &a.norm1, residual };
+        b.layer_norm_backward(&mut d.x, g, norm, (p, &l.input_norm));
     }
 
-    /// Sends the gradient `from` along the residual branch: into that of the norm's output if the
-    /// branch starts after the norm, else to that of the norm's input, `to`.
-    fn merge_residual(&self, from: &Tensor<B>, normed: &mut Tensor<B>, to: &mut Tensor<B>) {
+    /// Where the gradient `from` of the residual branch goes on: into that of the norm's output, if
+    /// the branch starts after the norm, or else beside that of the norm's input.
+    fn residual<'t>(&self, from: &'t Tensor<B>, normed: &mut Tensor<B>) -> Option<&'t Tensor<B>> {
         if self.model.config.residual_post_layer_norm {
             self.b.add(normed, from);
-            self.b.zero(to, from);
-        } else {
-            self.b.copy(to, from);
+            return None;
         }
+        Some(from)
     }
 }

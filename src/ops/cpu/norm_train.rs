@@ -39,19 +39,21 @@ pub(super) fn layer_norm(
 pub(super) struct NormBackward<'a> {
     pub dy: &'a [f32],
     pub x: &'a [f32],
+    pub residual: Option<&'a [f32]>,
     pub weight: &'a [f32],
     pub mean: &'a [f32],
     pub rstd: &'a [f32],
 }
 
-/// Adds the gradient of the input to `dx` and those of weight and bias to `dw` and `db`.
+/// Writes the gradient of the input, with that of the residual branch, to `dx`; adds those of weight
+/// and bias to `dw` and `db`.
 pub(super) fn layer_norm_backward(
     cpu: &Cpu,
     b: &NormBackward,
     dx: &mut [f32],
     (dw, db): (&mut [f32], &mut [f32]),
 ) {
-    let NormBackward { dy, x, weight, mean, rstd } = *b;
+    let NormBackward { dy, x, residual, weight, mean, rstd } = *b;
     let h = weight.len();
     let tokens = mean.len();
     let out = Disjoint::new(dx);
@@ -60,6 +62,10 @@ pub(super) fn layer_norm_backward(
             let row = t * h..(t + 1) * h;
             // SAFETY: every token's row is written once.
             let dx = unsafe { out.slice(row.clone()) };
+            match residual {
+                Some(residual) => dx.copy_from_slice(&residual[row.clone()]),
+                None => dx.fill(0.0),
+            }
             let stats = (mean[t], rstd[t]);
             layer_norm_row_backward(cpu.isa, &dy[row.clone()], &x[row], weight, stats, dx);
         }

@@ -2,21 +2,20 @@
 
 use super::Cpu;
 use super::threads::Disjoint;
-use crate::ops::train::{AdamWBuffers, AdamWStep};
+use crate::ops::train::{AdamWBuffers, AdamWStep, OptimizerGroup};
 use crate::simd_fn;
-use std::ops::Range;
 
 /// Elements of one task.
-pub(super) const GRAIN: usize = 1 << 15;
+const GRAIN: usize = 1 << 15;
 
-/// See [`crate::ops::train::TrainBackend::adamw`].
+/// A step of AdamW for one group.
 pub(super) fn adamw(
     cpu: &Cpu,
     b: &mut AdamWBuffers<Vec<f32>>,
-    range: Range<usize>,
-    keep: f32,
+    group: &OptimizerGroup,
     step: &AdamWStep,
 ) {
+    let (range, keep) = (&group.range, if group.decays { step.keep } else { 1.0 });
     let grads = b.grads;
     let (w, m, v) = (
         Disjoint::new(&mut b.values[..]),
@@ -38,7 +37,7 @@ simd_fn! {
         wmv: (&mut [f32], &mut [f32], &mut [f32]), g: &[f32], keep: f32, step: &AdamWStep,
     ) {
         let (w, m, v) = wmv;
-        let AdamWStep { beta1, beta2, epsilon, step_size, root } = *step;
+        let AdamWStep { beta1, beta2, epsilon, step_size, root, keep: _ } = *step;
         let n = w.len();
         assert!(m.len() == n && v.len() == n && g.len() == n);
         for i in (0..n).step_by(16) {
@@ -72,4 +71,13 @@ pub(super) fn squared_norm(cpu: &Cpu, x: &[f32]) -> f64 {
         unsafe { out.slice(i..i + 1)[0] = sum };
     });
     sums.iter().sum()
+}
+
+/// Multiplies all elements.
+pub(super) fn scale(cpu: &Cpu, x: &mut [f32], factor: f32) {
+    let out = Disjoint::new(x);
+    cpu.threads.run_ranges(out.len(), GRAIN, |r| {
+        // SAFETY: ranges are disjoint.
+        unsafe { out.slice(r) }.iter_mut().for_each(|v| *v *= factor);
+    });
 }

@@ -2,15 +2,16 @@
 
 use super::attention_train::{AttentionBackward, PackedAttention};
 use super::linear_train::LinearParams;
-use super::norm_train::{NormBackward, NormParams};
-use super::threads::Disjoint;
+use super::norm_train::NormParams;
 use super::{Cpu, embedding_train, linear_train, loss, norm_train, optimizer};
+use crate::error::Result;
 use crate::ops::train::{
-    AdamWBuffers, AdamWStep, AttentionOutput, LossGradients, NormOutput, Params, ParamsAt,
-    TrainBackend,
+    AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, LossGradients, NormBackward,
+    NormOutput, OptimizerGroup, Params, ParamsAt, StepSums, TrainBackend, check_count,
 };
 use crate::ops::{Affine, Heads, Tensor};
 use crate::tensor::DType;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Columns that one task sums over all tokens.
@@ -32,16 +33,53 @@ fn linear_params<'a>((p, at): (Params<'a, Vec<f32>>, &Affine<Range<usize>>)) -> 
 
 impl TrainBackend for Cpu {
     type Flat = Vec<f32>;
+    type Sums = StepSums;
 
-    fn embedding_forward(
+    fn parameters(&self, values: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(values)
+    }
+
+    fn zeros(&self, count: usize) -> Result<Vec<f32>> {
+        Ok(vec![0.0; count])
+    }
+
+    fn clear(&self, flat: &mut Vec<f32>) {
+        flat.fill(0.0);
+    }
+
+    fn set_values(&self, flat: &mut Vec<f32>, values: &[f32]) -> Result<()> {
+        check_count(flat.len(), values)?;
+        flat.copy_from_slice(values);
+        Ok(())
+    }
+
+    fn values<'a>(&self, flat: &'a Vec<f32>) -> Result<Cow<'a, [f32]>> {
+        Ok(Cow::Borrowed(flat))
+    }
+
+    fn new_sums(&self) -> Result<StepSums> {
+        Ok(StepSums::default())
+    }
+
+    fn clear_sums(&self, sums: &mut StepSums) {
+        *sums = StepSums::default();
+    }
+
+    fn sums(&self, sums: &StepSums) -> Result<StepSums> {
+        Ok(*sums)
+    }
+
+    fn embedding_norm_forward(
         &self,
-        y: &mut Tensor<Cpu>,
+        (y, embedded): (&mut NormOutput<Cpu>, &mut Tensor<Cpu>),
         ids: &[u32],
-        width: usize,
         (p, table): ParamsAt<Cpu, Range<usize>>,
+        norm: &Affine<Range<usize>>,
+        eps: f32,
     ) {
-        let out = self.room(y, [ids.len(), width]);
+        let out = self.room(embedded, [ids.len(), norm.weight.len()]);
         embedding_train::embed(self, ids, &p.values[table.clone()], out);
+        self.layer_norm_forward(y, embedded, (p, norm), eps);
     }
 
     fn embedding_backward(
@@ -77,20 +115,24 @@ impl TrainBackend for Cpu {
         &self,
         dx: &mut Tensor<Cpu>,
         grads: &mut Vec<f32>,
-        dy: &Tensor<Cpu>,
-        (x, n): (&Tensor<Cpu>, &NormOutput<Cpu>),
+        backward: NormBackward<Cpu>,
         (p, at): ParamsAt<Cpu, Affine<Range<usize>>>,
     ) {
+        let NormBackward { dy, x, output, residual } = backward;
         dy.expect("layer_norm_backward", x.shape(), DType::F32);
-        dx.expect("layer_norm_backward's residual", x.shape(), DType::F32);
-        let backward = NormBackward {
+        if let Some(residual) = residual {
+            residual.expect("layer_norm_backward's residual", x.shape(), DType::F32);
+        }
+        let backward = norm_train::NormBackward {
             dy: dy.buffer(),
             x: x.buffer(),
+            residual: residual.map(|r| &r.buffer()[..]),
             weight: &p.values[at.weight.clone()],
-            mean: n.mean.buffer(),
-            rstd: n.rstd.buffer(),
+            mean: output.mean.buffer(),
+            rstd: output.rstd.buffer(),
         };
-        norm_train::layer_norm_backward(self, &backward, &mut dx.buffer, pair_mut(grads, at));
+        let out = self.room(dx, x.shape());
+        norm_train::layer_norm_backward(self, &backward, out, pair_mut(grads, at));
     }
 
     fn linear_forward(
@@ -113,8 +155,7 @@ impl TrainBackend for Cpu {
         &self,
         dx: &mut Tensor<Cpu>,
         grads: &mut Vec<f32>,
-        dy: &Tensor<Cpu>,
-        x: &Tensor<Cpu>,
+        LinearBackward { dy, x, before_gelu }: LinearBackward<Cpu>,
         linear: ParamsAt<Cpu, Affine<Range<usize>>>,
     ) {
         let at = linear.1;
@@ -122,15 +163,14 @@ impl TrainBackend for Cpu {
         dy.expect("linear_backward", [x.shape()[0], linear.bias.len()], DType::F32);
         let (forward, out) = ((&dy.buffer()[..], &x.buffer()[..]), self.room(dx, x.shape()));
         linear_train::linear_backward(self, forward, &linear, out, pair_mut(grads, at));
+        if let Some(u) = before_gelu {
+            u.expect("linear_backward's input of the GELU", x.shape(), DType::F32);
+            linear_train::gelu_backward(self, u.buffer(), out);
+        }
     }
 
     fn gelu_forward(&self, y: &mut Tensor<Cpu>, x: &Tensor<Cpu>) {
         linear_train::gelu(self, x.buffer(), self.room(y, x.shape()));
-    }
-
-    fn gelu_backward(&self, dy: &mut Tensor<Cpu>, x: &Tensor<Cpu>) {
-        dy.expect("gelu_backward", x.shape(), DType::F32);
-        linear_train::gelu_backward(self, x.buffer(), &mut dy.buffer);
     }
 
     fn attention_forward(
@@ -168,12 +208,12 @@ impl TrainBackend for Cpu {
 
     fn lm_head_loss(
         &self,
-        x: &Tensor<Cpu>,
+        (x, logits): (&Tensor<Cpu>, &mut Tensor<Cpu>),
         targets: &[u32],
         (p, at): ParamsAt<Cpu, Range<usize>>,
-        logits: &mut Tensor<Cpu>,
         gradients: Option<LossGradients<Cpu>>,
-    ) -> f64 {
+        sums: &mut StepSums,
+    ) {
         x.expect("lm_head_loss", [targets.len(), x.shape()[1]], DType::F32);
         let lm_head = (p.precision, &p.values[at.clone()]);
         let gradients = gradients.map(|g| {
@@ -181,7 +221,7 @@ impl TrainBackend for Cpu {
             (g.scale, &mut dx[..], &mut g.grads[at.clone()])
         });
         let logits = &mut logits.buffer;
-        loss::cross_entropy(self, x.buffer(), lm_head, targets, logits, gradients)
+        sums.loss += loss::cross_entropy(self, x.buffer(), lm_head, targets, logits, gradients);
     }
 
     fn gather_rows(&self, y: &mut Tensor<Cpu>, x: &Tensor<Cpu>, rows: &[usize]) {
@@ -202,38 +242,28 @@ impl TrainBackend for Cpu {
         }
     }
 
-    fn zero(&self, y: &mut Tensor<Cpu>, like: &Tensor<Cpu>) {
-        self.room(y, like.shape()).fill(0.0);
-    }
-
-    fn copy(&self, y: &mut Tensor<Cpu>, x: &Tensor<Cpu>) {
-        self.room(y, x.shape()).copy_from_slice(x.buffer());
-    }
-
     fn add(&self, y: &mut Tensor<Cpu>, x: &Tensor<Cpu>) {
         y.expect("add", x.shape(), DType::F32);
         y.buffer.iter_mut().zip(x.buffer()).for_each(|(y, x)| *y += x);
     }
 
+    fn clip_gradients(&self, grads: &mut Vec<f32>, max: f32, sums: &mut StepSums) {
+        sums.norm = optimizer::squared_norm(self, grads).sqrt();
+        if sums.norm > max as f64 {
+            let factor = (max as f64 / (sums.norm + 1e-6)) as f32;
+            optimizer::scale(self, grads, factor);
+        }
+    }
+
     fn adamw(
         &self,
         buffers: &mut AdamWBuffers<Vec<f32>>,
-        range: Range<usize>,
-        keep: f32,
+        groups: &[OptimizerGroup],
         step: &AdamWStep,
+        sums: &StepSums,
     ) {
-        optimizer::adamw(self, buffers, range, keep, step);
-    }
-
-    fn squared_norm(&self, x: &Vec<f32>) -> f64 {
-        optimizer::squared_norm(self, x)
-    }
-
-    fn scale(&self, x: &mut Vec<f32>, factor: f32) {
-        let out = Disjoint::new(x);
-        self.threads.run_ranges(out.len(), optimizer::GRAIN, |r| {
-            // SAFETY: ranges are disjoint.
-            unsafe { out.slice(r) }.iter_mut().for_each(|v| *v *= factor);
-        });
+        if sums.finite() {
+            groups.iter().for_each(|group| optimizer::adamw(self, buffers, group, step));
+        }
     }
 }
