@@ -2,7 +2,7 @@
 //! `cargo run --release --example train_sft`.
 
 use beautiful_prompt::checkpoint::Companions;
-use beautiful_prompt::models::bloom::training::TrainModel;
+use beautiful_prompt::models::bloom::training::{Recompute, TrainModel};
 use beautiful_prompt::models::bloom::{BloomCheckpoint, BloomConfig};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
@@ -51,6 +51,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             batch: 12,
             micro_tokens: 512,
             precision: Precision::F32,
+            recompute: Recompute::None,
             seed: 42,
             save_every: 0,
             validate_every: 0,

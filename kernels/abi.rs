@@ -146,6 +146,7 @@ fn field(line: &str, known: &Known) -> Result<(String, Type), String> {
         "uint32_t" => Some(scalar("u32", 4)),
         "uint64_t" => Some(scalar("u64", 8)),
         "float" => Some(scalar("f32", 4)),
+        "double" => Some(scalar("f64", 8)),
         _ => known.structs.get(kind).cloned(),
     };
     let mut t = match kind.strip_suffix('*') {

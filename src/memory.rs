@@ -61,6 +61,15 @@ impl MemoryPlan {
     }
 }
 
+impl std::fmt::Display for MemoryPlan {
+    /// The parts in their order.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let parts: Vec<String> =
+            self.parts.iter().map(|p| format!("{} {}", p.what, size(p.bytes))).collect();
+        f.write_str(&parts.join(", "))
+    }
+}
+
 /// Bytes in a unit that people read.
 fn size(bytes: f64) -> String {
     let units = ["bytes", "kB", "MB", "GB", "TB", "PB"];
@@ -163,6 +172,7 @@ mod tests {
         assert!(plan.check_against(1_600_000_000_000).is_ok());
         let e = plan.check_against(24_000_000_000).unwrap_err();
         assert!(matches!(e, Error::OutOfMemory { .. }));
+        assert_eq!(plan.to_string(), "weights 2.0 GB, KV cache 1.5 TB");
         assert_eq!(
             e.to_string(),
             "needs 1.5 TB of memory (KV cache 1.5 TB, weights 2.0 GB), but 24.0 GB are left here; \

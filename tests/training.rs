@@ -3,7 +3,7 @@
 use beautiful_prompt::checkpoint::Companions;
 use beautiful_prompt::models::bloom::BloomCheckpoint;
 use beautiful_prompt::models::bloom::BloomConfig;
-use beautiful_prompt::models::bloom::training::{TrainModel, Workspace};
+use beautiful_prompt::models::bloom::training::{Recompute, TrainModel, Workspace};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::train::{PackedBatch, Precision, StepSums};
@@ -40,6 +40,7 @@ fn options(output: &Path) -> SftOptions {
         batch: 16,
         micro_tokens: 100,
         precision: Precision::F32,
+        recompute: Recompute::None,
         seed: 42,
         save_every: 27,
         validate_every: 5,

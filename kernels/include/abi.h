@@ -53,6 +53,45 @@ typedef struct {
 } AttentionArgs;
 static_assert(sizeof(AttentionArgs) == 112);
 
+// attention_train_*: warps of a thread block, queries or keys that it takes, and queries or keys
+// that the backward pass takes in a step. The forward pass takes ATTENTION_STEP.
+constexpr int ATTENTION_TRAIN_WARPS = 4;
+constexpr int ATTENTION_TRAIN_TILE = 64;
+constexpr int ATTENTION_TRAIN_STEP = 32;
+
+// Neighbouring tokens of a packed sequence.
+typedef struct {
+    uint32_t first;
+    uint32_t count;
+    // first token of their sequence, and the one behind its last
+    uint32_t sequence_start;
+    uint32_t sequence_end;
+} AttentionTrainTile;
+static_assert(sizeof(AttentionTrainTile) == 16);
+
+typedef struct {
+    // [tokens, head, 3, size] in 16 bits
+    const void* qkv;
+    // [tokens, head, size] in 16 bits
+    void* y;
+    // [tokens, head]: logarithm of the sum of exponentials of the scores
+    float* lse;
+    // [tokens, head, size] in 16 bits: the gradient of `y`
+    const void* dy;
+    // [tokens, head]: dot products of `y` and `dy`, which the kernel for queries leaves to the one
+    // for keys
+    float* dot;
+    // [tokens, head, 3, size] in 16 bits: the gradient of `qkv`
+    void* dqkv;
+    // [tile]
+    const AttentionTrainTile* tiles;
+    // [head]: of ALiBi
+    const float* slopes;
+    uint32_t heads;
+    uint32_t unused;
+} AttentionTrainArgs;
+static_assert(sizeof(AttentionTrainArgs) == 72);
+
 // linear_skinny_*, lm_head_sample_* and lm_head_logits_*: warps of a block, outputs that it
 // computes, and rounds of weights in flight, where several blocks share a multiprocessor (shallow)
 // and where only one does (deep).
@@ -332,3 +371,142 @@ static_assert(sizeof(DecodeStep) == 80);
 
 // peak_*: threads.
 constexpr int PEAK_THREADS = 256;
+
+// The kernels of training: threads of a block, where nothing else is said.
+constexpr int TRAIN_THREADS = 256;
+// Rows whose shares of the gradients of a norm's weight and bias a block adds up.
+constexpr int NORM_BACKWARD_ROWS = 32;
+// norm_gradients: columns of a block, and parts into which it divides the rows.
+constexpr int NORM_GRADIENT_COLUMNS = 32;
+// Elements that a block of an elementwise kernel takes.
+constexpr int ELEMENTWISE_BLOCK = 8 * TRAIN_THREADS;
+// Elements that a block of squared_norm takes, and most that one of adamw_* takes.
+constexpr int OPTIMIZER_BLOCK = 32768;
+
+typedef struct {
+    // [tokens, width] in f32: gradient of the norm's input, written
+    float* dx;
+    // [block, 2, width]: the block's shares of the gradients of weight and bias
+    float* partials;
+    // [tokens, width] in 16 bits or f32: gradient of the norm's output
+    const void* dy;
+    // [tokens, width] in f32: input of the norm
+    const float* x;
+    // [tokens, width] in f32: what else is part of the input's gradient, or null
+    const float* residual;
+    // [width]
+    const float* weight;
+    // [tokens]: statistics of the rows
+    const float* mean;
+    const float* rstd;
+    uint32_t tokens;
+    uint32_t width;
+} NormBackwardArgs;
+static_assert(sizeof(NormBackwardArgs) == 72);
+
+// The rows of a chunk of logits, and what is known of each.
+typedef struct {
+    // [rows, stride] in 16 bits
+    void* logits;
+    // [row]: the token whose probability counts
+    const uint32_t* targets;
+    // [row]: logarithm of the sum of the exponentials
+    float* lse;
+    // [row]: logarithm of the target's probability
+    float* log_probs;
+    // [row]: entropy of the probabilities, in nats
+    float* entropies;
+    uint32_t rows;
+    uint32_t vocabulary;
+    // elements from one row to the next, a multiple of 8
+    uint32_t stride;
+    uint32_t unused;
+} LogitRows;
+static_assert(sizeof(LogitRows) == 56);
+
+// What a step of training adds up on the device.
+typedef struct {
+    // losses, summed over all labels
+    double loss;
+    // norm of the gradient before it is clipped
+    double norm;
+    // what the gradient is multiplied by so that its norm is allowed
+    float factor;
+    // whether loss and norm are numbers: the step is taken only then
+    uint32_t finite;
+} TrainSums;
+static_assert(sizeof(TrainSums) == 24);
+
+// Neighbouring parameters that a block of adamw_* takes.
+typedef struct {
+    uint64_t first;
+    uint32_t count;
+    // whether weight decay is applied to them
+    uint32_t decays;
+} OptimizerChunk;
+static_assert(sizeof(OptimizerChunk) == 16);
+
+typedef struct {
+    // parameters in f32, updated
+    float* values;
+    // the same in 16 bits, written
+    void* half_values;
+    const float* grads;
+    // moments, updated
+    float* first;
+    float* second;
+    // [block]
+    const OptimizerChunk* chunks;
+    const TrainSums* sums;
+    float beta1;
+    float beta2;
+    float epsilon;
+    // learning rate over the first moment's bias correction
+    float step_size;
+    // root of the second moment's bias correction
+    float root;
+    // what parameters that decay are multiplied by first
+    float keep;
+} AdamWArgs;
+static_assert(sizeof(AdamWArgs) == 80);
+
+// gemm_*_bf16: threads, and rows and columns of a tile.
+constexpr int GEMM_TRAIN_THREADS = 256;
+constexpr int GEMM_TRAIN_TILE = 128;
+// Elements of the inner dimension that are copied at a time, and how many such slices are in work.
+constexpr int GEMM_TRAIN_SLICE = 64;
+constexpr int GEMM_TRAIN_STAGES = 3;
+// What becomes of the sums: they are written in 16 bits, added to what is there in f32, or written
+// as the share of a part of the inner dimension.
+constexpr uint32_t GEMM_WRITE = 0;
+constexpr uint32_t GEMM_ADD = 1;
+constexpr uint32_t GEMM_PARTIAL = 2;
+
+// C [m, n] of A and B, whose strides are in elements and multiples of 8; between the columns of a
+// matrix and its stride lie zeros.
+typedef struct {
+    // in 16 bits
+    const void* a;
+    const void* b;
+    // 16 bits to write, f32 to add
+    void* c;
+    // [m, n] with the stride of c: what the input of a GELU was whose gradient c is multiplied by,
+    // or null
+    const void* before_gelu;
+    // [m] in f32: the sums of A over the inner dimension are added here, unless null
+    float* row_sums;
+    // [part, m, n] and behind that [part, m]: shares of the parts
+    float* partials;
+    uint32_t m;
+    uint32_t n;
+    uint32_t k;
+    uint32_t a_stride;
+    uint32_t b_stride;
+    uint32_t c_stride;
+    uint32_t mode;
+    // parts of the inner dimension, and slices of each
+    uint32_t parts;
+    uint32_t part_slices;
+    uint32_t unused;
+} GemmArgs;
+static_assert(sizeof(GemmArgs) == 88);

@@ -1,15 +1,14 @@
 //! A training step on random tokens: forward, backward, clipping, AdamW.
 
 use super::floor::{Compared, Gauge, MinimumWork, Peaks};
-use super::machine;
+use super::machine::{self, Machine};
 use crate::error::Result;
-use crate::memory::MemoryPlan;
 use crate::models::bloom::BloomConfig;
-use crate::models::bloom::training::{TrainModel, Workspace, training_bytes_per_token};
-use crate::ops::cpu::Cpu;
+use crate::models::bloom::training::{Recompute, TrainModel, Workspace};
 use crate::ops::train::{PackedBatch, Precision, TrainBackend};
 use crate::random::PhiloxStream;
 use crate::tensor::DType;
+use crate::train::memory::{PassSize, plan};
 use crate::train::optimizer::{AdamW, AdamWOptions};
 use serde::Serialize;
 use std::time::Instant;
@@ -31,6 +30,8 @@ pub struct TrainBenchOptions {
     pub tokens: usize,
     /// Precision of the GEMMs.
     pub precision: Precision,
+    /// What the backward pass computes again.
+    pub recompute: Recompute,
     /// Steps that are measured; 0 counts as 1.
     pub repeats: usize,
 }
@@ -42,11 +43,11 @@ pub struct TrainReport {
     pub parameters: usize,
     /// Precision of the GEMMs.
     pub precision: &'static str,
-    /// Instruction set.
-    pub isa: &'static str,
-    /// Threads that computed.
+    /// Instruction set, or the GPU's architecture.
+    pub isa: String,
+    /// Threads, or the GPU's multiprocessors.
     pub threads: usize,
-    /// Name of the processor.
+    /// Name of the processor or GPU.
     pub processor: String,
     /// Tokens of a batch.
     pub tokens_per_step: usize,
@@ -63,66 +64,33 @@ pub struct TrainReport {
     pub compared: Compared,
 }
 
-/// What the steps take.
-fn plan(config: &BloomConfig, o: &TrainBenchOptions) -> MemoryPlan {
-    let tokens = o.sequences as f64 * o.tokens as f64;
-    let per_token = training_bytes_per_token(config) + 4.0 * 6.0;
-    MemoryPlan::new()
-        .with(
-            "weights, gradients and AdamW's moments",
-            16.0 * config.parameter_count() as f64,
-            "--hidden, --layers or --vocab",
-        )
-        .with("activations", tokens * per_token, "--batch or --tokens")
+/// Measures training steps on a device.
+///
+/// # Errors
+///
+/// Fails if the device does not have the memory that the steps take.
+pub fn run<B: TrainBackend + Machine>(backend: &B, o: TrainBenchOptions) -> Result<TrainReport> {
+    let config = BloomConfig::new(o.vocab, o.hidden, o.layers, o.heads);
+    backend.supports(o.precision)?;
+    let pass = PassSize { tokens: o.sequences * o.tokens, recompute: o.recompute };
+    plan(backend, &config, pass)
         .with(
             "a buffer to measure the bandwidth",
             machine::probe_bytes() as f64,
             "nothing: more memory is needed",
         )
-}
-
-/// Measures training steps on the CPU.
-///
-/// # Errors
-///
-/// Fails if the machine does not have the memory that the steps take.
-pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
-    let config = BloomConfig::new(o.vocab, o.hidden, o.layers, o.heads);
-    plan(&config, &o).check()?;
-    let mut model = TrainModel::random(config, 1);
-    let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 };
-    let mut optimizer = AdamW::new(cpu, &model.config.parameters(), options)?;
-    let mut words = PhiloxStream::new(1, 1);
-    let mut batch = PackedBatch::default();
+        .check_against(backend.free_memory().unwrap_or(u64::MAX))?;
+    let model = TrainModel::random(config, 1).place(backend)?;
+    let (mut batch, mut words) = (PackedBatch::default(), PhiloxStream::new(1, 1));
     for _ in 0..o.sequences {
         let ids: Vec<u32> = (0..o.tokens).map(|_| words.below(o.vocab) as u32).collect();
         batch.push(&ids, 1);
     }
-    let (mut grads, mut space) = (cpu.zeros(model.values.len())?, Workspace::default());
-    let mut sums = cpu.new_sums()?;
     let (dtype, precision) = match o.precision {
         Precision::F32 => (DType::F32, "f32"),
         Precision::Bf16 => (DType::Bf16, "bf16"),
     };
-    let mut gauge = Gauge::new(cpu, dtype)?;
-    let (mut best, mut peaks) = (f64::INFINITY, Peaks::default());
-    // the first step allocates and is not counted
-    for step in 0..=o.repeats.max(1) {
-        let (seconds, reached) = gauge.around(|| {
-            let started = Instant::now();
-            cpu.clear(&mut grads);
-            cpu.clear_sums(&mut sums);
-            let out = Some((1.0 / batch.labels.len() as f32, &mut grads));
-            model.loss(cpu, (o.precision, &batch), &mut space, out, &mut sums);
-            cpu.clip_gradients(&mut grads, 1.0, &mut sums);
-            optimizer.step(cpu, (&mut model.values, &grads), 1e-4, &sums);
-            Ok(started.elapsed().as_secs_f64())
-        })?;
-        peaks = peaks.best(reached);
-        if step > 0 {
-            best = best.min(seconds);
-        }
-    }
+    let (best, peaks) = best_step(backend, model, &batch, (o, dtype))?;
     let h = o.hidden as f64;
     let tokens = (o.sequences * o.tokens) as f64;
     let attention = 4.0 * tokens * (o.tokens as f64 + 1.0) / 2.0 * h * o.layers as f64;
@@ -131,12 +99,13 @@ pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
     let flops = 3.0 * (gemms + attention);
     let compared =
         Compared::new(best, MinimumWork { bytes: 0.0, flops, working_set: 0.0 }, peaks, None);
+    let (processor, isa) = backend.describe();
     Ok(TrainReport {
-        parameters: model.values.len(),
+        parameters: BloomConfig::new(o.vocab, o.hidden, o.layers, o.heads).parameter_count(),
         precision,
-        isa: cpu.isa().name(),
-        threads: cpu.threads().count(),
-        processor: machine::processor(),
+        isa,
+        threads: backend.threads(),
+        processor,
         tokens_per_step: batch.ids.len(),
         tokens_per_second: tokens / best,
         milliseconds: best * 1e3,
@@ -144,4 +113,38 @@ pub fn run(cpu: &Cpu, o: TrainBenchOptions) -> Result<TrainReport> {
         floor_milliseconds: compared.floor * 1e3,
         compared,
     })
+}
+
+/// Seconds of the fastest of some steps, and the best that the machine reached around them.
+fn best_step<B: TrainBackend + Machine>(
+    backend: &B,
+    mut model: TrainModel<B::Flat>,
+    batch: &PackedBatch,
+    (o, dtype): (TrainBenchOptions, DType),
+) -> Result<(f64, Peaks)> {
+    let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 };
+    let mut optimizer = AdamW::new(backend, &model.config.parameters(), options)?;
+    let mut grads = backend.zeros(model.config.parameter_count())?;
+    let (mut space, mut sums) = (Workspace::with_recompute(o.recompute), backend.new_sums()?);
+    let mut gauge = Gauge::new(backend, dtype)?;
+    let (mut best, mut peaks) = (f64::INFINITY, Peaks::default());
+    // the first step allocates and is not counted
+    for step in 0..=o.repeats.max(1) {
+        let (seconds, reached) = gauge.around(|| {
+            let started = Instant::now();
+            backend.clear(&mut grads);
+            backend.clear_sums(&mut sums);
+            let out = Some((1.0 / batch.labels.len() as f32, &mut grads));
+            model.loss(backend, (o.precision, batch), &mut space, out, &mut sums);
+            backend.clip_gradients(&mut grads, 1.0, &mut sums);
+            optimizer.step(backend, (&mut model.values, &grads), 1e-4, &sums);
+            backend.sums(&sums)?;
+            Ok(started.elapsed().as_secs_f64())
+        })?;
+        peaks = peaks.best(reached);
+        if step > 0 {
+            best = best.min(seconds);
+        }
+    }
+    Ok((best, peaks))
 }

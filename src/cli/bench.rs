@@ -2,22 +2,25 @@
 
 use super::DeviceArgs;
 use super::hub::model_folder;
-use super::model::{DTypeChoice, Device, ModelArgs, Placed};
+use super::model::{DTypeChoice, Device, DeviceChoice, ModelArgs, Placed, driver};
 use super::print::{self, print_line};
-use super::train::PrecisionChoice;
+use super::train::{PrecisionChoice, RecomputeChoice};
 use super::within;
 use crate::bench::floor::Bound;
 use crate::bench::kernels::{self, KernelOptions};
 use crate::bench::llm::{LlmOptions, LlmReport, Phase, random_checkpoint, run};
 use crate::bench::train::{self, TrainBenchOptions};
+use crate::device::cuda::Driver;
 use crate::models::bloom::BloomCheckpoint;
 use crate::models::bloom::{
     BloomConfig, MAX_CONTEXT, MAX_HEADS, MAX_HIDDEN, MAX_LAYERS, MAX_VOCABULARY,
 };
 use crate::models::embedded;
+use crate::ops::cuda::Cuda;
 use crate::tensor::DType;
 use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
+use std::rc::Rc;
 
 /// Largest numbers of sequences and repeats that are taken: whether there is memory for them is
 /// another question.
@@ -58,6 +61,13 @@ pub struct TrainArgs {
     tokens: usize,
     #[arg(long, value_enum, default_value_t = PrecisionChoice::Bf16)]
     precision: PrecisionChoice,
+    /// What the backward pass computes again instead of keeping it.
+    #[arg(long, value_enum, default_value_t = RecomputeChoice::None)]
+    recompute: RecomputeChoice,
+    /// Where to compute.
+    #[arg(long = "device", value_enum, default_value_t = DeviceChoice::Cpu)]
+    #[arg(env = "BPROMPT_DEVICE")]
+    device_choice: DeviceChoice,
     /// Steps that are measured, at least 1.
     #[arg(long, default_value_t = 5)]
     repeats: usize,
@@ -250,20 +260,22 @@ impl TrainArgs {
             self.hidden,
             self.heads
         );
-        let cpu = self.device.cpu()?;
-        let report = train::run(
-            &cpu,
-            TrainBenchOptions {
-                hidden: self.hidden,
-                layers: self.layers,
-                heads: self.heads,
-                vocab: self.vocab,
-                sequences: self.batch,
-                tokens: self.tokens,
-                precision: self.precision.into(),
-                repeats: self.repeats,
-            },
-        )?;
+        let options = TrainBenchOptions {
+            hidden: self.hidden,
+            layers: self.layers,
+            heads: self.heads,
+            vocab: self.vocab,
+            sequences: self.batch,
+            tokens: self.tokens,
+            precision: self.precision.into(),
+            recompute: self.recompute.into(),
+            repeats: self.repeats,
+        };
+        let supported = || Cuda::<Driver>::supports(self.hidden, self.heads);
+        let report = match driver(self.device_choice, supported)? {
+            Some(driver) => train::run(&Cuda::new(Rc::new(driver), DType::Bf16, false), options)?,
+            None => train::run(&self.device.cpu()?, options)?,
+        };
         if self.json {
             print::json(&report)?;
         } else {

@@ -230,26 +230,14 @@ impl ModelArgs {
 
     /// Where a model is to run.
     pub fn device(&self, config: &BloomConfig) -> anyhow::Result<Device> {
-        let possible = || {
+        let driver = driver(self.device, || {
             if self.dtype == DTypeChoice::F32 {
                 return Err(Error::invalid(
                     "the CUDA kernels hold weights in 16 or 8 bits; use --dtype bf16",
                 ));
             }
-            Cuda::<Driver>::supports(config.hidden_size, config.heads)?;
-            Driver::open()
-        };
-        let driver = match self.device {
-            DeviceChoice::Cpu => None,
-            DeviceChoice::Auto => possible()
-                .inspect_err(|e| {
-                    if Driver::likely() {
-                        note!("the GPU is not used: {e}");
-                    }
-                })
-                .ok(),
-            DeviceChoice::Cuda => Some(possible().context("--device cuda")?),
-        };
+            Cuda::<Driver>::supports(config.hidden_size, config.heads)
+        })?;
         Ok(match driver {
             Some(driver) => Device::Cuda(driver),
             None => Device::Cpu(self.compute.cpu()?.with_resident_weights(self.long_running)),
@@ -286,6 +274,28 @@ impl ModelArgs {
         }
         Ok(cuda)
     }
+}
+
+/// The GPU if it is wanted, or if it may be and can be: `check` says what keeps it from the work.
+pub fn driver(
+    choice: DeviceChoice,
+    check: impl FnOnce() -> crate::error::Result<()>,
+) -> anyhow::Result<Option<Driver>> {
+    let possible = || {
+        check()?;
+        Driver::open()
+    };
+    Ok(match choice {
+        DeviceChoice::Cpu => None,
+        DeviceChoice::Auto => possible()
+            .inspect_err(|e| {
+                if Driver::likely() {
+                    note!("the GPU is not used: {e}");
+                }
+            })
+            .ok(),
+        DeviceChoice::Cuda => Some(possible().context("--device cuda")?),
+    })
 }
 
 /// A checksum of every tensor's name, shape and type, and of parts of its values: all of them would

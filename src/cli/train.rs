@@ -3,29 +3,35 @@
 use super::DeviceArgs;
 use super::files::check_distinct;
 use super::hub::model_folder;
+use super::model::{Device, DeviceChoice, driver};
 use super::print::{note, print_line};
 use super::within;
 use crate::checkpoint::{Companions, MODEL_FILES, TOKENIZER_FILES};
 use crate::data::records::{read_prompts, read_training_pairs};
+use crate::device::cuda::Driver;
+use crate::error::Error;
 use crate::memory::MemoryPlan;
-use crate::models::bloom::training::{TrainModel, training_bytes_per_token};
+use crate::models::bloom::training::{Recompute, TrainModel};
 use crate::models::bloom::{BloomCheckpoint, BloomConfig, save_model};
 use crate::models::embedded;
-use crate::ops::cpu::Cpu;
-use crate::ops::train::Precision;
+use crate::ops::cuda::Cuda;
+use crate::ops::train::{Precision, TrainBackend};
 use crate::tensor::DType;
 use crate::text::template::Template;
 use crate::text::{Tokenizer, train_tokenizer};
 use crate::train::examples::{Example, example};
+use crate::train::memory::{self, PassSize};
 use crate::train::optimizer::AdamWOptions;
 use crate::train::report::StepMetrics;
 use crate::train::schedule::Schedule;
 use crate::train::sft::{Observer, Outcome, Sft, SftOptions};
+use crate::train::state;
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 #[derive(Subcommand)]
 pub enum TrainCommand {
@@ -62,6 +68,27 @@ impl From<PrecisionChoice> for Precision {
         match choice {
             PrecisionChoice::F32 => Precision::F32,
             PrecisionChoice::Bf16 => Precision::Bf16,
+        }
+    }
+}
+
+/// What a training pass computes again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RecomputeChoice {
+    /// Nothing
+    None,
+    /// Attention, layer norms and GELU
+    Attention,
+    /// Everything between a layer's input and its output
+    Layer,
+}
+
+impl From<RecomputeChoice> for Recompute {
+    fn from(choice: RecomputeChoice) -> Recompute {
+        match choice {
+            RecomputeChoice::None => Recompute::None,
+            RecomputeChoice::Attention => Recompute::Attention,
+            RecomputeChoice::Layer => Recompute::Layer,
         }
     }
 }
@@ -130,15 +157,23 @@ pub struct SftArgs {
     #[arg(long, default_value_t = 64)]
     batch: usize,
     /// Maximum tokens of one forward and backward pass; gradients accumulate over as many as the
-    /// batch needs.
-    #[arg(long, default_value_t = 8192)]
-    micro_tokens: usize,
+    /// batch needs. By default 8192 (32768 on a GPU), or as many as there is memory for.
+    #[arg(long)]
+    micro_tokens: Option<usize>,
+    /// What the backward pass computes again instead of keeping it: the same gradients in less
+    /// memory, later.
+    #[arg(long, value_enum, default_value_t = RecomputeChoice::None)]
+    recompute: RecomputeChoice,
     /// Longer sequences are cut on the right; at least 2.
     #[arg(long, default_value_t = 384)]
     max_tokens: usize,
     /// How products are computed; bf16 rounds their operands, weights and sums stay f32.
     #[arg(long, value_enum, default_value_t = PrecisionChoice::Bf16)]
     precision: PrecisionChoice,
+    /// Where to compute; auto takes a GPU if there is one that can.
+    #[arg(long = "device", value_enum, default_value_t = DeviceChoice::Auto)]
+    #[arg(env = "BPROMPT_DEVICE")]
+    device_choice: DeviceChoice,
     /// How the trained model is stored.
     #[arg(long, value_enum, default_value_t = SaveDtype::Bf16)]
     save_dtype: SaveDtype,
@@ -206,6 +241,8 @@ impl TokenizerArgs {
 /// What training starts from.
 struct Start {
     model: TrainModel,
+    /// Until training takes it.
+    device: Option<Device>,
     tokenizer: Tokenizer,
     template: Template,
     /// What else the model folder holds, with this tokenizer and template.
@@ -227,28 +264,34 @@ impl SftArgs {
             (None, None) if self.model.is_none() && self.config.is_none() => embedded::template(),
             (None, None) => Template::named("v1")?,
         };
-        let fits = |c: &BloomConfig| {
-            let bytes = 16.0 * c.parameter_count() as f64;
+        let device_for = |c: &BloomConfig| {
+            let device = self.device_for(c)?;
+            // a GPU has the gradients and moments itself
+            let bytes = if matches!(device, Device::Cpu(_)) { 16.0 } else { 4.0 };
+            let bytes = bytes * c.parameter_count() as f64;
             MemoryPlan::new()
                 .with("weights, gradients and AdamW's moments", bytes, "the model's size")
-                .check()
+                .check()?;
+            anyhow::Ok(device)
         };
-        let (model, default_tokenizer) = match (&folder, &self.config) {
+        let (model, device, default_tokenizer) = match (&folder, &self.config) {
             (_, Some(file)) => {
                 let config = BloomConfig::read(file)?;
-                fits(&config).with_context(|| format!("{}", file.display()))?;
-                (TrainModel::random(config, self.seed), None)
+                let device = device_for(&config).with_context(|| format!("{}", file.display()))?;
+                (TrainModel::random(config, self.seed), device, None)
             }
             (Some(folder), None) => {
                 let c = BloomCheckpoint::open(folder)?;
-                fits(&c.config).with_context(|| format!("{}", folder.display()))?;
+                let device =
+                    device_for(&c.config).with_context(|| format!("{}", folder.display()))?;
                 let values = c.to_f32()?;
-                (TrainModel::new(c.config, values), Some(folder.join("tokenizer.json")))
+                (TrainModel::new(c.config, values), device, Some(folder.join("tokenizer.json")))
             }
             (None, None) => {
                 let c = embedded::checkpoint();
+                let device = device_for(&c.config)?;
                 let values = c.to_f32()?;
-                (TrainModel::new(c.config, values), None)
+                (TrainModel::new(c.config, values), device, None)
             }
         };
         let mut companions = Companions::default();
@@ -277,7 +320,8 @@ impl SftArgs {
                 embedded::tokenizer()
             }
         };
-        Ok(Start { model, tokenizer, template, companions })
+        let device = Some(device);
+        Ok(Start { model, device, tokenizer, template, companions })
     }
 
     fn examples(&self, path: &Path, start: &Start) -> anyhow::Result<Vec<Example>> {
@@ -333,7 +377,9 @@ impl SftArgs {
         within("--clip", self.clip as f64, positive(1e9), "(0, 1e9]")?;
         within("--epochs", self.epochs, positive(1e6), "(0, 1e6]")?;
         within("--batch", self.batch, 1..=1 << 20, "[1, 1048576]")?;
-        within("--micro-tokens", self.micro_tokens, 1..=1 << 28, "[1, 268435456]")?;
+        if let Some(tokens) = self.micro_tokens {
+            within("--micro-tokens", tokens, 1..=1 << 28, "[1, 268435456]")?;
+        }
         within("--max-tokens", self.max_tokens, 2..=1 << 20, "[2, 1048576]")?;
         within("--keep", self.keep, 1.., "[1, ...]: a checkpoint to go on from has to stay")?;
         ensure!(
@@ -349,54 +395,113 @@ impl SftArgs {
         Ok(())
     }
 
-    /// Fails if the run would take more memory than there is.
-    fn check_memory(
+    /// Where a model is to be trained.
+    fn device_for(&self, config: &BloomConfig) -> anyhow::Result<Device> {
+        let driver = driver(self.device_choice, || {
+            if self.precision == PrecisionChoice::F32 {
+                return Err(Error::Unsupported(
+                    "the CUDA kernels train with bf16 operands; use --precision bf16".into(),
+                ));
+            }
+            Cuda::<Driver>::supports(config.hidden_size, config.heads)
+        })?;
+        Ok(match driver {
+            Some(driver) => Device::Cuda(driver),
+            None => Device::Cpu(self.device.cpu()?),
+        })
+    }
+
+    /// The maximum tokens of a pass: as wanted, as in the run that goes on, or as many as there is
+    /// memory for. Says what memory the run takes, and fails if it is more than there is.
+    fn pass_tokens<B: TrainBackend>(
         &self,
+        backend: &B,
         config: &BloomConfig,
-        train: &[Example],
-        validation: &[Example],
-    ) -> anyhow::Result<()> {
-        let longest = train.iter().chain(validation).map(|e| e.ids.len()).max().unwrap_or(0);
-        let all: usize = train.iter().map(|e| e.ids.len()).sum();
-        let held_out: usize = validation.iter().map(|e| e.ids.len()).sum();
-        let tokens =
-            self.micro_tokens.min((longest * self.batch).min(all).max(held_out)).max(longest);
-        // values are there already
-        let parameters = config.parameter_count() as f64;
-        MemoryPlan::new()
-            .with("gradients and AdamW's moments", 12.0 * parameters, "the model's size")
-            .with(
-                "activations",
-                training_bytes_per_token(config) * tokens as f64,
-                "--micro-tokens or --max-tokens",
+        examples: (&[Example], &[Example]),
+    ) -> anyhow::Result<usize> {
+        let lengths = |e: &[Example]| e.iter().map(|e| e.ids.len()).collect::<Vec<_>>();
+        let (train, held_out) = (lengths(examples.0), lengths(examples.1));
+        let longest = train.iter().chain(&held_out).copied().max().unwrap_or(0);
+        let all = train.iter().sum::<usize>().min(longest * self.batch);
+        let needed = all.max(held_out.iter().sum()).max(longest);
+        let recompute = self.recompute.into();
+        // on the CPU the values are there already
+        let there = if B::PARAMETER_BYTES == 4 { 4 * config.parameter_count() as u64 } else { 0 };
+        let available = backend.free_memory().map_or(u64::MAX, |free| free + there);
+        let fitting = |recompute, most: usize| {
+            memory::tokens_that_fit(backend, config, recompute, (longest, most), available)
+        };
+        let usual = if B::ACTIVATION_BYTES == 4 { 8192 } else { 32768 };
+        let wanted = match self.micro_tokens {
+            Some(tokens) => tokens,
+            None => match self.resumed_micro_tokens()? {
+                Some(tokens) => tokens,
+                None if needed <= usual && fitting(recompute, needed) == Some(needed) => usual,
+                None => fitting(recompute, usual).unwrap_or(longest),
+            },
+        };
+        let pass = PassSize { tokens: wanted.min(needed).max(longest), recompute };
+        let plan = memory::plan(backend, config, pass);
+        note!("memory: {plan}");
+        plan.check_against(available).with_context(|| {
+            let fits = match fitting(Recompute::Layer, wanted) {
+                Some(tokens) => format!("--micro-tokens {tokens} --recompute layer would fit"),
+                None => "no setting would fit".to_owned(),
+            };
+            format!(
+                "training {} parameters on {} tokens at once ({fits})",
+                config.parameter_count(),
+                pass.tokens
             )
-            .check()
-            .with_context(|| {
-                format!(
-                    "training {} parameters on {tokens} tokens at once",
-                    config.parameter_count()
-                )
-            })
+        })?;
+        Ok(wanted)
+    }
+
+    /// What a run that goes on had chosen.
+    fn resumed_micro_tokens(&self) -> anyhow::Result<Option<usize>> {
+        if !self.resume {
+            return Ok(None);
+        }
+        let saved = state::newest_settings(&self.output.join("checkpoints"))?;
+        let tokens = saved.as_ref().and_then(|s| s["micro_tokens"].as_u64());
+        Ok(tokens.map(|tokens| tokens as usize))
     }
 
     fn run(self) -> anyhow::Result<()> {
         self.check()?;
-        let cpu = self.device.cpu()?;
-        let start = self.start()?;
+        let mut start = self.start()?;
         let train = self.examples(&self.train, &start)?;
         let validation = match &self.validation {
             Some(path) => self.examples(path, &start)?,
             None => vec![],
         };
-        self.check_memory(&start.model.config, &train, &validation)?;
+        match start.device.take().expect("it was chosen with the model") {
+            Device::Cpu(cpu) => self.train_on(&cpu, start, train, validation),
+            Device::Cuda(driver) => {
+                note!("training on {}", driver.name);
+                let cuda = Cuda::new(Rc::new(driver), DType::Bf16, false);
+                self.train_on(&cuda, start, train, validation)
+            }
+        }
+    }
+
+    fn train_on<B: TrainBackend>(
+        &self,
+        backend: &B,
+        start: Start,
+        train: Vec<Example>,
+        validation: Vec<Example>,
+    ) -> anyhow::Result<()> {
+        let tokens = self.pass_tokens(backend, &start.model.config, (&train, &validation))?;
         std::fs::create_dir_all(&self.output)
             .with_context(|| format!("{}: cannot create", self.output.display()))?;
-        let options = self.options(&start.model, &train);
+        let options = self.options(&start.model, &train, tokens);
         let Start { model, companions, .. } = start;
-        let mut sft = Sft { backend: &cpu, model, companions, train, validation, options };
+        let model = model.place(backend)?;
+        let mut sft = Sft { backend, model, companions, train, validation, options };
         note!(
             "{} parameters, {} examples, {} steps",
-            sft.model.values.len(),
+            sft.model.config.parameter_count(),
             sft.train.len(),
             sft.total_steps()
         );
@@ -417,7 +522,7 @@ impl SftArgs {
     }
 
     /// What the run does, and the settings that it keeps beside its results.
-    fn options(&self, model: &TrainModel, train: &[Example]) -> SftOptions {
+    fn options(&self, model: &TrainModel, train: &[Example], micro_tokens: usize) -> SftOptions {
         let optimizer = AdamWOptions {
             beta1: self.beta1,
             beta2: self.beta2,
@@ -436,7 +541,7 @@ impl SftArgs {
             "epochs": self.epochs,
             "max_steps": self.max_steps,
             "batch": self.batch,
-            "micro_tokens": self.micro_tokens,
+            "micro_tokens": micro_tokens,
             "precision": format!("{:?}", self.precision),
             "seed": self.seed,
         });
@@ -449,8 +554,9 @@ impl SftArgs {
             epochs: self.epochs,
             max_steps: self.max_steps,
             batch: self.batch,
-            micro_tokens: self.micro_tokens,
+            micro_tokens,
             precision: self.precision.into(),
+            recompute: self.recompute.into(),
             seed: self.seed,
             save_every: self.save_every,
             validate_every: self.validate_every,
@@ -461,7 +567,11 @@ impl SftArgs {
     }
 
     /// Writes the trained model and says how good it is.
-    fn finish(&self, sft: &Sft<Cpu>, validation_loss: Option<f64>) -> anyhow::Result<()> {
+    fn finish<B: TrainBackend>(
+        &self,
+        sft: &Sft<B>,
+        validation_loss: Option<f64>,
+    ) -> anyhow::Result<()> {
         let dtype = match self.save_dtype {
             SaveDtype::F32 => DType::F32,
             SaveDtype::F16 => DType::F16,
@@ -469,7 +579,8 @@ impl SftArgs {
         };
         // the weights come last: a folder that has them has all else
         sft.companions.write(&self.output)?;
-        save_model(&self.output, &sft.model.config, &sft.model.values, dtype)?;
+        let values = sft.backend.values(&sft.model.values)?;
+        save_model(&self.output, &sft.model.config, &values, dtype)?;
         match validation_loss {
             Some(loss) => print_line!("{}: validation loss {loss:.4}", self.output.display())?,
             None => print_line!("{}: trained", self.output.display())?,

@@ -252,6 +252,10 @@ impl Launcher for Driver {
         self.limits
     }
 
+    fn free_memory(&self) -> Option<u64> {
+        result::mem_get_info().ok().map(|(free, _)| free as u64)
+    }
+
     fn allocate(&self, bytes: usize) -> Result<Address> {
         self.only_now("memory")?;
         self.allocation_epoch.set(self.allocation_epoch.get() + 1);

@@ -108,6 +108,8 @@ pub trait Launcher {
 
     /// What the device allows.
     fn limits(&self) -> Limits;
+    /// Bytes of its memory that are left, if that is known.
+    fn free_memory(&self) -> Option<u64>;
     /// Reserves `bytes` bytes, whose content is undefined.
     ///
     /// # Errors
@@ -183,9 +185,10 @@ impl Args {
     }
 }
 
-/// Device memory that is freed with this value.
+/// Device memory that is freed with this value, unless it is a view of other memory.
 pub struct Memory<L: Launcher> {
     launcher: Rc<L>,
+    owned: bool,
     /// Where it begins.
     pub at: Address,
     /// Its size in bytes.
@@ -195,7 +198,13 @@ pub struct Memory<L: Launcher> {
 impl<L: Launcher> Memory<L> {
     /// Reserves `bytes` bytes, whose content is undefined.
     pub fn new(launcher: &Rc<L>, bytes: usize) -> Result<Memory<L>> {
-        Ok(Memory { launcher: launcher.clone(), at: launcher.allocate(bytes)?, bytes })
+        let at = launcher.allocate(bytes)?;
+        Ok(Memory { launcher: launcher.clone(), owned: true, at, bytes })
+    }
+
+    /// A part of other memory, which must live as long as this is used.
+    pub fn view(launcher: &Rc<L>, at: Address, bytes: usize) -> Memory<L> {
+        Memory { launcher: launcher.clone(), owned: false, at, bytes }
     }
 
     /// Memory that holds a copy of `bytes`.
@@ -215,6 +224,8 @@ impl<L: Launcher> Memory<L> {
 
 impl<L: Launcher> Drop for Memory<L> {
     fn drop(&mut self) {
-        self.launcher.free(self.at);
+        if self.owned {
+            self.launcher.free(self.at);
+        }
     }
 }

@@ -203,6 +203,22 @@ pub trait TrainBackend: Backend {
     type Flat;
     /// Where a step's sums are.
     type Sums;
+    /// Bytes that the values of a parameter take.
+    const PARAMETER_BYTES: usize;
+    /// Bytes of an element of the activations, but for the residual stream.
+    const ACTIVATION_BYTES: usize;
+
+    /// Bytes of memory that are left, if that is known.
+    fn free_memory(&self) -> Option<u64>;
+
+    /// Bytes of the logits that are there at a time for so many labels.
+    fn logit_bytes(&self, labels: usize, vocabulary: usize) -> usize;
+
+    /// Fails if GEMMs cannot be computed so.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with what can.
+    fn supports(&self, precision: Precision) -> Result<()>;
 
     /// Parameters with these values.
     ///

@@ -1,6 +1,7 @@
 //! Training loops and what they are made of.
 
 pub mod examples;
+pub mod memory;
 pub mod optimizer;
 pub mod report;
 pub mod schedule;

@@ -8,7 +8,7 @@ use super::state::{self, RunState, Saved};
 use crate::checkpoint::Companions;
 use crate::error::{Error, Result};
 use crate::files::as_read;
-use crate::models::bloom::training::{TrainModel, Workspace};
+use crate::models::bloom::training::{Recompute, TrainModel, Workspace};
 use crate::ops::train::{Precision, StepSums, TrainBackend};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -37,6 +37,8 @@ pub struct SftOptions {
     pub micro_tokens: usize,
     /// Precision of the matrix products.
     pub precision: Precision,
+    /// What the backward pass computes again.
+    pub recompute: Recompute,
     /// Seed of the order of the examples.
     pub seed: u64,
     /// Steps between checkpoints; 0 for none but at the end.
@@ -112,7 +114,7 @@ impl<B: TrainBackend> Sft<'_, B> {
         let total = self.total_steps();
         let warmup = (total as f64 * self.options.warmup).ceil() as u64;
         let per_epoch = self.steps_per_epoch();
-        let mut scratch = Scratch::new(self.backend, self.model.config.parameter_count())?;
+        let mut scratch = self.scratch()?;
         let mut order = (u64::MAX, Vec::new());
         let mut validation_loss = None;
         while done < total {
@@ -159,6 +161,13 @@ impl<B: TrainBackend> Sft<'_, B> {
         }
         metrics.draw(&curve)?;
         Ok(Outcome::Finished { validation_loss })
+    }
+
+    fn scratch(&self) -> Result<Scratch<B>> {
+        self.backend.supports(self.options.precision)?;
+        let grads = self.backend.zeros(self.model.config.parameter_count())?;
+        let space = Workspace::with_recompute(self.options.recompute);
+        Ok(Scratch { space, grads, sums: self.backend.new_sums()? })
     }
 
     /// Writes a checkpoint after `step` steps; returns its folder.
@@ -239,13 +248,6 @@ struct Scratch<B: TrainBackend> {
     space: Workspace<B>,
     grads: B::Flat,
     sums: B::Sums,
-}
-
-impl<B: TrainBackend> Scratch<B> {
-    fn new(backend: &B, parameters: usize) -> Result<Scratch<B>> {
-        let (grads, sums) = (backend.zeros(parameters)?, backend.new_sums()?);
-        Ok(Scratch { space: Workspace::default(), grads, sums })
-    }
 }
 
 /// What a step of the optimizer was like.

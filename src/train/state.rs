@@ -88,6 +88,19 @@ pub fn list(checkpoints: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
+/// The settings of the run whose newest checkpoint is there, if one is.
+pub fn newest_settings(checkpoints: &Path) -> Result<Option<Value>> {
+    let newest = list(checkpoints)?.pop();
+    newest.map(|(_, folder)| Ok(read_state(&folder)?.settings)).transpose()
+}
+
+fn read_state(folder: &Path) -> Result<RunState> {
+    let path = folder.join("state.json");
+    let text = std::fs::read(&path).map_err(Error::io(&path, "read"))?;
+    serde_json::from_slice(&text)
+        .map_err(|e| Error::file(&path, format!("not a training state: {e}")))
+}
+
 /// Reads a checkpoint back into `model` and `optimizer`, whose sizes must agree.
 pub fn load<B: TrainBackend>(
     folder: &Path,
@@ -95,10 +108,7 @@ pub fn load<B: TrainBackend>(
     model: &mut TrainModel<B::Flat>,
     optimizer: &mut AdamW<B::Flat>,
 ) -> Result<RunState> {
-    let path = folder.join("state.json");
-    let text = std::fs::read(&path).map_err(Error::io(&path, "read"))?;
-    let state: RunState = serde_json::from_slice(&text)
-        .map_err(|e| Error::file(&path, format!("not a training state: {e}")))?;
+    let state = read_state(folder)?;
     let checkpoint = BloomCheckpoint::open(folder)?;
     let count = model.config.parameter_count();
     if checkpoint.config.parameter_count() != count {

@@ -141,6 +141,9 @@ impl Launcher for Emulated {
             hopper: self.hopper,
         }
     }
+    fn free_memory(&self) -> Option<u64> {
+        Some(1 << 30)
+    }
     fn allocate(&self, bytes: usize) -> Result<Address> {
         self.only_now()?;
         self.allocation_epoch.set(self.allocation_epoch.get() + 1);

@@ -2,8 +2,8 @@
 //! packed sequences.
 
 use super::{BloomConfig, BloomLayerParameters, BloomParameters};
-use crate::models::params::flat_ranges;
 use crate::error::Result;
+use crate::models::params::flat_ranges;
 use crate::ops::train::{
     AttentionOutput, LinearBackward, LossGradients, NormBackward, NormOutput, PackedBatch, Params,
     Precision, TrainBackend,
@@ -21,31 +21,99 @@ pub struct TrainModel<F = Vec<f32>> {
     heads: Heads,
 }
 
-/// What the forward pass keeps of a layer for the backward pass, besides its input.
-struct LayerActivations<B: TrainBackend> {
-    norm1: NormOutput<B>,
-    qkv: Tensor<B>,
-    attention: AttentionOutput<B>,
-    x2: Tensor<B>,
-    norm2: NormOutput<B>,
-    up: Tensor<B>,
-    gelu: Tensor<B>,
-    /// The layer's output.
-    out: Tensor<B>,
+/// What the backward pass computes again instead of reading what the forward pass has kept.
+/// Gradients have the same bits whatever is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// Nothing.
+    #[default]
+    None,
+    /// Attention, layer norms and GELU: a third less memory for a twentieth of the work.
+    Attention,
+    /// Everything between a layer's input and its output, for a third of the work.
+    Layer,
 }
 
-impl<B: TrainBackend> Default for LayerActivations<B> {
+/// What the GEMMs of a layer's forward pass gave, but for the last one.
+struct LinearOutputs<B: TrainBackend> {
+    qkv: Tensor<B>,
+    x2: Tensor<B>,
+    up: Tensor<B>,
+}
+
+impl<B: TrainBackend> Default for LinearOutputs<B> {
     fn default() -> Self {
-        LayerActivations {
+        let (qkv, x2, up) = (Tensor::default(), Tensor::default(), Tensor::default());
+        LinearOutputs { qkv, x2, up }
+    }
+}
+
+/// What came of these by operations that take little work.
+struct CheapOutputs<B: TrainBackend> {
+    norm1: NormOutput<B>,
+    attention: AttentionOutput<B>,
+    norm2: NormOutput<B>,
+    gelu: Tensor<B>,
+}
+
+impl<B: TrainBackend> Default for CheapOutputs<B> {
+    fn default() -> Self {
+        CheapOutputs {
             norm1: NormOutput::default(),
-            qkv: Tensor::default(),
             attention: AttentionOutput::default(),
-            x2: Tensor::default(),
             norm2: NormOutput::default(),
-            up: Tensor::default(),
             gelu: Tensor::default(),
-            out: Tensor::default(),
         }
+    }
+}
+
+/// What the forward pass keeps of the layers for the backward pass.
+struct LayerActivations<B: TrainBackend> {
+    /// Of each layer its output.
+    out: Vec<Tensor<B>>,
+    /// Of each layer, or of one layer at a time.
+    linear: Vec<LinearOutputs<B>>,
+    cheap: Vec<CheapOutputs<B>>,
+}
+
+/// What is kept of one layer, and its input.
+struct LayerView<'a, B: TrainBackend> {
+    x: &'a Tensor<B>,
+    linear: &'a mut LinearOutputs<B>,
+    cheap: &'a mut CheapOutputs<B>,
+}
+
+impl<B: TrainBackend> LayerActivations<B> {
+    fn new() -> Self {
+        LayerActivations { out: Vec::new(), linear: Vec::new(), cheap: Vec::new() }
+    }
+
+    fn resize(&mut self, layers: usize, recompute: Recompute) {
+        let one = layers.min(1);
+        let (linear, cheap) = match recompute {
+            Recompute::None => (layers, layers),
+            Recompute::Attention => (layers, one),
+            Recompute::Layer => (one, one),
+        };
+        self.out.resize_with(layers, Tensor::default);
+        self.linear.resize_with(linear, LinearOutputs::default);
+        self.cheap.resize_with(cheap, CheapOutputs::default);
+    }
+
+    /// What is kept of layer `i`, and its output; `first` is the input of the first layer.
+    fn layer<'a>(
+        &'a mut self,
+        i: usize,
+        first: &'a Tensor<B>,
+    ) -> (LayerView<'a, B>, &'a mut Tensor<B>) {
+        let (before, out) = self.out.split_at_mut(i);
+        let (linear, cheap) = (i % self.linear.len(), i % self.cheap.len());
+        let view = LayerView {
+            x: before.last().unwrap_or(first),
+            linear: &mut self.linear[linear],
+            cheap: &mut self.cheap[cheap],
+        };
+        (view, &mut out[0])
     }
 }
 
@@ -64,7 +132,8 @@ struct Gradients<B: TrainBackend> {
 pub struct Workspace<B: TrainBackend> {
     embedded: Tensor<B>,
     embedding_norm: NormOutput<B>,
-    layers: Vec<LayerActivations<B>>,
+    layers: LayerActivations<B>,
+    recompute: Recompute,
     final_norm: NormOutput<B>,
     labelled: Tensor<B>,
     logits: Tensor<B>,
@@ -76,7 +145,8 @@ impl<B: TrainBackend> Default for Workspace<B> {
         Workspace {
             embedded: Tensor::default(),
             embedding_norm: NormOutput::default(),
-            layers: Vec::new(),
+            layers: LayerActivations::new(),
+            recompute: Recompute::None,
             final_norm: NormOutput::default(),
             labelled: Tensor::default(),
             logits: Tensor::default(),
@@ -93,17 +163,36 @@ impl<B: TrainBackend> Default for Workspace<B> {
     }
 }
 
-/// Bytes that training takes for each token of a pass: what [`Workspace`] keeps of every layer, and
-/// what one layer needs at a time.
-pub fn training_bytes_per_token(config: &BloomConfig) -> f64 {
+impl<B: TrainBackend> Workspace<B> {
+    /// Room for passes that compute some of their activations again.
+    pub fn with_recompute(recompute: Recompute) -> Self {
+        Workspace { recompute, ..Workspace::default() }
+    }
+}
+
+/// Bytes that training takes for each token of a pass, on a backend whose activations have
+/// `activation` bytes an element: what [`Workspace`] keeps of every layer, and what one layer needs
+/// at a time.
+pub fn training_bytes_per_token(
+    config: &BloomConfig,
+    recompute: Recompute,
+    activation: usize,
+) -> f64 {
     let (h, heads, layers) = (config.hidden_size as f64, config.heads as f64, config.layers as f64);
-    let norm = h + 2.0;
-    let saved = 2.0 * norm + (3.0 + 1.0 + 1.0 + 1.0 + 4.0 + 4.0) * h + heads;
-    // embedding and final norm, labelled rows, gradients
-    let shared = 2.0 * norm + 2.0 * h + 2.0 * h + (3.0 + 1.0 + 4.0 + 3.0) * h;
-    // operands in the type that they are multiplied in
-    let operands = 8.0 * h;
-    4.0 * (layers * saved + shared + operands)
+    let (narrow, f32) = (activation as f64, 4.0);
+    let out = f32 * h;
+    let linear = narrow * (3.0 + 4.0) * h + f32 * h;
+    let cheap = narrow * (1.0 + 1.0 + 1.0 + 4.0) * h + f32 * (4.0 + heads);
+    let kept = match recompute {
+        Recompute::None => layers * (out + linear + cheap),
+        Recompute::Attention => layers * (out + linear) + cheap,
+        Recompute::Layer => layers * out + linear + cheap,
+    };
+    // embedding, final norm, labelled rows; gradients; operands in the type that they are
+    // multiplied in
+    let shared = f32 * (2.0 * h + 4.0) + narrow * 2.0 * h;
+    let gradients = f32 * 2.0 * h + narrow * (1.0 + 4.0 + 3.0 + 1.0 + 1.0) * h;
+    kept + shared + gradients + f32 * 8.0 * h
 }
 
 impl TrainModel<Vec<f32>> {
@@ -189,55 +278,68 @@ impl<B: TrainBackend> Pass<'_, B> {
     /// From the ids to the final norm's output.
     fn forward(&self, space: &mut Workspace<B>) {
         let (b, p, c, l) = (self.b, self.p, &self.model.config, &self.model.layout);
-        let eps = c.layer_norm_epsilon;
+        let (eps, post_norm) = (c.layer_norm_epsilon, c.residual_post_layer_norm);
         let Workspace { embedded, embedding_norm, layers, final_norm, .. } = space;
         let table = (p, &l.embedding);
         let out = (&mut *embedding_norm, embedded);
         b.embedding_norm_forward(out, &self.batch.ids, table, &l.embedding_norm, eps);
-        layers.resize_with(c.layers, LayerActivations::default);
-        let mut x = &embedding_norm.y;
-        for (a, l) in layers.iter_mut().zip(&l.layers) {
-            self.layer_forward(l, x, a);
-            x = &a.out;
+        layers.resize(c.layers, space.recompute);
+        for (i, l) in l.layers.iter().enumerate() {
+            let (mut a, out) = layers.layer(i, &embedding_norm.y);
+            self.activations(l, &mut a, true);
+            let residual = if post_norm { &a.cheap.norm2.y } else { &a.linear.x2 };
+            b.linear_forward(out, &a.cheap.gelu, (p, &l.down), Some(residual));
         }
+        let x = layers.out.last().unwrap_or(&embedding_norm.y);
         b.layer_norm_forward(final_norm, x, (p, &l.final_norm), eps);
     }
 
-    /// From a layer's input `x` to `a.out`.
-    fn layer_forward(
+    /// From a layer's input to the input of its last GEMM; without the GEMMs before it if what they
+    /// gave has been kept.
+    fn activations(
         &self,
         l: &BloomLayerParameters<Range<usize>>,
-        x: &Tensor<B>,
-        a: &mut LayerActivations<B>,
+        a: &mut LayerView<B>,
+        gemms: bool,
     ) {
         let (b, p, c) = (self.b, self.p, &self.model.config);
         let (eps, post_norm) = (c.layer_norm_epsilon, c.residual_post_layer_norm);
+        let LayerView { x, linear, cheap } = a;
         // x2 = dense(attention(qkv(norm1))) + (norm1 or x)
-        b.layer_norm_forward(&mut a.norm1, x, (p, &l.input_norm), eps);
-        b.linear_forward(&mut a.qkv, &a.norm1.y, (p, &l.qkv), None);
+        b.layer_norm_forward(&mut cheap.norm1, x, (p, &l.input_norm), eps);
+        if gemms {
+            b.linear_forward(&mut linear.qkv, &cheap.norm1.y, (p, &l.qkv), None);
+        }
         let cu_seqlens = &self.batch.cu_seqlens;
-        b.attention_forward(&mut a.attention, &a.qkv, &self.model.heads, cu_seqlens);
-        let residual = if post_norm { &a.norm1.y } else { x };
-        b.linear_forward(&mut a.x2, &a.attention.y, (p, &l.dense), Some(residual));
+        b.attention_forward(&mut cheap.attention, &linear.qkv, &self.model.heads, cu_seqlens);
+        if gemms {
+            let residual = if post_norm { &cheap.norm1.y } else { *x };
+            let attended = &cheap.attention.y;
+            b.linear_forward(&mut linear.x2, attended, (p, &l.dense), Some(residual));
+        }
         // out = down(gelu(up(norm2))) + (norm2 or x2)
-        b.layer_norm_forward(&mut a.norm2, &a.x2, (p, &l.post_norm), eps);
-        b.linear_forward(&mut a.up, &a.norm2.y, (p, &l.up), None);
-        b.gelu_forward(&mut a.gelu, &a.up);
-        let residual = if post_norm { &a.norm2.y } else { &a.x2 };
-        b.linear_forward(&mut a.out, &a.gelu, (p, &l.down), Some(residual));
+        b.layer_norm_forward(&mut cheap.norm2, &linear.x2, (p, &l.post_norm), eps);
+        if gemms {
+            b.linear_forward(&mut linear.up, &cheap.norm2.y, (p, &l.up), None);
+        }
+        b.gelu_forward(&mut cheap.gelu, &linear.up);
     }
 
     /// From the gradient of the final norm's output in `space.d.normed`.
     fn backward(&self, space: &mut Workspace<B>, grads: &mut B::Flat) {
         let (b, p, l) = (self.b, self.p, &self.model.layout);
         let Workspace { embedded, embedding_norm, layers, final_norm, d, .. } = space;
-        let input = |i: usize| if i == 0 { &embedding_norm.y } else { &layers[i - 1].out };
-        let last = input(layers.len());
+        let last = layers.out.last().unwrap_or(&embedding_norm.y);
         let final_norm =
             NormBackward { dy: &d.normed, x: last, output: final_norm, residual: None };
         b.layer_norm_backward(&mut d.x, grads, final_norm, (p, &l.final_norm));
-        for (i, (a, l)) in layers.iter().zip(&l.layers).enumerate().rev() {
-            self.layer_backward(l, (input(i), a), d, grads);
+        for (i, l) in l.layers.iter().enumerate().rev() {
+            let (mut a, _) = layers.layer(i, &embedding_norm.y);
+            // what is there of a single layer is that of the last one
+            if space.recompute != Recompute::None && i + 1 < self.model.config.layers {
+                self.activations(l, &mut a, space.recompute == Recompute::Layer);
+            }
+            self.layer_backward(l, &a, d, grads);
         }
         let norm = NormBackward { dy: &d.x, x: embedded, output: embedding_norm, residual: None };
         b.layer_norm_backward(&mut d.residual, grads, norm, (p, &l.embedding_norm));
@@ -248,28 +350,28 @@ impl<B: TrainBackend> Pass<'_, B> {
     fn layer_backward(
         &self,
         l: &BloomLayerParameters<Range<usize>>,
-        (x, a): (&Tensor<B>, &LayerActivations<B>),
+        LayerView { x, linear: a, cheap: c }: &LayerView<B>,
         d: &mut Gradients<B>,
         g: &mut B::Flat,
     ) {
         let (b, p, batch) = (self.b, self.p, self.batch);
         // out = down(gelu(up(norm2))) + (norm2 or x2)
-        let down = LinearBackward { dy: &d.x, x: &a.gelu, before_gelu: Some(&a.up) };
+        let down = LinearBackward { dy: &d.x, x: &c.gelu, before_gelu: Some(&a.up) };
         b.linear_backward(&mut d.wide, g, down, (p, &l.down));
-        let up = LinearBackward { dy: &d.wide, x: &a.norm2.y, before_gelu: None };
+        let up = LinearBackward { dy: &d.wide, x: &c.norm2.y, before_gelu: None };
         b.linear_backward(&mut d.normed, g, up, (p, &l.up));
         let residual = self.residual(&d.x, &mut d.normed);
-        let norm = NormBackward { dy: &d.normed, x: &a.x2, output: &a.norm2, residual };
+        let norm = NormBackward { dy: &d.normed, x: &a.x2, output: &c.norm2, residual };
         b.layer_norm_backward(&mut d.residual, g, norm, (p, &l.post_norm));
         // x2 = dense(attention(qkv(norm1))) + (norm1 or x)
-        let dense = LinearBackward { dy: &d.residual, x: &a.attention.y, before_gelu: None };
+        let dense = LinearBackward { dy: &d.residual, x: &c.attention.y, before_gelu: None };
         b.linear_backward(&mut d.attention, g, dense, (p, &l.dense));
-        let (forward, heads) = ((&a.qkv, &a.attention), &self.model.heads);
+        let (forward, heads) = ((&a.qkv, &c.attention), &self.model.heads);
         b.attention_backward(&mut d.qkv, &d.attention, forward, heads, &batch.cu_seqlens);
-        let qkv = LinearBackward { dy: &d.qkv, x: &a.norm1.y, before_gelu: None };
+        let qkv = LinearBackward { dy: &d.qkv, x: &c.norm1.y, before_gelu: None };
         b.linear_backward(&mut d.normed, g, qkv, (p, &l.qkv));
         let residual = self.residual(&d.residual, &mut d.normed);
-        let norm = NormBackward { dy: &d.normed, x, output: &a.norm1, residual };
+        let norm = NormBackward { dy: &d.normed, x, output: &c.norm1, residual };
         b.layer_norm_backward(&mut d.x, g, norm, (p, &l.input_norm));
     }
 

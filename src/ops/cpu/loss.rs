@@ -11,6 +11,11 @@ use crate::simd_fn;
 /// Maximum logits in memory at once, as elements.
 const LOGITS: usize = 4 << 20;
 
+/// Rows of logits that are in memory at once, of `rows`.
+pub(super) fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
+    (LOGITS / vocabulary).max(16).min(rows)
+}
+
 /// Cross-entropy of `rows` of the hidden states against `targets` through the LM head `[vocabulary,
 /// hidden]`, in chunks that never hold more than [`LOGITS`] logits. Returns the summed loss. With
 /// `gradients`, writes `scale` * d loss / d x into rows of `dx` and adds that of the head. `logits`
@@ -29,8 +34,8 @@ pub(super) fn cross_entropy(
     }
     let h = x.len() / rows;
     let vocab = head.len() / h;
-    let chunk = (LOGITS / vocab).clamp(16, rows.max(16));
-    logits.resize(chunk.min(rows) * vocab, 0.0);
+    let chunk = chunk_rows(rows, vocab);
+    logits.resize(chunk * vocab, 0.0);
     let mut losses = vec![0f64; rows];
     let head_view = MatrixView::new(head, vocab, h);
     let mut gradients = gradients;

@@ -5,9 +5,10 @@ use super::linear_train::LinearParams;
 use super::norm_train::NormParams;
 use super::{Cpu, embedding_train, linear_train, loss, norm_train, optimizer};
 use crate::error::Result;
+use crate::memory;
 use crate::ops::train::{
     AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, LossGradients, NormBackward,
-    NormOutput, OptimizerGroup, Params, ParamsAt, StepSums, TrainBackend, check_count,
+    NormOutput, OptimizerGroup, Params, ParamsAt, Precision, StepSums, TrainBackend, check_count,
 };
 use crate::ops::{Affine, Heads, Tensor};
 use crate::tensor::DType;
@@ -34,6 +35,20 @@ fn linear_params<'a>((p, at): (Params<'a, Vec<f32>>, &Affine<Range<usize>>)) -> 
 impl TrainBackend for Cpu {
     type Flat = Vec<f32>;
     type Sums = StepSums;
+    const PARAMETER_BYTES: usize = 4;
+    const ACTIVATION_BYTES: usize = 4;
+
+    fn free_memory(&self) -> Option<u64> {
+        memory::available()
+    }
+
+    fn logit_bytes(&self, labels: usize, vocabulary: usize) -> usize {
+        4 * loss::chunk_rows(labels, vocabulary) * vocabulary
+    }
+
+    fn supports(&self, _: Precision) -> Result<()> {
+        Ok(())
+    }
 
     fn parameters(&self, values: Vec<f32>) -> Result<Vec<f32>> {
         Ok(values)

@@ -509,7 +509,7 @@ impl<L: Launcher> Check<'_, L> {
         let name = format!(
             "linear_cluster_{half}_64, linear_hopper_{half} and attention_hopper_{half}_{head_size}"
         );
-        let problem = format!("a chain of {} launches", 1 + 6 * CHAIN_LAYERS);
+        let problem = format!("a chain of {} launches", 1 + 8 * CHAIN_LAYERS);
         let width = chain.a.x.shape()[1];
         self.judge(&name, &problem, row_error(&expected[0], &portable, width), ROWS);
         if worst.0 > 0 {

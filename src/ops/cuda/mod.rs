@@ -18,12 +18,14 @@ mod lm_head;
 mod peak;
 mod persistent;
 mod sampling;
+mod train;
 mod weights;
 
 pub use attention::Cache;
 pub use graphs::Comparison;
 pub use hopper_check::CHAIN_RUNS;
 pub use persistent::Persistent;
+pub use train::{Flat, TrainSequences};
 pub use weights::DeviceWeight;
 
 pub(crate) use linear::LinearInput;
@@ -74,6 +76,9 @@ pub struct Cuda<L: Launcher> {
     /// The first failure since results were last taken.
     failed: RefCell<Option<Error>>,
     scratch: RefCell<sampling::Scratch<L>>,
+    train: RefCell<train::TrainScratch<L>>,
+    /// Shares of the parts of a GEMM's inner dimension.
+    gemm_partials: RefCell<Option<Memory<L>>>,
     /// Whether decoding steps are captured as CUDA graphs and replayed.
     pub captures_graphs: bool,
     /// Whether decoding steps of few sequences are one kernel.
@@ -170,7 +175,7 @@ impl<L: Launcher> Cuda<L> {
     /// `half` is bf16 or f16.
     pub fn new(launcher: Rc<L>, half: DType, batch_invariant: bool) -> Cuda<L> {
         assert!(matches!(half, DType::Bf16 | DType::F16), "activations are bf16 or f16");
-        let (failed, scratch, graphs, models) = Default::default();
+        let (failed, scratch, train, graphs, models) = Default::default();
         let (persistent, without_hopper) = (Persistent::Never, Cell::new(false));
         Cuda {
             launcher,
@@ -179,6 +184,8 @@ impl<L: Launcher> Cuda<L> {
             without_hopper,
             failed,
             scratch,
+            train,
+            gemm_partials: RefCell::default(),
             captures_graphs: true,
             persistent,
             graphs,

@@ -1,6 +1,6 @@
 //! Weight matrices on the device.
 
-use crate::device::{Launcher, Memory};
+use crate::device::{Address, Launcher, Memory};
 use crate::error::{Error, Result};
 use crate::ops::Weight;
 use crate::ops::cpu::finite;
@@ -80,6 +80,17 @@ impl<L: Launcher> DeviceWeight<L> {
         };
         let dtype = if int8 { DType::Int8 } else { half };
         Ok(DeviceWeight { data, scales, rows, cols, dtype })
+    }
+
+    /// A matrix of shape `[rows, cols]` in the 16-bit type `half` that lies in other memory.
+    pub fn view(
+        launcher: &Rc<L>,
+        at: Address,
+        [rows, cols]: [usize; 2],
+        half: DType,
+    ) -> DeviceWeight<L> {
+        let data = Memory::view(launcher, at, rows * cols * 2);
+        DeviceWeight { data, scales: None, rows, cols, dtype: half }
     }
 
     /// Whether the elements are 8-bit integers.
