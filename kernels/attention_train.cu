@@ -461,4 +461,3 @@ DEVICE void attention_train_dkv(const AttentionTrainArgs& a) {
     ATTENTION_TRAIN(dkv, T, 96, 2)      \
     ATTENTION_TRAIN(dkv, T, 128, 2)
 ATTENTION_TRAIN_ALL(bf16)
-ATTENTION_TRAIN_ALL(f16)

@@ -8,7 +8,7 @@ use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::cuda::Cuda;
 use beautiful_prompt::ops::{Backend, DecodeBackend};
-use beautiful_prompt::selftest::{Shapes, run};
+use beautiful_prompt::selftest::{Shapes, TrainShapes, run};
 use beautiful_prompt::tensor::{DType, HostTensor};
 use emulated::{Emulated, Launched};
 use kernel_emulator::Emulator;
@@ -50,6 +50,12 @@ fn large() -> Shapes {
         steps: vec![(1, 64), (1, 32)],
         batches: vec![vec![(0, 150)], vec![(70, 75), (3, 20), (300, 17)]],
         vocabularies: vec![50],
+        train: TrainShapes {
+            linears: vec![[330, 272, 400]],
+            heads: vec![],
+            lengths: vec![],
+            lm_heads: vec![[1030, 51, 16], [40, 1203, 32]],
+        },
         ..Shapes::small(4)
     }
 }
@@ -69,12 +75,8 @@ fn every_kernel_agrees_with_the_cpu() {
         runs.into_iter().for_each(|r| launched.extend(r.join().unwrap()));
     });
     let faulty = |k: &String| k.starts_with("fault_") || k.ends_with("_awaited");
-    // training's kernels have tests of their own, tests/cuda_train
-    let training = |k: &String| k.starts_with("attention_train_");
-    let missed: Vec<String> = Emulator::kernels()
-        .into_iter()
-        .filter(|k| !faulty(k) && !training(k) && !launched.contains(k))
-        .collect();
+    let missed: Vec<String> =
+        Emulator::kernels().into_iter().filter(|k| !faulty(k) && !launched.contains(k)).collect();
     assert!(missed.is_empty(), "never launched: {missed:?}");
 }
 
@@ -87,8 +89,13 @@ fn clusters_share_weights() {
     {
         let device = emulated::gpu(check_order, true);
         device.processors.set(2);
-        let nothing =
-            Shapes { heads: vec![], steps: vec![], vocabularies: vec![], ..Shapes::small(6) };
+        let nothing = Shapes {
+            heads: vec![],
+            steps: vec![],
+            vocabularies: vec![],
+            train: TrainShapes::default(),
+            ..Shapes::small(6)
+        };
         let shapes = Shapes { matrices: vec![(outputs, inputs)], tokens: vec![tokens], ..nothing };
         all_on(device.clone(), DType::F16, &shapes);
         assert!(device.launched.borrow().contains_key("linear_hopper_f16"));
@@ -107,6 +114,7 @@ fn clusters_divide_the_inputs() {
         steps: vec![(2, 64)],
         batches: vec![vec![(0, 20), (33, 1)]],
         vocabularies: vec![],
+        train: TrainShapes::default(),
         ..Shapes::small(5)
     };
     for (half, check_order) in [(DType::Bf16, false), (DType::F16, true)] {
@@ -143,6 +151,12 @@ fn the_order_of_threads_does_not_matter() {
         steps: vec![(1, 32)],
         batches: vec![vec![(0, 18), (1030, 1)]],
         vocabularies: vec![50],
+        train: TrainShapes {
+            linears: vec![[33, 136, 144]],
+            heads: vec![(2, 96)],
+            lengths: vec![3, 66],
+            lm_heads: vec![[5, 70, 16]],
+        },
         ..Shapes::small(3)
     };
     all(DType::Bf16, &shapes, true, false);

@@ -8,7 +8,7 @@ use beautiful_prompt::device::TensorMapConfig;
 use beautiful_prompt::engine::{Engine, EngineOptions, Request, Verdict};
 use beautiful_prompt::models::bloom::{Bloom, BloomConfig};
 use beautiful_prompt::ops::cuda::{Cuda, Persistent};
-use beautiful_prompt::selftest::{Shapes, run};
+use beautiful_prompt::selftest::{Shapes, TrainShapes, run};
 use beautiful_prompt::tensor::DType;
 use emulated::{Emulated, gpu};
 use kernel_emulator::Emulator;
@@ -53,6 +53,7 @@ fn perform(work: Work, device: &Rc<Emulated>) -> Result<(), String> {
         tokens: vec![],
         batches: vec![],
         vocabularies: vec![],
+        train: TrainShapes::default(),
         seed: 1,
     };
     let shapes = match work {

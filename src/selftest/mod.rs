@@ -3,6 +3,10 @@
 //! Both backends get the same numbers, already rounded to the kernels' 16-bit type, so that what is
 //! left is the order of sums, and the rounding of what a kernel stores in 16 bits itself.
 
+mod train;
+
+pub use train::TrainShapes;
+
 use crate::device::Launcher;
 use crate::error::Result;
 use crate::models::bloom::alibi_slopes;
@@ -38,6 +42,8 @@ pub struct Shapes {
     pub batches: Vec<Vec<(usize, usize)>>,
     /// Sizes of the vocabularies to sample from.
     pub vocabularies: Vec<usize>,
+    /// Of training.
+    pub train: TrainShapes,
     /// Begins the random numbers.
     pub seed: u64,
 }
@@ -59,6 +65,12 @@ impl Shapes {
             ],
             // the larger has more tokens than lists in shared memory
             vocabularies: vec![203, 1300],
+            train: TrainShapes {
+                linears: vec![[70, 48, 64], [37, 136, 288], [130, 150, 32]],
+                heads: vec![(3, 32), (1, 64), (1, 80), (2, 96), (1, 128)],
+                lengths: vec![1, 63, 66],
+                lm_heads: vec![[9, 130, 48], [21, 203, 64]],
+            },
             seed,
         }
     }
@@ -82,6 +94,14 @@ impl Shapes {
                 })
                 .collect(),
             vocabularies: vec![between(30, 600)],
+            train: TrainShapes {
+                linears: (0..2)
+                    .map(|_| [between(1, 150), between(1, 300), 16 * between(1, 20)])
+                    .collect(),
+                heads: vec![(between(1, 3), sizes[between(0, 4)])],
+                lengths: (0..3).map(|_| between(1, 100)).collect(),
+                lm_heads: vec![[between(1, 40), between(20, 400), 16 * between(1, 6)]],
+            },
             seed,
         }
     }
@@ -100,6 +120,17 @@ impl Shapes {
                 vec![(1500, 1), (512, 1), (511, 1)],
             ],
             vocabularies: vec![250_880],
+            train: TrainShapes {
+                linears: vec![
+                    [6144, 4608, 1536],
+                    [6144, 1536, 1536],
+                    [6144, 6144, 1536],
+                    [6144, 1536, 6144],
+                ],
+                heads: vec![(16, 64), (16, 96), (16, 128), (32, 80)],
+                lengths: vec![384, 1000, 1, 383, 2048],
+                lm_heads: vec![[1100, 250_880, 1536], [100, 250_881, 64], [300, 50_257, 768]],
+            },
             seed,
         }
     }
@@ -150,6 +181,9 @@ pub fn run<L: Launcher>(
     let cuda = Cuda::new(launcher.clone(), half, false);
     let cpu = Cpu::new(0, Isa::detect());
     let mut test = Test { cuda, cpu, half, words: PhiloxStream::new(shapes.seed, 1), each };
+    if half == DType::Bf16 {
+        test.train(&shapes.train)?;
+    }
     for &(outputs, inputs) in &shapes.matrices {
         for int8 in [false, true] {
             let weights = test.matrix(outputs, inputs, int8)?;

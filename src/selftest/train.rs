@@ -1,0 +1,306 @@
+//! Training's operations: the same numbers through both backends.
+
+use super::{EPS, Test, error};
+use crate::device::Launcher;
+use crate::error::Result;
+use crate::models::bloom::alibi_slopes;
+use crate::ops::cpu::Cpu;
+use crate::ops::cuda::{Cuda, Flat};
+use crate::ops::train::{
+    AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, LossGradients, NormBackward,
+    NormOutput, OptimizerGroup, Params, Precision, TrainBackend,
+};
+use crate::ops::{Affine, Heads, Tensor};
+use crate::tensor::DType;
+use std::ops::Range;
+
+/// What is tried of training.
+#[derive(Clone, Debug, Default)]
+pub struct TrainShapes {
+    /// `(tokens, outputs, inputs)` of linear layers.
+    pub linears: Vec<[usize; 3]>,
+    /// Heads and head sizes of attention.
+    pub heads: Vec<(usize, usize)>,
+    /// Lengths of packed sequences.
+    pub lengths: Vec<usize>,
+    /// `(labels, vocabulary, width)` of LM heads.
+    pub lm_heads: Vec<[usize; 3]>,
+}
+
+/// The same numbers on the device and in the CPU's memory.
+type Tensors<L> = (Tensor<Cuda<L>>, Tensor<Cpu>);
+/// The same parameters, gradients or moments.
+type Flats<L> = (Flat<L>, Vec<f32>);
+
+/// Two parameters, one behind the other.
+fn affine(weight: usize, bias: usize) -> Affine<Range<usize>> {
+    Affine { weight: 0..weight, bias: weight..weight + bias }
+}
+
+impl<L: Launcher> Test<'_, L> {
+    pub(super) fn train(&mut self, shapes: &TrainShapes) -> Result<()> {
+        for &[tokens, outputs, inputs] in &shapes.linears {
+            self.train_linear(tokens, outputs, inputs)?;
+            self.train_rows(tokens, inputs)?;
+            self.train_norm(tokens, inputs)?;
+        }
+        for &(count, size) in &shapes.heads {
+            self.train_attention(count, size, &shapes.lengths)?;
+        }
+        for &[labels, vocabulary, width] in &shapes.lm_heads {
+            self.train_loss(labels, vocabulary, width)?;
+            self.train_step(vocabulary * width)?;
+        }
+        Ok(())
+    }
+
+    fn tensors(&mut self, rows: usize, width: usize, dtype: DType) -> Result<Tensors<L>> {
+        let x = self.noise(rows * width);
+        Ok((self.cuda.upload(&x, width, dtype)?, self.cpu.upload(&x, width)))
+    }
+
+    /// Parameters in (-1, 1), of which there are a multiple of 8.
+    fn parameters(&mut self, count: usize) -> Result<Flats<L>> {
+        let values = self.noise(count.next_multiple_of(8));
+        Ok((self.cuda.parameters(values.clone())?, values))
+    }
+
+    /// Gradients that are there before something is added to them.
+    fn gradients(&mut self, count: usize) -> Result<Flats<L>> {
+        let values = self.noise(count.next_multiple_of(8));
+        let mut ours = self.cuda.zeros(values.len())?;
+        self.cuda.set_values(&mut ours, &values)?;
+        Ok((ours, values))
+    }
+
+    fn compare(
+        &mut self,
+        operation: &'static str,
+        case: &str,
+        (ours, theirs): &Tensors<L>,
+        allowed: f32,
+    ) -> Result<()> {
+        let e = error(&self.cuda.download(ours)?, theirs.buffer());
+        self.report(operation, case.to_owned(), e, allowed);
+        Ok(())
+    }
+
+    fn compare_flats(
+        &mut self,
+        operation: &'static str,
+        case: &str,
+        (ours, theirs): &Flats<L>,
+        allowed: f32,
+    ) -> Result<()> {
+        let e = error(&self.cuda.values(ours)?, theirs);
+        self.report(operation, case.to_owned(), e, allowed);
+        Ok(())
+    }
+
+    /// The same terms summed in another order, in f32.
+    fn sums(terms: usize) -> f32 {
+        3e-6 * (terms as f32).sqrt()
+    }
+
+    fn train_linear(&mut self, tokens: usize, outputs: usize, inputs: usize) -> Result<()> {
+        let case = format!("{tokens} x {inputs} to {outputs}");
+        let at = affine(outputs * inputs, outputs);
+        let (values, cpu_values) = self.parameters(at.bias.end)?;
+        let p = Params { values: &values, precision: Precision::Bf16 };
+        let cpu_p = Params { values: &cpu_values, precision: Precision::F32 };
+        let x = self.tensors(tokens, inputs, self.half)?;
+        let u = self.tensors(tokens, inputs, self.half)?;
+        let residual = self.tensors(tokens, outputs, DType::F32)?;
+        let mut y: Tensors<L> = Default::default();
+        self.cuda.linear_forward(&mut y.0, &x.0, (p, &at), None);
+        self.cpu.linear_forward(&mut y.1, &x.1, (cpu_p, &at), None);
+        self.compare("linear_forward", &case, &y, self.rounding())?;
+        self.cuda.linear_forward(&mut y.0, &x.0, (p, &at), Some(&residual.0));
+        self.cpu.linear_forward(&mut y.1, &x.1, (cpu_p, &at), Some(&residual.1));
+        self.compare("linear_forward + residual", &case, &y, Self::sums(inputs))?;
+        self.cuda.gelu_forward(&mut y.0, &u.0);
+        self.cpu.gelu_forward(&mut y.1, &u.1);
+        self.compare("gelu_forward", &case, &y, self.rounding())?;
+        let mut grads = self.gradients(at.bias.end)?;
+        // the gradient is in 16 bits or in f32, of the input or of what is before a GELU
+        for (dtype, gelu) in [(self.half, true), (DType::F32, false)] {
+            let dy = self.tensors(tokens, outputs, dtype)?;
+            let ours = LinearBackward { dy: &dy.0, x: &x.0, before_gelu: gelu.then_some(&u.0) };
+            let theirs = LinearBackward { dy: &dy.1, x: &x.1, before_gelu: gelu.then_some(&u.1) };
+            let mut dx: Tensors<L> = Default::default();
+            self.cuda.linear_backward(&mut dx.0, &mut grads.0, ours, (p, &at));
+            self.cpu.linear_backward(&mut dx.1, &mut grads.1, theirs, (cpu_p, &at));
+            let name = if gelu { "linear_backward + GELU" } else { "linear_backward" };
+            self.compare(name, &case, &dx, self.rounding())?;
+        }
+        self.compare_flats("gradients of weights", &case, &grads, Self::sums(tokens))
+    }
+
+    /// Rows that are gathered, scattered, added, embedded.
+    fn train_rows(&mut self, tokens: usize, width: usize) -> Result<()> {
+        let case = format!("{tokens} x {width}");
+        let x = self.tensors(tokens, width, self.half)?;
+        let rows: Vec<usize> = (0..tokens).filter(|i| i % 3 != 1).rev().collect();
+        let (mut some, mut all): (Tensors<L>, Tensors<L>) = Default::default();
+        self.cuda.gather_rows(&mut some.0, &x.0, &rows);
+        self.cpu.gather_rows(&mut some.1, &x.1, &rows);
+        self.compare("gather_rows", &case, &some, 0.0)?;
+        self.cuda.scatter_rows(&mut all.0, &some.0, &rows, tokens + 2);
+        self.cpu.scatter_rows(&mut all.1, &some.1, &rows, tokens + 2);
+        self.compare("scatter_rows", &case, &all, 0.0)?;
+        let more = self.tensors(tokens + 2, width, DType::F32)?;
+        self.cuda.add(&mut all.0, &more.0);
+        self.cpu.add(&mut all.1, &more.1);
+        self.compare("add", &case, &all, self.rounding())?;
+        let vocabulary = 11;
+        let ids: Vec<u32> = (0..tokens).map(|_| self.words.below(vocabulary) as u32).collect();
+        let (table, norm) = (0..vocabulary * width, affine(width, width));
+        let (values, cpu_values) = self.parameters(table.end)?;
+        let p = Params { values: &values, precision: Precision::Bf16 };
+        let cpu_p = Params { values: &cpu_values, precision: Precision::F32 };
+        let (mut y, mut cpu_y) = (NormOutput::default(), NormOutput::default());
+        let mut embedded: Tensors<L> = Default::default();
+        let out = (&mut y, &mut embedded.0);
+        self.cuda.embedding_norm_forward(out, &ids, (p, &table), &norm, EPS);
+        let out = (&mut cpu_y, &mut embedded.1);
+        self.cpu.embedding_norm_forward(out, &ids, (cpu_p, &table), &norm, EPS);
+        self.compare("embedding_forward", &case, &embedded, 0.0)?;
+        self.compare("embedding_norm_forward", &case, &(y.y, cpu_y.y), 1e-5)?;
+        let mut grads = self.gradients(table.end)?;
+        let dx = self.tensors(tokens, width, DType::F32)?;
+        self.cuda.embedding_backward(&mut grads.0, &dx.0, &ids, &table);
+        self.cpu.embedding_backward(&mut grads.1, &dx.1, &ids, &table);
+        self.compare_flats("embedding_backward", &case, &grads, 1e-6)
+    }
+
+    fn train_norm(&mut self, tokens: usize, width: usize) -> Result<()> {
+        let case = format!("{tokens} x {width}");
+        let at = affine(width, width);
+        let (values, cpu_values) = self.parameters(at.bias.end)?;
+        let p = Params { values: &values, precision: Precision::Bf16 };
+        let cpu_p = Params { values: &cpu_values, precision: Precision::F32 };
+        let x = self.tensors(tokens, width, DType::F32)?;
+        let residual = self.tensors(tokens, width, DType::F32)?;
+        let (mut y, mut cpu_y) = (NormOutput::default(), NormOutput::default());
+        self.cuda.layer_norm_forward(&mut y, &x.0, (p, &at), EPS);
+        self.cpu.layer_norm_forward(&mut cpu_y, &x.1, (cpu_p, &at), EPS);
+        let e = error(&self.cuda.download(&y.y)?, cpu_y.y.buffer());
+        self.report("layer_norm_forward", case.clone(), e, self.rounding());
+        let mut grads = self.gradients(at.bias.end)?;
+        for (dtype, residual) in [(self.half, None), (DType::F32, Some(&residual))] {
+            let dy = self.tensors(tokens, width, dtype)?;
+            let ours =
+                NormBackward { dy: &dy.0, x: &x.0, output: &y, residual: residual.map(|r| &r.0) };
+            let theirs = NormBackward {
+                dy: &dy.1,
+                x: &x.1,
+                output: &cpu_y,
+                residual: residual.map(|r| &r.1),
+            };
+            let mut dx: Tensors<L> = Default::default();
+            self.cuda.layer_norm_backward(&mut dx.0, &mut grads.0, ours, (p, &at));
+            self.cpu.layer_norm_backward(&mut dx.1, &mut grads.1, theirs, (cpu_p, &at));
+            self.compare("layer_norm_backward", &case, &dx, 1e-5)?;
+        }
+        self.compare_flats("gradients of a norm", &case, &grads, Self::sums(tokens) + 1e-5)
+    }
+
+    fn train_attention(&mut self, count: usize, size: usize, lengths: &[usize]) -> Result<()> {
+        let heads = Heads { count, size, slopes: alibi_slopes(count) };
+        let mut cu_seqlens = vec![0];
+        lengths.iter().for_each(|n| cu_seqlens.push(cu_seqlens[cu_seqlens.len() - 1] + n));
+        let tokens = cu_seqlens[lengths.len()];
+        let case = format!("{count} x {size}, {} sequences, {tokens} tokens", lengths.len());
+        let qkv = self.tensors(tokens, 3 * heads.width(), self.half)?;
+        let dy = self.tensors(tokens, heads.width(), self.half)?;
+        let (mut y, mut cpu_y) = (AttentionOutput::default(), AttentionOutput::default());
+        self.cuda.attention_forward(&mut y, &qkv.0, &heads, &cu_seqlens);
+        self.cpu.attention_forward(&mut cpu_y, &qkv.1, &heads, &cu_seqlens);
+        // probabilities and the result are rounded
+        let e = error(&self.cuda.download(&y.y)?, cpu_y.y.buffer());
+        self.report("attention_forward", case.clone(), e, 2.0 * self.rounding());
+        let e = error(&self.cuda.download(&y.lse)?, cpu_y.lse.buffer());
+        self.report("log-sum-exp", case.clone(), e, 1e-5);
+        let mut dqkv: Tensors<L> = Default::default();
+        self.cuda.attention_backward(&mut dqkv.0, &dy.0, (&qkv.0, &y), &heads, &cu_seqlens);
+        let forward = (&qkv.1, &cpu_y);
+        self.cpu.attention_backward(&mut dqkv.1, &dy.1, forward, &heads, &cu_seqlens);
+        // and so are the gradients of scores
+        self.compare("attention_backward", &case, &dqkv, 3.0 * self.rounding())
+    }
+
+    fn train_loss(&mut self, labels: usize, vocabulary: usize, width: usize) -> Result<()> {
+        let case = format!("{labels} x {width} to {vocabulary} tokens");
+        let table = 0..vocabulary * width;
+        let (values, cpu_values) = self.parameters(table.end)?;
+        let p = Params { values: &values, precision: Precision::Bf16 };
+        let cpu_p = Params { values: &cpu_values, precision: Precision::F32 };
+        // logits of a few units; a power of two keeps the numbers exact
+        let scale = (4.0 / (width as f32).sqrt()).log2().round().exp2();
+        let x: Vec<f32> = self.noise(labels * width).iter().map(|v| v * scale).collect();
+        let x = (self.cuda.upload(&x, width, self.half)?, self.cpu.upload(&x, width));
+        let targets: Vec<u32> = (0..labels).map(|_| self.words.below(vocabulary) as u32).collect();
+        let mut grads = (self.cuda.zeros(table.end)?, vec![0.0; table.end]);
+        let (mut dx, mut logits): (Tensors<L>, Tensors<L>) = Default::default();
+        let (mut sums, mut cpu_sums) = (self.cuda.new_sums()?, self.cpu.new_sums()?);
+        let to = LossGradients { scale: 0.25, dx: &mut dx.0, grads: &mut grads.0 };
+        let rows = (&x.0, &mut logits.0);
+        self.cuda.lm_head_loss(rows, &targets, (p, &table), Some(to), &mut sums);
+        let to = LossGradients { scale: 0.25, dx: &mut dx.1, grads: &mut grads.1 };
+        let rows = (&x.1, &mut logits.1);
+        self.cpu.lm_head_loss(rows, &targets, (cpu_p, &table), Some(to), &mut cpu_sums);
+        let (ours, theirs) = (self.cuda.sums(&sums)?.loss, cpu_sums.loss);
+        // logits are rounded, and many of them average out
+        let off = ((ours - theirs) / theirs).abs() as f32;
+        self.report("loss", case.clone(), off, self.rounding());
+        self.compare("loss: gradient of the rows", &case, &dx, 4.0 * self.rounding())?;
+        self.compare_flats("loss: gradient of the LM head", &case, &grads, 4.0 * self.rounding())
+    }
+
+    /// Clipping, and two steps of AdamW.
+    fn train_step(&mut self, count: usize) -> Result<()> {
+        let case = format!("{count} parameters");
+        let mut values = self.parameters(count)?;
+        let count = values.1.len();
+        let mut grads = self.gradients(count)?;
+        let zeros = |test: &Self| Ok((test.cuda.zeros(count)?, vec![0.0; count]));
+        let (mut first, mut second): (Flats<L>, Flats<L>) = (zeros(self)?, zeros(self)?);
+        let (mut sums, mut cpu_sums) = (self.cuda.new_sums()?, self.cpu.new_sums()?);
+        self.cuda.clip_gradients(&mut grads.0, 0.1, &mut sums);
+        self.cpu.clip_gradients(&mut grads.1, 0.1, &mut cpu_sums);
+        let off = (self.cuda.sums(&sums)?.norm / cpu_sums.norm - 1.0).abs() as f32;
+        self.report("clip_gradients", case.clone(), off, 1e-6);
+        let part = count / 24 * 8;
+        let groups = [
+            OptimizerGroup { range: 0..part, decays: true },
+            OptimizerGroup { range: part..count, decays: false },
+        ];
+        for root in [0.3, 0.4] {
+            let step = AdamWStep {
+                beta1: 0.9,
+                beta2: 0.95,
+                epsilon: 1e-8,
+                step_size: 1e-2,
+                root,
+                keep: 0.999,
+            };
+            let mut buffers = AdamWBuffers {
+                values: &mut values.0,
+                grads: &grads.0,
+                first: &mut first.0,
+                second: &mut second.0,
+            };
+            self.cuda.adamw(&mut buffers, &groups, &step, &sums);
+            let mut buffers = AdamWBuffers {
+                values: &mut values.1,
+                grads: &grads.1,
+                first: &mut first.1,
+                second: &mut second.1,
+            };
+            self.cpu.adamw(&mut buffers, &groups, &step, &cpu_sums);
+        }
+        self.compare_flats("adamw: parameters", &case, &values, 1e-6)?;
+        self.compare_flats("adamw: first moments", &case, &first, 2e-6)?;
+        self.compare_flats("adamw: second moments", &case, &second, 4e-6)
+    }
+}
