@@ -53,6 +53,45 @@ typedef struct {
 } AttentionArgs;
 static_assert(sizeof(AttentionArgs) == 112);
 
+// attention_train_*: warps of a thread block, queries or keys that it takes, and queries or keys
+// that the backward pass takes in a step. The forward pass takes ATTENTION_STEP.
+constexpr int ATTENTION_TRAIN_WARPS = 4;
+constexpr int ATTENTION_TRAIN_TILE = 64;
+constexpr int ATTENTION_TRAIN_STEP = 32;
+
+// Neighbouring tokens of a packed sequence.
+typedef struct {
+    uint32_t first;
+    uint32_t count;
+    // first token of their sequence, and the one behind its last
+    uint32_t sequence_start;
+    uint32_t sequence_end;
+} AttentionTrainTile;
+static_assert(sizeof(AttentionTrainTile) == 16);
+
+typedef struct {
+    // [tokens, head, 3, size] in 16 bits
+    const void* qkv;
+    // [tokens, head, size] in 16 bits
+    void* y;
+    // [tokens, head]: logarithm of the sum of exponentials of the scores
+    float* lse;
+    // [tokens, head, size] in 16 bits: the gradient of `y`
+    const void* dy;
+    // [tokens, head]: dot products of `y` and `dy`, which the kernel for queries leaves to the one
+    // for keys
+    float* dot;
+    // [tokens, head, 3, size] in 16 bits: the gradient of `qkv`
+    void* dqkv;
+    // [tile]
+    const AttentionTrainTile* tiles;
+    // [head]: of ALiBi
+    const float* slopes;
+    uint32_t heads;
+    uint32_t unused;
+} AttentionTrainArgs;
+static_assert(sizeof(AttentionTrainArgs) == 72);
+
 // linear_skinny_*, lm_head_sample_* and lm_head_logits_*: warps of a block, outputs that it
 // computes, and rounds of weights in flight, where several blocks share a multiprocessor (shallow)
 // and where only one does (deep).

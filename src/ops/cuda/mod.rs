@@ -18,12 +18,14 @@ mod lm_head;
 mod peak;
 mod persistent;
 mod sampling;
+mod train;
 mod weights;
 
 pub use attention::Cache;
 pub use graphs::Comparison;
 pub use hopper_check::CHAIN_RUNS;
 pub use persistent::Persistent;
+pub use train::attention::TrainSequences;
 pub use weights::DeviceWeight;
 
 pub(crate) use linear::LinearInput;

@@ -1,0 +1,3 @@
+//! Training on a CUDA device.
+
+pub(crate) mod attention;

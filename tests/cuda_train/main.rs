@@ -1,0 +1,5 @@
+//! The CUDA kernels of training, executed by the emulator, against the CPU.
+
+mod attention;
+#[path = "../emulated/mod.rs"]
+mod emulated;
