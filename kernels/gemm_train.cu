@@ -137,14 +137,6 @@ DEVICE WarpSums multiply(const GemmArgs& g, const Operand<A_OUTER>& a, const Ope
     return sums;
 }
 
-// The gradient of gelu(x), tanh form.
-DEVICE float gelu_gradient(float x) {
-    float u = 0.79788456f * x * (1.0f + 0.044715f * x * x);
-    // the sigmoid of 2 u, which is (1 + tanh(u)) / 2
-    float s = divide_approx(1.0f, 1.0f + exp_approx(-2.0f * u));
-    return s + x * 2.0f * s * (1.0f - s) * 0.79788456f * (1.0f + 3.0f * 0.044715f * x * x);
-}
-
 // Writes eight neighbouring results of a row, or adds them to what is there. Those beyond n are
 // zeros, and there is room for them.
 DEVICE void finish_eight(const GemmArgs& g, uint32_t row, uint32_t column, float (&v)[8]) {

@@ -145,6 +145,9 @@ constexpr uint32_t EPILOGUE_RESIDUAL = 2;
 constexpr uint32_t EPILOGUE_QKV = 3;
 // The output is in 16 bits: sum + bias
 constexpr uint32_t EPILOGUE_HALF = 4;
+// gemm_hopper_* alone: the output is in 16 bits, sum * the gradient of gelu(residual), which is in
+// 16 bits too.
+constexpr uint32_t EPILOGUE_GELU_GRADIENT = 5;
 
 typedef struct {
     // [tokens, width]; for EPILOGUE_QKV [tokens, width / 3]
@@ -510,3 +513,21 @@ typedef struct {
     uint32_t unused;
 } GemmArgs;
 static_assert(sizeof(GemmArgs) == 88);
+
+// gemm_hopper_*: where a tile of ones begins in shared memory, behind what linear_hopper_* have
+// there, and all bytes of it.
+constexpr int GEMM_HOPPER_ONES_AT = 213 * 1024;
+constexpr int GEMM_HOPPER_SHARED_BYTES = GEMM_HOPPER_ONES_AT + 1024;
+
+// How gemm_hopper_* divide the inner dimension, and where the sums of A over it go.
+typedef struct {
+    // [part, m] in f32, or null
+    float* row_sums;
+    uint32_t parts;
+    // slices of each part
+    uint32_t part_slices;
+    // whether the sums are added to what is there
+    uint32_t accumulate;
+    uint32_t unused;
+} GemmDivision;
+static_assert(sizeof(GemmDivision) == 24);

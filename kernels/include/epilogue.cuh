@@ -8,6 +8,14 @@ DEVICE float gelu(float x) {
     return divide_approx(x, 1.0f + exp_approx(-2.0f * u));
 }
 
+// The gradient of gelu(x).
+DEVICE float gelu_gradient(float x) {
+    float u = 0.79788456f * x * (1.0f + 0.044715f * x * x);
+    // the sigmoid of 2 u, which is (1 + tanh(u)) / 2
+    float s = divide_approx(1.0f, 1.0f + exp_approx(-2.0f * u));
+    return s + x * 2.0f * s * (1.0f - s) * 0.79788456f * (1.0f + 3.0f * 0.044715f * x * x);
+}
+
 // Whether the results are 16 bits wide.
 DEVICE bool half_output(const EpilogueArgs& e) {
     return e.mode == EPILOGUE_GELU || e.mode == EPILOGUE_HALF || e.mode == EPILOGUE_QKV;

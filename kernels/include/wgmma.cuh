@@ -44,6 +44,7 @@ DEVICE void wgmma_fence_operand(float (&d)[n]) {
 }
 
 // The accumulators of an instruction as operands, and the numbers of as many operands.
+#define ACCUMULATORS_4(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define ACCUMULATORS_8(d, i)                                                                    \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
         "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -72,25 +73,28 @@ DEVICE void wgmma_fence_operand(float (&d)[n]) {
                 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "   \
                 "%125, %126, %127"
 
-// d += a b^T for a = [64, 16] and b = [N, 16], both in shared memory. With w = warp of the group,
-// g = lane / 4 and t = lane % 4, a thread has columns 8 j + 2 t and + 1 of row 16 w + g in d[4 j]
-// and d[4 j + 1], and of row 16 w + g + 8 in d[4 j + 2] and d[4 j + 3].
-template <class T, int N>
+// d += a b^T for a = [64, 16] and b = [N, 16], or transposed [16, 64] and [16, N], both in shared
+// memory. With w = warp of the group, g = lane / 4 and t = lane % 4, a thread has columns 8 j + 2 t
+// and + 1 of row 16 w + g in d[4 j] and d[4 j + 1], and of row 16 w + g + 8 in d[4 j + 2] and
+// d[4 j + 3].
+template <class T, int N, bool TRANS_A = false, bool TRANS_B = false>
 DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b) {
-#define WGMMA_SS(type, n, operands, accumulators, from, to)                                   \
+#define WGMMA_SS(type, n, operands, accumulators, from, to, trans_a, trans_b)                 \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" operands \
-                 "}, " from ", " to ", 1, 1, 1, 0, 0;"                                        \
+                 "}, " from ", " to ", 1, 1, 1, " trans_a ", " trans_b ";"                    \
                  : accumulators                                                               \
-                 : "l"(a), "l"(b))
-#define WGMMA_SS_N(type)                                                          \
-    if constexpr (N == 256) {                                                     \
-        WGMMA_SS(type, "256", OPERANDS_128, ACCUMULATORS_128(d), "%128", "%129"); \
-    } else if constexpr (N == 128) {                                              \
-        WGMMA_SS(type, "128", OPERANDS_64, ACCUMULATORS_64(d), "%64", "%65");     \
-    } else {                                                                      \
-        WGMMA_SS(type, "64", OPERANDS_32, ACCUMULATORS_32(d, 0), "%32", "%33");   \
+                 : "l"(a), "l"(b), "n"(static_cast<int>(TRANS_A)), "n"(static_cast<int>(TRANS_B)))
+#define WGMMA_SS_N(type)                                                                          \
+    if constexpr (N == 256) {                                                                     \
+        WGMMA_SS(type, "256", OPERANDS_128, ACCUMULATORS_128(d), "%128", "%129", "%130", "%131"); \
+    } else if constexpr (N == 128) {                                                              \
+        WGMMA_SS(type, "128", OPERANDS_64, ACCUMULATORS_64(d), "%64", "%65", "%66", "%67");       \
+    } else if constexpr (N == 64) {                                                               \
+        WGMMA_SS(type, "64", OPERANDS_32, ACCUMULATORS_32(d, 0), "%32", "%33", "%34", "%35");     \
+    } else {                                                                                      \
+        WGMMA_SS(type, "8", "%0, %1, %2, %3", ACCUMULATORS_4(d), "%4", "%5", "%6", "%7");         \
     }
-    static_assert(N == 256 || N == 128 || N == 64, "this shape of wgmma is not wrapped");
+    static_assert(N == 256 || N == 128 || N == 64 || N == 8, "this shape of wgmma is not wrapped");
     if constexpr (std::is_same<T, bf16>::value) {
         WGMMA_SS_N("bf16");
     } else {

@@ -79,6 +79,8 @@ pub struct Cuda<L: Launcher> {
     train: RefCell<train::TrainScratch<L>>,
     /// Shares of the parts of a GEMM's inner dimension.
     gemm_partials: RefCell<Option<Memory<L>>>,
+    /// Zeros, for GEMMs without a bias by kernels that add one.
+    no_bias: RefCell<Option<Memory<L>>>,
     /// Whether decoding steps are captured as CUDA graphs and replayed.
     pub captures_graphs: bool,
     /// Whether decoding steps of few sequences are one kernel.
@@ -186,6 +188,7 @@ impl<L: Launcher> Cuda<L> {
             scratch,
             train,
             gemm_partials: RefCell::default(),
+            no_bias: RefCell::default(),
             captures_graphs: true,
             persistent,
             graphs,

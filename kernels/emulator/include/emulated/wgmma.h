@@ -51,8 +51,9 @@ struct WgmmaOperands {
     bool zero;
 };
 
-// d (+)= a b^T for a = [64, 16] and b = [N, 16], once all 128 threads have given their operands.
-template <class T, int N, bool TRANS>
+// d (+)= a b^T for a = [64, 16] and b = [N, 16], either of which may be transposed, once all 128
+// threads have given their operands.
+template <class T, int N, bool TRANS_A, bool TRANS_B>
 void run_wgmma(void** data, uint32_t) {
     const WgmmaOperands* first = static_cast<const WgmmaOperands*>(data[0]);
     static thread_local float a[64][16], b[N][16];
@@ -68,7 +69,7 @@ void run_wgmma(void** data, uint32_t) {
         emulator_operand_is_wrong("begins within a group of 8 rows, without a base offset");
     for (int n = 0; n < N; n++)
         for (int k = 0; k < 16; k++)
-            b[n][k] = read(operand_b, operand_byte<TRANS>(operand_b, n, k));
+            b[n][k] = read(operand_b, operand_byte<TRANS_B>(operand_b, n, k));
     OperandDescriptor operand_a = operand_descriptor(first->a);
     for (int row = 0; row < 64; row++)
         for (int k = 0; k < 16; k++) {
@@ -79,7 +80,7 @@ void run_wgmma(void** data, uint32_t) {
                 uint32_t pair = r[row % 16 / 8 + k / 8 * 2];
                 a[row][k] = k % 2 ? high<T>(pair) : low<T>(pair);
             } else {
-                a[row][k] = read(operand_a, operand_byte<false>(operand_a, row, k));
+                a[row][k] = read(operand_a, operand_byte<TRANS_A>(operand_a, row, k));
             }
         }
     for (int thread = 0; thread < WARPGROUP; thread++) {
@@ -94,19 +95,18 @@ void run_wgmma(void** data, uint32_t) {
     }
 }
 
-template <class T, int N, bool TRANS>
+template <class T, int N, bool TRANS_A, bool TRANS_B>
 DEVICE void emulated_wgmma(float* d, const uint32_t* rows, uint64_t a, uint64_t b, bool zero) {
     WgmmaOperands mine = {d, rows, a, b, emulator_thread(), zero};
     const EmulatedRegisters registers[2] = {{d, N / 2 * sizeof(float)},
                                             {rows, rows ? 4 * sizeof(uint32_t) : 0}};
-    emulator_wgmma(run_wgmma<T, N, TRANS>, &mine, sizeof(mine), &registers, "wgmma");
+    emulator_wgmma(run_wgmma<T, N, TRANS_A, TRANS_B>, &mine, sizeof(mine), &registers, "wgmma");
 }
 
-// Instruction: wgmma.mma_async.sync.aligned.m64n k16.f32. { }, , , 1, 1, 1, 0, 0; 256 %128 %129 128
-//   %64 %65 64 %32 %33 this shape of wgmma is not wrapped bf16 f16
-template <class T, int N>
+// Instruction: TO_BE_SET
+template <class T, int N, bool TRANS_A = false, bool TRANS_B = false>
 DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b) {
-    emulated_wgmma<T, N, false>(d, nullptr, a, b, false);
+    emulated_wgmma<T, N, TRANS_A, TRANS_B>(d, nullptr, a, b, false);
 }
 // Instruction: { .reg .pred p; setp.ne.b32 p, , 0; wgmma.mma_async.sync.aligned.m64n k16.f32. { },
 //   { , , , }, , p, 1, 1, ; } 128 %64 %65 %66 %67 %68 %69 96 %48 %49 %50 %51 %52 %53 80
@@ -114,5 +114,5 @@ DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b) {
 //   shape of wgmma is not wrapped bf16 bf16 f16 f16
 template <class T, int N, bool TRANS>
 DEVICE void wgmma_rs(float* d, const uint32_t (&a)[4], uint64_t b, bool zero) {
-    emulated_wgmma<T, N, TRANS>(d, a, 0, b, zero);
+    emulated_wgmma<T, N, false, TRANS>(d, a, 0, b, zero);
 }
