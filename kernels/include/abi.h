@@ -58,6 +58,8 @@ static_assert(sizeof(AttentionArgs) == 112);
 constexpr int ATTENTION_TRAIN_WARPS = 4;
 constexpr int ATTENTION_TRAIN_TILE = 64;
 constexpr int ATTENTION_TRAIN_STEP = 32;
+// attention_train_hopper_*: stages in shared memory, each of as many tokens as a tile.
+constexpr int ATTENTION_TRAIN_HOPPER_STAGES = 2;
 
 // Neighbouring tokens of a packed sequence.
 typedef struct {

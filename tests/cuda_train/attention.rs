@@ -157,8 +157,8 @@ fn worst(half: DType, ours: &[f32], theirs: &[f32], magnitudes: &[f64]) -> f64 {
     worst
 }
 
-fn check(case: &Case, check_order: bool) -> BTreeSet<String> {
-    let device = emulated::gpu(check_order, false);
+fn check(case: &Case, check_order: bool, hopper: bool) -> BTreeSet<String> {
+    let device = emulated::gpu(check_order, hopper);
     let (qkv, dy) = case.inputs();
     let gpu = on_gpu(case, (&qkv, &dy), &device);
     let cpu = on_cpu(case, &gpu);
@@ -180,7 +180,9 @@ fn check(case: &Case, check_order: bool) -> BTreeSet<String> {
 fn every_kernel_agrees_with_the_cpu() {
     let mut launched = BTreeSet::new();
     for size in [32, 64, 80, 96, 128] {
-        launched.extend(check(&Case::new(DType::Bf16, 1, size, &[66, 1, 31]), false));
+        let case = Case::new(DType::Bf16, 1, size, &[66, 1, 31]);
+        launched.extend(check(&case, false, false));
+        launched.extend(check(&case, false, true));
     }
     let missed: Vec<String> = Emulator::kernels()
         .into_iter()
@@ -191,16 +193,20 @@ fn every_kernel_agrees_with_the_cpu() {
 
 #[test]
 fn sequences_of_all_lengths_agree_with_the_cpu() {
-    check(&Case::new(DType::Bf16, 3, 32, &[1, 63, 64, 65, 2, 130, 33, 1]), false);
-    // weights beyond the first maximum, so that sums are rescaled
-    let case = Case::new(DType::Bf16, 2, 32, &[200]);
-    check(&Case { spread: 6.0, ..case }, false);
+    for hopper in [false, true] {
+        let lengths = [1, 63, 64, 65, 2, 130, 33, 1];
+        check(&Case::new(DType::Bf16, 3, 32, &lengths), false, hopper);
+        // weights beyond the first maximum, so that sums are rescaled, and stages that are reused
+        let case = Case::new(DType::Bf16, 2, 32, &[200]);
+        check(&Case { spread: 6.0, ..case }, false, hopper);
+    }
 }
 
 /// Every launch runs twice, with its threads in different orders.
 #[test]
 fn the_order_of_threads_does_not_matter() {
-    check(&Case::new(DType::Bf16, 2, 32, &[70, 3]), true);
+    check(&Case::new(DType::Bf16, 2, 32, &[70, 3]), true, false);
+    check(&Case::new(DType::Bf16, 1, 80, &[140, 3]), true, true);
 }
 
 /// Two runs have equal bits, and a sequence's results do not depend on its neighbours.
@@ -208,13 +214,15 @@ fn the_order_of_threads_does_not_matter() {
 fn results_repeat() {
     let case = Case::new(DType::Bf16, 2, 32, &[70, 35]);
     let (qkv, dy) = case.inputs();
-    let run = |case, inputs| on_gpu(case, inputs, &emulated::gpu(false, false));
-    let first = run(&case, (&qkv, &dy));
-    assert!(first == run(&case, (&qkv, &dy)), "two runs differ");
-    let (alone, behind) = (Case { cu_seqlens: vec![0, 35], ..case.clone() }, 70 * 64);
-    let alone = run(&alone, (&qkv[3 * behind..], &dy[behind..]));
-    let equal = |a: &[f32], b: &[f32]| a.len() < b.len() && b.ends_with(a);
-    assert!(equal(&alone.y, &first.y), "y differs without a neighbour");
-    assert!(equal(&alone.lse, &first.lse), "lse differs without a neighbour");
-    assert!(equal(&alone.dqkv, &first.dqkv), "dqkv differs without a neighbour");
+    for hopper in [false, true] {
+        let run = |case, inputs| on_gpu(case, inputs, &emulated::gpu(false, hopper));
+        let first = run(&case, (&qkv, &dy));
+        assert!(first == run(&case, (&qkv, &dy)), "two runs differ");
+        let (alone, behind) = (Case { cu_seqlens: vec![0, 35], ..case.clone() }, 70 * 64);
+        let alone = run(&alone, (&qkv[3 * behind..], &dy[behind..]));
+        let equal = |a: &[f32], b: &[f32]| a.len() < b.len() && b.ends_with(a);
+        assert!(equal(&alone.y, &first.y), "y differs without a neighbour");
+        assert!(equal(&alone.lse, &first.lse), "lse differs without a neighbour");
+        assert!(equal(&alone.dqkv, &first.dqkv), "dqkv differs without a neighbour");
+    }
 }

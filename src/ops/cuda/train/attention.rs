@@ -1,6 +1,6 @@
 //! Causal attention over packed sequences, forward and backward.
 
-use crate::device::{Args, Launcher, Memory};
+use crate::device::{Args, Launcher, Memory, TensorMapConfig};
 use crate::error::Result;
 use crate::ops::cuda::abi::{self, AttentionTrainArgs, AttentionTrainTile};
 use crate::ops::cuda::{CachedUpload, Cuda};
@@ -13,6 +13,9 @@ use bytemuck::Zeroable;
 /// step of the forward pass has as many as a tile.
 const TILE: usize = abi::ATTENTION_TRAIN_TILE;
 const STEP: usize = abi::ATTENTION_TRAIN_STEP;
+/// On Hopper: stages in shared memory, and columns of a tile there.
+const HOPPER_STAGES: usize = abi::ATTENTION_TRAIN_HOPPER_STAGES;
+const HOPPER_COLUMNS: usize = abi::ATTENTION_HOPPER_COLUMNS;
 const THREADS: u32 = 32 * abi::ATTENTION_TRAIN_WARPS as u32;
 /// Maximum tiles of one launch: a grid's second dimension ends at 65,535.
 const MAX_TILES: usize = 32768;
@@ -69,9 +72,40 @@ fn tiles(cu_seqlens: &[usize]) -> Vec<AttentionTrainTile> {
     tiles
 }
 
-/// Bytes of so many rows of a head in shared memory.
-fn rows_bytes(rows: usize, size: usize) -> usize {
-    rows * (2 * size + 16)
+/// A kernel of the forward or the backward pass.
+#[derive(Clone, Copy, PartialEq)]
+enum Pass {
+    Forward,
+    /// Gradients of queries.
+    Dq,
+    /// Gradients of keys and values.
+    Dkv,
+}
+
+impl Pass {
+    fn name(self) -> &'static str {
+        match self {
+            Pass::Forward => "forward",
+            Pass::Dq => "dq",
+            Pass::Dkv => "dkv",
+        }
+    }
+
+    /// Bytes of shared memory of a block.
+    fn shared_bytes(self, size: usize, hopper: bool) -> usize {
+        if hopper {
+            let rows = size.div_ceil(HOPPER_COLUMNS) * TILE * HOPPER_COLUMNS * 2;
+            let stages = HOPPER_STAGES * (2 * rows + 8);
+            let own = 2 * rows + HOPPER_STAGES * 2 * TILE * 4;
+            return if self == Pass::Dkv { own + stages } else { stages };
+        }
+        let rows = |tokens: usize| 2 * tokens * (2 * size + 16);
+        match self {
+            Pass::Forward => 2 * rows(TILE),
+            Pass::Dq => 2 * rows(STEP),
+            Pass::Dkv => rows(TILE) + 2 * (rows(STEP) + 2 * STEP * 4),
+        }
+    }
 }
 
 impl<L: Launcher> Cuda<L> {
@@ -128,8 +162,7 @@ impl<L: Launcher> Cuda<L> {
             tiles: sequences.queries,
             ..AttentionTrainArgs::zeroed()
         };
-        let shared = 2 * rows_bytes(2 * TILE, heads.size);
-        self.launch_attention_train("forward", shared, args, heads, sequences)
+        self.launch_attention_train(Pass::Forward, args, heads, sequences)
     }
 
     /// Writes the gradient of `qkv` to `dqkv`, in 16 bits as `dy`. `forward` is `qkv` and what
@@ -161,25 +194,36 @@ impl<L: Launcher> Cuda<L> {
             tiles: sequences.queries,
             ..AttentionTrainArgs::zeroed()
         };
-        let stages = 2 * rows_bytes(2 * STEP, heads.size);
-        self.launch_attention_train("dq", stages, args, heads, sequences)?;
+        self.launch_attention_train(Pass::Dq, args, heads, sequences)?;
         let args = AttentionTrainArgs { tiles: sequences.keys, ..args };
-        let shared = rows_bytes(2 * TILE, heads.size) + stages + 2 * 2 * STEP * 4;
-        self.launch_attention_train("dkv", shared, args, heads, sequences)
+        self.launch_attention_train(Pass::Dkv, args, heads, sequences)
     }
 
-    /// Launches one of the kernels over all tiles of `args` and all heads.
+    /// Launches a kernel over all tiles of `args` and all heads.
     fn launch_attention_train(
         &self,
-        pass: &str,
-        shared: usize,
+        pass: Pass,
         args: AttentionTrainArgs,
         heads: &Heads,
         sequences: &TrainSequences<L>,
     ) -> Result<()> {
         assert_eq!(sequences.heads, heads.count, "the heads that were uploaded");
-        let kernel = format!("attention_train_{pass}_{}_{}", self.suffix(), heads.size);
+        let (hopper, tokens) = (self.hopper(), sequences.tokens);
+        let infix = if hopper { "hopper_" } else { "" };
+        let kernel =
+            format!("attention_train_{infix}{}_{}_{}", pass.name(), self.suffix(), heads.size);
+        let shared = pass.shared_bytes(heads.size, hopper);
         for first in (0..sequences.tile_count).step_by(MAX_TILES) {
+            let map = |at: u64, width: usize| {
+                self.launcher.tensor_map(&TensorMapConfig::tiles(at, tokens, width, TILE))
+            };
+            let mut all = Args::new();
+            if hopper {
+                all = all.with(map(args.qkv, 3 * heads.width())?);
+            }
+            if hopper && pass == Pass::Dkv {
+                all = all.with(map(args.dy, heads.width())?);
+            }
             let args = AttentionTrainArgs {
                 tiles: args.tiles + (first * TILE_BYTES) as u64,
                 slopes: sequences.slopes_at,
@@ -187,7 +231,7 @@ impl<L: Launcher> Cuda<L> {
                 ..args
             };
             let grid = [heads.count, MAX_TILES.min(sequences.tile_count - first), 1];
-            self.launch(&kernel, grid, THREADS, shared, Args::new().with(args))?;
+            self.launch(&kernel, grid, THREADS, shared, all.with(args))?;
         }
         Ok(())
     }
