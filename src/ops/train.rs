@@ -311,8 +311,8 @@ pub trait TrainBackend: Backend {
         residual: Option<&Tensor<Self>>,
     );
 
-    /// Writes `dy W`, or what it is before a GELU, to `dx`; adds `dy^T x` and the sum of the rows of
-    /// `dy` to `grads`.
+    /// Writes `dy W`, or what it is before a GELU, to `dx`; adds `dy^T x` and the sum of the rows
+    /// of `dy` to `grads`.
     fn linear_backward(
         &self,
         dx: &mut Tensor<Self>,

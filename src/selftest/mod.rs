@@ -66,7 +66,7 @@ impl Shapes {
             // the larger has more tokens than lists in shared memory
             vocabularies: vec![203, 1300],
             train: TrainShapes {
-                linears: vec![[70, 48, 64], [37, 136, 288], [130, 150, 32]],
+                linears: vec![[70, 48, 64], [37, 136, 288], [130, 152, 32]],
                 heads: vec![(3, 32), (1, 64), (1, 80), (2, 96), (1, 128)],
                 lengths: vec![1, 63, 66],
                 lm_heads: vec![[9, 130, 48], [21, 203, 64]],
@@ -96,7 +96,7 @@ impl Shapes {
             vocabularies: vec![between(30, 600)],
             train: TrainShapes {
                 linears: (0..2)
-                    .map(|_| [between(1, 150), between(1, 300), 16 * between(1, 20)])
+                    .map(|_| [between(1, 150), 8 * between(1, 40), 16 * between(1, 20)])
                     .collect(),
                 heads: vec![(between(1, 3), sizes[between(0, 4)])],
                 lengths: (0..3).map(|_| between(1, 100)).collect(),

@@ -17,7 +17,7 @@ use std::ops::Range;
 /// What is tried of training.
 #[derive(Clone, Debug, Default)]
 pub struct TrainShapes {
-    /// `(tokens, outputs, inputs)` of linear layers.
+    /// `(tokens, outputs, inputs)` of linear layers, outputs multiples of 8, inputs of 16.
     pub linears: Vec<[usize; 3]>,
     /// Heads and head sizes of attention.
     pub heads: Vec<(usize, usize)>,
@@ -269,7 +269,8 @@ impl<L: Launcher> Test<'_, L> {
         self.cuda.clip_gradients(&mut grads.0, 0.1, &mut sums);
         self.cpu.clip_gradients(&mut grads.1, 0.1, &mut cpu_sums);
         let off = (self.cuda.sums(&sums)?.norm / cpu_sums.norm - 1.0).abs() as f32;
-        self.report("clip_gradients", case.clone(), off, 1e-6);
+        // up to 1024 squares are added in f32
+        self.report("clip_gradients", case.clone(), off, 3e-6);
         let part = count / 24 * 8;
         let groups = [
             OptimizerGroup { range: 0..part, decays: true },

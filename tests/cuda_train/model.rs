@@ -81,8 +81,8 @@ fn relative_error(ours: &[f32], theirs: &[f32]) -> f64 {
 
 const BF16: (Precision, Recompute) = (Precision::Bf16, Recompute::None);
 
-/// Activations, weights and gradients of activations have 8 bits of mantissa: each rounding is off by
-/// up to 2^-9, and a gradient has come through some twenty of them.
+/// Activations, weights and gradients of activations have 8 bits of mantissa: each rounding is off
+/// by up to 2^-9, and a gradient has come through some twenty of them.
 #[test]
 fn gradients_are_pytorchs_within_what_bf16_explains() {
     let (model, expected, batch) = golden();

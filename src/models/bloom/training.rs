@@ -234,8 +234,8 @@ impl<F> TrainModel<F> {
         TrainModel { config, values, layout, heads }
     }
 
-    /// Adds the cross-entropy of all labels of `batch` to the loss of `sums`. With `gradients`, adds
-    /// `scale` times the gradient of that sum to them (same layout as the values).
+    /// Adds the cross-entropy of all labels of `batch` to the loss of `sums`. With `gradients`,
+    /// adds `scale` times the gradient of that sum to them (same layout as the values).
     pub fn loss<B: TrainBackend<Flat = F>>(
         &self,
         b: &B,

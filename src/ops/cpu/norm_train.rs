@@ -45,8 +45,8 @@ pub(super) struct NormBackward<'a> {
     pub rstd: &'a [f32],
 }
 
-/// Writes the gradient of the input, with that of the residual branch, to `dx`; adds those of weight
-/// and bias to `dw` and `db`.
+/// Writes the gradient of the input, with that of the residual branch, to `dx`; adds those of
+/// weight and bias to `dw` and `db`.
 pub(super) fn layer_norm_backward(
     cpu: &Cpu,
     b: &NormBackward,

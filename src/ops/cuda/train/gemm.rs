@@ -38,6 +38,7 @@ pub(super) struct Matrix {
 impl Matrix {
     /// A matrix without padding, whose columns are a multiple of 8.
     pub fn new(at: u64, rows: usize, cols: usize) -> Matrix {
+        assert!(cols.is_multiple_of(8), "see `Cuda::supports`");
         Matrix { at, rows, cols, stride: cols }
     }
 }
@@ -155,8 +156,8 @@ impl<L: Launcher> Cuda<L> {
     }
 }
 
-/// What Hopper's kernels do with their sums. Of logits they write the padding too, as the zeros that
-/// come of rows beyond the LM head.
+/// What Hopper's kernels do with their sums. Of logits they write the padding too, as the zeros
+/// that come of rows beyond the LM head.
 fn hopper_epilogue(args: &GemmArgs, no_bias: u64) -> EpilogueArgs {
     let epilogue = EpilogueArgs { out: args.c, bias: no_bias, ..EpilogueArgs::zeroed() };
     match args.mode {
