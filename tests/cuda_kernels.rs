@@ -52,8 +52,8 @@ fn large() -> Shapes {
         vocabularies: vec![50],
         train: TrainShapes {
             linears: vec![[330, 272, 400]],
-            heads: vec![],
-            lengths: vec![],
+            heads: vec![(2, 32), (1, 64), (1, 80), (1, 96), (1, 128)],
+            lengths: vec![5, 66],
             lm_heads: vec![[1030, 51, 16], [40, 1203, 32]],
         },
         ..Shapes::small(4)

@@ -1,9 +1,9 @@
 //! Training: [`TrainBackend`] by kernels of its own.
 //!
 //! The residual stream, its gradient, statistics and all parameters with their gradients and
-//! moments are f32; what GEMMs and attention read and write is bf16, and so is a copy of the parameters,
-//! which AdamW refreshes. Nothing in a step waits for the device: losses, the gradient's norm and
-//! the decision whether the step is taken stay there.
+//! moments are f32; what GEMMs and attention read and write is bf16, and so is a copy of the
+//! parameters, which AdamW refreshes. Nothing in a step waits for the device: losses, the
+//! gradient's norm and the decision whether the step is taken stay there.
 
 mod attention;
 mod gemm;
