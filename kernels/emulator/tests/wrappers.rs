@@ -142,7 +142,7 @@ fn a_changed_instruction_is_seen() {
         ),
         ("memory", "cp.async.wait_group", "cp.async.wait_all", "cp_async_wait_group"),
         ("wgmma", "wgmma.fence.sync.aligned;", "", "wgmma_fence"),
-        ("wgmma", ", 1, 1, 1, 0, 0;", ", 1, 1, 1, 0, 1;", "wgmma_ss"),
+        ("wgmma", ", 1, 1, 1, \" trans_a", ", 1, 1, 0, \" trans_a", "wgmma_ss"),
         ("mma", "m16n8k16.row.col", "m16n8k16.row.row", "mma_m16n8k16"),
     ] {
         let (header, meanings) = read(name);

@@ -4,7 +4,7 @@
 //! models stored so). A layer of a decoding step is five launches: norm + queries, keys, values
 //! into the cache; attention; dense + residual; norm + up + GELU; down + residual. Beyond 16 tokens
 //! the norms are the ends of the GEMMs before them on Hopper, and launches of their own
-//! elsewhere. What training adds is in [`train`].
+//! elsewhere. What training adds is in `train`.
 
 mod abi;
 mod attention;

@@ -13,8 +13,8 @@ DEVICE uint32_t shared_address(const void* p) {
 DEVICE void compiler_fence() {}
 // Instruction: asm("" : "+l"(address)); return static_cast<const char*>(address);
 DEVICE const char* opaque_address(const void* address) { return static_cast<const char*>(address); }
-// Instruction: uint32_t at = shared_address(address); asm("" : "+r"(at)); return
-// static_cast<char*>(__cvta_shared_to_generic(at));
+// Instruction: uint32_t at = shared_address(address); asm("" : "+r"(at));
+//   return static_cast<char*>(__cvta_shared_to_generic(at));
 DEVICE char* opaque_shared(char* address) { return address; }
 // Instruction: ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];
 DEVICE Pack16B load_streaming(const Pack16B* p) {

@@ -103,7 +103,9 @@ DEVICE void emulated_wgmma(float* d, const uint32_t* rows, uint64_t a, uint64_t 
     emulator_wgmma(run_wgmma<T, N, TRANS_A, TRANS_B>, &mine, sizeof(mine), &registers, "wgmma");
 }
 
-// Instruction: TO_BE_SET
+// Instruction: wgmma.mma_async.sync.aligned.m64n k16.f32. { }, , , 1, 1, 1, , 256 %128 %129 %130
+//   %131 128 %64 %65 %66 %67 64 %32 %33 %34 %35 %0, %1, %2, %3 %4 %5 %6 %7 this shape of wgmma is
+//   not wrapped bf16 f16
 template <class T, int N, bool TRANS_A = false, bool TRANS_B = false>
 DEVICE void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b) {
     emulated_wgmma<T, N, TRANS_A, TRANS_B>(d, nullptr, a, b, false);
