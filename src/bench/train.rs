@@ -8,7 +8,7 @@ use crate::models::bloom::training::{Recompute, TrainModel, Workspace};
 use crate::ops::train::{PackedBatch, Precision, TrainBackend};
 use crate::random::PhiloxStream;
 use crate::tensor::DType;
-use crate::train::memory::{PassSize, plan};
+use crate::train::memory::{PassSize, Remedies, plan};
 use crate::train::optimizer::{AdamW, AdamWOptions};
 use serde::Serialize;
 use std::time::Instant;
@@ -73,7 +73,11 @@ pub fn run<B: TrainBackend + Machine>(backend: &B, o: TrainBenchOptions) -> Resu
     let config = BloomConfig::new(o.vocab, o.hidden, o.layers, o.heads);
     backend.supports(o.precision)?;
     let pass = PassSize { tokens: o.sequences * o.tokens, recompute: o.recompute };
-    plan(backend, &config, pass)
+    let remedies = Remedies {
+        model: "--hidden, --layers or --vocab",
+        pass: "--batch or --tokens, or take --recompute layer",
+    };
+    plan(backend, &config, pass, remedies)
         .with(
             "a buffer to measure the bandwidth",
             machine::probe_bytes() as f64,

@@ -20,7 +20,7 @@ use crate::tensor::DType;
 use crate::text::template::Template;
 use crate::text::{Tokenizer, train_tokenizer};
 use crate::train::examples::{Example, example};
-use crate::train::memory::{self, PassSize};
+use crate::train::memory::{self, PassSize, Remedies};
 use crate::train::optimizer::AdamWOptions;
 use crate::train::report::StepMetrics;
 use crate::train::schedule::Schedule;
@@ -441,7 +441,11 @@ impl SftArgs {
             },
         };
         let pass = PassSize { tokens: wanted.min(needed).max(longest), recompute };
-        let plan = memory::plan(backend, config, pass);
+        let remedies = Remedies {
+            model: "the model's size",
+            pass: "--micro-tokens or --max-tokens, or take --recompute layer",
+        };
+        let plan = memory::plan(backend, config, pass, remedies);
         note!("memory: {plan}");
         plan.check_against(available).with_context(|| {
             let fits = match fitting(Recompute::Layer, wanted) {

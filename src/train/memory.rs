@@ -14,12 +14,25 @@ pub struct PassSize {
     pub recompute: Recompute,
 }
 
+/// What a user can lower, in the words of a command.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Remedies {
+    /// For weights, gradients and moments.
+    pub model: &'static str,
+    /// For activations and logits.
+    pub pass: &'static str,
+}
+
 /// The memory of a run, part by part.
-pub fn plan<B: TrainBackend>(backend: &B, config: &BloomConfig, pass: PassSize) -> MemoryPlan {
+pub fn plan<B: TrainBackend>(
+    backend: &B,
+    config: &BloomConfig,
+    pass: PassSize,
+    remedies: Remedies,
+) -> MemoryPlan {
     let parameters = config.parameter_count() as f64;
     let per_token = training_bytes_per_token(config, pass.recompute, B::ACTIVATION_BYTES);
-    let size = "the model's size";
-    let flags = "--micro-tokens or --max-tokens, or take --recompute layer";
+    let Remedies { model: size, pass: flags } = remedies;
     MemoryPlan::new()
         .with("weights", B::PARAMETER_BYTES as f64 * parameters, size)
         .with("gradients", 4.0 * parameters, size)
@@ -27,6 +40,9 @@ pub fn plan<B: TrainBackend>(backend: &B, config: &BloomConfig, pass: PassSize) 
         .with("activations", per_token * pass.tokens as f64, flags)
         .with("logits", backend.logit_bytes(pass.tokens, config.vocab_size) as f64, flags)
 }
+
+/// What [`plan`] takes where nobody reads the remedies.
+const NO_REMEDIES: Remedies = Remedies { model: "", pass: "" };
 
 /// The maximum tokens of a pass, half of `most` as often as it takes to fit into `available` bytes,
 /// but at least `longest`; none if that does not fit either.
@@ -40,7 +56,7 @@ pub fn tokens_that_fit<B: TrainBackend>(
     let halves = std::iter::successors(Some(most), |tokens| Some(tokens / 2));
     halves.take_while(|&tokens| tokens > longest).chain([longest]).find(|&tokens| {
         let pass = PassSize { tokens, recompute };
-        plan(backend, config, pass).check_against(available).is_ok()
+        plan(backend, config, pass, NO_REMEDIES).check_against(available).is_ok()
     })
 }
 
@@ -55,7 +71,7 @@ mod tests {
         let cpu = Cpu::new(1, Isa::detect());
         let config = BloomConfig::new(1000, 64, 2, 4);
         let bytes = |tokens, recompute| {
-            plan(&cpu, &config, PassSize { tokens, recompute }).bytes().ceil() as u64
+            plan(&cpu, &config, PassSize { tokens, recompute }, NO_REMEDIES).bytes().ceil() as u64
         };
         let fit = |recompute, available| {
             tokens_that_fit(&cpu, &config, recompute, (100, 4096), available)
