@@ -42,7 +42,7 @@ impl Head {
         let gradients = Some(LossGradients { dx: &mut dx, grads: &mut grads });
         let to = LossOutput { sums: &mut sums, stats: Some(&mut stats), gradients };
         let (p, at) =
-            (Params { values: &self.head, precision: Precision::F32 }, 0..grads_len(self));
+            (Params { values: &self.head, precision: Precision::F32 }, 0..self.head.len());
         cpu.lm_head_loss((&x, &mut logits), &self.targets, (p, &at), loss, to);
         let TokenStats { log_probs, entropies } = stats;
         Losses {
@@ -60,15 +60,11 @@ impl Head {
         let (mut logits, mut stats, mut sums) = Default::default();
         let to = LossOutput { sums: &mut sums, stats: Some(&mut stats), gradients: None };
         let (p, at) =
-            (Params { values: &self.head, precision: Precision::F32 }, 0..grads_len(self));
+            (Params { values: &self.head, precision: Precision::F32 }, 0..self.head.len());
         let loss = TokenLoss::CrossEntropy { scale: 1.0 };
         cpu.lm_head_loss((&x, &mut logits), &self.targets, (p, &at), &loss, to);
         (sums.loss, stats)
     }
-}
-
-fn grads_len(head: &Head) -> usize {
-    head.head.len()
 }
 
 fn column(values: impl IntoIterator<Item = f32>) -> Tensor<Cpu> {
@@ -231,39 +227,72 @@ impl Ppo {
     }
 }
 
-/// More labels than a chunk has rows, of a vocabulary of BLOOM's size and an odd one: each label's
-/// results are those that it has alone, and the head's gradient is their sum.
+/// A label's log-probability, entropy and PPO loss in f64, with what [`Ppo::loss`] takes but for
+/// the scale; adds its gradients to those of the hidden state and of the head.
+fn plain_ppo(
+    (x, head, target): (&[f32], &[f32], usize),
+    [old, advantage, reference]: [f64; 3],
+    scale: f64,
+    (dx, dhead): (&mut [f64], &mut [f64]),
+) -> [f64; 3] {
+    let dot = |row: &[f32]| -> f64 { row.iter().zip(x).map(|(a, b)| *a as f64 * *b as f64).sum() };
+    let logits: Vec<f64> = head.chunks_exact(x.len()).map(dot).collect();
+    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let lse = max + logits.iter().map(|z| (z - max).exp()).sum::<f64>().ln();
+    let entropy: f64 = logits.iter().map(|z| (z - lse).exp() * (lse - z)).sum();
+    let log_prob = logits[target] - lse;
+    let (ratio, log_ratio) = ((log_prob - old).exp(), log_prob - reference);
+    let (plain, clipped) = (ratio * advantage, ratio.clamp(0.8, 1.2) * advantage);
+    let k3 = (-log_ratio).exp() - 1.0 + log_ratio;
+    let loss = -plain.min(clipped) + 0.4 * k3 - 0.3 * entropy;
+    let surrogate = if clipped < plain { 0.0 } else { -plain };
+    let (g, h) = (scale * (surrogate + 0.4 * (1.0 - (-log_ratio).exp())), scale * -0.3);
+    let rows = head.chunks_exact(x.len()).zip(dhead.chunks_exact_mut(x.len()));
+    for (j, ((row, drow), z)) in rows.zip(&logits).enumerate() {
+        let log_p = z - lse;
+        let hit = if j == target { g } else { 0.0 };
+        let d = hit - log_p.exp() * (g + h * (log_p + entropy));
+        dx.iter_mut().zip(row).for_each(|(dx, w)| *dx += d * *w as f64);
+        drow.iter_mut().zip(x).for_each(|(dw, x)| *dw += d * *x as f64);
+    }
+    [log_prob, entropy, loss]
+}
+
+/// More labels than a chunk has rows, of a vocabulary of BLOOM's size that is odd.
 #[test]
-fn chunks_of_labels_have_the_gradients_of_single_ones() {
+fn chunks_of_labels_agree_with_f64() {
     let (labels, vocabulary, width) = (19, 250_881, 2);
     let (head, cpu) = (random_head(labels, vocabulary, width), Cpu::new(2, Isa::detect()));
     let (sum, stats) = head.only_stats(&cpu);
     let log_probs = stats.log_probs.buffer();
     let ppo = Ppo::new(log_probs);
-    let all = head.losses(&cpu, &ppo.loss(0.5));
-    assert_eq!((&all.log_probs, &all.entropies), (log_probs, stats.entropies.buffer()));
+    let ours = head.losses(&cpu, &ppo.loss(0.5));
+    assert_eq!((&ours.log_probs, &ours.entropies), (log_probs, stats.entropies.buffer()));
     let nll: f64 = log_probs.iter().map(|l| -*l as f64).sum();
     assert!((nll / sum - 1.0).abs() < 1e-6, "{nll} {sum}");
-    let (mut total, mut dhead) = (0.0, vec![0f32; head.head.len()]);
-    for i in 0..labels {
-        let one = Head {
-            x: head.x[i * width..(i + 1) * width].to_vec(),
-            head: head.head.clone(),
-            targets: vec![head.targets[i]],
-        };
-        let single = Ppo(ppo.0.each_ref().map(|t| column([t.buffer()[i]])));
-        let ours = one.losses(&cpu, &single.loss(0.5));
-        // matrix products of one row and of many sum in different orders
-        assert!((ours.log_probs[0] - all.log_probs[i]).abs() < 1e-5);
-        assert!((ours.entropies[0] - all.entropies[i]).abs() < 1e-5);
-        let e = error(&all.dx[i * width..(i + 1) * width], &ours.dx);
-        assert!(e < 1e-4, "label {i} is off by {e:e}");
-        total += ours.sum;
-        dhead.iter_mut().zip(ours.dhead).for_each(|(sum, d)| *sum += d);
+    let (mut dx, mut dhead) = (vec![0.0; head.x.len()], vec![0.0; head.head.len()]);
+    let known: Vec<[f64; 3]> = (0..labels)
+        .map(|i| {
+            let at = i * width..(i + 1) * width;
+            let label = (&head.x[at.clone()], &head.head[..], head.targets[i] as usize);
+            let given = ppo.0.each_ref().map(|t| t.buffer()[i] as f64);
+            plain_ppo(label, given, 0.5, (&mut dx[at], &mut dhead))
+        })
+        .collect();
+    let total: f64 = known.iter().map(|k| k[2]).sum();
+    assert!((total - ours.sum).abs() < 1e-5 * labels as f64, "{total} {}", ours.sum);
+    let of = |i: usize| known.iter().map(|k| k[i] as f32).collect::<Vec<f32>>();
+    let f32s = |v: &[f64]| v.iter().map(|v| *v as f32).collect::<Vec<f32>>();
+    // in f32, with sums of 250,881 terms, of which those of dx nearly cancel
+    for (name, ours, theirs, allowed) in [
+        ("log-probabilities", &ours.log_probs, of(0), 1e-6),
+        ("entropies", &ours.entropies, of(1), 5e-6),
+        ("dx", &ours.dx, f32s(&dx), 5e-5),
+        ("the head's gradient", &ours.dhead, f32s(&dhead), 1e-5),
+    ] {
+        let e = error(ours, &theirs);
+        assert!(e < allowed, "{name} off by {e:e}");
     }
-    assert!((total - all.sum).abs() < 1e-5 * labels as f64, "{total} {}", all.sum);
-    let e = error(&all.dhead, &dhead);
-    assert!(e < 1e-5, "the head's gradient is off by {e:e}");
 }
 
 #[test]
