@@ -92,6 +92,35 @@ KERNEL(cross_entropy, TRAIN_THREADS)
 }
 EXPORT(cross_entropy)
 
+// The clipped surrogate of PPO of a chunk, with a penalty for moving away from a reference and a
+// bonus for entropy: its sum is added to that of the step, and each label gets its gradients. One
+// block.
+KERNEL(clipped_ppo, TRAIN_THREADS)(ClippedPpoArgs a) {
+    griddep_launch_dependents();
+    griddep_wait();
+    double loss = 0;
+    for (uint32_t i = threadIdx.x; i < a.labels; i += TRAIN_THREADS) {
+        float log_prob = a.log_probs[i], advantage = a.advantages[i];
+        float ratio = expf(log_prob - a.old_log_probs[i]), plain = ratio * advantage;
+        float clipped = fminf(fmaxf(ratio, 1 - a.clip), 1 + a.clip) * advantage;
+        // a ratio that is no number makes the loss none, so that the step is not taken
+        bool is_clipped = clipped < plain;
+        float term = is_clipped ? -clipped : -plain, g = is_clipped ? 0 : -plain;
+        if (a.reference_log_probs) {
+            float log_ratio = log_prob - a.reference_log_probs[i], inverse = expm1f(-log_ratio);
+            term += a.kl * (inverse + log_ratio);
+            g -= a.kl * inverse;
+        }
+        term -= a.entropy * a.entropies[i];
+        loss += static_cast<double>(term);
+        a.log_prob_gradients[i] = a.scale * g;
+        a.entropy_gradients[i] = -a.scale * a.entropy;
+    }
+    loss = block_sum<TRAIN_THREADS>(loss);
+    if (threadIdx.x == 0) a.sums->loss += loss;
+}
+EXPORT(clipped_ppo)
+
 // Logits become their gradients; those beyond the vocabulary, zeros. `log_prob_gradients` [row] and
 // `entropy_gradients` [row], or null for none, are those of the loss.
 KERNEL(logit_gradients_bf16, TRAIN_THREADS)

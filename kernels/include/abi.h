@@ -442,6 +442,34 @@ typedef struct {
 } TrainSums;
 static_assert(sizeof(TrainSums) == 24);
 
+// clipped_ppo: a chunk of labels.
+typedef struct {
+    TrainSums* sums;
+    // [label], written: gradient of the log-probability
+    float* log_prob_gradients;
+    // [label], written: gradient of the entropy
+    float* entropy_gradients;
+    // [label]
+    const float* log_probs;
+    // [label]
+    const float* entropies;
+    // [label]: log-probability by the policy that sampled it
+    const float* old_log_probs;
+    // [label]
+    const float* advantages;
+    // [label]: log-probability by the policy from which this one is not to move away, or null
+    const float* reference_log_probs;
+    uint32_t labels;
+    // how far a ratio of probabilities may be from 1
+    float clip;
+    // factors of the estimate of the KL divergence, of the entropy, and of the gradients
+    float kl;
+    float entropy;
+    float scale;
+    uint32_t unused;
+} ClippedPpoArgs;
+static_assert(sizeof(ClippedPpoArgs) == 88);
+
 // Neighbouring parameters that a block of adamw_* takes.
 typedef struct {
     uint64_t first;

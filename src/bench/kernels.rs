@@ -84,9 +84,7 @@ struct Bench<'a, B: DecodeBackend + Machine> {
     /// Bytes of a weight and of an element of the KV cache.
     weight: f64,
     cached: f64,
-    gauge: RefCell<Gauge<'a, B>>,
-    calls: usize,
-    rows: RefCell<Vec<KernelRow>>,
+    timer: Timer<'a, B>,
 }
 
 /// Work whose calls all go through the same bytes.
@@ -96,10 +94,10 @@ fn whole(bytes: f64, flops: f64) -> MinimumWork {
 
 /// One kind of batch.
 #[derive(Clone, Copy)]
-struct Case {
-    sequences: usize,
-    tokens: usize,
-    positions: usize,
+pub(super) struct Case {
+    pub sequences: usize,
+    pub tokens: usize,
+    pub positions: usize,
 }
 
 impl Case {
@@ -166,9 +164,7 @@ pub fn run<B: DecodeBackend + Machine>(
         model: Bloom::load(backend, random_checkpoint(config, dtype)?, Some(dtype))?,
         weight: dtype.size() as f64,
         cached: cache_dtype.size() as f64,
-        gauge: RefCell::new(Gauge::new(backend, dtype)?),
-        calls: options.calls.max(1),
-        rows: RefCell::default(),
+        timer: Timer::new(backend, dtype, options.calls)?,
     };
     for &sequences in &options.batches {
         bench.case(Case { sequences, tokens: 1, positions: options.context })?;
@@ -179,15 +175,7 @@ pub fn run<B: DecodeBackend + Machine>(
     for &n in &options.squares {
         bench.square(n, dtype)?;
     }
-    let (processor, isa) = backend.describe();
-    Ok(KernelReport {
-        weights: dtype.name(),
-        processor,
-        isa,
-        best: bench.gauge.borrow().best,
-        last_cache_bytes: backend.last_cache(),
-        rows: bench.rows.into_inner(),
-    })
+    Ok(bench.timer.report(dtype))
 }
 
 impl<B: DecodeBackend + Machine> Bench<'_, B> {
@@ -226,11 +214,11 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
             b.layer_norm_qkv_to_cache(&mut queries, input, &layer(i).qkv, &on_device, cache);
         }
         (1..blocks as u32).for_each(|block| b.copy_block(&mut cache, 0, block));
-        self.time("embedding + norm", case, whole(n * h * (w + 4.0), 0.0), &mut |i| {
+        self.timer.time("embedding + norm", case, whole(n * h * (w + 4.0), 0.0), &mut |i| {
             b.embedding_norm(&mut x, &on_device, self.model.lm_head(), norm(i));
             Ok(())
         })?;
-        self.time("norm + QKV into cache", case, gemm(w, 3.0 * h, h), &mut |i| {
+        self.timer.time("norm + QKV into cache", case, gemm(w, 3.0 * h, h), &mut |i| {
             let input = NormInput { x: &x, norm: norm(i), normed: &mut normed };
             let cache = (&mut cache, i % layers.len());
             b.layer_norm_qkv_to_cache(&mut queries, input, &layer(i).qkv, &on_device, cache);
@@ -241,20 +229,20 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
             flops: 4.0 * n * seen * h,
             working_set: count * kv,
         };
-        self.time("attention", case, read, &mut |i| {
+        self.timer.time("attention", case, read, &mut |i| {
             b.paged_attention(&mut attended, &queries, &on_device, (&cache, i % layers.len()));
             Ok(())
         })?;
-        self.time("dense + residual", case, gemm(w, h, h), &mut |i| {
+        self.timer.time("dense + residual", case, gemm(w, h, h), &mut |i| {
             b.linear(&mut x2, &attended, &layer(i).dense, Epilogue::BiasResidual(&x));
             Ok(())
         })?;
-        self.time("norm + up + GELU", case, gemm(w, 4.0 * h, h), &mut |i| {
+        self.timer.time("norm + up + GELU", case, gemm(w, 4.0 * h, h), &mut |i| {
             let input = NormInput { x: &x2, norm: norm(i), normed: &mut normed };
             b.layer_norm_linear(&mut wide, input, &layer(i).up, Epilogue::BiasGelu);
             Ok(())
         })?;
-        self.time("down + residual", case, gemm(w, h, 4.0 * h), &mut |i| {
+        self.timer.time("down + residual", case, gemm(w, h, 4.0 * h), &mut |i| {
             b.linear(&mut x, &wide, &layer(i).down, Epilogue::BiasResidual(&x2));
             Ok(())
         })?;
@@ -283,7 +271,7 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
                 .map(|row| SamplingRow::new(row, &sampling, row as u32, 1))
                 .collect();
             let choices: Vec<(usize, &SamplingRow)> = choices.iter().enumerate().collect();
-            self.time(name, case, counted, &mut |_| {
+            self.timer.time(name, case, counted, &mut |_| {
                 b.sample(&normed, self.model.lm_head(), &choices, &mut scratch).map(drop)
             })?;
         }
@@ -315,7 +303,7 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
         let size = n as f64;
         // 16 bits out, as libraries have it
         let counted = whole(size * size * (self.weight + 2.0 + 2.0), 2.0 * size * size * size);
-        self.time(
+        self.timer.time(
             "square GEMM",
             Case { sequences: 1, tokens: n, positions: n },
             counted,
@@ -325,8 +313,38 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
             },
         )
     }
+}
 
-    fn time(
+/// Times operations, and measures the machine around each.
+pub(super) struct Timer<'a, M: Machine> {
+    machine: &'a M,
+    gauge: RefCell<Gauge<'a, M>>,
+    calls: usize,
+    rows: RefCell<Vec<KernelRow>>,
+}
+
+impl<'a, M: Machine> Timer<'a, M> {
+    /// For weights held in `dtype`, with so many calls of each operation.
+    pub fn new(machine: &'a M, dtype: DType, calls: usize) -> Result<Timer<'a, M>> {
+        let gauge = RefCell::new(Gauge::new(machine, dtype)?);
+        Ok(Timer { machine, gauge, calls: calls.max(1), rows: RefCell::default() })
+    }
+
+    /// What was timed, with weights held in `dtype`.
+    pub fn report(self, dtype: DType) -> KernelReport {
+        let (processor, isa) = self.machine.describe();
+        KernelReport {
+            weights: dtype.name(),
+            processor,
+            isa,
+            best: self.gauge.borrow().best,
+            last_cache_bytes: self.machine.last_cache(),
+            rows: self.rows.into_inner(),
+        }
+    }
+
+    /// Adds a row of an operation: `work` is one call of it, and `minimum` what that has to do.
+    pub fn time(
         &self,
         operation: &'static str,
         case: Case,
@@ -334,8 +352,8 @@ impl<B: DecodeBackend + Machine> Bench<'_, B> {
         work: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<()> {
         let mut gauge = self.gauge.borrow_mut();
-        let (seconds, peaks) = gauge.around(|| self.backend.time(self.calls, work))?;
-        let compared = Compared::new(seconds, minimum, peaks, self.backend.last_cache());
+        let (seconds, peaks) = gauge.around(|| self.machine.time(self.calls, work))?;
+        let compared = Compared::new(seconds, minimum, peaks, self.machine.last_cache());
         let MinimumWork { bytes, flops, .. } = minimum;
         self.rows.borrow_mut().push(KernelRow {
             operation,

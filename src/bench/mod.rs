@@ -6,3 +6,4 @@ pub mod llm;
 pub mod machine;
 pub mod serve;
 pub mod train;
+pub mod train_kernels;

@@ -7,9 +7,10 @@ use super::print::{self, print_line};
 use super::train::{PrecisionChoice, RecomputeChoice};
 use super::within;
 use crate::bench::floor::Bound;
-use crate::bench::kernels::{self, KernelOptions};
+use crate::bench::kernels::{self, KernelOptions, KernelReport};
 use crate::bench::llm::{LlmOptions, LlmReport, Phase, random_checkpoint, run};
 use crate::bench::train::{self, TrainBenchOptions};
+use crate::bench::train_kernels::{self, TrainKernelOptions};
 use crate::device::cuda::Driver;
 use crate::models::bloom::BloomCheckpoint;
 use crate::models::bloom::{
@@ -17,8 +18,9 @@ use crate::models::bloom::{
 };
 use crate::models::embedded;
 use crate::ops::cuda::Cuda;
+use crate::ops::train::Precision;
 use crate::tensor::DType;
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand};
 use std::rc::Rc;
 
@@ -120,6 +122,11 @@ pub struct KernelArgs {
     /// Also products of square matrices, with so many rows: multiples of 16, at least 16.
     #[arg(long, value_delimiter = ',')]
     squares: Vec<usize>,
+    /// The operations of a training step instead, of so many sequences x tokens.
+    #[arg(long, value_name = "SEQUENCESxTOKENS", value_parser = prefill)]
+    #[arg(num_args = 0..=1, default_missing_value = "16x384")]
+    #[arg(conflicts_with_all = ["batch", "context", "prefill", "squares"])]
+    train: Option<(usize, usize)>,
     /// Calls of each operation, at least 1.
     #[arg(long, default_value_t = 24)]
     calls: usize,
@@ -159,6 +166,17 @@ impl KernelArgs {
         );
         let config = published(&self.shape)?;
         let dtype = self.model.dtype.dtype().unwrap_or(DType::Bf16);
+        let report = match self.train {
+            Some(sizes) => self.train(config, dtype, sizes)?,
+            None => self.inference(config, dtype)?,
+        };
+        match self.json {
+            true => Ok(print::json(&report)?),
+            false => print_kernels(&report),
+        }
+    }
+
+    fn inference(&self, config: BloomConfig, dtype: DType) -> anyhow::Result<KernelReport> {
         let options = KernelOptions {
             batches: self.batch.clone(),
             context: self.context,
@@ -166,21 +184,40 @@ impl KernelArgs {
             squares: self.squares.clone(),
             calls: self.calls,
         };
-        let report = match self.model.device(&config)? {
+        Ok(match self.model.device(&config)? {
             Device::Cpu(cpu) => kernels::run(&cpu, config, dtype, &options)?,
             Device::Cuda(driver) => {
                 let cuda = self.model.cuda(driver, dtype, &config)?;
                 kernels::run(&cuda, config, dtype, &options)?
             }
+        })
+    }
+
+    fn train(
+        &self,
+        config: BloomConfig,
+        dtype: DType,
+        (sequences, tokens): (usize, usize),
+    ) -> anyhow::Result<KernelReport> {
+        within("--train: sequences", sequences, 1..=MAX_SEQUENCES, "[1, 1048576]")?;
+        within("--train: tokens", tokens, 1..=MAX_CONTEXT, "[1, 16777216]")?;
+        let precision = match dtype {
+            DType::Bf16 => Precision::Bf16,
+            DType::F32 => Precision::F32,
+            _ => bail!("training computes in bf16 or f32: --dtype bf16 or --dtype f32"),
         };
-        match self.json {
-            true => Ok(print::json(&report)?),
-            false => print_kernels(&report),
-        }
+        let options = TrainKernelOptions { sequences, tokens, precision, calls: self.calls };
+        Ok(match self.model.device(&config)? {
+            Device::Cpu(cpu) => train_kernels::run(&cpu, config, options)?,
+            Device::Cuda(driver) => {
+                let cuda = self.model.cuda(driver, dtype, &config)?;
+                train_kernels::run(&cuda, config, options)?
+            }
+        })
     }
 }
 
-fn print_kernels(report: &kernels::KernelReport) -> anyhow::Result<()> {
+fn print_kernels(report: &KernelReport) -> anyhow::Result<()> {
     print_line!("{} weights, {} ({})", report.weights, report.processor, report.isa)?;
     print_line!(
         "best measured: read {:.1} GB/s, peak {:.0} GFLOP/s; beside each figure what was \

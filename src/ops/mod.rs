@@ -11,6 +11,7 @@ pub mod cuda;
 mod decode;
 mod layers;
 pub mod sampling;
+pub mod token_loss;
 pub mod train;
 
 pub use batch::{BLOCK, Batch, Span};

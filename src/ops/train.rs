@@ -5,6 +5,7 @@
 //! gradients are written (`=`) unless said otherwise. Sums run in an order that depends on the
 //! shapes alone, so that runs repeat bit for bit.
 
+use super::token_loss::{LossGradients, LossOutput, TokenLoss};
 use super::{Affine, Backend, Heads, Tensor};
 use crate::error::{Error, Result};
 use std::borrow::Cow;
@@ -97,16 +98,6 @@ impl<B: Backend> Default for AttentionOutput<B> {
     }
 }
 
-/// Where the gradients of a loss go.
-pub struct LossGradients<'a, B: TrainBackend> {
-    /// Factor of all of them.
-    pub scale: f32,
-    /// Of the hidden states: written.
-    pub dx: &'a mut Tensor<B>,
-    /// Of the parameters: added to.
-    pub grads: &'a mut B::Flat,
-}
-
 /// What the backward pass of a linear layer reads.
 pub struct LinearBackward<'a, B: Backend> {
     /// Gradient of the output, `[tokens, outputs]`.
@@ -195,8 +186,8 @@ pub(super) fn check_count(count: usize, values: &[f32]) -> Result<()> {
 /// A backend that trains.
 ///
 /// Activations have the type that the backend's GEMMs multiply in; the residual stream and its
-/// gradient are f32. Nothing waits for the device but [`TrainBackend::sums`] and
-/// [`TrainBackend::values`].
+/// gradient are f32. Nothing waits for the device but [`TrainBackend::sums`],
+/// [`TrainBackend::values`] and [`TrainBackend::download_column`].
 pub trait TrainBackend: Backend {
     /// Parameters, gradients or moments of a whole model, in f32. Parameters may be there in the
     /// type of the activations too, which the operations that change them keep equal.
@@ -343,17 +334,28 @@ pub trait TrainBackend: Backend {
         cu_seqlens: &[usize],
     );
 
-    /// Adds the cross-entropy of the rows of `x` = `[labels, width]` against `targets`, through the
-    /// LM head `[vocabulary, width]`, to the loss of `sums`. The logits never leave a chunk, for
-    /// which the second of `x` is room.
+    /// A loss of the rows of `x` = `[labels, width]` with `targets` as labels, through the LM head
+    /// `[vocabulary, width]`. The logits never leave a chunk, for which the second of `x` is room.
     fn lm_head_loss(
         &self,
         x: (&Tensor<Self>, &mut Tensor<Self>),
         targets: &[u32],
         lm_head: ParamsAt<Self, Range<usize>>,
-        gradients: Option<LossGradients<Self>>,
-        sums: &mut Self::Sums,
+        loss: &TokenLoss<Self>,
+        to: LossOutput<Self, LossGradients<Self>>,
     );
+
+    /// Writes a number for each label, `[labels, 1]`, to `y`.
+    ///
+    /// # Errors
+    /// If there is no memory for them, or the device fails.
+    fn upload_column(&self, y: &mut Tensor<Self>, values: &[f32]) -> Result<()>;
+
+    /// The number of each label, on the host.
+    ///
+    /// # Errors
+    /// What has failed since results were last taken.
+    fn download_column(&self, x: &Tensor<Self>) -> Result<Vec<f32>>;
 
     /// Writes chosen rows of `x`, in this order, to `y`.
     fn gather_rows(&self, y: &mut Tensor<Self>, x: &Tensor<Self>, rows: &[usize]);

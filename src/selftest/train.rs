@@ -6,9 +6,10 @@ use crate::error::Result;
 use crate::models::bloom::alibi_slopes;
 use crate::ops::cpu::Cpu;
 use crate::ops::cuda::{Cuda, Flat};
+use crate::ops::token_loss::{ClippedPpo, LossGradients, LossOutput, TokenLoss, TokenStats};
 use crate::ops::train::{
-    AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, LossGradients, NormBackward,
-    NormOutput, OptimizerGroup, Params, Precision, TrainBackend,
+    AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, NormBackward, NormOutput,
+    OptimizerGroup, Params, Precision, TrainBackend,
 };
 use crate::ops::{Affine, Heads, Tensor};
 use crate::tensor::DType;
@@ -31,6 +32,67 @@ pub struct TrainShapes {
 type Tensors<L> = (Tensor<Cuda<L>>, Tensor<Cpu>);
 /// The same parameters, gradients or moments.
 type Flats<L> = (Flat<L>, Vec<f32>);
+
+/// What losses at the LM head are tried with on one backend.
+struct Labels<'a, B: TrainBackend> {
+    b: &'a B,
+    x: Tensor<B>,
+    targets: &'a [u32],
+    p: Params<'a, B::Flat>,
+    lm_head: &'a Range<usize>,
+    /// Numbers in (-1, 1), two for each label.
+    noise: &'a [f32],
+}
+
+/// What comes of a loss.
+struct Losses<B: TrainBackend> {
+    sum: f64,
+    stats: TokenStats<B>,
+    dx: Tensor<B>,
+    grads: B::Flat,
+}
+
+impl<B: TrainBackend> Labels<'_, B> {
+    fn losses(&self, loss: &TokenLoss<B>) -> Result<Losses<B>> {
+        let (mut dx, mut logits, mut stats) = Default::default();
+        let (mut grads, mut sums) = (self.b.zeros(self.lm_head.len())?, self.b.new_sums()?);
+        let gradients = Some(LossGradients { dx: &mut dx, grads: &mut grads });
+        let to = LossOutput { sums: &mut sums, stats: Some(&mut stats), gradients };
+        let x = (&self.x, &mut logits);
+        self.b.lm_head_loss(x, self.targets, (self.p, self.lm_head), loss, to);
+        Ok(Losses { sum: self.b.sums(&sums)?.loss, stats, dx, grads })
+    }
+
+    fn column(&self, values: impl Iterator<Item = f32>) -> Result<Tensor<B>> {
+        let mut column = Tensor::default();
+        self.b.upload_column(&mut column, &values.collect::<Vec<f32>>())?;
+        Ok(column)
+    }
+
+    /// Every kind of loss. Ratios of probabilities are the same on all backends, so that they
+    /// clip the same labels.
+    fn all(&self) -> Result<[Losses<B>; 3]> {
+        let cross_entropy = self.losses(&TokenLoss::CrossEntropy { scale: 0.25 })?;
+        let log_probs = self.b.download_column(&cross_entropy.stats.log_probs)?;
+        let offsets = [0.5, -0.5, 0.05, -0.05].into_iter().cycle();
+        let old = self.column(log_probs.iter().zip(offsets).map(|(l, o)| l + o))?;
+        let (some, others) = self.noise.split_at(log_probs.len());
+        let reference = self.column(log_probs.iter().zip(others).map(|(l, o)| l + o))?;
+        let some = self.column(some.iter().copied())?;
+        let others = self.column(others.iter().copied())?;
+        let ppo = ClippedPpo {
+            old_log_probs: &old,
+            advantages: &some,
+            reference_log_probs: Some(&reference),
+            clip: 0.2,
+            kl: 0.3,
+            entropy: 0.1,
+            scale: 0.25,
+        };
+        let given = TokenLoss::Given { log_probs: &some, entropies: Some(&others) };
+        Ok([cross_entropy, self.losses(&TokenLoss::ClippedPpo(ppo))?, self.losses(&given)?])
+    }
+}
 
 /// Two parameters, one behind the other.
 fn affine(weight: usize, bias: usize) -> Affine<Range<usize>> {
@@ -240,21 +302,28 @@ impl<L: Launcher> Test<'_, L> {
         let x: Vec<f32> = self.noise(labels * width).iter().map(|v| v * scale).collect();
         let x = (self.cuda.upload(&x, width, self.half)?, self.cpu.upload(&x, width));
         let targets: Vec<u32> = (0..labels).map(|_| self.words.below(vocabulary) as u32).collect();
-        let mut grads = (self.cuda.zeros(table.end)?, vec![0.0; table.end]);
-        let (mut dx, mut logits): (Tensors<L>, Tensors<L>) = Default::default();
-        let (mut sums, mut cpu_sums) = (self.cuda.new_sums()?, self.cpu.new_sums()?);
-        let to = LossGradients { scale: 0.25, dx: &mut dx.0, grads: &mut grads.0 };
-        let rows = (&x.0, &mut logits.0);
-        self.cuda.lm_head_loss(rows, &targets, (p, &table), Some(to), &mut sums);
-        let to = LossGradients { scale: 0.25, dx: &mut dx.1, grads: &mut grads.1 };
-        let rows = (&x.1, &mut logits.1);
-        self.cpu.lm_head_loss(rows, &targets, (cpu_p, &table), Some(to), &mut cpu_sums);
-        let (ours, theirs) = (self.cuda.sums(&sums)?.loss, cpu_sums.loss);
-        // logits are rounded, and many of them average out
-        let off = ((ours - theirs) / theirs).abs() as f32;
-        self.report("loss", case.clone(), off, self.rounding());
-        self.compare("loss: gradient of the rows", &case, &dx, 4.0 * self.rounding())?;
-        self.compare_flats("loss: gradient of the LM head", &case, &grads, 4.0 * self.rounding())
+        let noise = self.noise(2 * labels);
+        let (lm_head, targets, noise) = (&table, &targets[..], &noise[..]);
+        let ours = Labels { b: &self.cuda, x: x.0, targets, p, lm_head, noise }.all()?;
+        let theirs = Labels { b: &self.cpu, x: x.1, targets, p: cpu_p, lm_head, noise }.all()?;
+        let names = ["cross-entropy", "PPO", "given"];
+        let magnitude = theirs[0].sum.abs();
+        for ((ours, theirs), name) in ours.into_iter().zip(theirs).zip(names) {
+            let case = format!("{case}, {name}");
+            // logits are rounded, and many of them average out
+            let off = ((ours.sum - theirs.sum).abs() / magnitude) as f32;
+            self.report("loss", case.clone(), off, self.rounding());
+            let (stats, cpu_stats) = (ours.stats, theirs.stats);
+            let log_probs = (stats.log_probs, cpu_stats.log_probs);
+            self.compare("loss: log-probabilities", &case, &log_probs, self.rounding())?;
+            let entropies = (stats.entropies, cpu_stats.entropies);
+            self.compare("loss: entropies", &case, &entropies, self.rounding())?;
+            let (dx, grads) = ((ours.dx, theirs.dx), (ours.grads, theirs.grads));
+            let allowed = 4.0 * self.rounding();
+            self.compare("loss: gradient of the rows", &case, &dx, allowed)?;
+            self.compare_flats("loss: gradient of the LM head", &case, &grads, allowed)?;
+        }
+        Ok(())
     }
 
     /// Clipping, and two steps of AdamW.

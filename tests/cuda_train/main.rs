@@ -3,4 +3,5 @@
 mod attention;
 #[path = "../emulated/mod.rs"]
 mod emulated;
+mod losses;
 mod model;

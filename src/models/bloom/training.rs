@@ -4,9 +4,10 @@
 use super::{BloomConfig, BloomLayerParameters, BloomParameters};
 use crate::error::Result;
 use crate::models::params::flat_ranges;
+use crate::ops::token_loss::{LossGradients, LossOutput, TokenLoss, TokenStats};
 use crate::ops::train::{
-    AttentionOutput, LinearBackward, LossGradients, NormBackward, NormOutput, PackedBatch, Params,
-    Precision, TrainBackend,
+    AttentionOutput, LinearBackward, NormBackward, NormOutput, PackedBatch, Params, Precision,
+    TrainBackend,
 };
 use crate::ops::{Heads, Tensor};
 use std::ops::Range;
@@ -244,7 +245,25 @@ impl<F> TrainModel<F> {
         gradients: Option<(f32, &mut F)>,
         sums: &mut B::Sums,
     ) {
+        let scale = gradients.as_ref().map_or(0.0, |g| g.0);
+        let to = LossOutput { sums, stats: None, gradients: gradients.map(|g| g.1) };
+        self.token_loss(b, (precision, batch), space, &TokenLoss::CrossEntropy { scale }, to);
+    }
+
+    /// A loss of all labels of `batch`, whose tensors have a number for each of these. Gradients
+    /// are added to those of the parameters (same layout as the values). Without gradients this is
+    /// the pass that old and reference log-probabilities come from.
+    pub fn token_loss<B: TrainBackend<Flat = F>>(
+        &self,
+        b: &B,
+        (precision, batch): (Precision, &PackedBatch),
+        space: &mut Workspace<B>,
+        loss: &TokenLoss<B>,
+        to: LossOutput<B, &mut F>,
+    ) {
+        let LossOutput { sums, stats, gradients } = to;
         if batch.labels.is_empty() {
+            stats.into_iter().for_each(|s| *s = TokenStats::default());
             return;
         }
         let p = Params { values: &self.values, precision };
@@ -255,11 +274,13 @@ impl<F> TrainModel<F> {
         let Workspace { labelled, logits, final_norm, d, .. } = space;
         b.gather_rows(labelled, &final_norm.y, &rows);
         let rows_of = (&*labelled, &mut *logits);
-        let Some((scale, grads)) = gradients else {
-            return b.lm_head_loss(rows_of, &targets, (p, lm_head), None, sums);
+        let Some(grads) = gradients else {
+            let to = LossOutput { sums, stats, gradients: None };
+            return b.lm_head_loss(rows_of, &targets, (p, lm_head), loss, to);
         };
-        let to = LossGradients { scale, dx: &mut d.labelled, grads: &mut *grads };
-        b.lm_head_loss(rows_of, &targets, (p, lm_head), Some(to), sums);
+        let at_head = LossGradients { dx: &mut d.labelled, grads: &mut *grads };
+        let to = LossOutput { sums, stats, gradients: Some(at_head) };
+        b.lm_head_loss(rows_of, &targets, (p, lm_head), loss, to);
         // the gradient of the final norm's output is zero but at labelled positions
         b.scatter_rows(&mut d.normed, &d.labelled, &rows, batch.ids.len());
         pass.backward(space, grads);

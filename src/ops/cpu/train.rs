@@ -6,9 +6,10 @@ use super::norm_train::NormParams;
 use super::{Cpu, embedding_train, linear_train, loss, norm_train, optimizer};
 use crate::error::Result;
 use crate::memory;
+use crate::ops::token_loss::{LossGradients, LossOutput, TokenLoss};
 use crate::ops::train::{
-    AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, LossGradients, NormBackward,
-    NormOutput, OptimizerGroup, Params, ParamsAt, Precision, StepSums, TrainBackend, check_count,
+    AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, NormBackward, NormOutput,
+    OptimizerGroup, Params, ParamsAt, Precision, StepSums, TrainBackend, check_count,
 };
 use crate::ops::{Affine, Heads, Tensor};
 use crate::tensor::DType;
@@ -226,17 +227,35 @@ impl TrainBackend for Cpu {
         (x, logits): (&Tensor<Cpu>, &mut Tensor<Cpu>),
         targets: &[u32],
         (p, at): ParamsAt<Cpu, Range<usize>>,
-        gradients: Option<LossGradients<Cpu>>,
-        sums: &mut StepSums,
+        loss: &TokenLoss<Cpu>,
+        to: LossOutput<Cpu, LossGradients<Cpu>>,
     ) {
         x.expect("lm_head_loss", [targets.len(), x.shape()[1]], DType::F32);
-        let lm_head = (p.precision, &p.values[at.clone()]);
-        let gradients = gradients.map(|g| {
+        loss.expect(targets.len());
+        let head = &p.values[at.clone()];
+        let labels = loss::Labels { x: x.buffer(), head, precision: p.precision, targets };
+        let stats = to.stats.map(|s| {
+            let shape = [targets.len(), 1];
+            (
+                &mut self.room(&mut s.log_probs, shape)[..],
+                &mut self.room(&mut s.entropies, shape)[..],
+            )
+        });
+        let gradients = to.gradients.map(|g| {
             let dx = self.room(g.dx, x.shape());
-            (g.scale, &mut dx[..], &mut g.grads[at.clone()])
+            (&mut dx[..], &mut g.grads[at.clone()])
         });
         let logits = &mut logits.buffer;
-        sums.loss += loss::cross_entropy(self, x.buffer(), lm_head, targets, logits, gradients);
+        to.sums.loss += loss::token_loss(self, &labels, loss, logits, stats, gradients);
+    }
+
+    fn upload_column(&self, y: &mut Tensor<Cpu>, values: &[f32]) -> Result<()> {
+        self.room(y, [values.len(), 1]).copy_from_slice(values);
+        Ok(())
+    }
+
+    fn download_column(&self, x: &Tensor<Cpu>) -> Result<Vec<f32>> {
+        Ok(x.buffer().clone())
     }
 
     fn gather_rows(&self, y: &mut Tensor<Cpu>, x: &Tensor<Cpu>, rows: &[usize]) {

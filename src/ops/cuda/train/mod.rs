@@ -15,9 +15,10 @@ use super::abi::TrainSums;
 use super::{CachedUpload, Cuda, DeviceWeight, LinearInput};
 use crate::device::{Launcher, Memory};
 use crate::error::{Error, Result};
+use crate::ops::token_loss::{LossGradients, LossOutput, TokenLoss};
 use crate::ops::train::{
-    AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, LossGradients, NormBackward,
-    NormOutput, OptimizerGroup, ParamsAt, Precision, StepSums, TrainBackend, check_count,
+    AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, NormBackward, NormOutput,
+    OptimizerGroup, ParamsAt, Precision, StepSums, TrainBackend, check_count,
 };
 use crate::ops::{Affine, Epilogue, Heads, Linear, Tensor};
 use crate::tensor::DType;
@@ -57,7 +58,7 @@ pub(super) struct TrainScratch<L: Launcher> {
     sequences: TrainSequences<L>,
     /// Gradients in 16 bits of what is f32.
     narrowed: Option<Memory<L>>,
-    /// What is known of each row of a chunk of logits.
+    /// What is known of each label, and the gradients of the loss with respect to that.
     logit_rows: Option<Memory<L>>,
     partials: Option<Memory<L>>,
 }
@@ -328,10 +329,22 @@ impl<L: Launcher> TrainBackend for Cuda<L> {
         x: (&Tensor<Self>, &mut Tensor<Self>),
         targets: &[u32],
         lm_head: ParamsAt<Self, Range<usize>>,
-        gradients: Option<LossGradients<Self>>,
-        sums: &mut Memory<L>,
+        loss: &TokenLoss<Self>,
+        to: LossOutput<Self, LossGradients<Self>>,
     ) {
-        self.defer_error(|| self.launch_lm_head_loss(x, targets, lm_head, gradients, sums));
+        self.defer_error(|| self.launch_lm_head_loss(x, targets, lm_head, loss, to));
+    }
+
+    fn upload_column(&self, y: &mut Tensor<Self>, values: &[f32]) -> Result<()> {
+        self.reserve(y, [values.len(), 1], DType::F32)?;
+        if values.is_empty() {
+            return Ok(());
+        }
+        self.launcher.write(y.at(), bytemuck::cast_slice(values))
+    }
+
+    fn download_column(&self, x: &Tensor<Self>) -> Result<Vec<f32>> {
+        self.download(x)
     }
 
     fn gather_rows(&self, y: &mut Tensor<Self>, x: &Tensor<Self>, rows: &[usize]) {
