@@ -12,6 +12,7 @@ import re
 import sys
 
 import time_model
+import time_model_training
 from cells import ROOT, markdown, number, percent, result
 
 BEGIN, END = re.compile(r"<!-- table: ([\w-]+) -->"), "<!-- end -->"
@@ -226,6 +227,21 @@ def time_model_layer():
 @table("time-model-constants")
 def time_model_constants():
     return time_model.constant_rows()
+
+
+@table("time-model-training")
+def time_model_training_step():
+    return time_model_training.step_rows()
+
+
+@table("time-model-training-gemms")
+def time_model_training_gemms():
+    return time_model_training.cause_rows()
+
+
+@table("time-model-training-goals")
+def time_model_training_goals():
+    return time_model_training.goal_rows()
 
 
 @table("meaning")

@@ -6,7 +6,8 @@ machine code of the kernels; nothing here is a measurement.
 It reads what the compiler made of the kernels (benches/results/kernels_static_nvcc13.0.json, which
 kernels/sass_gate.py writes) and compares its estimates with what was measured on the same kind of
 GPU (gpu_h200.json, gpu_h100.json). A ratio far from 1 means that a kernel waits for something that
-this model does not know. Everything that is assumed stands in CONSTANTS with its source.
+this model does not know. Everything that is assumed stands in CONSTANTS with its source, also what
+time_model_training.py assumes of a step of training.
 """
 
 import dataclasses
@@ -56,11 +57,42 @@ CONSTANTS = {
     "goal GEMM": Constant(0.95, "", "goal of the cube, of cuBLAS's measured rate", "chosen"),
     "goal prefill": Constant(0.6, "", "goal of a prompt's GEMM, of the peak", "chosen"),
     "goal attention": Constant(2, "", "goal of attention, of SDPA's measured rate", "chosen"),
+    # of training
+    "mixed": Constant(0.92, "", "memory read and written in turn, of reading it", "assumed"),
+    "l2_bytes": Constant(50, "MB", "L2 of an H100 or H200", "NVIDIA, H100 (SXM)"),
+    "l2_bandwidth": Constant(5.5, "TB/s", "reading L2", "assumed"),
+    "shared": Constant(
+        128, "bytes/cycle", "shared memory of a multiprocessor", "NVIDIA, Hopper architecture"
+    ),
+    "issue_many": Constant(0.8, "instr./cycle", "a scheduler that has many warps", "assumed"),
+    "ahead": Constant(4, "", "iterations whose loads a simple loop has in flight", "assumed"),
+    "stats": Constant(
+        16, "instr.", "statistics of a logit", "assumed: an exponential, a maximum, two sums"
+    ),
+    "gelu_gradient": Constant(
+        30, "instr.", "a result times a gradient of GELU", "assumed: GELU has 19 at most"
+    ),
+    "sustained": Constant(
+        790, "TFLOP/s", "GEMMs and loss of the goals' floors", "chosen: large GEMMs under load"
+    ),
+    "goal SFT": Constant(70_000, "tokens/s", "goal of a step of training", "chosen"),
+    "goal loss forward": Constant(
+        700, "TFLOP/s", "goal of the loss's forward pass", "Liger, kernel for SM90: 706 to 738"
+    ),
+    "goal loss": Constant(
+        670, "TFLOP/s", "goal of the loss with its gradients", "Liger, kernel for SM90: 666 to 701"
+    ),
+    "goal AdamW": Constant(0.9, "", "goal of AdamW, of the measured bandwidth", "chosen"),
+    "goal backward": Constant(
+        0.95, "", "goal of linear layers backward, of cuBLAS's measured rate forward", "chosen"
+    ),
 }
 LAYERS, WIDTH, VOCABULARY, HEADS, HEAD = 24, 1536, 250_880, 16, 96
 POSITIONS = 128  # of each sequence in the cases of decoding
 LINEARS = {"QKV": (WIDTH, 3 * WIDTH), "dense": (WIDTH, WIDTH), "up": (WIDTH, 4 * WIDTH)}
 LINEARS |= {"down": (4 * WIDTH, WIDTH)}
+TILE_M, TILE_N, SLICE = 128, 256, 64  # of a GEMM, and inputs in a stage
+WRITERS, CONSUMERS = 3, 8  # warps that write a tile, and that write a block's last one
 KERNELS = {(row["kernel"], row["arch"]): row for row in result("kernels_static_nvcc13.0")}
 
 
@@ -207,17 +239,91 @@ def persistent_step(gpu):
     return constant("launch") + constant("latency") + LAYERS * layer
 
 
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm:
+    """A GEMM of gemm_hopper.cuh: [m, n] results of k products each, of 16-bit operands."""
+
+    m: int
+    n: int
+    k: int
+    written: int = 4  # bytes of a result
+    read: int = 0  # bytes with which the epilogue combines it: 4 added, or 2 before a GELU
+    parts: int = 1  # of k
+    sums: bool = False  # whether A is summed over k too
+
+    @property
+    def flops(self):
+        return 2 * self.m * self.n * self.k
+
+    @property
+    def bytes(self):
+        """Of operands and results, once each."""
+        results = self.m * self.n * (self.written * self.parts + self.read)
+        return 2 * self.k * (self.m + self.n) + results
+
+    def waves(self):
+        """Tiles for each cluster of blocks, and of the busiest ones; and how many blocks work."""
+        rows = ceil_div(self.m, TILE_M)
+        cluster = 2 if rows % 2 == 0 or rows > 8 else 1
+        work = ceil_div(rows, cluster) * ceil_div(self.n, TILE_N) * self.parts
+        clusters = constant("processors") // cluster
+        return work / clusters, ceil_div(work, clusters), min(work, clusters) * cluster
+
+    def main_loop(self):
+        """Microseconds in which the tensor cores compute a tile, and the sums beside it. An
+        instruction for 64 rows and 16 inputs takes at least as long as its operands come from
+        shared memory, which is what counts for the sums, of 8 columns."""
+        slices = ceil_div(ceil_div(self.k, SLICE), self.parts)
+        rounds = slices * SLICE // 16 * (TILE_M // 64) / (clock() * constant("gemm_clock"))
+
+        def cycles(columns):
+            products = 2 * 64 * columns * 16 / constant("tensor")
+            return max(products, 2 * (64 + columns) * 16 / constant("shared"))
+
+        return rounds * cycles(TILE_N), rounds * cycles(8) * self.sums
+
+    def chain(self, warps, latency):
+        """Microseconds that so many warps wait for what the epilogue reads of a tile: 4 KB a warp
+        at a time if it is added, or 512 bytes, with as many behind them, if it is before a GELU."""
+        each = TILE_M * TILE_N * self.read / warps
+        if self.read != 2:
+            return each / 4096 * latency
+        curve = 8 * constant("gelu_gradient") / constant("issue") / clock()
+        return each / 512 * max(curve, (latency + curve) / 2)
+
+
+def gemm_parts(gpu, g):
+    """Microseconds by cause. Tiles are written while the next ones are computed, if memory is fast
+    enough; what the last ones take is added. What is added to sums has been brought to L2."""
+    even, waves, blocks = g.waves()
+    writing = TILE_M * TILE_N * (g.written + g.read) / (gpu.bandwidth / blocks)
+    ahead = constant("latency" if g.read == 2 else "l2_latency")
+    products, sums = g.main_loop()
+    tile = max(products + sums, writing, g.chain(WRITERS, ahead))
+    last = max(writing, g.chain(CONSUMERS, constant("latency")))
+    return {
+        "products": even * products,
+        "multiprocessors without a tile": (waves - even) * products,
+        "sums for biases": waves * sums,
+        "epilogue or memory, beyond these": max(waves * tile, g.bytes / gpu.bandwidth)
+        - waves * (products + sums),
+        "launches and last tiles": last + constant("launch") + constant("latency"),
+    }
+
+
+def gemm_time(gpu, g):
+    """Microseconds."""
+    return sum(gemm_parts(gpu, g).values())
+
+
 def gemm(gpu, tokens, inputs, outputs, residual):
-    """TFLOP/s of linear_hopper with results in f32. Tiles are written while the next ones are
-    computed, if memory is fast enough; what the last ones take is added. Their residuals are read
-    4 KB a warp at a time."""
-    tile = 128 * 256 * 4
-    waves = -(-(tokens // 128) * (outputs // 256) // constant("processors"))
-    main = 128 * 256 * inputs * 2 / constant("tensor") / (clock() * constant("gemm_clock"))
-    writing = tile * (1 + residual) / (gpu.bandwidth / constant("processors"))
-    last = max(writing, tile * residual * constant("latency") / (8 * 4096))
-    time = waves * max(main, writing) + last + constant("launch") + constant("latency")
-    return 2 * tokens * inputs * outputs / time / 1e6
+    """TFLOP/s of linear_hopper with results in f32."""
+    g = Gemm(tokens, outputs, inputs, read=4 * residual)
+    return g.flops / gemm_time(gpu, g) / 1e6
 
 
 def attention_step(size):
@@ -236,13 +342,18 @@ def attention(positions):
     """TFLOP/s of a prompt's attention; blocks go to the first multiprocessor that is free, in the
     order of the launch, light ones first."""
     step = attention_step(HEAD)
-    free = [0.0] * constant("processors")
-    for tile in range(positions // 128):
-        for _ in range(HEADS):
-            begin = heapq.heappop(free)
-            own = constant("latency") + 2 * (tile + 1) * step + constant("tail")
-            heapq.heappush(free, begin + own)
-    return attention_flops(positions) / (max(free) + constant("launch")) / 1e6
+    edges = constant("latency") + constant("tail")
+    blocks = [edges + 2 * (i // HEADS + 1) * step for i in range(positions // 128 * HEADS)]
+    time = makespan(blocks, constant("processors")) + constant("launch")
+    return attention_flops(positions) / time / 1e6
+
+
+def makespan(times, places):
+    """Until the last block ends, where each begins at the first place that is free."""
+    free = [0.0] * places
+    for time in times:
+        heapq.heappush(free, heapq.heappop(free) + time)
+    return max(free)
 
 
 def attention_flops(positions):
