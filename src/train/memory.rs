@@ -14,8 +14,13 @@ pub struct PassSize {
     pub recompute: Recompute,
 }
 
-/// The memory of a run, part by part.
-pub fn plan<B: TrainBackend>(backend: &B, config: &BloomConfig, pass: PassSize) -> MemoryPlan {
+/// The memory of a rank's run, part by part.
+pub fn plan<B: TrainBackend>(
+    backend: &B,
+    config: &BloomConfig,
+    pass: PassSize,
+    ranks: usize,
+) -> MemoryPlan {
     let parameters = config.parameter_count() as f64;
     let per_token = training_bytes_per_token(config, pass.recompute, B::ACTIVATION_BYTES);
     let size = "the model's size";
@@ -23,7 +28,7 @@ pub fn plan<B: TrainBackend>(backend: &B, config: &BloomConfig, pass: PassSize) 
     MemoryPlan::new()
         .with("weights", B::PARAMETER_BYTES as f64 * parameters, size)
         .with("gradients", 4.0 * parameters, size)
-        .with("AdamW's moments", 8.0 * parameters, size)
+        .with("AdamW's moments", 8.0 * parameters / ranks as f64, size)
         .with("activations", per_token * pass.tokens as f64, flags)
         .with("logits", backend.logit_bytes(pass.tokens, config.vocab_size) as f64, flags)
 }
@@ -33,14 +38,14 @@ pub fn plan<B: TrainBackend>(backend: &B, config: &BloomConfig, pass: PassSize) 
 pub fn tokens_that_fit<B: TrainBackend>(
     backend: &B,
     config: &BloomConfig,
-    recompute: Recompute,
+    (recompute, ranks): (Recompute, usize),
     (longest, most): (usize, usize),
     available: u64,
 ) -> Option<usize> {
     let halves = std::iter::successors(Some(most), |tokens| Some(tokens / 2));
     halves.take_while(|&tokens| tokens > longest).chain([longest]).find(|&tokens| {
         let pass = PassSize { tokens, recompute };
-        plan(backend, config, pass).check_against(available).is_ok()
+        plan(backend, config, pass, ranks).check_against(available).is_ok()
     })
 }
 
@@ -55,10 +60,10 @@ mod tests {
         let cpu = Cpu::new(1, Isa::detect());
         let config = BloomConfig::new(1000, 64, 2, 4);
         let bytes = |tokens, recompute| {
-            plan(&cpu, &config, PassSize { tokens, recompute }).bytes().ceil() as u64
+            plan(&cpu, &config, PassSize { tokens, recompute }, 1).bytes().ceil() as u64
         };
         let fit = |recompute, available| {
-            tokens_that_fit(&cpu, &config, recompute, (100, 4096), available)
+            tokens_that_fit(&cpu, &config, (recompute, 1), (100, 4096), available)
         };
         assert_eq!(fit(Recompute::None, bytes(4096, Recompute::None)), Some(4096));
         assert_eq!(fit(Recompute::None, bytes(4096, Recompute::None) - 1), Some(2048));

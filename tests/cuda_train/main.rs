@@ -4,3 +4,4 @@ mod attention;
 #[path = "../emulated/mod.rs"]
 mod emulated;
 mod model;
+mod parallel;
