@@ -167,9 +167,8 @@ fn a_checkpoint_does_not_depend_on_the_number_of_ranks() {
         let (step, folder) = newest.unwrap();
         let moments = std::fs::read(folder.join("optimizer.safetensors")).unwrap();
         let file = safetensors::SafeTensors::deserialize(&moments).unwrap();
-        let of = |name| -> Vec<f32> {
-            bytemuck::pod_collect_to_vec(file.tensor(name).unwrap().data())
-        };
+        let of =
+            |name| -> Vec<f32> { bytemuck::pod_collect_to_vec(file.tensor(name).unwrap().data()) };
         let values = BloomCheckpoint::open(&folder).unwrap().to_f32().unwrap();
         (step, [values, of("first"), of("second")])
     };

@@ -259,7 +259,7 @@ fn waits_of_the_pipeline() {
 fn sums_that_others_write() {
     let mutation = |from, to, says| Mutation {
         source: "linear_hopper.cu",
-        patches: vec![ONE_LINEAR, patch("linear_hopper.cu", from, to)],
+        patches: vec![ONE_LINEAR, patch("gemm_hopper.cuh", from, to)],
         work: TURNS,
         check_order: true,
         says,
@@ -281,13 +281,15 @@ fn sums_that_others_write() {
 
 #[test]
 fn registers_that_move_between_warpgroups() {
-    let mutation = |from, to, says| Mutation {
+    let mutation_of = |file, from, to, says| Mutation {
         source: "linear_hopper.cu",
-        patches: vec![ONE_LINEAR, patch("linear_hopper.cu", from, to)],
+        patches: vec![ONE_LINEAR, patch(file, from, to)],
         work: TILES,
         check_order: false,
         says,
     };
+    let mutation = |from, to, says| mutation_of("gemm_hopper.cuh", from, to, says);
+    const UNSAID: &[&str] = &["launch bounds do not say"];
     all_are_found(
         "registers",
         &[
@@ -297,7 +299,7 @@ fn registers_that_move_between_warpgroups() {
             mutation("setmaxnreg_inc<208>", "setmaxnreg_inc<204>", &["no multiple of 8"]),
             mutation("setmaxnreg_dec<88>", "setmaxnreg_dec<176>", &["the warpgroup has 168"]),
             mutation("setmaxnreg_inc<208>", "setmaxnreg_inc<160>", &["the warpgroup has 168"]),
-            mutation("KERNEL_ALONE(", "KERNEL(", &["launch bounds do not say"]),
+            mutation_of("linear_hopper.cu", "KERNEL_ALONE(", "KERNEL(", UNSAID),
         ],
     );
 }
@@ -412,7 +414,7 @@ fn waits_for_the_kernels_before() {
             ),
             mutation(
                 "linear_hopper.cu",
-                vec![ONE_LINEAR, patch("linear_hopper.cu", "griddep_wait();", "")],
+                vec![ONE_LINEAR, patch("gemm_hopper.cuh", "griddep_wait();", "")],
                 TILES,
                 NOBODY,
             ),

@@ -8,7 +8,7 @@ use crate::models::bloom::training::{Backward, Recompute, TrainModel, Workspace}
 use crate::ops::train::{PackedBatch, Precision, TrainBackend};
 use crate::random::PhiloxStream;
 use crate::tensor::DType;
-use crate::train::memory::{PassSize, plan};
+use crate::train::memory::{Remedies, RunSize, plan};
 use crate::train::optimizer::{AdamW, AdamWOptions, StepSize};
 use serde::Serialize;
 use std::time::Instant;
@@ -72,8 +72,13 @@ pub struct TrainReport {
 pub fn run<B: TrainBackend + Machine>(backend: &B, o: TrainBenchOptions) -> Result<TrainReport> {
     let config = BloomConfig::new(o.vocab, o.hidden, o.layers, o.heads);
     backend.supports(o.precision)?;
-    let pass = PassSize { tokens: o.sequences * o.tokens, recompute: o.recompute };
-    plan(backend, &config, pass, 1)
+    let tokens = o.sequences * o.tokens;
+    let size = RunSize { tokens, recompute: o.recompute, ranks: 1 };
+    let remedies = Remedies {
+        model: "--hidden, --layers or --vocab",
+        pass: "--batch or --tokens, or take --recompute layer",
+    };
+    plan(backend, &config, size, remedies)
         .with(
             "a buffer to measure the bandwidth",
             machine::probe_bytes() as f64,

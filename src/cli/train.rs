@@ -21,7 +21,7 @@ use crate::tensor::DType;
 use crate::text::template::Template;
 use crate::text::{Tokenizer, train_tokenizer};
 use crate::train::examples::{Example, example};
-use crate::train::memory::{self, PassSize};
+use crate::train::memory::{self, Remedies, RunSize};
 use crate::train::optimizer::AdamWOptions;
 use crate::train::parallel::Communicator;
 use crate::train::report::StepMetrics;
@@ -454,8 +454,13 @@ impl SftArgs {
             },
         };
         let wanted = least(communicator, wanted)?;
-        let pass = PassSize { tokens: wanted.min(needed).max(longest), recompute };
-        let plan = memory::plan(backend, config, pass, ranks);
+        let tokens = wanted.min(needed).max(longest);
+        let size = RunSize { tokens, recompute, ranks };
+        let remedies = Remedies {
+            model: "the model's size",
+            pass: "--micro-tokens or --max-tokens, or take --recompute layer",
+        };
+        let plan = memory::plan(backend, config, size, remedies);
         if communicator.rank() == 0 {
             note!("memory{}: {plan}", if ranks > 1 { " of a rank" } else { "" });
         }
@@ -467,7 +472,7 @@ impl SftArgs {
             format!(
                 "training {} parameters on {} tokens at once ({fits})",
                 config.parameter_count(),
-                pass.tokens
+                size.tokens
             )
         })?;
         Ok(wanted)

@@ -5,33 +5,46 @@ use crate::models::bloom::BloomConfig;
 use crate::models::bloom::training::{Recompute, training_bytes_per_token};
 use crate::ops::train::TrainBackend;
 
-/// What decides how much memory the passes of a run take.
+/// What decides how much memory a run takes.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct PassSize {
+pub struct RunSize {
     /// Maximum tokens of a pass.
     pub tokens: usize,
     /// What is computed again.
     pub recompute: Recompute,
+    /// Ranks that the moments are divided among.
+    pub ranks: usize,
+}
+
+/// What a user can lower, in the words of a command.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Remedies {
+    /// For weights, gradients and moments.
+    pub model: &'static str,
+    /// For activations and logits.
+    pub pass: &'static str,
 }
 
 /// The memory of a rank's run, part by part.
 pub fn plan<B: TrainBackend>(
     backend: &B,
     config: &BloomConfig,
-    pass: PassSize,
-    ranks: usize,
+    size: RunSize,
+    remedies: Remedies,
 ) -> MemoryPlan {
     let parameters = config.parameter_count() as f64;
-    let per_token = training_bytes_per_token(config, pass.recompute, B::ACTIVATION_BYTES);
-    let size = "the model's size";
-    let flags = "--micro-tokens or --max-tokens, or take --recompute layer";
+    let per_token = training_bytes_per_token(config, size.recompute, B::ACTIVATION_BYTES);
+    let Remedies { model, pass } = remedies;
     MemoryPlan::new()
-        .with("weights", B::PARAMETER_BYTES as f64 * parameters, size)
-        .with("gradients", 4.0 * parameters, size)
-        .with("AdamW's moments", 8.0 * parameters / ranks as f64, size)
-        .with("activations", per_token * pass.tokens as f64, flags)
-        .with("logits", backend.logit_bytes(pass.tokens, config.vocab_size) as f64, flags)
+        .with("weights", B::PARAMETER_BYTES as f64 * parameters, model)
+        .with("gradients", 4.0 * parameters, model)
+        .with("AdamW's moments", 8.0 * parameters / size.ranks as f64, model)
+        .with("activations", per_token * size.tokens as f64, pass)
+        .with("logits", backend.logit_bytes(size.tokens, config.vocab_size) as f64, pass)
 }
+
+/// What [`plan`] takes where nobody reads the remedies.
+const NO_REMEDIES: Remedies = Remedies { model: "", pass: "" };
 
 /// The maximum tokens of a pass, half of `most` as often as it takes to fit into `available` bytes,
 /// but at least `longest`; none if that does not fit either.
@@ -44,8 +57,8 @@ pub fn tokens_that_fit<B: TrainBackend>(
 ) -> Option<usize> {
     let halves = std::iter::successors(Some(most), |tokens| Some(tokens / 2));
     halves.take_while(|&tokens| tokens > longest).chain([longest]).find(|&tokens| {
-        let pass = PassSize { tokens, recompute };
-        plan(backend, config, pass, ranks).check_against(available).is_ok()
+        let size = RunSize { tokens, recompute, ranks };
+        plan(backend, config, size, NO_REMEDIES).check_against(available).is_ok()
     })
 }
 
@@ -60,7 +73,8 @@ mod tests {
         let cpu = Cpu::new(1, Isa::detect());
         let config = BloomConfig::new(1000, 64, 2, 4);
         let bytes = |tokens, recompute| {
-            plan(&cpu, &config, PassSize { tokens, recompute }, 1).bytes().ceil() as u64
+            let size = RunSize { tokens, recompute, ranks: 1 };
+            plan(&cpu, &config, size, NO_REMEDIES).bytes().ceil() as u64
         };
         let fit = |recompute, available| {
             tokens_that_fit(&cpu, &config, (recompute, 1), (100, 4096), available)
