@@ -9,6 +9,7 @@ use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::train::Precision;
 use beautiful_prompt::train::examples::Example;
 use beautiful_prompt::train::optimizer::AdamWOptions;
+use beautiful_prompt::train::parallel::Alone;
 use beautiful_prompt::train::report::StepMetrics;
 use beautiful_prompt::train::schedule::Schedule;
 use beautiful_prompt::train::sft::{Observer, Outcome, Sft, SftOptions};
@@ -36,6 +37,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let cpu = Cpu::new(0, Isa::detect());
     let mut sft = Sft {
         backend: &cpu,
+        communicator: &Alone,
         model: TrainModel::random(BloomConfig::new(64, 64, 2, 4), 1),
         companions: Companions::default(),
         train: (0..60).map(sequence).collect(),

@@ -7,17 +7,18 @@
 #include "block_sum.cuh"
 #include "train_rows.cuh"
 
-// partials[block] = sum of squares of the block's OPTIMIZER_BLOCK elements of x.
-KERNEL(squared_norm, TRAIN_THREADS)(double* partials, const float* x, uint64_t count) {
+// partials[block] = sum of squares of the block's chunk of x.
+KERNEL(squared_norm, TRAIN_THREADS)
+(double* partials, const float* x, const OptimizerChunk* chunks) {
     griddep_launch_dependents();
     griddep_wait();
-    uint64_t first = static_cast<uint64_t>(blockIdx.x) * OPTIMIZER_BLOCK;
+    OptimizerChunk chunk = chunks[blockIdx.x];
     float sums[4] = {};
     UNROLL
-    for (int i = 0; i < OPTIMIZER_BLOCK; i += TRAIN_THREADS * 4) {
-        uint64_t at = first + i + threadIdx.x * 4;
-        if (at >= count) continue;
-        Float4 v = take_four(x + at);
+    for (uint32_t first = 0; first < OPTIMIZER_BLOCK; first += TRAIN_THREADS * 4) {
+        uint32_t i = first + threadIdx.x * 4;
+        if (i >= chunk.count) continue;
+        Float4 v = take_four(x + chunk.first + i);
         UNROLL
         for (int j = 0; j < 4; j++) sums[j] += v.v[j] * v.v[j];
     }
@@ -28,17 +29,23 @@ KERNEL(squared_norm, TRAIN_THREADS)(double* partials, const float* x, uint64_t c
 }
 EXPORT(squared_norm)
 
-// The norm from the sums of `blocks` blocks, and what clips it to `max`. One block.
-KERNEL(clip_gradients, TRAIN_THREADS)
-(TrainSums* sums, const double* partials, uint32_t blocks, float max) {
+// Adds the sums of `blocks` blocks to the squared norm. One block.
+KERNEL(sum_squares, TRAIN_THREADS)(TrainSums* sums, const double* partials, uint32_t blocks) {
     griddep_launch_dependents();
     griddep_wait();
     double sum = 0;
     for (uint32_t i = threadIdx.x; i < blocks; i += TRAIN_THREADS) sum += partials[i];
-    double norm = sqrt(block_sum<TRAIN_THREADS>(sum));
-    if (threadIdx.x > 0) return;
-    double limit = static_cast<double>(max);
-    sums->norm = norm;
+    sum = block_sum<TRAIN_THREADS>(sum);
+    if (threadIdx.x == 0) sums->squared_norm += sum;
+}
+EXPORT(sum_squares)
+
+// What clips the gradient's norm to `max`, and whether the step is taken. One thread: between the
+// sums and this, they may be added up over several GPUs.
+KERNEL(clip_gradients, 1)(TrainSums* sums, float max) {
+    griddep_launch_dependents();
+    griddep_wait();
+    double norm = sqrt(sums->squared_norm), limit = static_cast<double>(max);
     sums->factor = norm > limit ? static_cast<float>(limit / (norm + 1e-6)) : 1.0f;
     // differences of numbers that are not finite are not zero
     sums->finite = norm - norm == 0 && sums->loss - sums->loss == 0;
@@ -55,7 +62,8 @@ KERNEL(adamw_bf16, TRAIN_THREADS)(AdamWArgs a) {
     for (uint32_t i = threadIdx.x * 4; i < chunk.count; i += TRAIN_THREADS * 4) {
         uint64_t at = chunk.first + i;
         Float4 g = take_four(a.grads + at), w = take_four(a.values + at);
-        Float4 m = take_four(a.first + at), v = take_four(a.second + at);
+        uint64_t moment = chunk.moments + i;
+        Float4 m = take_four(a.first + moment), v = take_four(a.second + moment);
         UNROLL
         for (int j = 0; j < 4; j++) {
             float gradient = g.v[j] * factor;
@@ -65,8 +73,8 @@ KERNEL(adamw_bf16, TRAIN_THREADS)(AdamWArgs a) {
             w.v[j] = w.v[j] * keep - change;
         }
         put_four(a.values + at, w);
-        put_four(a.first + at, m);
-        put_four(a.second + at, v);
+        put_four(a.first + moment, m);
+        put_four(a.second + moment, v);
         put_four(half_values + at, w);
     }
 }

@@ -1,11 +1,11 @@
 //! Loss, gradients and AdamW steps against PyTorch's (tests/golden/make_bloom.py, model `train`).
 
 use beautiful_prompt::models::bloom::BloomCheckpoint;
-use beautiful_prompt::models::bloom::training::{TrainModel, Workspace};
+use beautiful_prompt::models::bloom::training::{Backward, TrainModel, Workspace};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
-use beautiful_prompt::ops::train::{PackedBatch, Precision, StepSums, TrainBackend};
-use beautiful_prompt::train::optimizer::{AdamW, AdamWOptions};
+use beautiful_prompt::ops::train::{PackedBatch, Precision, StepSums};
+use beautiful_prompt::train::optimizer::{AdamW, AdamWOptions, StepSize};
 use serde::Deserialize;
 use std::path::Path;
 
@@ -49,7 +49,7 @@ fn gradients(
     let mut grads = vec![0f32; model.values.len()];
     let scale = 1.0 / batch.labels.len() as f32;
     let mut sums = StepSums::default();
-    let out = Some((scale, &mut grads));
+    let out = Some((scale, Backward::to(&mut grads)));
     model.loss(cpu, (precision, batch), &mut Workspace::default(), out, &mut sums);
     (sums.loss / batch.labels.len() as f64, grads)
 }
@@ -87,11 +87,12 @@ fn ten_adamw_losses_equal_pytorchs() {
     let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
     let mut optimizer = AdamW::new(&cpu, &model.config.parameters(), options).unwrap();
     for (step, expected) in expected.losses.iter().enumerate() {
-        let (loss, mut grads) = gradients(&cpu, Precision::F32, &model, &batch);
+        let (loss, grads) = gradients(&cpu, Precision::F32, &model, &batch);
         assert!((loss - expected).abs() < 2e-5 * expected, "step {step}: {loss} for {expected}");
-        let mut sums = StepSums { loss, norm: 0.0 };
-        cpu.clip_gradients(&mut grads, 1.0, &mut sums);
-        optimizer.step(&cpu, (&mut model.values, &grads), 1e-3, &sums);
+        let mut sums = StepSums { loss, squared_norm: 0.0 };
+        optimizer.squared_norm(&cpu, &grads, &mut sums);
+        let size = StepSize { learning_rate: 1e-3, max_norm: 1.0 };
+        optimizer.step(&cpu, (&mut model.values, &grads), size, &sums);
     }
 }
 

@@ -15,6 +15,13 @@ use kernel_emulator::Emulator;
 use kernel_emulator::mutant::{Patch, load};
 use std::rc::Rc;
 
+/// What is said of kernels that begin too early.
+const NOBODY: &[&str] = &[
+    "no thread waits for the kernels before",
+    "comes too late",
+    "a write to device memory before griddep_wait",
+];
+
 /// What runs on a device with changed kernels.
 #[derive(Clone, Copy, Debug)]
 enum Work {
@@ -28,6 +35,32 @@ enum Work {
     Model,
     /// The same with so many sequences that clusters divide the inputs.
     LargeBatch,
+    /// Training's operations, with or without those of Hopper.
+    Train { part: Part, hopper: bool },
+}
+
+/// Some of training's operations.
+#[derive(Clone, Copy, Debug)]
+enum Part {
+    /// A linear layer: tokens, outputs, inputs; and the norms.
+    Linear([usize; 3]),
+    /// Attention of one head of 64 in sequences of these lengths.
+    Attention([usize; 2]),
+    /// The loss at the LM head: labels, tokens of the vocabulary, width; and AdamW.
+    Loss([usize; 3]),
+}
+
+impl Part {
+    fn shapes(self) -> TrainShapes {
+        let none = TrainShapes::default();
+        match self {
+            Part::Linear(linear) => TrainShapes { linears: vec![linear], ..none },
+            Part::Attention(lengths) => {
+                TrainShapes { heads: vec![(1, 64)], lengths: lengths.to_vec(), ..none }
+            }
+            Part::Loss(lm_head) => TrainShapes { lm_heads: vec![lm_head], ..none },
+        }
+    }
 }
 
 impl Work {
@@ -40,6 +73,10 @@ impl Work {
             Work::LargeBatch => 16,
             _ => 4,
         }
+    }
+
+    fn hopper(self) -> bool {
+        !matches!(self, Work::Train { hopper: false, .. })
     }
 }
 
@@ -64,6 +101,7 @@ fn perform(work: Work, device: &Rc<Emulated>) -> Result<(), String> {
             Shapes { heads: vec![(1, size)], batches: vec![vec![(past, new)]], ..none }
         }
         Work::PersistentStep => Shapes { steps: vec![(2, 32)], ..none },
+        Work::Train { part, .. } => Shapes { train: part.shapes(), ..none },
         Work::Model => return generate(device, 128, 2, 20),
         Work::LargeBatch => return generate(device, 256, 20, 2),
     };
@@ -116,9 +154,9 @@ const fn patch(file: &'static str, from: &'static str, to: &'static str) -> Patc
     Patch { file, from, to }
 }
 
-fn device(check_order: bool, processors: u32) -> Rc<Emulated> {
-    let device = gpu(check_order, true);
-    device.processors.set(processors);
+fn device(check_order: bool, work: Work) -> Rc<Emulated> {
+    let device = gpu(check_order, work.hopper());
+    device.processors.set(work.processors());
     device
 }
 
@@ -128,7 +166,7 @@ fn all_are_found(name: &str, mutations: &[Mutation]) {
     for (i, m) in mutations.iter().enumerate() {
         let prefix: &'static str = format!("{name}{i}:").leak();
         load(prefix, m.source, &m.patches).unwrap();
-        let device = device(m.check_order, m.work.processors());
+        let device = device(m.check_order, m.work);
         device.mutant.set(prefix);
         let found = perform(m.work, &device);
         let launched = device.launched.borrow();
@@ -171,7 +209,7 @@ fn right_kernels_are_left_alone() {
         Work::Model,
         Work::LargeBatch,
     ] {
-        let device = device(true, work.processors());
+        let device = device(true, work);
         device.mutant.set("right:");
         assert_eq!(perform(work, &device), Ok(()), "{work:?}");
     }
@@ -370,7 +408,7 @@ fn maps_of_tensors() {
         (|c| TensorMapConfig { address: c.address + 2, ..c }, &["address is no multiple of 16"]),
     ];
     for (change, says) in changes {
-        let device = device(false, TILES.processors());
+        let device = device(false, TILES);
         device.mapped.set(change);
         let found = perform(TILES, &device);
         let named = found.as_ref().is_err_and(|e| says.iter().any(|words| e.contains(words)));
@@ -381,11 +419,6 @@ fn maps_of_tensors() {
 /// What a kernel reads of those before it comes after the wait for them.
 #[test]
 fn waits_for_the_kernels_before() {
-    const NOBODY: &[&str] = &[
-        "no thread waits for the kernels before",
-        "comes too late",
-        "a write to device memory before griddep_wait",
-    ];
     const LATE: &[&str] = &["griddep_wait comes too late"];
     let [a, b, c, d, e] = ONE_ATTENTION;
     let mutation =
@@ -536,6 +569,91 @@ fn barriers_and_copies_of_a_block() {
                 )],
                 &["depends on the order", "wrong result"],
             ),
+        ],
+    );
+}
+
+/// Training's kernels: their stages, sums and what passes from one to the next.
+#[test]
+fn kernels_of_training() {
+    const ORDER: &[&str] = &["depends on the order", "wrong result", "nothing wrote"];
+    const LINEAR: Part = Part::Linear([130, 136, 208]);
+    const LOSS: Part = Part::Loss([9, 130, 48]);
+    let mutation = |source, part, hopper, from, to, says| Mutation {
+        source,
+        patches: vec![patch(source, from, to)],
+        work: Work::Train { part, hopper },
+        check_order: true,
+        says,
+    };
+    let attention = |from, to, says| {
+        let one = |text| patch("attention_train_hopper.cu", text, "");
+        let mut m =
+            mutation("attention_train_hopper.cu", Part::Attention([200, 70]), true, from, to, says);
+        m.patches.extend([
+            one("    ATTENTION_TRAIN_HOPPER(forward, T, 80, 3)  \\\n"),
+            one("    ATTENTION_TRAIN_HOPPER(forward, T, 96, 3)  \\\n"),
+            one("    ATTENTION_TRAIN_HOPPER(forward, T, 128, 3) \\\n"),
+            one("    ATTENTION_TRAIN_HOPPER(dq, T, 80, 2)       \\\n"),
+            one("    ATTENTION_TRAIN_HOPPER(dq, T, 96, 2)       \\\n"),
+            one("    ATTENTION_TRAIN_HOPPER(dq, T, 128, 2)      \\\n"),
+            one("    ATTENTION_TRAIN_HOPPER_DKV(T, 80, 2)       \\\n"),
+            one("    ATTENTION_TRAIN_HOPPER_DKV(T, 96, 2)       \\\n"),
+            patch(
+                "attention_train_hopper.cu",
+                "    ATTENTION_TRAIN_HOPPER_DKV(T, 64, 3)       \\\n    \
+                 ATTENTION_TRAIN_HOPPER_DKV(T, 128, 2)",
+                "    ATTENTION_TRAIN_HOPPER_DKV(T, 64, 3)",
+            ),
+        ]);
+        m
+    };
+    // the tile of ones that bias gradients are multiplied by
+    let ones = Mutation {
+        source: "gemm_train_hopper.cu",
+        patches: vec![patch(
+            "gemm_hopper.cuh",
+            "            fence_proxy_async();\n        }\n    }\n",
+            "        }\n    }\n",
+        )],
+        work: Work::Train { part: LINEAR, hopper: true },
+        check_order: false,
+        says: &["without a fence"],
+    };
+    all_are_found(
+        "training",
+        &[
+            attention("block_sync(); // all warps have read the stage", "", ORDER),
+            attention("block_sync(); // as in the forward pass", "", ORDER),
+            attention("        if (s + 1 < steps) block_sync();\n", "", ORDER),
+            attention(
+                "        wgmma_wait_group<1>();\n        wgmma_fence_operand(gradients);\n",
+                "",
+                &["registers", "depends on the order"],
+            ),
+            ones,
+            mutation(
+                "gemm_train.cu",
+                LINEAR,
+                false,
+                "cp_async_wait_group<STAGES - 2>",
+                "cp_async_wait_group<STAGES - 1>",
+                ORDER,
+            ),
+            mutation(
+                "gemm_train.cu",
+                LINEAR,
+                false,
+                "        block_sync(); // this slice has arrived",
+                "        // this slice has arrived",
+                ORDER,
+            ),
+            mutation("gemm_train.cu", LINEAR, false, "griddep_wait();", "", NOBODY),
+            mutation("layer_norm_train.cu", LINEAR, false, "    block_sync();\n", "", ORDER),
+            mutation("layer_norm_train.cu", LINEAR, false, "griddep_wait();", "", NOBODY),
+            mutation("lm_head_loss.cu", LOSS, false, "        block_sync();\n", "", ORDER),
+            mutation("lm_head_loss.cu", LOSS, false, "griddep_wait();", "", NOBODY),
+            mutation("optimizer.cu", LOSS, false, "griddep_wait();", "", NOBODY),
         ],
     );
 }

@@ -2,7 +2,7 @@
 //! against finite differences of whole models.
 
 use beautiful_prompt::models::bloom::BloomConfig;
-use beautiful_prompt::models::bloom::training::{TrainModel, Workspace};
+use beautiful_prompt::models::bloom::training::{Backward, TrainModel, Workspace};
 use beautiful_prompt::ops::Tensor;
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
@@ -405,7 +405,8 @@ fn whole_models_have_the_gradients_of_finite_differences() {
             sum + dot(&weights[0], &stats.log_probs) + dot(&weights[1], &stats.entropies)
         };
         let (mut grads, mut sums) = (vec![0f32; model.values.len()], StepSums::default());
-        let to = LossOutput { sums: &mut sums, stats: None, gradients: Some(&mut grads) };
+        let to =
+            LossOutput { sums: &mut sums, stats: None, gradients: Some(Backward::to(&mut grads)) };
         let batch = (Precision::F32, &batch);
         model.token_loss(&cpu, batch, &mut Workspace::default(), loss, to);
         let largest = grads.iter().fold(0f32, |m, g| m.max(g.abs())) as f64;

@@ -3,13 +3,14 @@
 use beautiful_prompt::checkpoint::Companions;
 use beautiful_prompt::models::bloom::BloomCheckpoint;
 use beautiful_prompt::models::bloom::BloomConfig;
-use beautiful_prompt::models::bloom::training::{Recompute, TrainModel, Workspace};
+use beautiful_prompt::models::bloom::training::{Backward, Recompute, TrainModel, Workspace};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::train::{PackedBatch, Precision, StepSums};
 use beautiful_prompt::random::PhiloxStream;
 use beautiful_prompt::train::examples::{Example, pack};
 use beautiful_prompt::train::optimizer::AdamWOptions;
+use beautiful_prompt::train::parallel::Alone;
 use beautiful_prompt::train::report::{Metrics, StepMetrics};
 use beautiful_prompt::train::schedule::Schedule;
 use beautiful_prompt::train::sft::{Observer, Outcome, Sft, SftOptions};
@@ -54,6 +55,7 @@ fn sft<'a>(cpu: &'a Cpu, options: SftOptions) -> Sft<'a, Cpu> {
     let model = TrainModel::random(BloomConfig::new(24, 32, 2, 2), 1);
     Sft {
         backend: cpu,
+        communicator: &Alone,
         model,
         companions: Companions::default(),
         train: examples(96, 1),
@@ -218,7 +220,7 @@ fn accumulated_gradients_equal_those_of_one_pass() {
         let batches = pack(examples.iter(), budget);
         for b in &batches {
             let (mut space, mut sums) = (Workspace::default(), StepSums::default());
-            let out = Some((1.0, &mut grads));
+            let out = Some((1.0, Backward::to(&mut grads)));
             model.loss(&cpu, (Precision::F32, b), &mut space, out, &mut sums);
         }
         (batches.len(), grads)

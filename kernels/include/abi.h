@@ -433,8 +433,8 @@ static_assert(sizeof(LogitRows) == 56);
 typedef struct {
     // losses, summed over all labels
     double loss;
-    // norm of the gradient before it is clipped
-    double norm;
+    // squares of the gradient's elements, before it is clipped
+    double squared_norm;
     // what the gradient is multiplied by so that its norm is allowed
     float factor;
     // whether loss and norm are numbers: the step is taken only then
@@ -473,11 +473,13 @@ static_assert(sizeof(ClippedPpoArgs) == 88);
 // Neighbouring parameters that a block of adamw_* takes.
 typedef struct {
     uint64_t first;
+    // where the moments of the first of them are
+    uint64_t moments;
     uint32_t count;
     // whether weight decay is applied to them
     uint32_t decays;
 } OptimizerChunk;
-static_assert(sizeof(OptimizerChunk) == 16);
+static_assert(sizeof(OptimizerChunk) == 24);
 
 typedef struct {
     // parameters in f32, updated

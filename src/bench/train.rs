@@ -4,12 +4,12 @@ use super::floor::{Compared, Gauge, MinimumWork, Peaks};
 use super::machine::{self, Machine};
 use crate::error::Result;
 use crate::models::bloom::BloomConfig;
-use crate::models::bloom::training::{Recompute, TrainModel, Workspace};
+use crate::models::bloom::training::{Backward, Recompute, TrainModel, Workspace};
 use crate::ops::train::{PackedBatch, Precision, TrainBackend};
 use crate::random::PhiloxStream;
 use crate::tensor::DType;
-use crate::train::memory::{PassSize, Remedies, plan};
-use crate::train::optimizer::{AdamW, AdamWOptions};
+use crate::train::memory::{Remedies, RunSize, plan};
+use crate::train::optimizer::{AdamW, AdamWOptions, StepSize};
 use serde::Serialize;
 use std::time::Instant;
 
@@ -72,12 +72,13 @@ pub struct TrainReport {
 pub fn run<B: TrainBackend + Machine>(backend: &B, o: TrainBenchOptions) -> Result<TrainReport> {
     let config = BloomConfig::new(o.vocab, o.hidden, o.layers, o.heads);
     backend.supports(o.precision)?;
-    let pass = PassSize { tokens: o.sequences * o.tokens, recompute: o.recompute };
+    let tokens = o.sequences * o.tokens;
+    let size = RunSize { tokens, recompute: o.recompute, ranks: 1 };
     let remedies = Remedies {
         model: "--hidden, --layers or --vocab",
         pass: "--batch or --tokens, or take --recompute layer",
     };
-    plan(backend, &config, pass, remedies)
+    plan(backend, &config, size, remedies)
         .with(
             "a buffer to measure the bandwidth",
             machine::probe_bytes() as f64,
@@ -138,10 +139,11 @@ fn best_step<B: TrainBackend + Machine>(
             let started = Instant::now();
             backend.clear(&mut grads);
             backend.clear_sums(&mut sums);
-            let out = Some((1.0 / batch.labels.len() as f32, &mut grads));
+            let out = Some((1.0 / batch.labels.len() as f32, Backward::to(&mut grads)));
             model.loss(backend, (o.precision, batch), &mut space, out, &mut sums);
-            backend.clip_gradients(&mut grads, 1.0, &mut sums);
-            optimizer.step(backend, (&mut model.values, &grads), 1e-4, &sums);
+            optimizer.squared_norm(backend, &grads, &mut sums);
+            let size = StepSize { learning_rate: 1e-4, max_norm: 1.0 };
+            optimizer.step(backend, (&mut model.values, &grads), size, &sums);
             backend.sums(&sums)?;
             Ok(started.elapsed().as_secs_f64())
         })?;

@@ -309,7 +309,7 @@ impl TrainArgs {
             repeats: self.repeats,
         };
         let supported = || Cuda::<Driver>::supports(self.hidden, self.heads);
-        let report = match driver(self.device_choice, supported)? {
+        let report = match driver(self.device_choice, 0, supported)? {
             Some(driver) => train::run(&Cuda::new(Rc::new(driver), DType::Bf16, false), options)?,
             None => train::run(&self.device.cpu()?, options)?,
         };

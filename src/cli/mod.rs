@@ -15,6 +15,7 @@ mod hub;
 mod inspect;
 mod model;
 mod print;
+mod ranks;
 mod rewrite;
 mod rewriter;
 mod selftest;

@@ -230,7 +230,7 @@ impl ModelArgs {
 
     /// Where a model is to run.
     pub fn device(&self, config: &BloomConfig) -> anyhow::Result<Device> {
-        let driver = driver(self.device, || {
+        let driver = driver(self.device, 0, || {
             if self.dtype == DTypeChoice::F32 {
                 return Err(Error::invalid(
                     "the CUDA kernels hold weights in 16 or 8 bits; use --dtype bf16",
@@ -277,13 +277,15 @@ impl ModelArgs {
 }
 
 /// The GPU if it is wanted, or if it may be and can be: `check` says what keeps it from the work.
+/// On a machine with several, that of this rank.
 pub fn driver(
     choice: DeviceChoice,
+    local_rank: usize,
     check: impl FnOnce() -> crate::error::Result<()>,
 ) -> anyhow::Result<Option<Driver>> {
     let possible = || {
         check()?;
-        Driver::open()
+        Driver::open_for_rank(local_rank)
     };
     Ok(match choice {
         DeviceChoice::Cpu => None,

@@ -5,6 +5,7 @@ use super::files::check_distinct;
 use super::hub::model_folder;
 use super::model::{Device, DeviceChoice, driver};
 use super::print::{note, print_line};
+use super::ranks::Ranks;
 use super::within;
 use crate::checkpoint::{Companions, MODEL_FILES, TOKENIZER_FILES};
 use crate::data::records::{read_prompts, read_training_pairs};
@@ -20,11 +21,12 @@ use crate::tensor::DType;
 use crate::text::template::Template;
 use crate::text::{Tokenizer, train_tokenizer};
 use crate::train::examples::{Example, example};
-use crate::train::memory::{self, PassSize, Remedies};
+use crate::train::memory::{self, Remedies, RunSize};
 use crate::train::optimizer::AdamWOptions;
+use crate::train::parallel::Communicator;
 use crate::train::report::StepMetrics;
 use crate::train::schedule::Schedule;
-use crate::train::sft::{Observer, Outcome, Sft, SftOptions};
+use crate::train::sft::{Observer, Outcome, Sft, SftOptions, difference};
 use crate::train::state;
 use anyhow::{Context, bail, ensure};
 use clap::{Args, Subcommand, ValueEnum};
@@ -153,7 +155,7 @@ pub struct SftArgs {
     /// End after this many steps; 0 for no limit.
     #[arg(long, default_value_t = 0)]
     max_steps: u64,
-    /// Sequences of an optimizer step, at least 1.
+    /// Sequences of an optimizer step, over all ranks; at least 1 each.
     #[arg(long, default_value_t = 64)]
     batch: usize,
     /// Maximum tokens of one forward and backward pass; gradients accumulate over as many as the
@@ -255,7 +257,7 @@ fn positive(most: f64) -> (std::ops::Bound<f64>, std::ops::Bound<f64>) {
 }
 
 impl SftArgs {
-    fn start(&self) -> anyhow::Result<Start> {
+    fn start(&self, ranks: &Ranks) -> anyhow::Result<Start> {
         let folder = self.model.as_deref().map(model_folder).transpose()?;
         let own_template = folder.as_ref().map(|m| m.join("template.txt")).filter(|p| p.exists());
         let template = match (&self.template, own_template) {
@@ -265,9 +267,10 @@ impl SftArgs {
             (None, None) => Template::named("v1")?,
         };
         let device_for = |c: &BloomConfig| {
-            let device = self.device_for(c)?;
+            let device = self.device_for(c, ranks.local_rank())?;
             // a GPU has the gradients and moments itself
-            let bytes = if matches!(device, Device::Cpu(_)) { 16.0 } else { 4.0 };
+            let moments = 8.0 / ranks.count() as f64;
+            let bytes = if matches!(device, Device::Cpu(_)) { 8.0 + moments } else { 4.0 };
             let bytes = bytes * c.parameter_count() as f64;
             MemoryPlan::new()
                 .with("weights, gradients and AdamW's moments", bytes, "the model's size")
@@ -367,7 +370,7 @@ impl SftArgs {
         Ok(examples)
     }
 
-    fn check(&self) -> anyhow::Result<()> {
+    fn check(&self, ranks: &Ranks) -> anyhow::Result<()> {
         within("--learning-rate", self.learning_rate, positive(1.0), "(0, 1]")?;
         within("--warmup", self.warmup, 0.0..=1.0, "[0, 1]")?;
         within("--beta1", self.beta1, 0.0..1.0, "[0, 1)")?;
@@ -377,13 +380,20 @@ impl SftArgs {
         within("--clip", self.clip as f64, positive(1e9), "(0, 1e9]")?;
         within("--epochs", self.epochs, positive(1e6), "(0, 1e6]")?;
         within("--batch", self.batch, 1..=1 << 20, "[1, 1048576]")?;
+        let count = ranks.count();
+        ensure!(
+            self.batch >= count,
+            "--batch {}: is less than one for each of {count} ranks",
+            self.batch
+        );
         if let Some(tokens) = self.micro_tokens {
             within("--micro-tokens", tokens, 1..=1 << 28, "[1, 268435456]")?;
         }
         within("--max-tokens", self.max_tokens, 2..=1 << 20, "[2, 1048576]")?;
         within("--keep", self.keep, 1.., "[1, ...]: a checkpoint to go on from has to stay")?;
+        // rank 0 may have made it by now
         ensure!(
-            self.resume || !self.output.exists(),
+            self.resume || !self.output.exists() || !ranks.is_first(),
             "{}: exists already; --resume goes on with it, or choose another --output",
             self.output.display()
         );
@@ -396,8 +406,8 @@ impl SftArgs {
     }
 
     /// Where a model is to be trained.
-    fn device_for(&self, config: &BloomConfig) -> anyhow::Result<Device> {
-        let driver = driver(self.device_choice, || {
+    fn device_for(&self, config: &BloomConfig, local_rank: usize) -> anyhow::Result<Device> {
+        let driver = driver(self.device_choice, local_rank, || {
             if self.precision == PrecisionChoice::F32 {
                 return Err(Error::Unsupported(
                     "the CUDA kernels train with bf16 operands; use --precision bf16".into(),
@@ -412,23 +422,26 @@ impl SftArgs {
     }
 
     /// The maximum tokens of a pass: as wanted, as in the run that goes on, or as many as there is
-    /// memory for. Says what memory the run takes, and fails if it is more than there is.
+    /// memory for on every rank. Says what memory the run takes, and fails if it is more than there
+    /// is.
     fn pass_tokens<B: TrainBackend>(
         &self,
-        backend: &B,
+        (backend, communicator): (&B, &dyn Communicator<B>),
         config: &BloomConfig,
         examples: (&[Example], &[Example]),
     ) -> anyhow::Result<usize> {
         let lengths = |e: &[Example]| e.iter().map(|e| e.ids.len()).collect::<Vec<_>>();
         let (train, held_out) = (lengths(examples.0), lengths(examples.1));
         let longest = train.iter().chain(&held_out).copied().max().unwrap_or(0);
-        let all = train.iter().sum::<usize>().min(longest * self.batch);
+        let ranks = communicator.ranks();
+        let all = train.iter().sum::<usize>().min(longest * self.batch.div_ceil(ranks));
         let needed = all.max(held_out.iter().sum()).max(longest);
         let recompute = self.recompute.into();
         // on the CPU the values are there already
         let there = if B::PARAMETER_BYTES == 4 { 4 * config.parameter_count() as u64 } else { 0 };
         let available = backend.free_memory().map_or(u64::MAX, |free| free + there);
         let fitting = |recompute, most: usize| {
+            let recompute = (recompute, ranks);
             memory::tokens_that_fit(backend, config, recompute, (longest, most), available)
         };
         let usual = if B::ACTIVATION_BYTES == 4 { 8192 } else { 32768 };
@@ -440,13 +453,17 @@ impl SftArgs {
                 None => fitting(recompute, usual).unwrap_or(longest),
             },
         };
-        let pass = PassSize { tokens: wanted.min(needed).max(longest), recompute };
+        let wanted = least(communicator, wanted)?;
+        let tokens = wanted.min(needed).max(longest);
+        let size = RunSize { tokens, recompute, ranks };
         let remedies = Remedies {
             model: "the model's size",
             pass: "--micro-tokens or --max-tokens, or take --recompute layer",
         };
-        let plan = memory::plan(backend, config, pass, remedies);
-        note!("memory: {plan}");
+        let plan = memory::plan(backend, config, size, remedies);
+        if communicator.rank() == 0 {
+            note!("memory{}: {plan}", if ranks > 1 { " of a rank" } else { "" });
+        }
         plan.check_against(available).with_context(|| {
             let fits = match fitting(Recompute::Layer, wanted) {
                 Some(tokens) => format!("--micro-tokens {tokens} --recompute layer would fit"),
@@ -455,7 +472,7 @@ impl SftArgs {
             format!(
                 "training {} parameters on {} tokens at once ({fits})",
                 config.parameter_count(),
-                pass.tokens
+                size.tokens
             )
         })?;
         Ok(wanted)
@@ -472,56 +489,94 @@ impl SftArgs {
     }
 
     fn run(self) -> anyhow::Result<()> {
-        self.check()?;
-        let mut start = self.start()?;
+        let mut ranks = Ranks::from_env()?;
+        let name = ranks.name();
+        let result = self.run_as(&mut ranks);
+        match name {
+            Some(name) => result.context(name),
+            None => result,
+        }
+    }
+
+    /// The run of one rank.
+    fn run_as(self, ranks: &mut Ranks) -> anyhow::Result<()> {
+        self.check(ranks)?;
+        ranks.meet()?;
+        let mut start = self.start(ranks)?;
         let train = self.examples(&self.train, &start)?;
         let validation = match &self.validation {
             Some(path) => self.examples(path, &start)?,
             None => vec![],
         };
         match start.device.take().expect("it was chosen with the model") {
-            Device::Cpu(cpu) => self.train_on(&cpu, start, train, validation),
+            Device::Cpu(cpu) => {
+                ranks.agree("the device", "cpu")?;
+                self.train_on((&cpu, ranks.on_cpu()?), start, train, validation)
+            }
             Device::Cuda(driver) => {
-                note!("training on {}", driver.name);
-                let cuda = Cuda::new(Rc::new(driver), DType::Bf16, false);
-                self.train_on(&cuda, start, train, validation)
+                ranks.agree("the device", "cuda")?;
+                if ranks.is_first() {
+                    note!("training on {} ({})", driver.name, ranks.count());
+                }
+                let driver = Rc::new(driver);
+                let communicator = ranks.on_cuda(&driver)?;
+                let cuda = Cuda::new(driver, DType::Bf16, false);
+                self.train_on((&cuda, communicator), start, train, validation)
             }
         }
     }
 
     fn train_on<B: TrainBackend>(
         &self,
-        backend: &B,
+        (backend, communicator): (&B, Box<dyn Communicator<B>>),
         start: Start,
         train: Vec<Example>,
         validation: Vec<Example>,
     ) -> anyhow::Result<()> {
-        let tokens = self.pass_tokens(backend, &start.model.config, (&train, &validation))?;
-        std::fs::create_dir_all(&self.output)
-            .with_context(|| format!("{}: cannot create", self.output.display()))?;
+        let examples = (&train[..], &validation[..]);
+        let tokens = self.pass_tokens((backend, &*communicator), &start.model.config, examples)?;
         let options = self.options(&start.model, &train, tokens);
         let Start { model, companions, .. } = start;
+        check_alike(&*communicator, &options.settings, &model.values)?;
+        let first = communicator.rank() == 0;
+        if first {
+            std::fs::create_dir_all(&self.output)
+                .with_context(|| format!("{}: cannot create", self.output.display()))?;
+        }
         let model = model.place(backend)?;
-        let mut sft = Sft { backend, model, companions, train, validation, options };
-        note!(
-            "{} parameters, {} examples, {} steps",
-            sft.model.config.parameter_count(),
-            sft.train.len(),
-            sft.total_steps()
-        );
+        let communicator_ref = &*communicator;
+        let mut sft = Sft {
+            backend,
+            communicator: communicator_ref,
+            model,
+            companions,
+            train,
+            validation,
+            options,
+        };
+        if first {
+            let (parameters, examples) = (sft.model.config.parameter_count(), sft.train.len());
+            note!("{parameters} parameters, {examples} examples, {} steps", sft.total_steps());
+        }
         let stop = super::interrupt_flag()?;
-        let mut bar = Bar::new(sft.total_steps());
+        let mut bar = Bar::new(sft.total_steps(), first);
         let outcome = sft.run(self.resume, &stop, &mut bar);
         bar.bar.finish_and_clear();
         match outcome? {
             Outcome::Stopped(folder) => {
-                note!(
-                    "stopped; saved {}; the same command with --resume goes on",
-                    folder.display()
-                );
+                if first {
+                    note!(
+                        "stopped; saved {}; the same command with --resume goes on",
+                        folder.display()
+                    );
+                }
+                drop(sft);
+                // the others are told what they still wait for
+                drop(communicator);
                 std::process::exit(130);
             }
-            Outcome::Finished { validation_loss } => self.finish(&sft, validation_loss),
+            Outcome::Finished { validation_loss } if first => self.finish(&sft, validation_loss),
+            Outcome::Finished { .. } => Ok(()),
         }
     }
 
@@ -593,6 +648,34 @@ impl SftArgs {
     }
 }
 
+/// The least that a rank wants.
+fn least<B: TrainBackend>(c: &dyn Communicator<B>, here: usize) -> anyhow::Result<usize> {
+    let all = c.exchange((here as u64).to_le_bytes().to_vec())?;
+    let numbers = all.iter().filter_map(|v| Some(u64::from_le_bytes(v[..].try_into().ok()?)));
+    Ok(numbers.min().map_or(here, |least| least as usize))
+}
+
+/// Fails if ranks have been started with other settings or weights than rank 0.
+fn check_alike<B: TrainBackend>(
+    c: &dyn Communicator<B>,
+    settings: &serde_json::Value,
+    values: &[f32],
+) -> anyhow::Result<()> {
+    if c.ranks() == 1 {
+        return Ok(());
+    }
+    let mut settings = settings.clone();
+    settings["weights"] = json!(crc32fast::hash(bytemuck::cast_slice(values)));
+    let all = c.exchange(settings.to_string().into_bytes())?;
+    let Some(other) = all.iter().position(|s| *s != all[0]) else { return Ok(()) };
+    let read = |rank: usize| serde_json::from_slice(&all[rank]).unwrap_or_default();
+    bail!(
+        "rank {other} was started with other settings than rank 0 ({}); start all ranks with the \
+        same command and files",
+        difference(&read(other), &read(0))
+    );
+}
+
 /// The folder that a file is in.
 fn folder_of(file: &Path) -> &Path {
     file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
@@ -603,10 +686,11 @@ struct Bar {
 }
 
 impl Bar {
-    fn new(total: u64) -> Bar {
+    fn new(total: u64, shown: bool) -> Bar {
         let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {eta} left")
             .expect("a fixed template");
-        Bar { bar: ProgressBar::new(total).with_style(style) }
+        let bar = if shown { ProgressBar::new(total) } else { ProgressBar::hidden() };
+        Bar { bar: bar.with_style(style) }
     }
 }
 

@@ -55,7 +55,7 @@ struct Function {
 }
 
 /// Names what failed and the driver's reason.
-fn failed(what: impl std::fmt::Display) -> impl FnOnce(result::DriverError) -> Error {
+pub(super) fn failed(what: impl std::fmt::Display) -> impl FnOnce(result::DriverError) -> Error {
     move |e| {
         let reason = e
             .error_string()
@@ -145,8 +145,25 @@ impl Driver {
     /// # Errors
     /// If there is none that this program has kernels for.
     pub fn open() -> Result<Driver> {
+        Driver::open_for_rank(0)
+    }
+
+    /// The GPU of one of several ranks on this machine: the one with its number, or the only one
+    /// that the rank is shown.
+    ///
+    /// # Errors
+    /// As for [`Driver::open`], and if there are fewer.
+    pub fn open_for_rank(local_rank: usize) -> Result<Driver> {
         Driver::check_driver()?;
-        let device = result::device::get(0).map_err(failed("the first GPU"))?;
+        let gpus = result::device::get_count().map_err(failed("the number of GPUs"))? as usize;
+        if gpus > 1 && local_rank >= gpus {
+            return Err(Error::Unsupported(format!(
+                "CUDA: LOCAL_RANK is {local_rank}, the driver sees {gpus} GPUs; start one rank \
+                for each"
+            )));
+        }
+        let ordinal = if gpus == 1 { 0 } else { local_rank as i32 };
+        let device = result::device::get(ordinal).map_err(failed("a GPU"))?;
         use sys::CUdevice_attribute as A;
         let attribute = |a: A| -> Result<u32> {
             // SAFETY: the device is one of the driver's.
@@ -237,6 +254,11 @@ unsafe fn functions_of(
 }
 
 impl Driver {
+    /// The stream that all work is done on.
+    pub(super) fn stream(&self) -> sys::CUstream {
+        self.stream
+    }
+
     /// Refuses what would become a part of a graph.
     fn only_now(&self, what: &str) -> Result<()> {
         if self.capturing.get() { Err(not_capturable(what)) } else { Ok(()) }

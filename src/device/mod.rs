@@ -6,6 +6,7 @@
 
 pub mod cuda;
 pub mod images;
+pub mod nccl;
 mod staging;
 
 use crate::error::{Error, Result};

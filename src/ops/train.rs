@@ -136,6 +136,8 @@ pub struct AdamWStep {
     /// What parameters that decay are multiplied by first: one minus learning rate times weight
     /// decay.
     pub keep: f32,
+    /// The gradient is scaled down to this norm if its norm is larger.
+    pub max_norm: f32,
 }
 
 /// The flat buffers of an optimizer's step.
@@ -144,7 +146,7 @@ pub struct AdamWBuffers<'a, F> {
     pub values: &'a mut F,
     /// Read.
     pub grads: &'a F,
-    /// First moments, updated.
+    /// First moments, updated; like the second ones, maybe of a part of the parameters only.
     pub first: &'a mut F,
     /// Second moments, updated.
     pub second: &'a mut F,
@@ -155,6 +157,8 @@ pub struct AdamWBuffers<'a, F> {
 pub struct OptimizerGroup {
     /// Which parameters.
     pub range: Range<usize>,
+    /// Where in their buffers the moments of the first of them are.
+    pub moments: usize,
     /// Whether weight decay is applied to them.
     pub decays: bool,
 }
@@ -164,30 +168,33 @@ pub struct OptimizerGroup {
 pub struct StepSums {
     /// Losses, summed over all labels.
     pub loss: f64,
-    /// Norm of the gradient before it was clipped.
-    pub norm: f64,
+    /// Squares of the gradient's elements.
+    pub squared_norm: f64,
 }
 
 impl StepSums {
+    /// Norm of the gradient before it is clipped.
+    pub fn norm(&self) -> f64 {
+        self.squared_norm.sqrt()
+    }
+
     /// Whether both are numbers: a step is taken only then.
     pub fn finite(&self) -> bool {
-        self.loss.is_finite() && self.norm.is_finite()
+        self.loss.is_finite() && self.squared_norm.is_finite()
     }
-}
 
-/// Fails if there are not `count` values.
-pub(super) fn check_count(count: usize, values: &[f32]) -> Result<()> {
-    if values.len() == count {
-        return Ok(());
+    /// What the gradient is multiplied by so that its norm is at most `max`.
+    pub fn clip_factor(&self, max: f32) -> f32 {
+        let (norm, max) = (self.norm(), max as f64);
+        if norm > max { (max / (norm + 1e-6)) as f32 } else { 1.0 }
     }
-    Err(Error::invalid(format!("{} values were given, the model has {count}", values.len())))
 }
 
 /// A backend that trains.
 ///
 /// Activations have the type that the backend's GEMMs multiply in; the residual stream and its
 /// gradient are f32. Nothing waits for the device but [`TrainBackend::sums`],
-/// [`TrainBackend::values`] and [`TrainBackend::download_column`].
+/// [`TrainBackend::read`] and [`TrainBackend::download_column`].
 pub trait TrainBackend: Backend {
     /// Parameters, gradients or moments of a whole model, in f32. Parameters may be there in the
     /// type of the activations too, which the operations that change them keep equal.
@@ -226,17 +233,43 @@ pub trait TrainBackend: Backend {
     /// Writes zeros.
     fn clear(&self, flat: &mut Self::Flat);
 
-    /// Writes values from the host.
+    /// How many there are.
+    fn count(&self, flat: &Self::Flat) -> usize;
+
+    /// Writes values from the host to those from `first` on.
     ///
     /// # Errors
-    /// If they are not as many, or the device fails.
-    fn set_values(&self, flat: &mut Self::Flat, values: &[f32]) -> Result<()>;
+    /// If the device fails.
+    fn write(&self, flat: &mut Self::Flat, first: usize, values: &[f32]) -> Result<()>;
 
-    /// The values, on the host.
+    /// A range of the values, on the host.
     ///
     /// # Errors
     /// What has failed since results were last taken.
-    fn values<'a>(&self, flat: &'a Self::Flat) -> Result<Cow<'a, [f32]>>;
+    fn read<'a>(&self, flat: &'a Self::Flat, range: Range<usize>) -> Result<Cow<'a, [f32]>>;
+
+    /// Writes all values from the host.
+    ///
+    /// # Errors
+    /// If they are not as many, or the device fails.
+    fn set_values(&self, flat: &mut Self::Flat, values: &[f32]) -> Result<()> {
+        let count = self.count(flat);
+        if values.len() != count {
+            let given = values.len();
+            return Err(Error::invalid(format!(
+                "{given} values were given, the model has {count}"
+            )));
+        }
+        self.write(flat, 0, values)
+    }
+
+    /// All values, on the host.
+    ///
+    /// # Errors
+    /// What has failed since results were last taken.
+    fn values<'a>(&self, flat: &'a Self::Flat) -> Result<Cow<'a, [f32]>> {
+        self.read(flat, 0..self.count(flat))
+    }
 
     /// Room for a step's sums, all zero.
     ///
@@ -252,6 +285,12 @@ pub trait TrainBackend: Backend {
     /// # Errors
     /// What has failed since results were last taken.
     fn sums(&self, sums: &Self::Sums) -> Result<StepSums>;
+
+    /// Writes sums from the host.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn set_sums(&self, sums: &mut Self::Sums, values: StepSums) -> Result<()>;
 
     /// Writes `table[ids]` = `[tokens, width]` to the second of `out`, and its normalized rows, as
     /// residual stream, with their statistics to the first.
@@ -366,11 +405,12 @@ pub trait TrainBackend: Backend {
     /// Adds `x` to `y`.
     fn add(&self, y: &mut Tensor<Self>, x: &Tensor<Self>);
 
-    /// Takes the norm of the gradient, in a fixed order, and has it be at most `max`.
-    fn clip_gradients(&self, grads: &mut Self::Flat, max: f32, sums: &mut Self::Sums);
+    /// Adds the squares of these parameters' gradients, in a fixed order, to the squared norm of
+    /// `sums`.
+    fn squared_norm(&self, grads: &Self::Flat, groups: &[OptimizerGroup], sums: &mut Self::Sums);
 
-    /// One step of AdamW with the gradients that [`TrainBackend::clip_gradients`] clipped; none if
-    /// their norm or the loss is no number.
+    /// One step of AdamW by gradients whose squared norm is in `sums` and is clipped; none if it or
+    /// the loss is no number.
     fn adamw(
         &self,
         buffers: &mut AdamWBuffers<Self::Flat>,

@@ -16,6 +16,13 @@ pub struct Example {
     pub loss_from: usize,
 }
 
+impl Example {
+    /// Tokens that are to be predicted.
+    pub fn labels(&self) -> usize {
+        self.ids.len().saturating_sub(self.loss_from.max(1))
+    }
+}
+
 /// The pair in its template, ended by `eos` and cut on the right to `max_tokens`. The target begins
 /// with the space that the template does not end in, so that its first token is predicted too.
 pub fn example(

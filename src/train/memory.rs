@@ -5,13 +5,15 @@ use crate::models::bloom::BloomConfig;
 use crate::models::bloom::training::{Recompute, training_bytes_per_token};
 use crate::ops::train::TrainBackend;
 
-/// What decides how much memory the passes of a run take.
+/// What decides how much memory a run takes.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct PassSize {
+pub struct RunSize {
     /// Maximum tokens of a pass.
     pub tokens: usize,
     /// What is computed again.
     pub recompute: Recompute,
+    /// Ranks that the moments are divided among.
+    pub ranks: usize,
 }
 
 /// What a user can lower, in the words of a command.
@@ -23,22 +25,22 @@ pub struct Remedies {
     pub pass: &'static str,
 }
 
-/// The memory of a run, part by part.
+/// The memory of a rank's run, part by part.
 pub fn plan<B: TrainBackend>(
     backend: &B,
     config: &BloomConfig,
-    pass: PassSize,
+    size: RunSize,
     remedies: Remedies,
 ) -> MemoryPlan {
     let parameters = config.parameter_count() as f64;
-    let per_token = training_bytes_per_token(config, pass.recompute, B::ACTIVATION_BYTES);
-    let Remedies { model: size, pass: flags } = remedies;
+    let per_token = training_bytes_per_token(config, size.recompute, B::ACTIVATION_BYTES);
+    let Remedies { model, pass } = remedies;
     MemoryPlan::new()
-        .with("weights", B::PARAMETER_BYTES as f64 * parameters, size)
-        .with("gradients", 4.0 * parameters, size)
-        .with("AdamW's moments", 8.0 * parameters, size)
-        .with("activations", per_token * pass.tokens as f64, flags)
-        .with("logits", backend.logit_bytes(pass.tokens, config.vocab_size) as f64, flags)
+        .with("weights", B::PARAMETER_BYTES as f64 * parameters, model)
+        .with("gradients", 4.0 * parameters, model)
+        .with("AdamW's moments", 8.0 * parameters / size.ranks as f64, model)
+        .with("activations", per_token * size.tokens as f64, pass)
+        .with("logits", backend.logit_bytes(size.tokens, config.vocab_size) as f64, pass)
 }
 
 /// What [`plan`] takes where nobody reads the remedies.
@@ -49,14 +51,14 @@ const NO_REMEDIES: Remedies = Remedies { model: "", pass: "" };
 pub fn tokens_that_fit<B: TrainBackend>(
     backend: &B,
     config: &BloomConfig,
-    recompute: Recompute,
+    (recompute, ranks): (Recompute, usize),
     (longest, most): (usize, usize),
     available: u64,
 ) -> Option<usize> {
     let halves = std::iter::successors(Some(most), |tokens| Some(tokens / 2));
     halves.take_while(|&tokens| tokens > longest).chain([longest]).find(|&tokens| {
-        let pass = PassSize { tokens, recompute };
-        plan(backend, config, pass, NO_REMEDIES).check_against(available).is_ok()
+        let size = RunSize { tokens, recompute, ranks };
+        plan(backend, config, size, NO_REMEDIES).check_against(available).is_ok()
     })
 }
 
@@ -71,10 +73,11 @@ mod tests {
         let cpu = Cpu::new(1, Isa::detect());
         let config = BloomConfig::new(1000, 64, 2, 4);
         let bytes = |tokens, recompute| {
-            plan(&cpu, &config, PassSize { tokens, recompute }, NO_REMEDIES).bytes().ceil() as u64
+            let size = RunSize { tokens, recompute, ranks: 1 };
+            plan(&cpu, &config, size, NO_REMEDIES).bytes().ceil() as u64
         };
         let fit = |recompute, available| {
-            tokens_that_fit(&cpu, &config, recompute, (100, 4096), available)
+            tokens_that_fit(&cpu, &config, (recompute, 1), (100, 4096), available)
         };
         assert_eq!(fit(Recompute::None, bytes(4096, Recompute::None)), Some(4096));
         assert_eq!(fit(Recompute::None, bytes(4096, Recompute::None) - 1), Some(2048));

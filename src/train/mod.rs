@@ -3,6 +3,7 @@
 pub mod examples;
 pub mod memory;
 pub mod optimizer;
+pub mod parallel;
 pub mod report;
 pub mod schedule;
 pub mod sft;

@@ -4,6 +4,7 @@
 use crate::checkpoint::Parameter;
 use crate::error::Result;
 use crate::ops::train::{AdamWBuffers, AdamWStep, OptimizerGroup, TrainBackend};
+use std::ops::Range;
 
 /// Settings of AdamW.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -18,7 +19,16 @@ pub struct AdamWOptions {
     pub weight_decay: f32,
 }
 
-/// An optimizer's state, in flat buffers laid out as the parameters.
+/// How far a step goes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepSize {
+    /// The learning rate.
+    pub learning_rate: f32,
+    /// The gradient is scaled down to this norm if its norm is larger.
+    pub max_norm: f32,
+}
+
+/// An optimizer's state, in flat buffers laid out as the parameters, or as a part of them.
 pub struct AdamW<F = Vec<f32>> {
     /// Settings.
     pub options: AdamWOptions,
@@ -29,10 +39,11 @@ pub struct AdamW<F = Vec<f32>> {
     /// Second moments.
     pub second: F,
     groups: Vec<OptimizerGroup>,
+    shard: Vec<Range<usize>>,
 }
 
 impl<F> AdamW<F> {
-    /// An optimizer that has taken no step.
+    /// An optimizer of all parameters that has taken no step.
     ///
     /// # Errors
     /// If the device has no memory for the moments.
@@ -41,27 +52,72 @@ impl<F> AdamW<F> {
         parameters: &[Parameter],
         options: AdamWOptions,
     ) -> Result<AdamW<F>> {
-        let mut end = 0;
-        let groups = parameters.iter().map(|p| {
-            let start = end;
-            end += p.len();
-            OptimizerGroup { range: start..end, decays: p.decays() }
-        });
-        let groups = groups.collect();
-        let (first, second) = (backend.zeros(end)?, backend.zeros(end)?);
-        Ok(AdamW { options, steps: 0, first, second, groups })
+        let count = parameters.iter().map(Parameter::len).sum();
+        AdamW::of_shard(backend, parameters, options, vec![0..count])
     }
 
-    /// One step with learning rate `rate`, by gradients that were clipped with these `sums`.
+    /// An optimizer of some ranges of the flat parameters alone, which has taken no step.
+    ///
+    /// # Errors
+    /// As for [`AdamW::new`].
+    pub fn of_shard<B: TrainBackend<Flat = F>>(
+        backend: &B,
+        parameters: &[Parameter],
+        options: AdamWOptions,
+        shard: Vec<Range<usize>>,
+    ) -> Result<AdamW<F>> {
+        let mut end = 0;
+        let tensors: Vec<(Range<usize>, bool)> = parameters
+            .iter()
+            .map(|p| {
+                let start = end;
+                end += p.len();
+                (start..end, p.decays())
+            })
+            .collect();
+        let mut moments = 0;
+        let mut groups = Vec::new();
+        for part in &shard {
+            let first = tensors.partition_point(|(t, _)| t.end <= part.start);
+            for (tensor, decays) in &tensors[first..] {
+                let range = tensor.start.max(part.start)..tensor.end.min(part.end);
+                if range.is_empty() {
+                    break;
+                }
+                moments += range.len();
+                let moments = moments - range.len();
+                groups.push(OptimizerGroup { range, moments, decays: *decays });
+            }
+        }
+        let (first, second) = (backend.zeros(moments)?, backend.zeros(moments)?);
+        Ok(AdamW { options, steps: 0, first, second, groups, shard })
+    }
+
+    /// The parameters that this is the optimizer of, in the order of their moments.
+    pub fn shard(&self) -> &[Range<usize>] {
+        &self.shard
+    }
+
+    /// Adds the squares of its parameters' gradients to the squared norm of `sums`.
+    pub fn squared_norm<B: TrainBackend<Flat = F>>(
+        &self,
+        backend: &B,
+        grads: &F,
+        sums: &mut B::Sums,
+    ) {
+        backend.squared_norm(grads, &self.groups, sums);
+    }
+
+    /// One step by gradients whose squared norm, of all parameters, is in `sums`.
     pub fn step<B: TrainBackend<Flat = F>>(
         &mut self,
         backend: &B,
         (values, grads): (&mut F, &F),
-        rate: f32,
+        size: StepSize,
         sums: &B::Sums,
     ) {
         self.steps += 1;
-        let o = self.options;
+        let (o, rate) = (self.options, size.learning_rate);
         let correction1 = 1.0 - (o.beta1 as f64).powi(self.steps as i32);
         let correction2 = 1.0 - (o.beta2 as f64).powi(self.steps as i32);
         let step = AdamWStep {
@@ -71,6 +127,7 @@ impl<F> AdamW<F> {
             step_size: (rate as f64 / correction1) as f32,
             root: correction2.sqrt() as f32,
             keep: 1.0 - rate * o.weight_decay,
+            max_norm: size.max_norm,
         };
         let (first, second) = (&mut self.first, &mut self.second);
         let mut buffers = AdamWBuffers { values, grads, first, second };

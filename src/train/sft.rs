@@ -1,15 +1,18 @@
-//! Supervised fine-tuning: cross-entropy on the target and `</s>`, AdamW, resumable bit for bit.
+//! Supervised fine-tuning: cross-entropy on the target and `</s>`, AdamW, resumable bit for bit, on
+//! as many ranks as there are.
 
 use super::examples::{Example, epoch_order, pack};
-use super::optimizer::{AdamW, AdamWOptions};
+use super::optimizer::{AdamW, AdamWOptions, StepSize};
+use super::parallel::buckets::Buckets;
+use super::parallel::{Communicator, GradientReduction, share};
 use super::report::{Metrics, StepMetrics};
 use super::schedule::Schedule;
 use super::state::{self, RunState, Saved};
 use crate::checkpoint::Companions;
 use crate::error::{Error, Result};
 use crate::files::as_read;
-use crate::models::bloom::training::{Recompute, TrainModel, Workspace};
-use crate::ops::train::{Precision, StepSums, TrainBackend};
+use crate::models::bloom::training::{Backward, Recompute, TrainModel, Workspace};
+use crate::ops::train::{Precision, TrainBackend};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -31,7 +34,7 @@ pub struct SftOptions {
     pub epochs: f64,
     /// Ends the run earlier; 0 for no limit.
     pub max_steps: u64,
-    /// Sequences of one optimizer step.
+    /// Sequences of one optimizer step, over all ranks.
     pub batch: usize,
     /// Maximum tokens of one forward and backward pass; a step takes as many passes as it needs.
     pub micro_tokens: usize,
@@ -53,7 +56,7 @@ pub struct SftOptions {
     pub settings: serde_json::Value,
 }
 
-/// Told about each step; used for the progress bar.
+/// Told about each step, on rank 0; used for the progress bar.
 pub trait Observer {
     /// Called after each step of the `total` ones.
     fn step(&mut self, total: u64, metrics: &StepMetrics);
@@ -67,7 +70,7 @@ pub enum Outcome {
         /// Mean cross-entropy a label over the held-out examples, in nats, if it was computed.
         validation_loss: Option<f64>,
     },
-    /// Somebody asked to stop; the state was saved there.
+    /// Somebody asked to stop, on whichever rank; the state was saved there.
     Stopped(PathBuf),
 }
 
@@ -75,6 +78,9 @@ pub enum Outcome {
 pub struct Sft<'a, B: TrainBackend> {
     /// The backend that computes.
     pub backend: &'a B,
+    /// The connection to the other ranks; [`super::parallel::Alone`] if there are none. All ranks
+    /// have the same model, examples and options, and rank 0 alone writes files.
+    pub communicator: &'a dyn Communicator<B>,
     /// The model; its parameters are updated in place.
     pub model: TrainModel<B::Flat>,
     /// Saved beside the weights.
@@ -98,7 +104,10 @@ impl<B: TrainBackend> Sft<'_, B> {
         if self.options.max_steps > 0 { steps.min(self.options.max_steps) } else { steps }
     }
 
-    /// Runs to the end, from the newest checkpoint if `resume`.
+    /// Runs to the end, from the newest checkpoint if `resume`, which all ranks read.
+    ///
+    /// # Errors
+    /// If a file cannot be written, the device fails, a step diverges, or another rank has ended.
     pub fn run(
         &mut self,
         resume: bool,
@@ -106,15 +115,15 @@ impl<B: TrainBackend> Sft<'_, B> {
         observer: &mut dyn Observer,
     ) -> Result<Outcome> {
         let checkpoints = self.options.output.join("checkpoints");
-        let parameters = self.model.config.parameters();
-        let mut optimizer = AdamW::new(self.backend, &parameters, self.options.optimizer)?;
+        let buckets = self.buckets();
+        let mut optimizer = self.optimizer(&buckets)?;
         let mut done = if resume { self.restore(&checkpoints, &mut optimizer)? } else { 0 };
-        let mut metrics = Metrics::open(&self.options.output.join("metrics.jsonl"), done)?;
+        let mut metrics = self.metrics(done)?;
         let curve = self.options.output.join("loss.svg");
         let total = self.total_steps();
         let warmup = (total as f64 * self.options.warmup).ceil() as u64;
         let per_epoch = self.steps_per_epoch();
-        let mut scratch = self.scratch()?;
+        let mut scratch = self.scratch(buckets)?;
         let mut order = (u64::MAX, Vec::new());
         let mut validation_loss = None;
         while done < total {
@@ -130,7 +139,7 @@ impl<B: TrainBackend> Sft<'_, B> {
             let Step { loss, norm, tokens } =
                 self.step(chosen, &mut scratch, &mut optimizer, rate as f32)?;
             if !loss.is_finite() || !norm.is_finite() {
-                metrics.draw(&curve)?;
+                metrics.as_ref().map_or(Ok(()), |m| m.draw(&curve))?;
                 return Err(Error::invalid(self.diverged(done + 1, loss, norm)?));
             }
             done += 1;
@@ -148,38 +157,85 @@ impl<B: TrainBackend> Sft<'_, B> {
                 tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
                 validation_loss: validation_loss.filter(|_| due(self.options.validate_every)),
             };
-            observer.step(total, &stepped);
-            metrics.push(stepped)?;
-            let stopping = stop.load(Ordering::Relaxed);
+            if let Some(metrics) = &mut metrics {
+                observer.step(total, &stepped);
+                metrics.push(stepped)?;
+            }
+            let stopping = self.any(stop.load(Ordering::Relaxed))?;
             if stopping || due(self.options.save_every) {
-                let folder = self.save(&checkpoints, &optimizer, done)?;
-                metrics.draw(&curve)?;
+                let folder = self.save(&checkpoints, (&optimizer, &scratch.buckets), done)?;
+                metrics.as_ref().map_or(Ok(()), |m| m.draw(&curve))?;
                 if stopping && done < total {
                     return Ok(Outcome::Stopped(folder));
                 }
             }
         }
-        metrics.draw(&curve)?;
+        metrics.as_ref().map_or(Ok(()), |m| m.draw(&curve))?;
         Ok(Outcome::Finished { validation_loss })
     }
 
-    fn scratch(&self) -> Result<Scratch<B>> {
+    fn buckets(&self) -> Buckets {
+        let (count, c) = (self.model.config.parameter_count(), self.communicator);
+        Buckets::new(count, c.bucket_elements(), c.ranks())
+    }
+
+    fn optimizer(&self, buckets: &Buckets) -> Result<AdamW<B::Flat>> {
+        let parameters = self.model.config.parameters();
+        let shard = buckets.shard(self.communicator.rank());
+        AdamW::of_shard(self.backend, &parameters, self.options.optimizer, shard)
+    }
+
+    fn scratch(&self, buckets: Buckets) -> Result<Scratch<B>> {
         self.backend.supports(self.options.precision)?;
         let grads = self.backend.zeros(self.model.config.parameter_count())?;
         let space = Workspace::with_recompute(self.options.recompute);
-        Ok(Scratch { space, grads, sums: self.backend.new_sums()? })
+        Ok(Scratch { space, grads, sums: self.backend.new_sums()?, buckets })
     }
 
-    /// Writes a checkpoint after `step` steps; returns its folder.
-    fn save(&self, checkpoints: &Path, optimizer: &AdamW<B::Flat>, step: u64) -> Result<PathBuf> {
+    /// The run's metrics, on the rank that writes them.
+    fn metrics(&self, done: u64) -> Result<Option<Metrics>> {
+        let path = self.options.output.join("metrics.jsonl");
+        (self.communicator.rank() == 0).then(|| Metrics::open(&path, done)).transpose()
+    }
+
+    /// Whether it is so on any of the ranks.
+    fn any(&self, here: bool) -> Result<bool> {
+        let all = self.communicator.exchange(vec![here as u8])?;
+        Ok(all.iter().any(|there| there == &[1]))
+    }
+
+    /// Writes a checkpoint after `step` steps, on rank 0; returns its folder.
+    fn save(
+        &self,
+        checkpoints: &Path,
+        (optimizer, buckets): (&AdamW<B::Flat>, &Buckets),
+        step: u64,
+    ) -> Result<PathBuf> {
+        let (b, c) = (self.backend, self.communicator);
+        let first = state::gather_moments(b, c, buckets, &optimizer.first)?;
+        let second = state::gather_moments(b, c, buckets, &optimizer.second)?;
+        let (Some(first), Some(second)) = (first, second) else {
+            return Ok(state::step_folder(checkpoints, step));
+        };
         let state = RunState { step, settings: self.options.settings.clone() };
-        let saved = Saved { model: &self.model, companions: &self.companions, optimizer };
-        state::save(checkpoints, self.backend, saved, &state, self.options.keep)
+        let values = b.values(&self.model.values)?;
+        let (config, companions) = (&self.model.config, &self.companions);
+        let saved = Saved { config, companions, values, first, second };
+        state::save(checkpoints, &saved, &state, self.options.keep)
+    }
+
+    /// The folder of the newest checkpoint that rank 0 sees, if there is one.
+    fn newest_checkpoint(&self, checkpoints: &Path) -> Result<Option<PathBuf>> {
+        let newest = state::list(checkpoints)?.pop().map_or(u64::MAX, |(step, _)| step);
+        let seen = self.communicator.exchange(newest.to_le_bytes().to_vec())?;
+        let first = seen[0].as_slice().try_into().map(u64::from_le_bytes);
+        let step = first.map_err(|_| Error::Internal("rank 0 sent no step".into()))?;
+        Ok((step != u64::MAX).then(|| state::step_folder(checkpoints, step)))
     }
 
     /// Takes up the newest checkpoint, if there is one; returns the steps that it had taken.
     fn restore(&mut self, checkpoints: &Path, optimizer: &mut AdamW<B::Flat>) -> Result<u64> {
-        let Some((_, folder)) = state::list(checkpoints)?.pop() else { return Ok(0) };
+        let Some(folder) = self.newest_checkpoint(checkpoints)? else { return Ok(0) };
         let saved = state::load(&folder, self.backend, &mut self.model, optimizer)?;
         if saved.settings != as_read(&self.options.settings) {
             return Err(Error::file(
@@ -201,33 +257,54 @@ impl<B: TrainBackend> Sft<'_, B> {
         optimizer: &mut AdamW<B::Flat>,
         rate: f32,
     ) -> Result<Step> {
-        let b = self.backend;
-        let batches = pack(examples.iter().map(|&i| &self.train[i]), self.options.micro_tokens);
-        let labels = batches.iter().map(|b| b.labels.len()).sum::<usize>().max(1);
-        let Scratch { space, grads, sums } = scratch;
+        let (b, c) = (self.backend, self.communicator);
+        let examples: Vec<&Example> = examples.iter().map(|&i| &self.train[i]).collect();
+        let batches = pack(self.own(&examples).into_iter(), self.options.micro_tokens);
+        let labels = examples.iter().map(|e| e.labels()).sum::<usize>().max(1);
+        let Scratch { space, grads, sums, buckets } = scratch;
         b.clear(grads);
         b.clear_sums(sums);
-        for batch in &batches {
-            let out = Some((1.0 / labels as f32, &mut *grads));
-            self.model.loss(b, (self.options.precision, batch), space, out, sums);
+        let scale = 1.0 / labels as f32;
+        let mut reduction = GradientReduction::new(b, c, buckets);
+        for (i, batch) in batches.iter().enumerate() {
+            // what the last pass does not touch any more is summed over the ranks meanwhile
+            let mut finished = |grads: &mut B::Flat, first| {
+                if i + 1 == batches.len() {
+                    reduction.finished_from(grads, first);
+                }
+            };
+            let out = Backward::to(grads).on_finished(&mut finished);
+            self.model.loss(b, (self.options.precision, batch), space, Some((scale, out)), sums);
         }
-        b.clip_gradients(grads, self.options.clip, sums);
-        optimizer.step(b, (&mut self.model.values, grads), rate, sums);
-        let StepSums { loss, norm } = b.sums(sums)?;
-        let tokens = batches.iter().map(|b| b.ids.len()).sum();
-        Ok(Step { loss: loss / labels as f64, norm, tokens })
+        reduction.finish(grads)?;
+        optimizer.squared_norm(b, grads, sums);
+        c.all_reduce(b, sums)?;
+        let size = StepSize { learning_rate: rate, max_norm: self.options.clip };
+        optimizer.step(b, (&mut self.model.values, grads), size, sums);
+        c.all_gather(b, &mut self.model.values, buckets)?;
+        let sums = b.sums(sums)?;
+        let tokens = examples.iter().map(|e| e.ids.len()).sum();
+        Ok(Step { loss: sums.loss / labels as f64, norm: sums.norm(), tokens })
+    }
+
+    /// Those of some examples that this rank takes.
+    fn own<'e>(&self, examples: &[&'e Example]) -> Vec<&'e Example> {
+        let lengths: Vec<usize> = examples.iter().map(|e| e.ids.len()).collect();
+        let own = share(&lengths, self.communicator.ranks()).swap_remove(self.communicator.rank());
+        own.into_iter().map(|i| examples[i]).collect()
     }
 
     /// Mean cross-entropy a label over the held-out examples.
     fn validation_loss(&self, scratch: &mut Scratch<B>) -> Result<f64> {
         let b = self.backend;
-        let mut labels = 0;
+        let examples: Vec<&Example> = self.validation.iter().collect();
+        let labels = examples.iter().map(|e| e.labels()).sum::<usize>();
         b.clear_sums(&mut scratch.sums);
-        for batch in pack(self.validation.iter(), self.options.micro_tokens) {
-            labels += batch.labels.len();
+        for batch in pack(self.own(&examples).into_iter(), self.options.micro_tokens) {
             let batch = (self.options.precision, &batch);
             self.model.loss(b, batch, &mut scratch.space, None, &mut scratch.sums);
         }
+        self.communicator.all_reduce(b, &mut scratch.sums)?;
         Ok(b.sums(&scratch.sums)?.loss / labels.max(1) as f64)
     }
 
@@ -248,6 +325,7 @@ struct Scratch<B: TrainBackend> {
     space: Workspace<B>,
     grads: B::Flat,
     sums: B::Sums,
+    buckets: Buckets,
 }
 
 /// What a step of the optimizer was like.
@@ -260,7 +338,7 @@ struct Step {
 }
 
 /// The names of settings whose values differ.
-fn difference(a: &serde_json::Value, b: &serde_json::Value) -> String {
+pub(crate) fn difference(a: &serde_json::Value, b: &serde_json::Value) -> String {
     let (Some(a), Some(b)) = (a.as_object(), b.as_object()) else { return "all".into() };
     let names =
         a.keys().chain(b.keys().filter(|k| !a.contains_key(*k))).filter(|k| a.get(*k) != b.get(*k));

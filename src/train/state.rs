@@ -2,14 +2,17 @@
 //! where the run stands. A folder appears whole or not at all.
 
 use super::optimizer::AdamW;
+use super::parallel::Communicator;
+use super::parallel::buckets::Buckets;
 use crate::checkpoint::{Companions, write_atomic, write_atomic_at, write_folder};
 use crate::error::{Error, Result};
 use crate::models::bloom::training::TrainModel;
-use crate::models::bloom::{BloomCheckpoint, save_model};
+use crate::models::bloom::{BloomCheckpoint, BloomConfig, save_model};
 use crate::ops::train::TrainBackend;
 use crate::tensor::DType;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 /// `state.json`: the step, and the settings that must be the same when the run goes on.
@@ -27,38 +30,65 @@ pub fn step_folder(checkpoints: &Path, step: u64) -> PathBuf {
 }
 
 /// What a checkpoint holds.
-pub struct Saved<'a, F> {
-    /// The model.
-    pub model: &'a TrainModel<F>,
+pub struct Saved<'a> {
+    /// The model's shape.
+    pub config: &'a BloomConfig,
     /// What else its folder has.
     pub companions: &'a Companions,
-    /// The optimizer.
-    pub optimizer: &'a AdamW<F>,
+    /// Its parameters.
+    pub values: Cow<'a, [f32]>,
+    /// AdamW's first moments of all of them.
+    pub first: Cow<'a, [f32]>,
+    /// AdamW's second moments.
+    pub second: Cow<'a, [f32]>,
+}
+
+/// All moments of a model, at rank 0, from those that the ranks have of their shards; nothing at
+/// the others.
+///
+/// # Errors
+/// If another rank has ended.
+pub fn gather_moments<'a, B: TrainBackend>(
+    backend: &B,
+    communicator: &dyn Communicator<B>,
+    buckets: &Buckets,
+    moments: &'a B::Flat,
+) -> Result<Option<Cow<'a, [f32]>>> {
+    let own = backend.values(moments)?;
+    if communicator.ranks() == 1 {
+        return Ok(Some(own));
+    }
+    let shards = communicator.gather(bytemuck::cast_slice(&own).to_vec())?;
+    if shards.is_empty() {
+        return Ok(None);
+    }
+    let mut all = vec![0f32; buckets.count()];
+    for (rank, shard) in shards.iter().enumerate() {
+        let mut left = &shard[..];
+        for range in buckets.shard(rank) {
+            let out: &mut [u8] = bytemuck::cast_slice_mut(&mut all[range]);
+            let (part, rest) = left.split_at_checked(out.len()).ok_or_else(|| {
+                Error::Internal(format!("rank {rank} sent fewer moments than it has"))
+            })?;
+            out.copy_from_slice(part);
+            left = rest;
+        }
+    }
+    Ok(Some(all.into()))
 }
 
 /// Saves the run as `checkpoints/step-N`, a model folder of its own, and removes all but the newest
 /// `keep`.
-pub fn save<B: TrainBackend>(
-    checkpoints: &Path,
-    backend: &B,
-    run: Saved<B::Flat>,
-    state: &RunState,
-    keep: usize,
-) -> Result<PathBuf> {
-    let Saved { model, companions, optimizer } = run;
+pub fn save(checkpoints: &Path, run: &Saved, state: &RunState, keep: usize) -> Result<PathBuf> {
     std::fs::create_dir_all(checkpoints).map_err(Error::io(checkpoints, "create"))?;
     let folder = step_folder(checkpoints, state.step);
     if folder.exists() {
         return Ok(folder);
     }
     write_folder(&folder, |folder| {
-        companions.write(folder)?;
-        save_model(folder, &model.config, &backend.values(&model.values)?, DType::F32)?;
-        let (first, second) =
-            (backend.values(&optimizer.first)?, backend.values(&optimizer.second)?);
-        let view = |v| TensorView::new(Dtype::F32, vec![first.len()], bytemuck::cast_slice(v));
-        let first = view(&first).expect("length and shape agree");
-        let second = view(&second).expect("length and shape agree");
+        run.companions.write(folder)?;
+        save_model(folder, run.config, &run.values, DType::F32)?;
+        let (first, second) = (tensor(&run.first), tensor(&run.second));
         write_atomic_at(&folder.join("optimizer.safetensors"), |file| {
             let tensors = [("first", first), ("second", second)];
             safetensors::serialize_to_file(tensors, None, file).map_err(std::io::Error::other)
@@ -72,6 +102,11 @@ pub fn save<B: TrainBackend>(
         let _ = std::fs::remove_dir_all(folder);
     }
     Ok(folder)
+}
+
+fn tensor(values: &[f32]) -> TensorView<'_> {
+    let bytes = bytemuck::cast_slice(values);
+    TensorView::new(Dtype::F32, vec![values.len()], bytes).expect("length and shape agree")
 }
 
 /// Checkpoints by step, the newest last.
@@ -101,7 +136,8 @@ fn read_state(folder: &Path) -> Result<RunState> {
         .map_err(|e| Error::file(&path, format!("not a training state: {e}")))
 }
 
-/// Reads a checkpoint back into `model` and `optimizer`, whose sizes must agree.
+/// Reads a checkpoint back into `model` and `optimizer`, which takes the moments of its shard;
+/// sizes must agree, the number of ranks need not.
 pub fn load<B: TrainBackend>(
     folder: &Path,
     backend: &B,
@@ -119,6 +155,7 @@ pub fn load<B: TrainBackend>(
     let bytes = std::fs::read(&path).map_err(Error::io(&path, "read"))?;
     let file = safetensors::SafeTensors::deserialize(&bytes)
         .map_err(|e| Error::file(&path, format!("not a whole safetensors file: {e}")))?;
+    let shard = optimizer.shard().to_vec();
     for (name, to) in [("first", &mut optimizer.first), ("second", &mut optimizer.second)] {
         let tensor = file
             .tensor(name)
@@ -126,7 +163,8 @@ pub fn load<B: TrainBackend>(
         if tensor.dtype() != Dtype::F32 || tensor.data().len() != count * 4 {
             return Err(Error::file(&path, format!("tensor {name} does not fit the model")));
         }
-        let values: Vec<f32> = bytemuck::pod_collect_to_vec(tensor.data());
+        let shard = shard.iter().map(|r| &tensor.data()[4 * r.start..4 * r.end]);
+        let values: Vec<f32> = shard.flat_map(bytemuck::pod_collect_to_vec::<u8, f32>).collect();
         backend.set_values(to, &values)?;
     }
     optimizer.steps = state.step;

@@ -2,7 +2,7 @@
 
 use crate::emulated::{Emulated, gpu};
 use beautiful_prompt::models::bloom::BloomConfig;
-use beautiful_prompt::models::bloom::training::{TrainModel, Workspace};
+use beautiful_prompt::models::bloom::training::{Backward, TrainModel, Workspace};
 use beautiful_prompt::ops::Tensor;
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
@@ -269,7 +269,7 @@ fn a_models_own_log_probs_have_ratios_of_one() {
     });
     let mut grads = b.zeros(model.config.parameter_count()).unwrap();
     b.clear_sums(&mut sums);
-    let to = LossOutput { sums: &mut sums, stats: None, gradients: Some(&mut grads) };
+    let to = LossOutput { sums: &mut sums, stats: None, gradients: Some(Backward::to(&mut grads)) };
     model.token_loss(&b, batch, &mut space, &ppo, to);
     assert_eq!(b.sums(&sums).unwrap().loss, -3.5);
     assert!(b.values(&grads).unwrap().iter().any(|g| *g != 0.0));

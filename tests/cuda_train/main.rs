@@ -5,3 +5,4 @@ mod attention;
 mod emulated;
 mod losses;
 mod model;
+mod parallel;

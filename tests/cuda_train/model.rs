@@ -3,7 +3,7 @@
 use crate::emulated::{Emulated, gpu};
 use beautiful_prompt::checkpoint::Companions;
 use beautiful_prompt::error::Result;
-use beautiful_prompt::models::bloom::training::{Recompute, TrainModel, Workspace};
+use beautiful_prompt::models::bloom::training::{Backward, Recompute, TrainModel, Workspace};
 use beautiful_prompt::models::bloom::{BloomCheckpoint, BloomConfig};
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
@@ -11,7 +11,8 @@ use beautiful_prompt::ops::cuda::Cuda;
 use beautiful_prompt::ops::train::{PackedBatch, Precision, StepSums, TrainBackend};
 use beautiful_prompt::tensor::DType;
 use beautiful_prompt::train::examples::Example;
-use beautiful_prompt::train::optimizer::{AdamW, AdamWOptions};
+use beautiful_prompt::train::optimizer::{AdamW, AdamWOptions, StepSize};
+use beautiful_prompt::train::parallel::Alone;
 use beautiful_prompt::train::report::StepMetrics;
 use beautiful_prompt::train::schedule::Schedule;
 use beautiful_prompt::train::sft::{Observer, Outcome, Sft, SftOptions};
@@ -63,12 +64,13 @@ fn step<B: TrainBackend>(
     let mut grads = b.zeros(model.config.parameter_count())?;
     let (mut space, mut sums) = (Workspace::with_recompute(recompute), b.new_sums()?);
     let scale = 1.0 / batch.labels.len() as f32;
-    model.loss(b, (precision, batch), &mut space, Some((scale, &mut grads)), &mut sums);
+    let out = Some((scale, Backward::to(&mut grads)));
+    model.loss(b, (precision, batch), &mut space, out, &mut sums);
     let host = b.values(&grads)?.into_owned();
-    b.clip_gradients(&mut grads, 0.5, &mut sums);
     let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
     let mut optimizer = AdamW::new(b, &model.config.parameters(), options)?;
-    optimizer.step(b, (&mut model.values, &grads), 1e-3, &sums);
+    optimizer.squared_norm(b, &grads, &mut sums);
+    optimizer.step(b, (&mut model.values, &grads), SIZE, &sums);
     let values = b.values(&model.values)?.into_owned();
     Ok(Stepped { sums: b.sums(&sums)?, grads: host, values })
 }
@@ -79,6 +81,7 @@ fn relative_error(ours: &[f32], theirs: &[f32]) -> f64 {
     (difference / norm.max(1e-30)).sqrt()
 }
 
+const SIZE: StepSize = StepSize { learning_rate: 1e-3, max_norm: 0.5 };
 const BF16: (Precision, Recompute) = (Precision::Bf16, Recompute::None);
 
 /// Activations, weights and gradients of activations have 8 bits of mantissa: each rounding is off
@@ -114,14 +117,14 @@ fn a_step_is_the_cpus() {
     let count = model.config.parameter_count();
     let stepped = step(&ours, model, &batch, BF16).unwrap();
     let (mut model, _, _) = golden();
-    let mut sums = StepSums { loss: stepped.sums.loss, norm: 0.0 };
-    let mut grads = stepped.grads.clone();
+    let mut sums = StepSums { loss: stepped.sums.loss, squared_norm: 0.0 };
+    let grads = stepped.grads.clone();
     assert_eq!(grads.len(), count);
-    cpu.clip_gradients(&mut grads, 0.5, &mut sums);
-    assert!((sums.norm / stepped.sums.norm - 1.0).abs() < 1e-6 && sums.norm > 0.5);
     let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
     let mut optimizer = AdamW::new(&cpu, &model.config.parameters(), options).unwrap();
-    optimizer.step(&cpu, (&mut model.values, &grads), 1e-3, &sums);
+    optimizer.squared_norm(&cpu, &grads, &mut sums);
+    assert!((sums.norm() / stepped.sums.norm() - 1.0).abs() < 1e-6 && sums.norm() > 0.5);
+    optimizer.step(&cpu, (&mut model.values, &grads), SIZE, &sums);
     let error = relative_error(&stepped.values, &model.values);
     assert!(error < 1e-6, "{error:e}");
 }
@@ -176,25 +179,25 @@ fn nonsense_changes_no_parameter() {
     let mut model = model.place(&b).unwrap();
     let mut grads = b.zeros(before.len()).unwrap();
     let mut sums = b.new_sums().unwrap();
-    let out = Some((f32::NAN, &mut grads));
+    let out = Some((f32::NAN, Backward::to(&mut grads)));
     model.loss(&b, (Precision::Bf16, &batch), &mut Workspace::default(), out, &mut sums);
-    b.clip_gradients(&mut grads, 1.0, &mut sums);
     let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
     let mut optimizer = AdamW::new(&b, &model.config.parameters(), options).unwrap();
-    optimizer.step(&b, (&mut model.values, &grads), 1e-3, &sums);
+    optimizer.squared_norm(&b, &grads, &mut sums);
+    optimizer.step(&b, (&mut model.values, &grads), SIZE, &sums);
     assert_eq!(b.values(&model.values).unwrap(), &before[..]);
     let sums = b.sums(&sums).unwrap();
-    assert!(sums.norm.is_nan() && sums.loss.is_finite());
+    assert!(sums.norm().is_nan() && sums.loss.is_finite());
 }
 
 /// Sequences whose tokens go up by three.
-fn examples(starts: std::ops::Range<u32>) -> Vec<Example> {
+pub fn examples(starts: std::ops::Range<u32>) -> Vec<Example> {
     let ids = |start| (0..9).map(|i| 4 + (start + 3 * i) % 40).collect();
     starts.map(|start| Example { ids: ids(start), loss_from: 3 }).collect()
 }
 
-fn sft<'a>(backend: &'a Cuda<Emulated>, output: &Path) -> Sft<'a, Cuda<Emulated>> {
-    let options = SftOptions {
+pub fn options(output: &Path) -> SftOptions {
+    SftOptions {
         optimizer: AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.01 },
         learning_rate: 1e-2,
         schedule: Schedule::Cosine,
@@ -212,15 +215,19 @@ fn sft<'a>(backend: &'a Cuda<Emulated>, output: &Path) -> Sft<'a, Cuda<Emulated>
         keep: 2,
         output: output.into(),
         settings: serde_json::json!({}),
-    };
+    }
+}
+
+fn sft<'a>(backend: &'a Cuda<Emulated>, output: &Path) -> Sft<'a, Cuda<Emulated>> {
     let model = TrainModel::random(BloomConfig::new(44, 32, 1, 1), 1).place(backend).unwrap();
     Sft {
         backend,
+        communicator: &Alone,
         model,
         companions: Companions::default(),
         train: examples(0..20),
         validation: examples(20..23),
-        options,
+        options: options(output),
     }
 }
 

@@ -236,13 +236,13 @@ impl<F> TrainModel<F> {
     }
 
     /// Adds the cross-entropy of all labels of `batch` to the loss of `sums`. With `gradients`,
-    /// adds `scale` times the gradient of that sum to them (same layout as the values).
+    /// adds the scaled gradient of that sum to them (same layout as the values).
     pub fn loss<B: TrainBackend<Flat = F>>(
         &self,
         b: &B,
         (precision, batch): (Precision, &PackedBatch),
         space: &mut Workspace<B>,
-        gradients: Option<(f32, &mut F)>,
+        gradients: Option<(f32, Backward<F>)>,
         sums: &mut B::Sums,
     ) {
         let scale = gradients.as_ref().map_or(0.0, |g| g.0);
@@ -259,7 +259,7 @@ impl<F> TrainModel<F> {
         (precision, batch): (Precision, &PackedBatch),
         space: &mut Workspace<B>,
         loss: &TokenLoss<B>,
-        to: LossOutput<B, &mut F>,
+        to: LossOutput<B, Backward<F>>,
     ) {
         let LossOutput { sums, stats, gradients } = to;
         if batch.labels.is_empty() {
@@ -274,7 +274,7 @@ impl<F> TrainModel<F> {
         let Workspace { labelled, logits, final_norm, d, .. } = space;
         b.gather_rows(labelled, &final_norm.y, &rows);
         let rows_of = (&*labelled, &mut *logits);
-        let Some(grads) = gradients else {
+        let Some(Backward { grads, finished }) = gradients else {
             let to = LossOutput { sums, stats, gradients: None };
             return b.lm_head_loss(rows_of, &targets, (p, lm_head), loss, to);
         };
@@ -283,7 +283,29 @@ impl<F> TrainModel<F> {
         b.lm_head_loss(rows_of, &targets, (p, lm_head), loss, to);
         // the gradient of the final norm's output is zero but at labelled positions
         b.scatter_rows(&mut d.normed, &d.labelled, &rows, batch.ids.len());
-        pass.backward(space, grads);
+        pass.backward(space, (grads, finished.unwrap_or(&mut |_, _| {})));
+    }
+}
+
+/// Told the first of the parameters whose gradients, to the last parameter's, are final.
+type Finished<'a, F> = dyn FnMut(&mut F, usize) + 'a;
+
+/// Where the gradients of a pass go.
+pub struct Backward<'a, F> {
+    grads: &'a mut F,
+    finished: Option<&'a mut Finished<'a, F>>,
+}
+
+impl<'a, F> Backward<'a, F> {
+    /// Gradients are added to `grads`.
+    pub fn to(grads: &'a mut F) -> Self {
+        Backward { grads, finished: None }
+    }
+
+    /// Has `finished` be called with the gradients, and the first of those that this pass will not
+    /// touch any more: they are finished from the last parameters to the first.
+    pub fn on_finished(self, finished: &'a mut Finished<'a, F>) -> Self {
+        Backward { finished: Some(finished), ..self }
     }
 }
 
@@ -347,13 +369,18 @@ impl<B: TrainBackend> Pass<'_, B> {
     }
 
     /// From the gradient of the final norm's output in `space.d.normed`.
-    fn backward(&self, space: &mut Workspace<B>, grads: &mut B::Flat) {
+    fn backward(
+        &self,
+        space: &mut Workspace<B>,
+        (grads, finished): (&mut B::Flat, &mut Finished<B::Flat>),
+    ) {
         let (b, p, l) = (self.b, self.p, &self.model.layout);
         let Workspace { embedded, embedding_norm, layers, final_norm, d, .. } = space;
         let last = layers.out.last().unwrap_or(&embedding_norm.y);
         let final_norm =
             NormBackward { dy: &d.normed, x: last, output: final_norm, residual: None };
         b.layer_norm_backward(&mut d.x, grads, final_norm, (p, &l.final_norm));
+        finished(grads, l.final_norm.weight.start);
         for (i, l) in l.layers.iter().enumerate().rev() {
             let (mut a, _) = layers.layer(i, &embedding_norm.y);
             // what is there of a single layer is that of the last one
@@ -361,10 +388,12 @@ impl<B: TrainBackend> Pass<'_, B> {
                 self.activations(l, &mut a, space.recompute == Recompute::Layer);
             }
             self.layer_backward(l, &a, d, grads);
+            finished(grads, l.input_norm.weight.start);
         }
         let norm = NormBackward { dy: &d.x, x: embedded, output: embedding_norm, residual: None };
         b.layer_norm_backward(&mut d.residual, grads, norm, (p, &l.embedding_norm));
         b.embedding_backward(grads, &d.residual, &self.batch.ids, &l.embedding);
+        finished(grads, 0);
     }
 
     /// From the gradient of a layer's output in `d.x` to that of its input, in the same place.

@@ -8,12 +8,12 @@ use crate::simd_fn;
 /// Elements of one task.
 const GRAIN: usize = 1 << 15;
 
-/// A step of AdamW for one group.
+/// A step of AdamW for one group, by the gradient times a factor.
 pub(super) fn adamw(
     cpu: &Cpu,
     b: &mut AdamWBuffers<Vec<f32>>,
     group: &OptimizerGroup,
-    step: &AdamWStep,
+    (step, factor): (&AdamWStep, f32),
 ) {
     let (range, keep) = (&group.range, if group.decays { step.keep } else { 1.0 });
     let grads = b.grads;
@@ -25,26 +25,28 @@ pub(super) fn adamw(
     cpu.threads.run(range.len().div_ceil(GRAIN), |i| {
         let first = range.start + i * GRAIN;
         let r = first..(first + GRAIN).min(range.end);
+        let moments = group.moments + i * GRAIN;
+        let moments = moments..moments + r.len();
         // SAFETY: ranges are disjoint.
-        let wmv = unsafe { (w.slice(r.clone()), m.slice(r.clone()), v.slice(r.clone())) };
-        update(cpu.isa, wmv, &grads[r], keep, step);
+        let wmv = unsafe { (w.slice(r.clone()), m.slice(moments.clone()), v.slice(moments)) };
+        update(cpu.isa, wmv, (&grads[r], factor), keep, step);
     });
 }
 
 simd_fn! {
-    /// Updates parameters `w` and moments `m` and `v` by the gradients `g`.
+    /// Updates parameters `w` and moments `m` and `v` by the gradients `g` times a factor.
     fn update<S>(
-        wmv: (&mut [f32], &mut [f32], &mut [f32]), g: &[f32], keep: f32, step: &AdamWStep,
+        wmv: (&mut [f32], &mut [f32], &mut [f32]), g: (&[f32], f32), keep: f32, step: &AdamWStep,
     ) {
-        let (w, m, v) = wmv;
-        let AdamWStep { beta1, beta2, epsilon, step_size, root, keep: _ } = *step;
+        let ((w, m, v), (g, factor)) = (wmv, g);
+        let AdamWStep { beta1, beta2, epsilon, step_size, root, .. } = *step;
         let n = w.len();
         assert!(m.len() == n && v.len() == n && g.len() == n);
         for i in (0..n).step_by(16) {
             let lanes = 16.min(n - i);
             let (wp, mp) = (w.as_mut_ptr().add(i), m.as_mut_ptr().add(i));
             let vp = v.as_mut_ptr().add(i);
-            let g = S::load_partial(g.as_ptr().add(i), lanes);
+            let g = S::mul(S::load_partial(g.as_ptr().add(i), lanes), S::splat(factor));
             let m = S::load_partial(mp, lanes);
             let m = S::fma(S::sub(g, m), S::splat(1.0 - beta1), m);
             let g2 = S::mul(S::mul(g, g), S::splat(1.0 - beta2));
@@ -71,13 +73,4 @@ pub(super) fn squared_norm(cpu: &Cpu, x: &[f32]) -> f64 {
         unsafe { out.slice(i..i + 1)[0] = sum };
     });
     sums.iter().sum()
-}
-
-/// Multiplies all elements.
-pub(super) fn scale(cpu: &Cpu, x: &mut [f32], factor: f32) {
-    let out = Disjoint::new(x);
-    cpu.threads.run_ranges(out.len(), GRAIN, |r| {
-        // SAFETY: ranges are disjoint.
-        unsafe { out.slice(r) }.iter_mut().for_each(|v| *v *= factor);
-    });
 }

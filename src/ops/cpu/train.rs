@@ -9,7 +9,7 @@ use crate::memory;
 use crate::ops::token_loss::{LossGradients, LossOutput, TokenLoss};
 use crate::ops::train::{
     AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, NormBackward, NormOutput,
-    OptimizerGroup, Params, ParamsAt, Precision, StepSums, TrainBackend, check_count,
+    OptimizerGroup, Params, ParamsAt, Precision, StepSums, TrainBackend,
 };
 use crate::ops::{Affine, Heads, Tensor};
 use crate::tensor::DType;
@@ -63,14 +63,17 @@ impl TrainBackend for Cpu {
         flat.fill(0.0);
     }
 
-    fn set_values(&self, flat: &mut Vec<f32>, values: &[f32]) -> Result<()> {
-        check_count(flat.len(), values)?;
-        flat.copy_from_slice(values);
+    fn count(&self, flat: &Vec<f32>) -> usize {
+        flat.len()
+    }
+
+    fn write(&self, flat: &mut Vec<f32>, first: usize, values: &[f32]) -> Result<()> {
+        flat[first..first + values.len()].copy_from_slice(values);
         Ok(())
     }
 
-    fn values<'a>(&self, flat: &'a Vec<f32>) -> Result<Cow<'a, [f32]>> {
-        Ok(Cow::Borrowed(flat))
+    fn read<'a>(&self, flat: &'a Vec<f32>, range: Range<usize>) -> Result<Cow<'a, [f32]>> {
+        Ok(Cow::Borrowed(&flat[range]))
     }
 
     fn new_sums(&self) -> Result<StepSums> {
@@ -83,6 +86,11 @@ impl TrainBackend for Cpu {
 
     fn sums(&self, sums: &StepSums) -> Result<StepSums> {
         Ok(*sums)
+    }
+
+    fn set_sums(&self, sums: &mut StepSums, values: StepSums) -> Result<()> {
+        *sums = values;
+        Ok(())
     }
 
     fn embedding_norm_forward(
@@ -281,11 +289,11 @@ impl TrainBackend for Cpu {
         y.buffer.iter_mut().zip(x.buffer()).for_each(|(y, x)| *y += x);
     }
 
-    fn clip_gradients(&self, grads: &mut Vec<f32>, max: f32, sums: &mut StepSums) {
-        sums.norm = optimizer::squared_norm(self, grads).sqrt();
-        if sums.norm > max as f64 {
-            let factor = (max as f64 / (sums.norm + 1e-6)) as f32;
-            optimizer::scale(self, grads, factor);
+    fn squared_norm(&self, grads: &Vec<f32>, groups: &[OptimizerGroup], sums: &mut StepSums) {
+        // neighbours are one range, however many groups they are
+        for neighbours in groups.chunk_by(|a, b| a.range.end == b.range.start) {
+            let range = neighbours[0].range.start..neighbours[neighbours.len() - 1].range.end;
+            sums.squared_norm += optimizer::squared_norm(self, &grads[range]);
         }
     }
 
@@ -297,7 +305,8 @@ impl TrainBackend for Cpu {
         sums: &StepSums,
     ) {
         if sums.finite() {
-            groups.iter().for_each(|group| optimizer::adamw(self, buffers, group, step));
+            let factor = sums.clip_factor(step.max_norm);
+            groups.iter().for_each(|group| optimizer::adamw(self, buffers, group, (step, factor)));
         }
     }
 }

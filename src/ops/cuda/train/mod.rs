@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::ops::token_loss::{LossGradients, LossOutput, TokenLoss};
 use crate::ops::train::{
     AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, NormBackward, NormOutput,
-    OptimizerGroup, ParamsAt, Precision, StepSums, TrainBackend, check_count,
+    OptimizerGroup, ParamsAt, Precision, StepSums, TrainBackend,
 };
 use crate::ops::{Affine, Epilogue, Heads, Linear, Tensor};
 use crate::tensor::DType;
@@ -38,7 +38,7 @@ pub struct Flat<L: Launcher> {
 
 impl<L: Launcher> Flat<L> {
     /// Where parameter `i` is in f32.
-    fn at(&self, i: usize) -> u64 {
+    pub(crate) fn at(&self, i: usize) -> u64 {
         self.values.at + 4 * i as u64
     }
 
@@ -91,6 +91,16 @@ impl<L: Launcher> Cuda<L> {
             weight: DeviceWeight::view(&self.launcher, weight, [outputs, inputs], self.half),
             bias: Memory::view(&self.launcher, p.values.at(at.bias.start), 4 * outputs),
         }
+    }
+
+    /// Writes some parameters in 16 bits, as they are in f32; gradients and moments have no such
+    /// copy.
+    pub(crate) fn refresh_half(&self, flat: &Flat<L>, range: Range<usize>) -> Result<()> {
+        if flat.half.is_none() {
+            return Ok(());
+        }
+        let (half, values) = (flat.half_at(range.start), flat.at(range.start));
+        self.elementwise("narrow", (half, values), range.len())
     }
 
     /// Where the elements of `x` are in 16 bits, for which `narrowed` is room if they are f32.
@@ -176,7 +186,7 @@ impl<L: Launcher> TrainBackend for Cuda<L> {
         let half = Some(Memory::new(&self.launcher, values.len() * 2)?);
         let memory = Memory::new(&self.launcher, values.len() * 4)?;
         let mut flat = Flat { values: memory, half, count: values.len() };
-        self.set_values(&mut flat, &values)?;
+        self.write(&mut flat, 0, &values)?;
         Ok(flat)
     }
 
@@ -188,19 +198,21 @@ impl<L: Launcher> TrainBackend for Cuda<L> {
         self.defer_error(|| self.launcher.zero(flat.values.at, flat.count * 4));
     }
 
-    fn set_values(&self, flat: &mut Flat<L>, values: &[f32]) -> Result<()> {
-        check_count(flat.count, values)?;
-        self.launcher.write(flat.values.at, bytemuck::cast_slice(values))?;
-        match &flat.half {
-            Some(half) => self.elementwise("narrow", (half.at, flat.values.at), flat.count),
-            None => Ok(()),
-        }
+    fn count(&self, flat: &Flat<L>) -> usize {
+        flat.count
     }
 
-    fn values<'a>(&self, flat: &'a Flat<L>) -> Result<Cow<'a, [f32]>> {
+    fn write(&self, flat: &mut Flat<L>, first: usize, values: &[f32]) -> Result<()> {
+        assert!(first + values.len() <= flat.count, "values are written within the buffer");
+        self.launcher.write(flat.at(first), bytemuck::cast_slice(values))?;
+        self.refresh_half(flat, first..first + values.len())
+    }
+
+    fn read<'a>(&self, flat: &'a Flat<L>, range: Range<usize>) -> Result<Cow<'a, [f32]>> {
         self.check()?;
-        let mut values = vec![0f32; flat.count];
-        self.launcher.read(flat.values.at, bytemuck::cast_slice_mut(&mut values))?;
+        assert!(range.end <= flat.count, "values are read within the buffer");
+        let mut values = vec![0f32; range.len()];
+        self.launcher.read(flat.at(range.start), bytemuck::cast_slice_mut(&mut values))?;
         Ok(Cow::Owned(values))
     }
 
@@ -216,8 +228,14 @@ impl<L: Launcher> TrainBackend for Cuda<L> {
         self.check()?;
         let mut bytes = [0; size_of::<TrainSums>()];
         self.launcher.read(sums.at, &mut bytes)?;
-        let TrainSums { loss, norm, .. } = bytemuck::pod_read_unaligned(&bytes);
-        Ok(StepSums { loss, norm })
+        let TrainSums { loss, squared_norm, .. } = bytemuck::pod_read_unaligned(&bytes);
+        Ok(StepSums { loss, squared_norm })
+    }
+
+    fn set_sums(&self, sums: &mut Memory<L>, values: StepSums) -> Result<()> {
+        let StepSums { loss, squared_norm } = values;
+        let sums_of = TrainSums { loss, squared_norm, factor: 0.0, finite: 0 };
+        self.launcher.write(sums.at, bytemuck::bytes_of(&sums_of))
     }
 
     fn embedding_norm_forward(
@@ -368,8 +386,8 @@ impl<L: Launcher> TrainBackend for Cuda<L> {
         });
     }
 
-    fn clip_gradients(&self, grads: &mut Flat<L>, max: f32, sums: &mut Memory<L>) {
-        self.defer_error(|| self.launch_clip_gradients(grads, max, sums));
+    fn squared_norm(&self, grads: &Flat<L>, groups: &[OptimizerGroup], sums: &mut Memory<L>) {
+        self.defer_error(|| self.launch_squared_norm(grads, groups, sums));
     }
 
     fn adamw(

@@ -13,30 +13,35 @@ const BLOCK: usize = abi::OPTIMIZER_BLOCK;
 /// Neighbours of one kind in parts of at most [`BLOCK`] parameters.
 fn chunks(groups: &[OptimizerGroup]) -> Vec<OptimizerChunk> {
     let of = |g: &OptimizerGroup| {
-        let (range, decays) = (g.range.clone(), g.decays as u32);
+        let (range, moments, decays) = (g.range.clone(), g.moments, g.decays as u32);
         range.clone().step_by(BLOCK).map(move |first| {
             let count = BLOCK.min(range.end - first) as u32;
-            OptimizerChunk { first: first as u64, count, decays }
+            let moments = (moments + first - range.start) as u64;
+            OptimizerChunk { first: first as u64, moments, count, decays }
         })
     };
     groups.iter().flat_map(of).collect()
 }
 
 impl<L: Launcher> Cuda<L> {
-    pub(super) fn launch_clip_gradients(
+    pub(super) fn launch_squared_norm(
         &self,
         grads: &Flat<L>,
-        max: f32,
+        groups: &[OptimizerGroup],
         sums: &mut Memory<L>,
     ) -> Result<()> {
-        let blocks = grads.count.div_ceil(BLOCK);
+        let chunks = chunks(groups);
+        if chunks.is_empty() {
+            return Ok(());
+        }
         let mut scratch = self.train.borrow_mut();
-        let partials = self.place(&mut scratch.partials, 8 * blocks)?;
+        let partials = self.place(&mut scratch.partials, 8 * chunks.len())?;
+        let at = self.send(&mut scratch.chunks, bytemuck::cast_slice(&chunks))?;
         let shared = 8 * abi::TRAIN_THREADS;
-        let args = Args::new().with(partials).with(grads.at(0)).with(grads.count as u64);
-        self.launch("squared_norm", [blocks, 1, 1], THREADS, shared, args)?;
-        let args = Args::new().with(sums.at).with(partials).with(blocks as u32).with(max);
-        self.launch("clip_gradients", [1, 1, 1], THREADS, shared, args)
+        let args = Args::new().with(partials).with(grads.at(0)).with(at);
+        self.launch("squared_norm", [chunks.len(), 1, 1], THREADS, shared, args)?;
+        let args = Args::new().with(sums.at).with(partials).with(chunks.len() as u32);
+        self.launch("sum_squares", [1, 1, 1], THREADS, shared, args)
     }
 
     pub(super) fn launch_adamw(
@@ -46,7 +51,12 @@ impl<L: Launcher> Cuda<L> {
         step: &AdamWStep,
         sums: &Memory<L>,
     ) -> Result<()> {
+        let args = Args::new().with(sums.at).with(step.max_norm);
+        self.launch("clip_gradients", [1, 1, 1], 1, 0, args)?;
         let chunks = chunks(groups);
+        if chunks.is_empty() {
+            return Ok(());
+        }
         let mut scratch = self.train.borrow_mut();
         let at = self.send(&mut scratch.chunks, bytemuck::cast_slice(&chunks))?;
         let args = AdamWArgs {
