@@ -6,10 +6,13 @@ mod emulated;
 use beautiful_prompt::bench::llm::random_checkpoint;
 use beautiful_prompt::device::TensorMapConfig;
 use beautiful_prompt::engine::{Engine, EngineOptions, Request, Verdict};
+use beautiful_prompt::models::bloom::training::{Backward, TrainModel, Workspace};
 use beautiful_prompt::models::bloom::{Bloom, BloomConfig};
 use beautiful_prompt::ops::cuda::{Cuda, Persistent};
+use beautiful_prompt::ops::train::{PackedBatch, Precision, TrainBackend};
 use beautiful_prompt::selftest::{Shapes, TrainShapes, run};
 use beautiful_prompt::tensor::DType;
+use beautiful_prompt::train::optimizer::{AdamW, AdamWOptions, StepSize};
 use emulated::{Emulated, gpu};
 use kernel_emulator::Emulator;
 use kernel_emulator::mutant::{Patch, load};
@@ -37,6 +40,8 @@ enum Work {
     LargeBatch,
     /// Training's operations, with or without those of Hopper.
     Train { part: Part, hopper: bool },
+    /// A step of training a small model, whose kernels depend on each other.
+    TrainStep,
 }
 
 /// Some of training's operations.
@@ -104,6 +109,7 @@ fn perform(work: Work, device: &Rc<Emulated>) -> Result<(), String> {
         Work::Train { part, .. } => Shapes { train: part.shapes(), ..none },
         Work::Model => return generate(device, 128, 2, 20),
         Work::LargeBatch => return generate(device, 256, 20, 2),
+        Work::TrainStep => return train_step(device).map_err(|e| e.to_string()),
     };
     let mut wrong = None;
     let mut each = |check: beautiful_prompt::selftest::KernelCheck| {
@@ -136,6 +142,25 @@ fn generate(
     while !engine.is_idle() {
         engine.step(&mut |_| Verdict::Go).map_err(|e| e.to_string())?;
     }
+    Ok(())
+}
+
+/// A step of a model of one layer.
+fn train_step(device: &Rc<Emulated>) -> beautiful_prompt::error::Result<()> {
+    let b = Cuda::new(device.clone(), DType::Bf16, false);
+    let mut model = TrainModel::random(BloomConfig::new(100, 64, 1, 1), 1).place(&b)?;
+    let mut batch = PackedBatch::default();
+    batch.push(&[4, 8, 15, 16, 23, 42, 7], 2);
+    batch.push(&[9, 8, 50], 1);
+    let (mut grads, mut sums) = (b.zeros(model.config.parameter_count())?, b.new_sums()?);
+    let out = Some((0.1, Backward::to(&mut grads)));
+    model.loss(&b, (Precision::Bf16, &batch), &mut Workspace::default(), out, &mut sums);
+    let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
+    let mut optimizer = AdamW::new(&b, &model.config.parameters(), options)?;
+    optimizer.squared_norm(&b, &grads, &mut sums);
+    let size = StepSize { learning_rate: 1e-3, max_norm: 0.5 };
+    optimizer.step(&b, (&mut model.values, &grads), size, &sums);
+    b.values(&model.values)?;
     Ok(())
 }
 
@@ -208,6 +233,7 @@ fn right_kernels_are_left_alone() {
         Work::PersistentStep,
         Work::Model,
         Work::LargeBatch,
+        Work::TrainStep,
     ] {
         let device = device(true, work);
         device.mutant.set("right:");
@@ -573,87 +599,106 @@ fn barriers_and_copies_of_a_block() {
     );
 }
 
-/// Training's kernels: their stages, sums and what passes from one to the next.
+/// Only some of training's attention, as of attention's.
+const ONE_TRAIN_ATTENTION: [Patch; 9] = {
+    const fn one(text: &'static str) -> Patch {
+        patch("attention_train_hopper.cu", text, "")
+    }
+    [
+        one("    ATTENTION_TRAIN_HOPPER(forward, T, 80, 3)  \\\n"),
+        one("    ATTENTION_TRAIN_HOPPER(forward, T, 96, 3)  \\\n"),
+        one("    ATTENTION_TRAIN_HOPPER(forward, T, 128, 3) \\\n"),
+        one("    ATTENTION_TRAIN_HOPPER(dq, T, 80, 2)       \\\n"),
+        one("    ATTENTION_TRAIN_HOPPER(dq, T, 96, 2)       \\\n"),
+        one("    ATTENTION_TRAIN_HOPPER(dq, T, 128, 2)      \\\n"),
+        one("    ATTENTION_TRAIN_HOPPER_DKV(T, 80, 2)       \\\n"),
+        one("    ATTENTION_TRAIN_HOPPER_DKV(T, 96, 2)       \\\n"),
+        patch(
+            "attention_train_hopper.cu",
+            "    ATTENTION_TRAIN_HOPPER_DKV(T, 64, 3)       \\\n    \
+             ATTENTION_TRAIN_HOPPER_DKV(T, 128, 2)",
+            "    ATTENTION_TRAIN_HOPPER_DKV(T, 64, 3)",
+        ),
+    ]
+};
+
+/// Stages that are read until all warps have come to a barrier, and registers of wgmma.
 #[test]
-fn kernels_of_training() {
-    const ORDER: &[&str] = &["depends on the order", "wrong result", "nothing wrote"];
-    const LINEAR: Part = Part::Linear([130, 136, 208]);
-    const LOSS: Part = Part::Loss([9, 130, 48]);
-    let mutation = |source, part, hopper, from, to, says| Mutation {
-        source,
-        patches: vec![patch(source, from, to)],
-        work: Work::Train { part, hopper },
-        check_order: true,
-        says,
-    };
+fn training_on_hopper() {
+    // a warp that comes late waits for a phase which has passed, or reads what is no longer there
+    const ORDER: &[&str] = &["deadlock", "depends on the order", "wrong result"];
     let attention = |from, to, says| {
-        let one = |text| patch("attention_train_hopper.cu", text, "");
-        let mut m =
-            mutation("attention_train_hopper.cu", Part::Attention([200, 70]), true, from, to, says);
-        m.patches.extend([
-            one("    ATTENTION_TRAIN_HOPPER(forward, T, 80, 3)  \\\n"),
-            one("    ATTENTION_TRAIN_HOPPER(forward, T, 96, 3)  \\\n"),
-            one("    ATTENTION_TRAIN_HOPPER(forward, T, 128, 3) \\\n"),
-            one("    ATTENTION_TRAIN_HOPPER(dq, T, 80, 2)       \\\n"),
-            one("    ATTENTION_TRAIN_HOPPER(dq, T, 96, 2)       \\\n"),
-            one("    ATTENTION_TRAIN_HOPPER(dq, T, 128, 2)      \\\n"),
-            one("    ATTENTION_TRAIN_HOPPER_DKV(T, 80, 2)       \\\n"),
-            one("    ATTENTION_TRAIN_HOPPER_DKV(T, 96, 2)       \\\n"),
-            patch(
-                "attention_train_hopper.cu",
-                "    ATTENTION_TRAIN_HOPPER_DKV(T, 64, 3)       \\\n    \
-                 ATTENTION_TRAIN_HOPPER_DKV(T, 128, 2)",
-                "    ATTENTION_TRAIN_HOPPER_DKV(T, 64, 3)",
-            ),
-        ]);
-        m
-    };
-    // the tile of ones that bias gradients are multiplied by
-    let ones = Mutation {
-        source: "gemm_train_hopper.cu",
-        patches: vec![patch(
-            "gemm_hopper.cuh",
-            "            fence_proxy_async();\n        }\n    }\n",
-            "        }\n    }\n",
-        )],
-        work: Work::Train { part: LINEAR, hopper: true },
-        check_order: false,
-        says: &["without a fence"],
+        let mut patches = vec![patch("attention_train_hopper.cu", from, to)];
+        patches.extend(ONE_TRAIN_ATTENTION);
+        let work = Work::Train { part: Part::Attention([200, 70]), hopper: true };
+        Mutation { source: "attention_train_hopper.cu", patches, work, check_order: true, says }
     };
     all_are_found(
-        "training",
+        "training-hopper",
         &[
             attention("block_sync(); // all warps have read the stage", "", ORDER),
             attention("block_sync(); // as in the forward pass", "", ORDER),
             attention("        if (s + 1 < steps) block_sync();\n", "", ORDER),
             attention(
+                "        if (s + 1 < steps) block_sync();\n",
+                "        if (s + STAGES < steps) stats[threadIdx.x] = next_stat;\n        \
+                 if (s + 1 < steps) block_sync();\n",
+                ORDER,
+            ),
+            attention(
                 "        wgmma_wait_group<1>();\n        wgmma_fence_operand(gradients);\n",
                 "",
                 &["registers", "depends on the order"],
             ),
-            ones,
-            mutation(
-                "gemm_train.cu",
-                LINEAR,
-                false,
-                "cp_async_wait_group<STAGES - 2>",
-                "cp_async_wait_group<STAGES - 1>",
-                ORDER,
-            ),
-            mutation(
-                "gemm_train.cu",
-                LINEAR,
-                false,
-                "        block_sync(); // this slice has arrived",
-                "        // this slice has arrived",
-                ORDER,
-            ),
-            mutation("gemm_train.cu", LINEAR, false, "griddep_wait();", "", NOBODY),
-            mutation("layer_norm_train.cu", LINEAR, false, "    block_sync();\n", "", ORDER),
-            mutation("layer_norm_train.cu", LINEAR, false, "griddep_wait();", "", NOBODY),
-            mutation("lm_head_loss.cu", LOSS, false, "        block_sync();\n", "", ORDER),
-            mutation("lm_head_loss.cu", LOSS, false, "griddep_wait();", "", NOBODY),
-            mutation("optimizer.cu", LOSS, false, "griddep_wait();", "", NOBODY),
+            // the tile of ones that bias gradients are multiplied by
+            Mutation {
+                source: "gemm_train_hopper.cu",
+                patches: vec![patch(
+                    "gemm_hopper.cuh",
+                    "            fence_proxy_async();\n        }\n    }\n",
+                    "        }\n    }\n",
+                )],
+                work: Work::Train { part: Part::Linear([130, 136, 208]), hopper: true },
+                check_order: false,
+                says: &["without a fence"],
+            },
+        ],
+    );
+}
+
+/// Training's other kernels: their stages and sums, and waiting for the kernels before them.
+#[test]
+fn training_on_every_gpu() {
+    const ORDER: &[&str] = &["depends on the order", "wrong result", "nothing wrote"];
+    let within = |source, part, from, to| Mutation {
+        source,
+        patches: vec![patch(source, from, to)],
+        work: Work::Train { part, hopper: false },
+        check_order: true,
+        says: ORDER,
+    };
+    let early = |source, file| Mutation {
+        source,
+        patches: vec![patch(file, "griddep_wait();", "")],
+        work: Work::TrainStep,
+        check_order: false,
+        says: NOBODY,
+    };
+    let linear = Part::Linear([130, 136, 208]);
+    let slices = ("cp_async_wait_group<STAGES - 2>", "cp_async_wait_group<STAGES - 1>");
+    let arrived = ("block_sync(); // this slice has arrived", "// this slice has arrived");
+    all_are_found(
+        "training",
+        &[
+            within("gemm_train.cu", linear, slices.0, slices.1),
+            within("gemm_train.cu", linear, arrived.0, arrived.1),
+            within("layer_norm_train.cu", linear, "    block_sync();\n", ""),
+            within("lm_head_loss.cu", Part::Loss([9, 130, 48]), "        block_sync();\n", ""),
+            early("gemm_train_hopper.cu", "gemm_hopper.cuh"),
+            early("layer_norm_train.cu", "layer_norm_train.cu"),
+            early("lm_head_loss.cu", "lm_head_loss.cu"),
+            early("elementwise_train.cu", "elementwise_train.cu"),
+            early("optimizer.cu", "optimizer.cu"),
         ],
     );
 }

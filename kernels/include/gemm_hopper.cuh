@@ -262,9 +262,10 @@ DEVICE void with_epilogue(const EpilogueArgs& e, Use use) {
     }
 }
 
-// Brings a warp's share of the residuals of half a tile to L2 while its sums are computed.
+// Brings a warp's share of the residuals, or of the inputs of GELUs, of half a tile to L2 while its
+// sums are computed.
 DEVICE void prefetch_residuals(const EpilogueArgs& e, const StagedSums& sums) {
-    if (e.mode != EPILOGUE_RESIDUAL) return;
+    if (e.mode != EPILOGUE_RESIDUAL && e.mode != EPILOGUE_GELU_GRADIENT) return;
     uint32_t size = e.half_residual ? 2 : 4, lines = STAGED_OUTPUTS * size / 128;
     for (uint32_t i = sums.first * WARP + lane_index(); i < sums.rows * lines;
          i += sums.step * WARP) {

@@ -51,7 +51,8 @@ struct EmulatedRegisters {
     const void* at;
     size_t bytes;
 };
-// wgmma: it happens no earlier than the wait for its group, or at once. `data` is copied.
+// wgmma: it happens no earlier than the wait for its group, with the data of all 128 threads and no
+// mask, or at once, with those of a warp and a mask. `data` is copied.
 // `registers` are the accumulators and the operand in registers, if there is one.
 void emulator_wgmma_fence();
 void emulator_wgmma(void (*op)(void** data, uint32_t mask), const void* data, size_t size,

@@ -17,8 +17,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 /// Bytes of a thread's stack.
 const STACK: usize = 128 * 1024;
 
-/// Rounds of all threads before another block is left behind.
+/// Threads of a warp.
+const WARP: usize = 32;
+/// Rounds of all threads before another block or warp is left behind, and before one is after all
+/// had to wait for it.
 const BEHIND: usize = 64;
+const TOGETHER: usize = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Schedule {
@@ -505,22 +509,26 @@ impl Launch<'_> {
             Schedule::Shuffled(seed) => seed | 1,
         };
         let mut left = fibers.len();
-        // in the shuffled order one block after the other is left behind for a while, as far as the
-        // others can go on without it
-        let mut behind = None;
+        // in the shuffled order blocks and warps are left behind for a while, one at a time, as far
+        // as the others can go on without it
+        let (mut behind, mut next) = (0..0, 0);
         'rounds: for round in 0.. {
             if left == 0 {
                 break;
             }
             if random != 0 {
                 shuffle(&mut order, &mut random);
-                if round % BEHIND == 0 && pointers.len() > 1 {
-                    behind = Some(random as usize % pointers.len());
+                if round >= next {
+                    next = round + BEHIND;
+                    let whole = pointers.len() > 1 && random >> 40 & 1 == 1;
+                    let size = if whole { per_block } else { WARP.min(per_block) };
+                    let first = random as usize % order.len() / size * size;
+                    behind = first..first + size;
                 }
             }
             let mut ran = false;
             for &i in &order {
-                if behind == Some(i / per_block) {
+                if behind.contains(&i) {
                     continue;
                 }
                 // SAFETY: no fiber runs now.
@@ -576,7 +584,8 @@ impl Launch<'_> {
                 }
             }
             if !ran && left > 0 {
-                if behind.take().is_some() {
+                if !std::mem::take(&mut behind).is_empty() {
+                    next = round + TOGETHER;
                     continue;
                 }
                 // whoever has ended is not waited for

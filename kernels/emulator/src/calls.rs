@@ -248,7 +248,8 @@ fn together(name: &'static CStr) {
 
 /// wgmma takes its time: in the natural order of threads it happens when somebody waits for it, in
 /// the shuffled one at once, so that both a use of its results that comes too early and a change of
-/// its operands are seen.
+/// its operands are seen. In the shuffled order each warp takes its rows by itself, since nothing
+/// but a barrier has one warp wait until another has read the operands.
 #[unsafe(no_mangle)]
 extern "C" fn emulator_wgmma(
     op: CollectiveOp,
@@ -281,9 +282,11 @@ extern "C" fn emulator_wgmma(
 }
 
 fn run_wgmma(wgmma: &Wgmma) {
+    // SAFETY: called by a kernel.
+    let natural = unsafe { here() }.0.launch.schedule == Schedule::Natural;
     suspend(Wait::Collective {
-        size: 128,
-        mask: u32::MAX,
+        size: if natural { 128 } else { 32 },
+        mask: if natural { 0 } else { u32::MAX },
         op: wgmma.op as usize,
         data: wgmma.data.as_ptr() as usize,
         name: wgmma.name,

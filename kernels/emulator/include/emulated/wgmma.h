@@ -51,11 +51,12 @@ struct WgmmaOperands {
     bool zero;
 };
 
-// d (+)= a b^T for a = [64, 16] and b = [N, 16], either of which may be transposed, once all 128
-// threads have given their operands.
+// d (+)= a b^T for a = [64, 16] and b = [N, 16], either of which may be transposed: all 64 rows once
+// all 128 threads have given their operands, or the 16 rows of a warp by itself.
 template <class T, int N, bool TRANS_A, bool TRANS_B>
-void run_wgmma(void** data, uint32_t) {
+void run_wgmma(void** data, uint32_t mask) {
     const WgmmaOperands* first = static_cast<const WgmmaOperands*>(data[0]);
+    int threads = mask ? 32 : WARPGROUP, top = first->thread->thread.x % WARPGROUP / 32 * 16;
     static thread_local float a[64][16], b[N][16];
     auto read = [&](const OperandDescriptor& d, uint64_t offset) {
         emulator_check_operand(first->thread->shared + offset, 2, d.swizzle);
@@ -71,7 +72,7 @@ void run_wgmma(void** data, uint32_t) {
         for (int k = 0; k < 16; k++)
             b[n][k] = read(operand_b, operand_byte<TRANS_B>(operand_b, n, k));
     OperandDescriptor operand_a = operand_descriptor(first->a);
-    for (int row = 0; row < 64; row++)
+    for (int row = 0; row < threads / 2; row++)
         for (int k = 0; k < 16; k++) {
             if (first->rows) {
                 const uint32_t* r =
@@ -80,10 +81,10 @@ void run_wgmma(void** data, uint32_t) {
                 uint32_t pair = r[row % 16 / 8 + k / 8 * 2];
                 a[row][k] = k % 2 ? high<T>(pair) : low<T>(pair);
             } else {
-                a[row][k] = read(operand_a, operand_byte<TRANS_A>(operand_a, row, k));
+                a[row][k] = read(operand_a, operand_byte<TRANS_A>(operand_a, top + row, k));
             }
         }
-    for (int thread = 0; thread < WARPGROUP; thread++) {
+    for (int thread = 0; thread < threads; thread++) {
         const WgmmaOperands* mine = static_cast<const WgmmaOperands*>(data[thread]);
         int g = thread % 32 / 4, t = thread % 4, row = thread / 32 * 16 + g;
         for (int i = 0; i < N / 2; i++) {
