@@ -51,8 +51,8 @@ struct WgmmaOperands {
     bool zero;
 };
 
-// d (+)= a b^T for a = [64, 16] and b = [N, 16], either of which may be transposed: all 64 rows once
-// all 128 threads have given their operands, or the 16 rows of a warp by itself.
+// d (+)= a b^T for a = [64, 16] and b = [N, 16], either of which may be transposed: all 64 rows
+// once all 128 threads have given their operands, or the 16 rows of a warp by itself.
 template <class T, int N, bool TRANS_A, bool TRANS_B>
 void run_wgmma(void** data, uint32_t mask) {
     const WgmmaOperands* first = static_cast<const WgmmaOperands*>(data[0]);
