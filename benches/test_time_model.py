@@ -133,12 +133,25 @@ class TrainingModel(unittest.TestCase):
                     self.assertGreaterEqual(o.floor(gpu), less.floor(gpu), o.what)
 
     def test_gemms_as_the_program_divides_them(self):
-        """The gradients of dense are 36 pairs of tiles for 66 pairs of multiprocessors; those of
-        the LM head's input 48 tiles, by two halves of 3,920 slices."""
-        dense = training.divided(model.Gemm(1536, 1536, 6144, read=4, sums=True))
+        """As the program's own test has it. The gradients of dense are 36 pairs of tiles for 66
+        pairs of multiprocessors, those of up's input two whole waves and 12 tiles in 5 parts, those
+        of the LM head's input 24 tiles in 8 parts."""
+        for shape, expected in [
+            ((24, 6, 96), (22, 5)),
+            ((24, 6, 72), (22, 4)),
+            ((4, 6, 3920), (0, 8)),
+            ((6, 6, 96), (6, 1)),
+            ((22, 6, 96), (22, 1)),
+            ((24, 6, 4), (24, 1)),
+        ]:
+            self.assertEqual(training.tiles(*shape, 66), expected, shape)
+        [dense] = training.divided(model.Gemm(1536, 1536, 6144, read=4, sums=True))
         self.assertEqual((dense.parts, dense.waves()), (1, (36 / 66, 1, 72)))
-        head = training.divided(model.Gemm(1024, 1536, 250_880, written=2))
-        self.assertEqual((head.parts, head.waves()), (2, (48 / 66, 1, 96)))
+        whole, rest = training.divided(model.Gemm(6144, 1536, 6144, written=2))
+        self.assertEqual((whole.m, whole.waves()), (5632, (2, 2, 132)))
+        self.assertEqual((rest.m, rest.parts, rest.waves()), (512, 5, (60 / 66, 1, 120)))
+        [head] = training.divided(model.Gemm(1024, 1536, 250_880, written=2))
+        self.assertEqual((head.parts, head.waves()), (8, (192 / 66, 3, 132)))
         self.assertEqual((head.written, head.read), (4, 0))
         self.assertIn("gemm_combine_bf16", self.operations["LM head: dX"].kernels)
 
@@ -148,8 +161,7 @@ class TrainingModel(unittest.TestCase):
         self.assertEqual(blocks, [3, 2, 2])
 
     def test_what_the_docs_say_of_bottlenecks(self):
-        """Without idle multiprocessors in the linear layers' backward pass, the H100 would reach
-        the goal; what comes next takes some 2 ms each."""
+        """The H100 reaches the goal with nothing to spare; what would help takes some 2 ms each."""
         h100, done = self.gpus[0], list(self.operations.values())
         causes = {}
         for o in training.linear_backward(done):
@@ -157,13 +169,12 @@ class TrainingModel(unittest.TestCase):
                 causes[cause] = causes.get(cause, 0) + o.times * time / 1e3
         step = sum(o.estimate(h100) for o in done)
         idle = causes["multiprocessors without a tile"]
-        self.assertLess(6144e3 / step, 70_000)
-        self.assertGreater(6144e3 / (step - idle), 70_000)
+        self.assertAlmostEqual(6144e3 / step / 70_000, 1, delta=0.02)
         dw = self.operations["LM head: dW"]
         waits = dw.times * dw.parts(h100)["epilogue or memory, beyond these"] / 1e3
-        for next_ones in [waits, causes["sums for biases"]]:
-            self.assertAlmostEqual(next_ones, 2, delta=0.2)
-        self.assertAlmostEqual(causes["epilogue or memory, beyond these"], 2, delta=0.2)
+        for next_ones in [idle, waits, causes["sums for biases"]]:
+            self.assertAlmostEqual(next_ones, 2, delta=0.4)
+        self.assertLess(causes["epilogue or memory, beyond these"], 0.1)
 
     def test_every_kernel_must_be_in_the_report(self):
         named = {name for o in self.operations.values() for name in o.kernels}

@@ -265,10 +265,14 @@ class Gemm:
         results = self.m * self.n * (self.written * self.parts + self.read)
         return 2 * self.k * (self.m + self.n) + results
 
+    def cluster(self):
+        """Blocks of a cluster, which share B."""
+        rows = ceil_div(self.m, TILE_M)
+        return 2 if rows % 2 == 0 or rows > 8 else 1
+
     def waves(self):
         """Tiles for each cluster of blocks, and of the busiest ones; and how many blocks work."""
-        rows = ceil_div(self.m, TILE_M)
-        cluster = 2 if rows % 2 == 0 or rows > 8 else 1
+        rows, cluster = ceil_div(self.m, TILE_M), self.cluster()
         work = ceil_div(rows, cluster) * ceil_div(self.n, TILE_N) * self.parts
         clusters = constant("processors") // cluster
         return work / clusters, ceil_div(work, clusters), min(work, clusters) * cluster
@@ -298,12 +302,11 @@ class Gemm:
 
 def gemm_parts(gpu, g):
     """Microseconds by cause. Tiles are written while the next ones are computed, if memory is fast
-    enough; what the last ones take is added. What is added to sums has been brought to L2."""
+    enough; what the last ones take is added. What the epilogue reads has been brought to L2."""
     even, waves, blocks = g.waves()
     writing = TILE_M * TILE_N * (g.written + g.read) / (gpu.bandwidth / blocks)
-    ahead = constant("latency" if g.read == 2 else "l2_latency")
     products, sums = g.main_loop()
-    tile = max(products + sums, writing, g.chain(WRITERS, ahead))
+    tile = max(products + sums, writing, g.chain(WRITERS, constant("l2_latency")))
     last = max(writing, g.chain(CONSUMERS, constant("latency")))
     return {
         "products": even * products,

@@ -20,7 +20,9 @@ from time_model import HEAD, HEADS, LINEARS, VOCABULARY, WIDTH, Gemm, ceil_div, 
 CHUNK = 1024  # rows of logits at a time
 TILE = 64  # of attention: queries or keys of a block, and tokens of its steps
 NORM_ROWS = 32  # of a block of a norm's backward pass
-PART_SLICES = 4  # the fewest slices of a part of a GEMM
+# how the program divides GEMMs: the fewest slices of a part and the most parts, and what it takes
+# another launch, and the share of a tile on its way to memory and back, to cost, in slices
+PART_SLICES, PARTS, LAUNCH_SLICES, SHARE_SLICES = 4, 8, 4, 0.25
 COLUMNS = 32  # of a block of norm_gradients
 BLOCK = 32768  # parameters of a block of the optimizer
 WARP = 32
@@ -174,25 +176,60 @@ def norm_backward(gpu, step, dy, residual):
     return edges() + first + again + sums
 
 
+def tiles(rows, columns, slices, clusters):
+    """How many rows of tiles are computed whole, and in how many parts those behind them, as
+    src/ops/cuda/train/gemm.rs decides."""
+
+    def time(whole, parts):
+        left, each = (rows - whole) * columns * parts, ceil_div(slices, parts)
+        waves = ceil_div(whole * columns, clusters) * slices + ceil_div(left, clusters) * each
+        launches = (whole > 0 and left > 0) + (parts > 1)
+        return waves + launches * LAUNCH_SLICES + (left * SHARE_SLICES if parts > 1 else 0)
+
+    most = min(max(slices // PART_SLICES, 1), PARTS)
+    waves = range(max(rows * columns - 1, 0) // clusters + 1)
+    some = [(w * clusters // columns, p) for w in waves for p in range(1, most + 1)]
+    best = min([(rows, 1)] + some, key=lambda t: time(*t))
+    return best if time(*best) < 0.97 * time(rows, 1) else (rows, 1)
+
+
 def divided(g):
-    """A GEMM whose inner dimension is divided into parts as the program does it."""
-    tiles = ceil_div(g.m, model.TILE_M) * ceil_div(g.n, model.TILE_N)
+    """The launches of a GEMM: of the rows that are computed whole, and of those behind them."""
+    cluster = g.cluster()
+    rows, columns = ceil_div(g.m, cluster * model.TILE_M), ceil_div(g.n, model.TILE_N)
     slices = ceil_div(g.k, model.SLICE)
-    wanted = min(max(int(constant("processors")) // tiles, 1), ceil_div(slices, PART_SLICES))
-    parts = ceil_div(slices, ceil_div(slices, wanted))
-    return dataclasses.replace(g, parts=parts, written=4, read=0) if parts > 1 else g
+    whole, parts = tiles(rows, columns, slices, int(constant("processors")) // cluster)
+    whole = min(whole * cluster * model.TILE_M, g.m)
+    parts = ceil_div(slices, ceil_div(slices, parts))
+    launches = [dataclasses.replace(g, m=whole)] if whole else []
+    if whole < g.m:
+        rest = dataclasses.replace(g, m=g.m - whole)
+        if parts > 1:
+            rest = dataclasses.replace(rest, parts=parts, written=4, read=0)
+        launches.append(rest)
+    return launches
 
 
-def gemm_parts(gpu, g, by_parts):
-    """Microseconds of a GEMM by cause, with those of the sums of its parts, if there are several,
-    which L2 still has."""
-    parts = model.gemm_parts(mixed(gpu), by_parts)
-    if by_parts.parts > 1:
-        results = g.m * g.n
-        written = results * (g.written + g.read) / mixed(gpu).bandwidth
-        sums = edges() + max(from_l2(4 * by_parts.parts * results), written)
-        parts["launches and last tiles"] += sums
-    return parts
+def gemm_parts(gpu, g, launches):
+    """Microseconds of a GEMM by cause, with those of the sums of parts, if there are several, which
+    L2 still has."""
+    causes = {}
+    for launch in launches:
+        for cause, time in model.gemm_parts(mixed(gpu), launch).items():
+            causes[cause] = causes.get(cause, 0) + time
+        if launch.parts > 1:
+            results = launch.m * launch.n
+            written = results * (g.written + g.read) / mixed(gpu).bandwidth
+            sums = edges() + max(from_l2(4 * launch.parts * results), written)
+            causes["launches and last tiles"] += sums
+    return causes
+
+
+def filled(launches):
+    """The part of the multiprocessors' time in which they have a tile to compute."""
+    products = [g.main_loop()[0] for g in launches]
+    even = sum(p * g.waves()[0] for p, g in zip(products, launches))
+    return even / sum(p * g.waves()[1] for p, g in zip(products, launches))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,12 +240,11 @@ class GemmOperation(Operation):
 
 def gemm(what, name, times, g):
     """`g` by kernel `name`, `times` times. gemm_hopper_* may divide k, linear_hopper does not."""
-    by_parts = divided(g) if name.startswith("gemm_hopper") else g
-    even, waves, _ = by_parts.waves()
-    parts = lambda gpu: gemm_parts(gpu, g, by_parts)
+    launches = divided(g) if name.startswith("gemm_hopper") else [g]
+    parts = lambda gpu: gemm_parts(gpu, g, launches)
     time = lambda gpu: sum(parts(gpu).values())
-    kernels = [name] + ["gemm_combine_bf16"] * (by_parts.parts > 1)
-    return GemmOperation(what, kernels, times, g.bytes, g.flops, time, parts, even / waves)
+    kernels = [name] + ["gemm_combine_bf16"] * any(launch.parts > 1 for launch in launches)
+    return GemmOperation(what, kernels, times, g.bytes, g.flops, time, parts, filled(launches))
 
 
 def input_gradient(step, name):

@@ -275,26 +275,29 @@ fn a_rank_that_ends_is_named_by_those_that_wait_for_it() {
     assert!(error.contains("rank 2 has ended"), "{error}");
 }
 
-const PAIRS: &str = r#"{"raw_prompt": "a cat in the rain", "prompt": "a cat in the rain, oil painting"}
-{"raw_prompt": "a house", "prompt": "a house on a hill, evening light, detailed"}
-{"raw_prompt": "portrait of a queen", "prompt": "portrait of a queen, studio lighting"}
-{"raw_prompt": "a ship", "prompt": "a ship in a storm, dramatic sky, matte painting"}
-"#;
+const PAIRS: [(&str, &str); 4] = [
+    ("a cat in the rain", "a cat in the rain, oil painting"),
+    ("a house", "a house on a hill, evening light, detailed"),
+    ("portrait of a queen", "portrait of a queen, studio lighting"),
+    ("a ship", "a ship in a storm, dramatic sky, matte painting"),
+];
 
 /// Processes as a launcher starts them.
-fn launch(folder: &Path, ranks: usize, more: &[&str]) -> Vec<std::process::Output> {
+fn launch(
+    folder: &Path,
+    ranks: usize,
+    more: impl Fn(usize) -> Vec<&'static str>,
+) -> Vec<std::process::Output> {
     let port = free_port().to_string();
     let pairs = folder.join("pairs.jsonl");
-    std::fs::write(&pairs, PAIRS).unwrap();
+    let line = |(raw, rich)| serde_json::json!({"raw_prompt": raw, "prompt": rich}).to_string();
+    std::fs::write(&pairs, PAIRS.map(line).join("\n")).unwrap();
     let output = folder.join(format!("run-{ranks}"));
     let started: Vec<_> = (0..ranks)
         .map(|rank| {
             let fixed = ["train", "sft", "--device", "cpu", "--epochs", "1", "--precision", "f32"];
             let files = ["--train", path(&pairs), "--output", path(&output), "--threads", "1"];
-            let mut command = bprompt(&[&fixed[..], &files[..], more].concat());
-            if rank > 0 && more.contains(&"9") {
-                command.args(["--seed", "7"]);
-            }
+            let mut command = bprompt(&[&fixed[..], &files[..], &more(rank)[..]].concat());
             command
                 .env("WORLD_SIZE", ranks.to_string())
                 .env("RANK", rank.to_string())
@@ -312,9 +315,9 @@ fn launch(folder: &Path, ranks: usize, more: &[&str]) -> Vec<std::process::Outpu
 #[test]
 fn processes_train_together_and_rank_0_alone_writes() {
     let folder = tempfile::tempdir().unwrap();
-    let settings = ["--batch", "4", "--micro-tokens", "64", "--save-dtype", "f32"];
+    let settings = |_| vec!["--batch", "4", "--micro-tokens", "64", "--save-dtype", "f32"];
     for ranks in [1, 2] {
-        let outputs = launch(folder.path(), ranks, &settings);
+        let outputs = launch(folder.path(), ranks, settings);
         for (rank, out) in outputs.iter().enumerate() {
             assert!(out.status.success(), "{}", text(&out.stderr));
             let quiet = out.stdout.is_empty() && out.stderr.is_empty();
@@ -337,8 +340,7 @@ fn processes_train_together_and_rank_0_alone_writes() {
 #[test]
 fn ranks_with_other_settings_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    // rank 1 is given another seed
-    for out in launch(folder.path(), 2, &["--batch", "9"]) {
+    for out in launch(folder.path(), 2, |rank| vec!["--seed", ["42", "7"][rank]]) {
         let line = text(&out.stderr);
         assert_eq!(out.status.code(), Some(2), "{line}");
         let last = line.lines().last().unwrap_or_default();

@@ -53,7 +53,8 @@ impl<F> AdamW<F> {
         options: AdamWOptions,
     ) -> Result<AdamW<F>> {
         let count = parameters.iter().map(Parameter::len).sum();
-        AdamW::of_shard(backend, parameters, options, vec![0..count])
+        let whole = std::iter::once(0..count).collect();
+        AdamW::of_shard(backend, parameters, options, whole)
     }
 
     /// An optimizer of some ranges of the flat parameters alone, which has taken no step.

@@ -3,6 +3,7 @@
 mod attention;
 #[path = "../emulated/mod.rs"]
 mod emulated;
+mod gemm;
 mod losses;
 mod model;
 mod parallel;

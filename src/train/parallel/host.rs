@@ -140,7 +140,7 @@ fn floats(mesh: &Mesh, rank: usize, count: usize) -> Result<Vec<f32>> {
 }
 
 fn numbers<T: bytemuck::AnyBitPattern>(bytes: &[u8]) -> Result<Vec<T>> {
-    if bytes.len() % size_of::<T>() != 0 {
+    if !bytes.len().is_multiple_of(size_of::<T>()) {
         return Err(Error::Internal("a rank sent a part of a number".into()));
     }
     Ok(bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect())

@@ -81,12 +81,71 @@ fn operands(layout: Layout, a: Matrix, b: Matrix) -> GemmArgs {
     }
 }
 
-/// Into how many parts of how many slices the inner dimension is divided: as many as leave no
+/// Blocks of a cluster on Hopper, which share B: two, unless much of the second one's work would be
+/// beyond the rows.
+fn cluster_of(m: usize) -> usize {
+    let rows = m.div_ceil(HOPPER_M);
+    if rows.is_multiple_of(2) || rows > 8 { 2 } else { 1 }
+}
+
+/// How the tiles of a GEMM on Hopper are divided.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Tiles {
+    /// Rows of tiles that are computed whole, by a launch of their own.
+    whole: usize,
+    /// Parts of the inner dimension of those behind them.
+    parts: usize,
+}
+
+/// Maximum parts of the inner dimension on Hopper.
+const HOPPER_PARTS: usize = 8;
+/// Slices that a multiprocessor multiplies while another launch begins, and while the share of a
+/// tile goes to memory and back.
+const LAUNCH_SLICES: f64 = 4.0;
+const SHARE_SLICES: f64 = 0.25;
+
+/// Divides `rows` times `columns` tiles of so many slices over `clusters` of blocks, so that few
+/// of these are without work while others have their last tile: as many rows as fill them whole a
+/// number of times, and the others in parts.
+fn tiles(rows: usize, columns: usize, slices: usize, clusters: usize) -> Tiles {
+    let time = |t: &Tiles| {
+        let (left, each) = ((rows - t.whole) * columns * t.parts, slices.div_ceil(t.parts));
+        let waves = (t.whole * columns).div_ceil(clusters) * slices;
+        let launches = (t.whole > 0 && left > 0) as u32 + (t.parts > 1) as u32;
+        let shares = if t.parts > 1 { left as f64 * SHARE_SLICES } else { 0.0 };
+        let waves = waves + left.div_ceil(clusters) * each;
+        waves as f64 + launches as f64 * LAUNCH_SLICES + shares
+    };
+    let most = (slices / PART_SLICES).clamp(1, HOPPER_PARTS);
+    let waves = 0..=(rows * columns).saturating_sub(1) / clusters;
+    let some = waves
+        .flat_map(|w| (1..=most).map(move |parts| Tiles { whole: w * clusters / columns, parts }));
+    let all = Tiles { whole: rows, parts: 1 };
+    let best = some.fold(all, |best, t| if time(&t) < time(&best) { t } else { best });
+    // a gain so small may be none
+    if time(&best) < 0.97 * time(&all) { best } else { all }
+}
+
+/// What is left of a GEMM behind `rows` rows of its results.
+fn behind(layout: Layout, args: GemmArgs, rows: usize) -> GemmArgs {
+    let size = if args.mode == GEMM_ADD { 4 } else { 2 };
+    let elements = (rows * args.c_stride as usize) as u64;
+    let row = if layout == Layout::Tn { rows } else { rows * args.a_stride as usize };
+    let beyond = |at: u64, bytes: u64| if at == 0 { 0 } else { at + bytes };
+    GemmArgs {
+        a: args.a + 2 * row as u64,
+        c: args.c + size * elements,
+        before_gelu: beyond(args.before_gelu, 2 * elements),
+        row_sums: beyond(args.row_sums, 4 * rows as u64),
+        m: args.m - rows as u32,
+        ..args
+    }
+}
+
+/// Into how many parts the inner dimension is divided elsewhere: as many as leave no
 /// multiprocessor without a tile.
-fn parts(tiles: usize, slices: usize, processors: usize) -> (usize, usize) {
-    let wanted = (processors / tiles).clamp(1, slices.div_ceil(PART_SLICES).max(1));
-    let each = slices.div_ceil(wanted).max(1);
-    (slices.div_ceil(each).max(1), each)
+fn parts(tiles: usize, slices: usize, processors: usize) -> usize {
+    (processors / tiles).clamp(1, slices.div_ceil(PART_SLICES).max(1))
 }
 
 impl<L: Launcher> Cuda<L> {
@@ -126,14 +185,35 @@ impl<L: Launcher> Cuda<L> {
         let (m, n) = (args.m as usize, args.n as usize);
         // what is added has no padding, and TMA takes rows of whole 16 bytes
         let hopper = self.hopper() && (args.mode == GEMM_WRITE || n.is_multiple_of(8));
-        let tile = if hopper { (HOPPER_M, HOPPER_N) } else { (TILE, TILE) };
-        let tiles = m.div_ceil(tile.0) * n.div_ceil(tile.1);
         let slices = (args.k as usize).div_ceil(SLICE);
-        let (parts, part_slices) = match layout {
-            Layout::Nt if hopper => (1, slices),
-            _ => parts(tiles, slices, self.launcher.limits().processors as usize),
+        let processors = self.launcher.limits().processors as usize;
+        let divided = |parts: usize| {
+            let each = slices.div_ceil(parts).max(1);
+            let parts = slices.div_ceil(each).max(1) as u32;
+            GemmArgs { parts, part_slices: each as u32, ..args }
         };
-        let mut args = GemmArgs { parts: parts as u32, part_slices: part_slices as u32, ..args };
+        if !hopper || layout == Layout::Nt {
+            let tiles = m.div_ceil(TILE) * n.div_ceil(TILE);
+            let parts = if hopper { 1 } else { parts(tiles, slices, processors) };
+            return self.gemm_in_parts(hopper, layout, divided(parts));
+        }
+        let cluster = cluster_of(m);
+        let (rows, columns) = (m.div_ceil(cluster * HOPPER_M), n.div_ceil(HOPPER_N));
+        let Tiles { whole, parts } = tiles(rows, columns, slices, processors / cluster);
+        let whole = (whole * cluster * HOPPER_M).min(m);
+        if whole > 0 {
+            let first = GemmArgs { m: whole as u32, ..divided(1) };
+            self.gemm_in_parts(hopper, layout, first)?;
+        }
+        if whole < m {
+            self.gemm_in_parts(hopper, layout, behind(layout, divided(parts), whole))?;
+        }
+        Ok(())
+    }
+
+    /// All of a GEMM, whose inner dimension is divided as its arguments say.
+    fn gemm_in_parts(&self, hopper: bool, layout: Layout, mut args: GemmArgs) -> Result<()> {
+        let (m, n, parts) = (args.m as usize, args.n as usize, args.parts as usize);
         let mode = args.mode;
         if parts > 1 {
             let bytes = 4 * parts * m * (n.next_multiple_of(8) + 1);
@@ -143,6 +223,7 @@ impl<L: Launcher> Cuda<L> {
         if hopper {
             self.launch_gemm_hopper(layout, args)?;
         } else {
+            let tiles = m.div_ceil(TILE) * n.div_ceil(TILE);
             let kernel = format!("gemm_{}_bf16", layout.name());
             self.launch(&kernel, [tiles, parts, 1], THREADS, SHARED, Args::new().with(args))?;
         }
@@ -191,10 +272,8 @@ impl<L: Launcher> Cuda<L> {
             *no_bias = Some(Memory::zeroed(&self.launcher, (4 * width).next_power_of_two())?);
         }
         let e = hopper_epilogue(&args, no_bias.as_ref().map_or(0, |zeros| zeros.at));
-        let rows = m.div_ceil(HOPPER_M);
-        // two blocks share B, unless much of the second one's work would be beyond the rows
-        let cluster = if rows.is_multiple_of(2) || rows > 8 { 2 } else { 1 };
-        let tiles = rows.div_ceil(cluster) * (e.width as usize).div_ceil(HOPPER_N);
+        let cluster = cluster_of(m);
+        let tiles = m.div_ceil(cluster * HOPPER_M) * (e.width as usize).div_ceil(HOPPER_N);
         let work = tiles * args.parts as usize;
         let blocks = work.min(self.launcher.limits().processors as usize / cluster);
         let maps = Args::new()
@@ -272,15 +351,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_fill_the_multiprocessors_and_cover_all_slices() {
-        assert_eq!(parts(144, 96, 132), (1, 96));
-        assert_eq!(parts(48, 3921, 132), (2, 1961));
-        assert_eq!(parts(1, 1, 132), (1, 1));
-        assert_eq!(parts(1, 0, 132), (1, 1));
+    fn parts_leave_no_multiprocessor_without_a_tile() {
+        assert_eq!(parts(144, 96, 132), 1);
+        assert_eq!(parts(48, 3921, 132), 2);
+        assert_eq!((parts(1, 1, 132), parts(1, 0, 132)), (1, 1));
         for (tiles, slices) in [(1, 5), (3, 17), (40, 96), (66, 100)] {
-            let (parts, each) = parts(tiles, slices, 132);
-            assert!(parts * tiles <= 132 && parts * each >= slices);
-            assert!((parts - 1) * each < slices, "no part is empty");
+            assert!(parts(tiles, slices, 132) * tiles <= 132);
+        }
+    }
+
+    #[test]
+    fn the_last_tiles_are_divided_where_that_fills_the_multiprocessors() {
+        let of = |rows, columns, slices| {
+            let Tiles { whole, parts } = tiles(rows, columns, slices, 66);
+            (whole, parts)
+        };
+        // BLOOM-1b1's with 6,144 tokens: dX of up and of QKV, and dW of up
+        assert_eq!(of(24, 6, 96), (22, 5));
+        assert_eq!(of(24, 6, 72), (22, 4));
+        // dX of a chunk of logits; dW of dense
+        assert_eq!(of(4, 6, 3920), (0, 8));
+        assert_eq!(of(6, 6, 96), (6, 1));
+        // nothing to gain: whole waves, or too little work
+        assert_eq!(of(22, 6, 96), (22, 1));
+        assert_eq!(of(24, 6, 4), (24, 1));
+        for (rows, columns, slices) in [(1, 1, 0), (1, 1, 1), (3, 5, 17), (980, 6, 16)] {
+            let t = tiles(rows, columns, slices, 66);
+            assert!(t.whole <= rows && t.parts <= slices.max(1), "{t:?}");
         }
     }
 }
