@@ -28,7 +28,7 @@ LETTERS |= {"MUFU": "e"}
 def occupancy(threads, registers):
     """Registers are handed out to warps in units of 256."""
     warp = -(-registers * 32 // 256) * 256
-    blocks = min(THREADS // threads, REGISTERS // (warp * (threads // 32)), BLOCKS)
+    blocks = min(THREADS // threads, REGISTERS // (warp * -(-threads // 32)), BLOCKS)
     return blocks * threads / THREADS
 
 

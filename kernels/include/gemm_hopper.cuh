@@ -264,8 +264,10 @@ DEVICE void with_epilogue(const EpilogueArgs& e, Use use) {
 
 // Brings a warp's share of the residuals, or of the inputs of GELUs, of half a tile to L2 while its
 // sums are computed.
+template <class Layout>
 DEVICE void prefetch_residuals(const EpilogueArgs& e, const StagedSums& sums) {
-    if (e.mode != EPILOGUE_RESIDUAL && e.mode != EPILOGUE_GELU_GRADIENT) return;
+    bool gelu = Layout::divided && e.mode == EPILOGUE_GELU_GRADIENT;
+    if (e.mode != EPILOGUE_RESIDUAL && !gelu) return;
     uint32_t size = e.half_residual ? 2 : 4, lines = STAGED_OUTPUTS * size / 128;
     for (uint32_t i = sums.first * WARP + lane_index(); i < sums.rows * lines;
          i += sums.step * WARP) {
@@ -342,7 +344,7 @@ DEVICE void write_tiles(const Schedule<Layout>& schedule, const Staging& staging
             StagedSums sums =
                 staged_sums(staging.rows, token, TILE_M, tokens, output + part * STAGED_OUTPUTS,
                             writer, WRITERS, schedule.part(tile) * tokens);
-            prefetch_residuals(e, sums);
+            prefetch_residuals<Layout>(e, sums);
             if (schedule.last(tile)) continue;
             write(sums, [&] { mbarrier_wait_parity(staging.full, turn & 1); });
             warp_sync();
