@@ -1,5 +1,6 @@
 //! The ranks that a launcher has started, and how they find each other.
 
+use super::print::note;
 use crate::device::cuda::Driver;
 use crate::error::Result;
 use crate::ops::cpu::Cpu;
@@ -34,6 +35,11 @@ impl Ranks {
         self.world.as_ref().map_or(1, |w| w.ranks)
     }
 
+    /// How many there are on this machine.
+    pub fn local_count(&self) -> usize {
+        self.world.as_ref().map_or(1, |w| w.local_ranks)
+    }
+
     /// Which one of those on this machine this is.
     pub fn local_rank(&self) -> usize {
         self.world.as_ref().map_or(0, |w| w.local_rank)
@@ -46,7 +52,8 @@ impl Ranks {
 
     /// Waits for the others.
     pub fn meet(&mut self) -> Result<()> {
-        self.mesh = self.world.as_ref().map(Mesh::connect).transpose()?;
+        let note = |text: &str| note!("{text}");
+        self.mesh = self.world.as_ref().map(|w| Mesh::connect(w, &note)).transpose()?;
         Ok(())
     }
 

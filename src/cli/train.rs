@@ -245,6 +245,8 @@ struct Start {
     model: TrainModel,
     /// Until training takes it.
     device: Option<Device>,
+    /// Ranks on this machine.
+    local_ranks: usize,
     tokenizer: Tokenizer,
     template: Template,
     /// What else the model folder holds, with this tokenizer and template.
@@ -267,10 +269,11 @@ impl SftArgs {
             (None, None) => Template::named("v1")?,
         };
         let device_for = |c: &BloomConfig| {
-            let device = self.device_for(c, ranks.local_rank())?;
+            let device = self.device_for(c, ranks)?;
             // a GPU has the gradients and moments itself
             let moments = 8.0 / ranks.count() as f64;
             let bytes = if matches!(device, Device::Cpu(_)) { 8.0 + moments } else { 4.0 };
+            let bytes = bytes * ranks.local_count() as f64;
             let bytes = bytes * c.parameter_count() as f64;
             MemoryPlan::new()
                 .with("weights, gradients and AdamW's moments", bytes, "the model's size")
@@ -324,7 +327,8 @@ impl SftArgs {
             }
         };
         let device = Some(device);
-        Ok(Start { model, device, tokenizer, template, companions })
+        let local_ranks = ranks.local_count();
+        Ok(Start { model, device, local_ranks, tokenizer, template, companions })
     }
 
     fn examples(&self, path: &Path, start: &Start) -> anyhow::Result<Vec<Example>> {
@@ -391,7 +395,7 @@ impl SftArgs {
         }
         within("--max-tokens", self.max_tokens, 2..=1 << 20, "[2, 1048576]")?;
         within("--keep", self.keep, 1.., "[1, ...]: a checkpoint to go on from has to stay")?;
-        // rank 0 may have made it by now
+        // rank 0 makes it
         ensure!(
             self.resume || !self.output.exists() || !ranks.is_first(),
             "{}: exists already; --resume goes on with it, or choose another --output",
@@ -405,9 +409,9 @@ impl SftArgs {
         Ok(())
     }
 
-    /// Where a model is to be trained.
-    fn device_for(&self, config: &BloomConfig, local_rank: usize) -> anyhow::Result<Device> {
-        let driver = driver(self.device_choice, local_rank, || {
+    /// Where a model is to be trained: on this rank's GPU, or its share of the cores.
+    fn device_for(&self, config: &BloomConfig, ranks: &Ranks) -> anyhow::Result<Device> {
+        let driver = driver(self.device_choice, ranks.local_rank(), || {
             if self.precision == PrecisionChoice::F32 {
                 return Err(Error::Unsupported(
                     "the CUDA kernels train with bf16 operands; use --precision bf16".into(),
@@ -417,7 +421,14 @@ impl SftArgs {
         })?;
         Ok(match driver {
             Some(driver) => Device::Cuda(driver),
-            None => Device::Cpu(self.device.cpu()?),
+            None => {
+                let (isa, all) = (self.device.isa, self.device.threads == 0);
+                let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+                let shared = all && ranks.local_count() > 1;
+                let share = (cores / ranks.local_count()).max(1);
+                let threads = if shared { share } else { self.device.threads };
+                Device::Cpu(DeviceArgs { threads, isa }.cpu()?)
+            }
         })
     }
 
@@ -427,9 +438,10 @@ impl SftArgs {
     fn pass_tokens<B: TrainBackend>(
         &self,
         (backend, communicator): (&B, &dyn Communicator<B>),
-        config: &BloomConfig,
+        start: &Start,
         examples: (&[Example], &[Example]),
     ) -> anyhow::Result<usize> {
+        let config = &start.model.config;
         let lengths = |e: &[Example]| e.iter().map(|e| e.ids.len()).collect::<Vec<_>>();
         let (train, held_out) = (lengths(examples.0), lengths(examples.1));
         let longest = train.iter().chain(&held_out).copied().max().unwrap_or(0);
@@ -439,7 +451,9 @@ impl SftArgs {
         let recompute = self.recompute.into();
         // on the CPU the values are there already
         let there = if B::PARAMETER_BYTES == 4 { 4 * config.parameter_count() as u64 } else { 0 };
-        let available = backend.free_memory().map_or(u64::MAX, |free| free + there);
+        // which ranks on CPUs of one machine share
+        let shared = if B::ACTIVATION_BYTES == 4 { start.local_ranks as u64 } else { 1 };
+        let available = backend.free_memory().map_or(u64::MAX, |free| free / shared + there);
         let fitting = |recompute, most: usize| {
             let recompute = (recompute, ranks);
             memory::tokens_that_fit(backend, config, recompute, (longest, most), available)
@@ -516,7 +530,8 @@ impl SftArgs {
             Device::Cuda(driver) => {
                 ranks.agree("the device", "cuda")?;
                 if ranks.is_first() {
-                    note!("training on {} ({})", driver.name, ranks.count());
+                    let each = if ranks.count() > 1 { " or its like, for each rank" } else { "" };
+                    note!("training on {}{each}", driver.name);
                 }
                 let driver = Rc::new(driver);
                 let communicator = ranks.on_cuda(&driver)?;
@@ -534,10 +549,10 @@ impl SftArgs {
         validation: Vec<Example>,
     ) -> anyhow::Result<()> {
         let examples = (&train[..], &validation[..]);
-        let tokens = self.pass_tokens((backend, &*communicator), &start.model.config, examples)?;
+        let tokens = self.pass_tokens((backend, &*communicator), &start, examples)?;
         let options = self.options(&start.model, &train, tokens);
         let Start { model, companions, .. } = start;
-        check_alike(&*communicator, &options.settings, &model.values)?;
+        check_alike(&*communicator, self.shared_settings(&options, examples), &model.values)?;
         let first = communicator.rank() == 0;
         if first {
             std::fs::create_dir_all(&self.output)
@@ -578,6 +593,30 @@ impl SftArgs {
             Outcome::Finished { validation_loss } if first => self.finish(&sft, validation_loss),
             Outcome::Finished { .. } => Ok(()),
         }
+    }
+
+    /// All that has to be the same on every rank: what decides the results, and when the ranks have
+    /// something to tell each other.
+    fn shared_settings(
+        &self,
+        options: &SftOptions,
+        (train, validation): (&[Example], &[Example]),
+    ) -> serde_json::Value {
+        let sum = |examples: &[Example]| {
+            let mut sum = crc32fast::Hasher::new();
+            for e in examples {
+                sum.update(&(e.loss_from as u64).to_le_bytes());
+                sum.update(bytemuck::cast_slice(&e.ids));
+            }
+            (examples.len(), sum.finalize())
+        };
+        let mut settings = options.settings.clone();
+        settings["train"] = json!(sum(train));
+        settings["validation"] = json!(sum(validation));
+        settings["save_every"] = json!(options.save_every);
+        settings["validate_every"] = json!(options.validate_every);
+        settings["resume"] = json!(self.resume);
+        settings
     }
 
     /// What the run does, and the settings that it keeps beside its results.
@@ -658,13 +697,12 @@ fn least<B: TrainBackend>(c: &dyn Communicator<B>, here: usize) -> anyhow::Resul
 /// Fails if ranks have been started with other settings or weights than rank 0.
 fn check_alike<B: TrainBackend>(
     c: &dyn Communicator<B>,
-    settings: &serde_json::Value,
+    mut settings: serde_json::Value,
     values: &[f32],
 ) -> anyhow::Result<()> {
     if c.ranks() == 1 {
         return Ok(());
     }
-    let mut settings = settings.clone();
     settings["weights"] = json!(crc32fast::hash(bytemuck::cast_slice(values)));
     let all = c.exchange(settings.to_string().into_bytes())?;
     let Some(other) = all.iter().position(|s| *s != all[0]) else { return Ok(()) };

@@ -120,8 +120,7 @@ impl Nccl {
     /// of them in their place.
     ///
     /// # Errors
-    /// If the library fails; as for all exchanges, what fails later is reported where results are
-    /// read.
+    /// If the library cannot begin. It waits without an end for a rank that has gone.
     pub fn reduce_scatter(&self, at: Address, count: usize, rank: usize) -> Result<()> {
         let own = at + (4 * rank * count) as u64;
         let (float, sum) = (sys::ncclDataType_t::ncclFloat32, sys::ncclRedOp_t::ncclSum);
@@ -191,10 +190,12 @@ impl Nccl {
 
 impl Drop for Nccl {
     fn drop(&mut self) {
+        // results have been read by now, or the run has failed: then other ranks may never come,
+        // and what waits for them has to end
         // SAFETY: all were made in `connect` and are given up; what fails here has failed before.
         unsafe {
+            let _ = nccl::comm_abort(self.comm);
             let _ = result::stream::synchronize(self.stream);
-            let _ = nccl::comm_destroy(self.comm);
             let _ = result::event::destroy(self.ready);
             let _ = result::event::destroy(self.done);
             let _ = result::stream::destroy(self.stream);

@@ -196,8 +196,9 @@ impl StepSums {
 /// gradient are f32. Nothing waits for the device but [`TrainBackend::sums`],
 /// [`TrainBackend::read`] and [`TrainBackend::download_column`].
 pub trait TrainBackend: Backend {
-    /// Parameters, gradients or moments of a whole model, in f32. Parameters may be there in the
-    /// type of the activations too, which the operations that change them keep equal.
+    /// Parameters or gradients of a whole model, or moments of it or of a part, in f32. Parameters
+    /// may be there in the type of the activations too, which the operations that change them keep
+    /// equal.
     type Flat;
     /// Where a step's sums are.
     type Sums;

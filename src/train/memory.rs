@@ -35,12 +35,15 @@ pub fn plan<B: TrainBackend>(
     let parameters = config.parameter_count() as f64;
     let per_token = training_bytes_per_token(config, size.recompute, B::ACTIVATION_BYTES);
     let Remedies { model, pass } = remedies;
-    MemoryPlan::new()
+    let plan = MemoryPlan::new()
         .with("weights", B::PARAMETER_BYTES as f64 * parameters, model)
         .with("gradients", 4.0 * parameters, model)
         .with("AdamW's moments", 8.0 * parameters / size.ranks as f64, model)
         .with("activations", per_token * size.tokens as f64, pass)
-        .with("logits", backend.logit_bytes(size.tokens, config.vocab_size) as f64, pass)
+        .with("logits", backend.logit_bytes(size.tokens, config.vocab_size) as f64, pass);
+    // CPUs exchange copies of the gradients, which may all be under way at the end of a pass
+    let copied = size.ranks > 1 && B::ACTIVATION_BYTES == 4;
+    if copied { plan.with("exchange", 8.0 * parameters, model) } else { plan }
 }
 
 /// What [`plan`] takes where nobody reads the remedies.

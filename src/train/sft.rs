@@ -165,6 +165,8 @@ impl<B: TrainBackend> Sft<'_, B> {
             if stopping || due(self.options.save_every) {
                 let folder = self.save(&checkpoints, (&optimizer, &scratch.buckets), done)?;
                 metrics.as_ref().map_or(Ok(()), |m| m.draw(&curve))?;
+                // a launcher may end all ranks as soon as one of them ends
+                self.any(false)?;
                 if stopping && done < total {
                     return Ok(Outcome::Stopped(folder));
                 }
@@ -236,6 +238,10 @@ impl<B: TrainBackend> Sft<'_, B> {
     /// Takes up the newest checkpoint, if there is one; returns the steps that it had taken.
     fn restore(&mut self, checkpoints: &Path, optimizer: &mut AdamW<B::Flat>) -> Result<u64> {
         let Some(folder) = self.newest_checkpoint(checkpoints)? else { return Ok(0) };
+        if self.communicator.rank() > 0 && !folder.is_dir() {
+            let what = "is not there, but rank 0 has it; all ranks have to see the output folder";
+            return Err(Error::file(&folder, what));
+        }
         let saved = state::load(&folder, self.backend, &mut self.model, optimizer)?;
         if saved.settings != as_read(&self.options.settings) {
             return Err(Error::file(

@@ -73,6 +73,9 @@ pub fn gather_moments<'a, B: TrainBackend>(
             out.copy_from_slice(part);
             left = rest;
         }
+        if !left.is_empty() {
+            return Err(Error::Internal(format!("rank {rank} sent more moments than it has")));
+        }
     }
     Ok(Some(all.into()))
 }

@@ -522,8 +522,9 @@ impl Launch<'_> {
                     next = round + BEHIND;
                     let whole = pointers.len() > 1 && random >> 40 & 1 == 1;
                     let size = if whole { per_block } else { WARP.min(per_block) };
-                    let first = random as usize % order.len() / size * size;
-                    behind = first..first + size;
+                    let i = random as usize % order.len();
+                    let first = i - i % per_block % size;
+                    behind = first..(first + size).min(i - i % per_block + per_block);
                 }
             }
             let mut ran = false;

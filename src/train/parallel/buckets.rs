@@ -45,7 +45,7 @@ impl Buckets {
     /// Divides `count` parameters into buckets of about `size` for this many ranks.
     pub fn new(count: usize, size: usize, ranks: usize) -> Buckets {
         let parts = ranks * GRANULARITY;
-        let size = size.min(count.max(1)).next_multiple_of(parts);
+        let size = size.clamp(1, count.max(1)).next_multiple_of(parts);
         Buckets { count, size, ranks }
     }
 
@@ -86,7 +86,7 @@ mod tests {
     #[test]
     fn every_parameter_has_one_owner() {
         for (count, size, ranks) in
-            [(1, 1, 1), (1000, usize::MAX, 1), (1000, 64, 2), (1003, 100, 3), (5, 8, 4), (0, 8, 2)]
+            [(1, 1, 1), (1000, usize::MAX, 1), (1000, 64, 2), (1003, 100, 3), (5, 0, 4), (0, 8, 2)]
         {
             let buckets = Buckets::new(count, size, ranks);
             let mut owners = vec![0; count];

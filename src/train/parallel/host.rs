@@ -5,7 +5,7 @@ use super::buckets::{Bucket, Buckets};
 use super::mesh::Mesh;
 use crate::error::{Error, Result};
 use crate::ops::train::{StepSums, TrainBackend};
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
@@ -21,12 +21,12 @@ pub struct HostCommunicator {
     /// Until it ends.
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
-    /// Sums of this rank's parts.
-    reduced: Receiver<Result<(usize, Vec<f32>)>>,
-    reducing: Sender<Result<(usize, Vec<f32>)>>,
-    /// Buckets that have not been waited for.
-    begun: Cell<usize>,
+    /// The sums of this rank's parts that have not been waited for.
+    begun: RefCell<Vec<Receiver<Result<PartSum>>>>,
 }
+
+/// Where a part begins, and its sums.
+type PartSum = (usize, Vec<f32>);
 
 impl HostCommunicator {
     /// A communicator over these connections.
@@ -44,21 +44,11 @@ impl HostCommunicator {
     pub fn with_buckets(mesh: Mesh, bucket_elements: usize) -> Result<HostCommunicator> {
         let (rank, ranks) = (mesh.rank(), mesh.ranks());
         let (jobs, work) = channel::<Job>();
-        let (reducing, reduced) = channel();
         let thread = std::thread::Builder::new().name("communicator".into());
         let thread = thread.spawn(move || work.iter().for_each(|job| job(&mesh)));
         let thread = thread.map_err(|e| Error::Internal(format!("no thread could start: {e}")))?;
-        let (jobs, thread, begun) = (Some(jobs), Some(thread), Cell::new(0));
-        Ok(HostCommunicator {
-            rank,
-            ranks,
-            bucket_elements,
-            jobs,
-            thread,
-            reduced,
-            reducing,
-            begun,
-        })
+        let (jobs, thread, begun) = (Some(jobs), Some(thread), RefCell::default());
+        Ok(HostCommunicator { rank, ranks, bucket_elements, jobs, thread, begun })
     }
 
     fn start(&self, job: impl FnOnce(&Mesh) + Send + 'static) -> Result<()> {
@@ -161,20 +151,20 @@ impl<B: TrainBackend> Communicator<B> for HostCommunicator {
 
     fn reduce_scatter(&self, b: &B, flat: &mut B::Flat, bucket: &Bucket) -> Result<()> {
         let values = b.read(flat, bucket.range.clone())?.into_owned();
-        let (bucket, reducing) = (bucket.clone(), self.reducing.clone());
+        let (bucket, (reducing, reduced)) = (bucket.clone(), channel());
         self.start(move |mesh| {
             let first = bucket.part(mesh.rank()).start;
             let sum = reduce(mesh, &bucket, &values).map(|sum| (first, sum));
             // nobody waits any more only if this rank has failed
             let _ = reducing.send(sum);
         })?;
-        self.begun.set(self.begun.get() + 1);
+        self.begun.borrow_mut().push(reduced);
         Ok(())
     }
 
     fn wait(&self, b: &B, flat: &mut B::Flat) -> Result<()> {
-        for _ in 0..self.begun.take() {
-            let (first, sum) = self.reduced.recv().map_err(|_| gone())??;
+        for reduced in self.begun.take() {
+            let (first, sum) = reduced.recv().map_err(|_| gone())??;
             b.write(flat, first, &sum)?;
         }
         Ok(())
@@ -204,7 +194,9 @@ impl<B: TrainBackend> Communicator<B> for HostCommunicator {
         let mut total = StepSums::default();
         for bytes in self.exchange_bytes(own)? {
             let values: Vec<f64> = numbers(&bytes)?;
-            let &[loss, squared_norm] = &values[..] else { return Err(gone()) };
+            let &[loss, squared_norm] = &values[..] else {
+                return Err(Error::Internal("a rank sent other sums than a step's".into()));
+            };
             total.loss += loss;
             total.squared_norm += squared_norm;
         }

@@ -3,6 +3,8 @@
 
 use super::world::World;
 use crate::error::{Error, Result};
+use socket2::{SockRef, TcpKeepalive};
+use std::cell::Cell;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -11,8 +13,14 @@ use std::time::{Duration, Instant};
 
 /// How long ranks wait for each other at the start.
 const PATIENCE: Duration = Duration::from_secs(600);
-/// How long somebody who has connected may take to say which rank they are.
-const GREETING_TIME: Duration = Duration::from_secs(10);
+/// How long one attempt to connect may take.
+const CONNECTION_TIME: Duration = Duration::from_secs(10);
+/// How long somebody who has connected may take to say which rank they are: it is said at once.
+const GREETING_TIME: Duration = Duration::from_secs(1);
+/// After how long it is said whom a rank waits for.
+const SILENCE: Duration = Duration::from_secs(5);
+/// When nothing has come for a while, whether the other machine is still there is asked so often.
+const KEEPALIVE: Duration = Duration::from_secs(15);
 /// How long a rank may take nothing of what is sent to it; its reader takes all there is.
 const STUCK: Duration = Duration::from_secs(120);
 /// What a rank says first; whoever says anything else is not one.
@@ -64,40 +72,46 @@ impl Mesh {
     ///
     /// # Errors
     /// If they are not all there after ten minutes, or two have the same rank.
-    pub fn connect(world: &World) -> Result<Mesh> {
-        Mesh::connect_within(world, PATIENCE)
+    pub fn connect(world: &World, note: &dyn Fn(&str)) -> Result<Mesh> {
+        Mesh::connect_within(world, PATIENCE, note)
     }
 
-    /// [`Mesh::connect`] with this patience.
+    /// [`Mesh::connect`] with this patience. If it takes longer than some seconds, `note` is told
+    /// once who is waited for.
     ///
     /// # Errors
     /// As for that.
-    pub fn connect_within(world: &World, patience: Duration) -> Result<Mesh> {
-        let until = Instant::now() + patience;
+    pub fn connect_within(world: &World, patience: Duration, note: &dyn Fn(&str)) -> Result<Mesh> {
+        let until =
+            Waiting { world, start: Instant::now(), patience, note, said: Cell::new(false) };
         let mut streams: Vec<Option<TcpStream>> = (0..world.ranks).map(|_| None).collect();
         if world.rank == 0 {
             let listener = listen_at(&world.master)?;
-            let greetings = accept(&listener, &mut streams, 1, until, world)?;
+            let greetings = accept(&listener, &mut streams, 1, &until)?;
             let addresses: Vec<String> = greetings.iter().map(ToString::to_string).collect();
             let text = addresses.join("\n");
             for stream in streams.iter_mut().flatten() {
                 send_frame(stream, text.as_bytes()).map_err(|e| broken(0, &e))?;
             }
         } else {
-            let mut first = reach(&world.master, until, world)?;
-            let listener = listen_beside(&first)?;
+            let mut first = reach(&world.master, &until)?;
+            let listener = listen_anywhere("0").map_err(|e| broken(0, &e))?;
             let port = listener.local_addr().map_err(|e| broken(0, &e))?.port();
             greet(&mut first, world, port).map_err(|e| broken(0, &e))?;
-            let text = receive_frame(&mut first).map_err(|e| broken(0, &e))?;
-            let text = String::from_utf8_lossy(&text).into_owned();
+            let addresses = receive_addresses(&mut first, &until)?;
+            let machine = first.peer_addr().map_err(|e| broken(0, &e))?.ip();
             streams[0] = Some(first);
             // by rank, from rank 1 on
-            for (rank, address) in (1..world.rank).zip(text.lines()) {
-                let mut stream = reach(address, until, world)?;
+            for (rank, mut address) in (1..world.rank).zip(addresses) {
+                // who has reached rank 0 so is on its machine
+                if address.ip().is_loopback() {
+                    address.set_ip(machine);
+                }
+                let mut stream = reach(&address.to_string(), &until)?;
                 greet(&mut stream, world, 0).map_err(|e| broken(rank, &e))?;
                 streams[rank] = Some(stream);
             }
-            accept(&listener, &mut streams, world.rank + 1, until, world)?;
+            accept(&listener, &mut streams, world.rank + 1, &until)?;
         }
         let peer = |(rank, stream): (usize, Option<TcpStream>)| {
             stream.map(|s| Peer::over(s).map_err(|e| broken(rank, &e))).transpose()
@@ -175,6 +189,8 @@ impl Peer {
         stream.set_read_timeout(None)?;
         stream.set_write_timeout(Some(STUCK))?;
         stream.set_nodelay(true)?;
+        let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
+        SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
         let (to, outgoing) = channel::<Vec<u8>>();
         let (incoming, from) = channel();
         let mut writing = stream.try_clone()?;
@@ -183,6 +199,8 @@ impl Peer {
             // when this rank has ended and all is written, the other one reads the end
             while let Ok(message) = outgoing.recv() {
                 if send_frame(&mut writing, &message).is_err() {
+                    // who waits for the other rank here, and it for the rest of this, learns of it
+                    let _ = writing.shutdown(std::net::Shutdown::Both);
                     return;
                 }
             }
@@ -201,7 +219,7 @@ impl Peer {
 }
 
 fn ended(rank: usize) -> Error {
-    Error::Internal(format!("rank {rank} has ended; its own output says why"))
+    Error::Internal(format!("rank {rank} has ended or does not answer; its own output says why"))
 }
 
 fn broken(rank: usize, cause: &std::io::Error) -> Error {
@@ -230,32 +248,68 @@ fn receive_frame(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
 fn listen_at(address: &str) -> Result<TcpListener> {
     // the port alone matters: the name may be that of a service in front of this machine
     let port = address.rsplit_once(':').map_or("", |(_, port)| port);
-    let any = |ip: &str| TcpListener::bind(format!("{ip}:{port}"));
-    any("[::]").or_else(|_| any("0.0.0.0")).map_err(|e| {
+    listen_anywhere(port).map_err(|e| {
         Error::invalid(format!(
-            "rank 0 cannot listen at MASTER_PORT {port}: {e}; choose another one for all ranks"
+            "rank 0 cannot listen at MASTER_PORT {port}: {e}; choose another one for all ranks, \
+            and check that RANK is 0 only once"
         ))
     })
 }
 
-/// A listener at the address that this machine has towards rank 0.
-fn listen_beside(first: &TcpStream) -> Result<TcpListener> {
-    let local = first.local_addr().map_err(|e| broken(0, &e))?;
-    TcpListener::bind(SocketAddr::new(local.ip(), 0)).map_err(|e| broken(0, &e))
+fn listen_anywhere(port: &str) -> std::io::Result<TcpListener> {
+    let any = |ip: &str| TcpListener::bind(format!("{ip}:{port}"));
+    any("[::]").or_else(|_| any("0.0.0.0"))
+}
+
+/// How long a rank waits for the others, and whom it tells.
+struct Waiting<'a> {
+    world: &'a World,
+    start: Instant,
+    patience: Duration,
+    note: &'a dyn Fn(&str),
+    said: Cell<bool>,
+}
+
+impl Waiting<'_> {
+    /// Whether it is over; says what for if it has taken long.
+    fn is_over(&self, what: impl FnOnce() -> String) -> bool {
+        let waited = self.start.elapsed();
+        if waited > SILENCE && !self.said.replace(true) {
+            (self.note)(&format!("rank {} waits: {}", self.world.rank, what()));
+        }
+        waited >= self.patience
+    }
+}
+
+/// Where the other ranks from rank 1 on listen, as rank 0 says when all are there.
+fn receive_addresses(first: &mut TcpStream, until: &Waiting) -> Result<Vec<SocketAddr>> {
+    // rank 0 waits as long, and says who is missing
+    let left = (until.patience + GREETING_TIME).saturating_sub(until.start.elapsed());
+    let text = first
+        .set_read_timeout(Some(left.max(GREETING_TIME)))
+        .and_then(|()| receive_frame(first))
+        .map_err(|e| {
+            Error::invalid(format!(
+                "rank 0 has not said where the others are ({e}); its own output says why"
+            ))
+        })?;
+    let text = String::from_utf8_lossy(&text);
+    let addresses: Option<Vec<SocketAddr>> = text.lines().map(|l| l.parse().ok()).collect();
+    addresses.ok_or_else(|| Error::Internal("rank 0 sent no addresses".into()))
 }
 
 /// Connects, as soon as somebody listens there.
-fn reach(address: &str, until: Instant, world: &World) -> Result<TcpStream> {
+fn reach(address: &str, until: &Waiting) -> Result<TcpStream> {
+    let World { rank, ranks, .. } = until.world;
     loop {
         let cause = match connect_once(address) {
             Ok(stream) => return Ok(stream),
             Err(cause) => cause,
         };
-        if Instant::now() >= until {
+        if until.is_over(|| format!("nobody answers at {address} yet ({cause})")) {
             return Err(Error::invalid(format!(
-                "rank {} of {} does not reach {address}: {cause}; check MASTER_ADDR and \
-                MASTER_PORT, and that all ranks have been started",
-                world.rank, world.ranks
+                "rank {rank} of {ranks} does not reach {address}: {cause}; check MASTER_ADDR and \
+                MASTER_PORT, and that all ranks have been started"
             )));
         }
         std::thread::sleep(Duration::from_millis(100));
@@ -265,7 +319,9 @@ fn reach(address: &str, until: Instant, world: &World) -> Result<TcpStream> {
 fn connect_once(address: &str) -> std::io::Result<TcpStream> {
     let mut last = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
     for address in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, GREETING_TIME) {
+        match TcpStream::connect_timeout(&address, CONNECTION_TIME) {
+            // where nobody listens, a connection may come to meet itself
+            Ok(stream) if stream.local_addr()? == stream.peer_addr()? => {}
             Ok(stream) => return Ok(stream),
             Err(e) => last = e,
         }
@@ -300,20 +356,21 @@ fn accept(
     listener: &TcpListener,
     streams: &mut [Option<TcpStream>],
     first: usize,
-    until: Instant,
-    world: &World,
+    until: &Waiting,
 ) -> Result<Vec<SocketAddr>> {
+    let world = until.world;
     listener.set_nonblocking(true).map_err(|e| broken(world.rank, &e))?;
     let unknown = SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 0);
     let mut addresses = vec![unknown; streams.len() - first];
     while let Some(missing) = (first..streams.len()).find(|&rank| streams[rank].is_none()) {
+        let over = until.is_over(|| format!("rank {missing} has not come yet"));
         let (mut stream, from) = match listener.accept() {
             Ok(accepted) => accepted,
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < until => {
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock && !over => {
                 std::thread::sleep(Duration::from_millis(10));
                 continue;
             }
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+            _ if over => {
                 return Err(Error::invalid(format!(
                     "rank {} waited for rank {missing} of {} and it did not come; check its \
                     output, MASTER_ADDR and MASTER_PORT",
@@ -333,7 +390,7 @@ fn accept(
         if streams[rank].replace(stream).is_some() {
             return Err(Error::invalid(format!("two ranks are number {rank}; check RANK")));
         }
-        addresses[rank - first] = SocketAddr::new(from.ip(), port);
+        addresses[rank - first] = SocketAddr::new(from.ip().to_canonical(), port);
     }
     Ok(addresses)
 }

@@ -16,8 +16,8 @@ use buckets::{Bucket, Buckets};
 
 /// A rank's connection to the others.
 ///
-/// Every rank calls the same operations in the same order; each waits until the others have called
-/// it too, [`Communicator::reduce_scatter`] excepted.
+/// Every rank calls the same operations in the same order. What an operation gives is there when
+/// the others have called it too; where results lie on a device, nobody may have waited for it.
 pub trait Communicator<B: TrainBackend> {
     /// Which of the ranks this is, from 0 on.
     fn rank(&self) -> usize;
@@ -167,10 +167,9 @@ impl<'a, B: TrainBackend> GradientReduction<'a, B> {
     /// What has failed since the first bucket.
     pub fn finish(mut self, grads: &mut B::Flat) -> Result<()> {
         self.finished_from(grads, 0);
-        match self.failure {
-            Some(failure) => Err(failure),
-            None => self.communicator.wait(self.backend, grads),
-        }
+        // also what was begun before a failure has to end before the gradients are given up
+        let waited = self.communicator.wait(self.backend, grads);
+        self.failure.map_or(waited, Err)
     }
 }
 

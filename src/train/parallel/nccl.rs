@@ -13,8 +13,9 @@ use std::rc::Rc;
 
 /// A [`Communicator`] over NCCL; the little that the hosts tell each other goes through a [`Mesh`].
 pub struct NcclCommunicator {
-    nccl: Nccl,
+    /// Given up first, so that the others learn of it.
     host: HostCommunicator,
+    nccl: Nccl,
     place: (usize, usize),
 }
 
@@ -35,8 +36,9 @@ impl NcclCommunicator {
         let ids = host.exchange_bytes(id)?;
         if let Some(rank) = ids.iter().position(Vec::is_empty) {
             return Err(Error::Unsupported(format!(
-                "rank {rank} finds no NCCL (libnccl.so): install it (pip install nvidia-nccl-cu13) \
-                and set LD_LIBRARY_PATH to its lib folder"
+                "rank {rank} finds no NCCL (libnccl.so): install it (pip install \
+                nvidia-nccl-cu13), set a link libnccl.so beside its libnccl.so.2, and \
+                LD_LIBRARY_PATH to their folder"
             )));
         }
         let id = ids[0].as_slice().try_into();

@@ -199,7 +199,8 @@ impl<L: Launcher> Cuda<L> {
         }
         let cluster = cluster_of(m);
         let (rows, columns) = (m.div_ceil(cluster * HOPPER_M), n.div_ceil(HOPPER_N));
-        let Tiles { whole, parts } = tiles(rows, columns, slices, processors / cluster);
+        let clusters = (processors / cluster).max(1);
+        let Tiles { whole, parts } = tiles(rows, columns, slices, clusters);
         let whole = (whole * cluster * HOPPER_M).min(m);
         if whole > 0 {
             let first = GemmArgs { m: whole as u32, ..divided(1) };
