@@ -87,17 +87,7 @@ impl Work {
 
 /// Does the work; `Err` is what the device reports, or which result is wrong.
 fn perform(work: Work, device: &Rc<Emulated>) -> Result<(), String> {
-    let none = Shapes {
-        heads: vec![],
-        steps: vec![],
-        matrices: vec![],
-        long_matrices: vec![],
-        tokens: vec![],
-        batches: vec![],
-        vocabularies: vec![],
-        train: TrainShapes::default(),
-        seed: 1,
-    };
+    let none = Shapes { seed: 1, ..Shapes::default() };
     let shapes = match work {
         Work::Linear(outputs, inputs, tokens) => {
             Shapes { matrices: vec![(outputs, inputs)], tokens: vec![tokens], ..none }

@@ -103,6 +103,16 @@ impl DeviceArgs {
     ///
     /// Fails if this machine does not have the instruction set.
     pub fn cpu(&self) -> anyhow::Result<Cpu> {
+        self.cpu_among(1)
+    }
+
+    /// The CPU backend of one of so many processes on this machine, which share its cores unless a
+    /// number of threads is wanted.
+    ///
+    /// # Errors
+    ///
+    /// As for [`DeviceArgs::cpu`].
+    pub fn cpu_among(&self, processes: usize) -> anyhow::Result<Cpu> {
         let wanted = |set: InstructionSet| {
             let best = Isa::detect().name();
             set.get().with_context(|| {
@@ -116,13 +126,16 @@ impl DeviceArgs {
             IsaChoice::Avx512 => wanted(InstructionSet::Avx512)?,
             IsaChoice::Avx512Bf16 => wanted(InstructionSet::Avx512Bf16)?,
         };
-        Ok(Cpu::new(self.capped_threads(), isa))
+        Ok(Cpu::new(self.capped_threads(processes), isa))
     }
 
     /// `--threads`, of which more than there are cores would only take time from each other.
-    fn capped_threads(&self) -> usize {
+    fn capped_threads(&self, processes: usize) -> usize {
         // what affinity and the control group leave of the machine
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        if self.threads == 0 && processes > 1 {
+            return (cores / processes).max(1);
+        }
         if self.threads > cores {
             note!(
                 "--threads {}: this process may use {cores} cores; {cores} threads are taken",

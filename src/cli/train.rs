@@ -421,14 +421,7 @@ impl SftArgs {
         })?;
         Ok(match driver {
             Some(driver) => Device::Cuda(driver),
-            None => {
-                let (isa, all) = (self.device.isa, self.device.threads == 0);
-                let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-                let shared = all && ranks.local_count() > 1;
-                let share = (cores / ranks.local_count()).max(1);
-                let threads = if shared { share } else { self.device.threads };
-                Device::Cpu(DeviceArgs { threads, isa }.cpu()?)
-            }
+            None => Device::Cpu(self.device.cpu_among(ranks.local_count())?),
         })
     }
 
@@ -559,10 +552,9 @@ impl SftArgs {
                 .with_context(|| format!("{}: cannot create", self.output.display()))?;
         }
         let model = model.place(backend)?;
-        let communicator_ref = &*communicator;
         let mut sft = Sft {
             backend,
-            communicator: communicator_ref,
+            communicator: &*communicator,
             model,
             companions,
             train,

@@ -25,8 +25,8 @@ use std::rc::Rc;
 
 const EPS: f32 = 1e-5;
 
-/// What is tried.
-#[derive(Clone, Debug)]
+/// What is tried; by default nothing.
+#[derive(Clone, Debug, Default)]
 pub struct Shapes {
     /// Heads and head sizes of attention.
     pub heads: Vec<(usize, usize)>,

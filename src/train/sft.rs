@@ -120,6 +120,7 @@ impl<B: TrainBackend> Sft<'_, B> {
         let mut done = if resume { self.restore(&checkpoints, &mut optimizer)? } else { 0 };
         let mut metrics = self.metrics(done)?;
         let curve = self.options.output.join("loss.svg");
+        let draw = |m: &Option<Metrics>| m.as_ref().map_or(Ok(()), |m| m.draw(&curve));
         let total = self.total_steps();
         let warmup = (total as f64 * self.options.warmup).ceil() as u64;
         let per_epoch = self.steps_per_epoch();
@@ -139,7 +140,7 @@ impl<B: TrainBackend> Sft<'_, B> {
             let Step { loss, norm, tokens } =
                 self.step(chosen, &mut scratch, &mut optimizer, rate as f32)?;
             if !loss.is_finite() || !norm.is_finite() {
-                metrics.as_ref().map_or(Ok(()), |m| m.draw(&curve))?;
+                draw(&metrics)?;
                 return Err(Error::invalid(self.diverged(done + 1, loss, norm)?));
             }
             done += 1;
@@ -164,7 +165,7 @@ impl<B: TrainBackend> Sft<'_, B> {
             let stopping = self.any(stop.load(Ordering::Relaxed))?;
             if stopping || due(self.options.save_every) {
                 let folder = self.save(&checkpoints, (&optimizer, &scratch.buckets), done)?;
-                metrics.as_ref().map_or(Ok(()), |m| m.draw(&curve))?;
+                draw(&metrics)?;
                 // a launcher may end all ranks as soon as one of them ends
                 self.any(false)?;
                 if stopping && done < total {
@@ -172,7 +173,7 @@ impl<B: TrainBackend> Sft<'_, B> {
                 }
             }
         }
-        metrics.as_ref().map_or(Ok(()), |m| m.draw(&curve))?;
+        draw(&metrics)?;
         Ok(Outcome::Finished { validation_loss })
     }
 

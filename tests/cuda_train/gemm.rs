@@ -9,17 +9,8 @@ fn linear(shape: [usize; 3]) -> usize {
     let device = gpu(false, true);
     // three rows of tiles for two clusters
     device.processors.set(4);
-    let shapes = Shapes {
-        heads: vec![],
-        steps: vec![],
-        matrices: vec![],
-        long_matrices: vec![],
-        tokens: vec![],
-        batches: vec![],
-        vocabularies: vec![],
-        train: TrainShapes { linears: vec![shape], ..TrainShapes::default() },
-        seed: 1,
-    };
+    let train = TrainShapes { linears: vec![shape], ..TrainShapes::default() };
+    let shapes = Shapes { train, seed: 1, ..Shapes::default() };
     let mut checks = 0;
     run(&device, DType::Bf16, &shapes, &mut |check| {
         checks += 1;
