@@ -11,8 +11,9 @@ use beautiful_prompt::train::examples::Example;
 use beautiful_prompt::train::optimizer::AdamWOptions;
 use beautiful_prompt::train::parallel::Alone;
 use beautiful_prompt::train::report::StepMetrics;
+use beautiful_prompt::train::run::{Observer, Outcome, Run, RunOptions};
 use beautiful_prompt::train::schedule::Schedule;
-use beautiful_prompt::train::sft::{Observer, Outcome, Sft, SftOptions};
+use beautiful_prompt::train::sft::Sft;
 use std::sync::atomic::AtomicBool;
 
 /// Prints the loss now and then.
@@ -35,14 +36,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         loss_from: 3,
     };
     let cpu = Cpu::new(0, Isa::detect());
-    let mut sft = Sft {
+    let mut sft = Run {
         backend: &cpu,
         communicator: &Alone,
         model: TrainModel::random(BloomConfig::new(64, 64, 2, 4), 1),
         companions: Companions::default(),
-        train: (0..60).map(sequence).collect(),
-        validation: (60..64).map(sequence).collect(),
-        options: SftOptions {
+        task: Sft {
+            train: (0..60).map(sequence).collect(),
+            validation: (60..64).map(sequence).collect(),
+        },
+        options: RunOptions {
             optimizer: AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 },
             learning_rate: 3e-3,
             schedule: Schedule::Cosine,
@@ -63,8 +66,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         },
     };
     let outcome = sft.run(false, &AtomicBool::new(false), &mut Printer)?;
-    let Outcome::Finished { validation_loss } = outcome else { return Ok(()) };
-    println!("held-out loss {:.3}", validation_loss.unwrap_or(f64::NAN));
+    let Outcome::Finished { validation } = outcome else { return Ok(()) };
+    println!("held-out loss {:.3}", validation.map_or(f64::NAN, |v| v.loss));
     let newest = std::fs::read_dir(output.join("checkpoints"))?.next().ok_or("a checkpoint")??;
     let saved = BloomCheckpoint::open(&newest.path())?;
     println!("{} parameters in {}", saved.config.parameter_count(), newest.path().display());

@@ -54,6 +54,51 @@ KERNEL(add_bf16, TRAIN_THREADS)(bf16* y, const float* x, uint64_t count) {
 }
 EXPORT(add_bf16)
 
+// y += x, both in 16 bits
+KERNEL(add_half_bf16, TRAIN_THREADS)(bf16* y, const bf16* x, uint64_t count) {
+    griddep_launch_dependents();
+    griddep_wait();
+    uint64_t first;
+    if (!first_of_eight(count, first)) return;
+    Pack16B a = *reinterpret_cast<const Pack16B*>(y + first);
+    Pack16B b = *reinterpret_cast<const Pack16B*>(x + first);
+    UNROLL
+    for (int j = 0; j < 4; j++)
+        a.pairs[j] = pack<bf16>(low<bf16>(a.pairs[j]) + low<bf16>(b.pairs[j]),
+                                high<bf16>(a.pairs[j]) + high<bf16>(b.pairs[j]));
+    *reinterpret_cast<Pack16B*>(y + first) = a;
+}
+EXPORT(add_half_bf16)
+
+// y = max(x, 0)
+KERNEL(relu_bf16, TRAIN_THREADS)(bf16* y, const bf16* x, uint64_t count) {
+    griddep_launch_dependents();
+    griddep_wait();
+    uint64_t i;
+    if (!first_of_eight(count, i)) return;
+    Pack16B v = *reinterpret_cast<const Pack16B*>(x + i);
+    UNROLL
+    for (int j = 0; j < 4; j++)
+        v.pairs[j] =
+            pack<bf16>(fmaxf(low<bf16>(v.pairs[j]), 0.0f), fmaxf(high<bf16>(v.pairs[j]), 0.0f));
+    *reinterpret_cast<Pack16B*>(y + i) = v;
+}
+EXPORT(relu_bf16)
+
+// Exchanges what is in x and y, in f32, of any number.
+KERNEL(swap, TRAIN_THREADS)(float* x, float* y, uint64_t count) {
+    griddep_launch_dependents();
+    griddep_wait();
+    uint64_t first;
+    if (!first_of_eight(count, first)) return;
+    for (uint64_t i = first; i < first + 8 && i < count; i++) {
+        float kept = x[i];
+        x[i] = y[i];
+        y[i] = kept;
+    }
+}
+EXPORT(swap)
+
 // Row r of y is row rows[r] of x, or zeros where that is ABSENT. A warp takes a row.
 KERNEL(select_rows_bf16, TRAIN_THREADS)
 (bf16* y, const bf16* x, const uint32_t* rows, uint32_t count, uint32_t width) {

@@ -92,6 +92,12 @@ KERNEL(cross_entropy, TRAIN_THREADS)
 }
 EXPORT(cross_entropy)
 
+// What is no number stays so.
+DEVICE float clamp_log_ratio(float x) {
+    constexpr float MAX = MAX_LOG_RATIO;
+    return x > MAX ? MAX : x < -MAX ? -MAX : x;
+}
+
 // The clipped surrogate of PPO of a chunk, with a penalty for moving away from a reference and a
 // bonus for entropy: its sum is added to that of the step, and each label gets its gradients. One
 // block.
@@ -101,15 +107,19 @@ KERNEL(clipped_ppo, TRAIN_THREADS)(ClippedPpoArgs a) {
     double loss = 0;
     for (uint32_t i = threadIdx.x; i < a.labels; i += TRAIN_THREADS) {
         float log_prob = a.log_probs[i], advantage = a.advantages[i];
-        float ratio = expf(log_prob - a.old_log_probs[i]), plain = ratio * advantage;
+        float moved = log_prob - a.old_log_probs[i], log_ratio = clamp_log_ratio(moved);
+        float ratio = expf(log_ratio), plain = ratio * advantage;
         float clipped = fminf(fmaxf(ratio, 1 - a.clip), 1 + a.clip) * advantage;
         // a ratio that is no number makes the loss none, so that the step is not taken
         bool is_clipped = clipped < plain;
-        float term = is_clipped ? -clipped : -plain, g = is_clipped ? 0 : -plain;
+        float term = is_clipped ? -clipped : -plain;
+        float g = is_clipped || log_ratio != moved ? 0 : -plain;
         if (a.reference_log_probs) {
-            float log_ratio = log_prob - a.reference_log_probs[i], inverse = expm1f(-log_ratio);
+            moved = log_prob - a.reference_log_probs[i];
+            log_ratio = clamp_log_ratio(moved);
+            float inverse = expm1f(-log_ratio);
             term += a.kl * (inverse + log_ratio);
-            g -= a.kl * inverse;
+            if (log_ratio == moved) g -= a.kl * inverse;
         }
         term -= a.entropy * a.entropies[i];
         loss += static_cast<double>(term);

@@ -16,8 +16,9 @@ use beautiful_prompt::train::parallel::host::HostCommunicator;
 use beautiful_prompt::train::parallel::mesh::Mesh;
 use beautiful_prompt::train::parallel::world::World;
 use beautiful_prompt::train::report::StepMetrics;
+use beautiful_prompt::train::run::{Observer, Outcome, Run, RunOptions};
 use beautiful_prompt::train::schedule::Schedule;
-use beautiful_prompt::train::sft::{Observer, Outcome, Sft, SftOptions};
+use beautiful_prompt::train::sft::Sft;
 use beautiful_prompt::train::state;
 use program::{bprompt, path, text};
 use std::io::Write;
@@ -32,8 +33,8 @@ fn examples(starts: std::ops::Range<u32>) -> Vec<Example> {
     starts.map(|start| Example { ids: ids(start), loss_from: 3 }).collect()
 }
 
-fn options(output: &Path) -> SftOptions {
-    SftOptions {
+fn options(output: &Path) -> RunOptions {
+    RunOptions {
         optimizer: AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.01 },
         learning_rate: 3e-3,
         schedule: Schedule::Cosine,
@@ -83,13 +84,12 @@ fn rank(mesh: Mesh, output: &Path, (resume, stop_after): (bool, u64)) -> Ended {
     // the 10th sequence of an epoch's last batch is missing: ranks' parts differ
     let (train, validation) = (examples(0..45), examples(45..50));
     let communicator = HostCommunicator::with_buckets(mesh, 1000).unwrap();
-    let mut sft = Sft {
+    let mut sft = Run {
         backend: &cpu,
         communicator: &communicator,
         model: TrainModel::random(BloomConfig::new(44, 32, 2, 2), 1),
         companions: Companions::default(),
-        train,
-        validation,
+        task: Sft { train, validation },
         options: options(output),
     };
     let stop = AtomicBool::new(false);
@@ -110,8 +110,8 @@ fn run(ranks: usize, output: &Path, resumed: (bool, u64)) -> Vec<Ended> {
 const WHOLE: (bool, u64) = (false, u64::MAX);
 
 fn validation_loss(outcome: &Outcome) -> f64 {
-    let Outcome::Finished { validation_loss: Some(loss) } = outcome else { panic!("{outcome:?}") };
-    *loss
+    let Outcome::Finished { validation: Some(v) } = outcome else { panic!("{outcome:?}") };
+    v.loss
 }
 
 #[test]

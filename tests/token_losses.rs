@@ -39,7 +39,7 @@ impl Head {
         let x = cpu.upload(&self.x, self.width());
         let (mut dx, mut logits, mut stats) = Default::default();
         let (mut grads, mut sums) = (vec![0.0; self.head.len()], StepSums::default());
-        let gradients = Some(LossGradients { dx: &mut dx, grads: &mut grads });
+        let gradients = Some(LossGradients { dx: &mut dx, grads: Some(&mut grads) });
         let to = LossOutput { sums: &mut sums, stats: Some(&mut stats), gradients };
         let (p, at) =
             (Params { values: &self.head, precision: Precision::F32 }, 0..self.head.len());
@@ -313,7 +313,7 @@ fn statistics_change_no_bit_of_cross_entropy_and_results_repeat_on_any_number_of
     let x = one.upload(&head.x, head.width());
     let (mut dx, mut logits, mut sums) = Default::default();
     let mut grads = vec![0.0; head.head.len()];
-    let gradients = Some(LossGradients { dx: &mut dx, grads: &mut grads });
+    let gradients = Some(LossGradients { dx: &mut dx, grads: Some(&mut grads) });
     let to = LossOutput { sums: &mut sums, stats: None, gradients };
     let (p, at) = (Params { values: &head.head, precision: Precision::F32 }, 0..head.head.len());
     let loss = TokenLoss::CrossEntropy { scale: 0.3 };

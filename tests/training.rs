@@ -12,8 +12,9 @@ use beautiful_prompt::train::examples::{Example, pack};
 use beautiful_prompt::train::optimizer::AdamWOptions;
 use beautiful_prompt::train::parallel::Alone;
 use beautiful_prompt::train::report::{Metrics, StepMetrics};
+use beautiful_prompt::train::run::{Observer, Outcome, Run, RunOptions};
 use beautiful_prompt::train::schedule::Schedule;
-use beautiful_prompt::train::sft::{Observer, Outcome, Sft, SftOptions};
+use beautiful_prompt::train::sft::Sft;
 use beautiful_prompt::train::state;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,8 +30,8 @@ fn examples(count: usize, seed: u64) -> Vec<Example> {
     (0..count).map(|_| one(&mut words)).collect()
 }
 
-fn options(output: &Path) -> SftOptions {
-    SftOptions {
+fn options(output: &Path) -> RunOptions {
+    RunOptions {
         optimizer: AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 },
         learning_rate: 3e-3,
         schedule: Schedule::Cosine,
@@ -51,15 +52,14 @@ fn options(output: &Path) -> SftOptions {
     }
 }
 
-fn sft<'a>(cpu: &'a Cpu, options: SftOptions) -> Sft<'a, Cpu> {
+fn sft<'a>(cpu: &'a Cpu, options: RunOptions) -> Run<'a, Cpu, Sft> {
     let model = TrainModel::random(BloomConfig::new(24, 32, 2, 2), 1);
-    Sft {
+    Run {
         backend: cpu,
         communicator: &Alone,
         model,
         companions: Companions::default(),
-        train: examples(96, 1),
-        validation: examples(16, 2),
+        task: Sft { train: examples(96, 1), validation: examples(16, 2) },
         options,
     }
 }
@@ -75,7 +75,7 @@ impl Observer for StopAfter<'_> {
     }
 }
 
-fn run(sft: &mut Sft<Cpu>, resume: bool, stop_after: u64) -> Outcome {
+fn run(sft: &mut Run<Cpu, Sft>, resume: bool, stop_after: u64) -> Outcome {
     let stop = AtomicBool::new(false);
     sft.run(resume, &stop, &mut StopAfter(stop_after, &stop)).unwrap()
 }
@@ -113,6 +113,7 @@ fn metrics_keep_every_digit_when_a_run_resumes() {
         tokens: i,
         tokens_per_second: x / 7.0,
         validation_loss: (i % 3 == 0).then_some(x * 1.1),
+        validation: Default::default(),
     };
     let mut metrics = Metrics::open(&path, 0).unwrap();
     numbers.iter().enumerate().map(step).for_each(|s| metrics.push(s).unwrap());
@@ -141,13 +142,11 @@ fn a_run_learns_and_an_interrupted_one_ends_with_the_same_bits() {
     std::fs::create_dir_all(&two).unwrap();
     let cpu = Cpu::new(2, Isa::detect());
     let mut whole = sft(&cpu, options(&one));
-    let Outcome::Finished { validation_loss } = run(&mut whole, false, 0) else {
-        panic!("stopped")
-    };
+    let Outcome::Finished { validation } = run(&mut whole, false, 0) else { panic!("stopped") };
     let history = losses(&one);
     assert_eq!(history.len() as u64, whole.total_steps());
     assert!(history.last().unwrap().1 < 0.9 * history[0].1, "{history:?}");
-    assert!(validation_loss.unwrap() < history[0].1);
+    assert!(validation.unwrap().loss < history[0].1);
     assert!(std::fs::read_to_string(one.join("loss.svg")).unwrap().contains("<svg"));
 
     // stopped at steps 3 and 11, each time gone on with a fresh process's state and other threads

@@ -385,6 +385,10 @@ constexpr int NORM_BACKWARD_ROWS = 32;
 constexpr int NORM_GRADIENT_COLUMNS = 32;
 // Elements that a block of an elementwise kernel takes.
 constexpr int ELEMENTWISE_BLOCK = 8 * TRAIN_THREADS;
+// Columns of the input that a block of projection_gradients_* takes.
+constexpr int PROJECTION_COLUMNS = 32;
+// Largest absolute difference of log-probabilities that an exponential is taken of.
+constexpr int MAX_LOG_RATIO = 20;
 // Elements that a block of squared_norm takes, and most that one of adamw_* takes.
 constexpr int OPTIMIZER_BLOCK = 32768;
 
@@ -469,6 +473,26 @@ typedef struct {
     uint32_t unused;
 } ClippedPpoArgs;
 static_assert(sizeof(ClippedPpoArgs) == 88);
+
+// clipped_value_loss: numbers of a value head, one a row.
+typedef struct {
+    TrainSums* sums;
+    // [row], written unless it is null: gradient of the value
+    float* dy;
+    // [row]: values
+    const float* y;
+    // [row]: value as the row was sampled
+    const float* old_values;
+    // [row]: what the value should be
+    const float* returns;
+    uint32_t rows;
+    // how far a value may be from the old one
+    float clip;
+    // factors of the loss, and of its gradients
+    float coefficient;
+    float scale;
+} ClippedValueArgs;
+static_assert(sizeof(ClippedValueArgs) == 56);
 
 // Neighbouring parameters that a block of adamw_* takes.
 typedef struct {

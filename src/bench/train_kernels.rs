@@ -288,7 +288,7 @@ impl<B: TrainBackend + Machine> Bench<'_, B> {
         let all = work(weights * (a + ADDED) + 2.0 * n * h * a, 6.0 * n * weights);
         for (name, loss) in losses {
             time.time(name, case, all, &mut |_| {
-                let gradients = Some(LossGradients { dx: &mut dx, grads: &mut *grads });
+                let gradients = Some(LossGradients { dx: &mut dx, grads: Some(&mut *grads) });
                 let to = LossOutput { sums: &mut sums, stats: None, gradients };
                 let x = (&f.norm2.y, &mut logits);
                 b.lm_head_loss(x, ids, (p, &layout.embedding), &loss, to);

@@ -198,7 +198,7 @@ pub fn command() -> clap::Command {
         };
         command.mut_args(arg).mut_subcommands(adapted)
     }
-    adapted(Cli::command())
+    adapted(Cli::command().mut_subcommand("train", train::with_defaults))
 }
 
 impl Cli {

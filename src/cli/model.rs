@@ -9,8 +9,7 @@ use crate::error::Error;
 use crate::generate::generation_config::GenerationDefaults;
 use crate::generate::{Generate, GenerateOptions, Length, Session};
 use crate::memory::MemoryPlan;
-use crate::models::bloom::BloomCheckpoint;
-use crate::models::bloom::{Bloom, BloomConfig};
+use crate::models::bloom::{Architecture, Bloom, BloomCheckpoint, BloomConfig};
 use crate::models::embedded;
 use crate::ops::cpu::Cpu;
 use crate::ops::cuda::{CHAIN_RUNS, Cuda, Persistent};
@@ -175,6 +174,7 @@ impl ModelParts {
         };
         let folder = model_folder(model)?;
         let checkpoint = BloomCheckpoint::open(&folder)?;
+        checkpoint.config.expect(Architecture::CausalLm, &folder)?;
         let path = folder.join("tokenizer.json");
         let tokenizer = Tokenizer::open(&path)?;
         tokenizer.check(checkpoint.config.vocab_size, &path)?;

@@ -4,4 +4,5 @@ pub mod near_duplicates;
 pub mod pairs;
 pub mod phrases;
 pub mod records;
+pub mod scored;
 pub mod tails;

@@ -53,6 +53,15 @@ pub struct Affine<T> {
     pub bias: T,
 }
 
+/// A linear layer with one output, as a `T`; a head that scores rows.
+#[derive(Clone, Debug)]
+pub struct Projection<T> {
+    /// The vector `[1, inputs]`.
+    pub weight: T,
+    /// Added to each result, unless the layer has none.
+    pub bias: Option<T>,
+}
+
 /// Sizes of attention.
 #[derive(Clone, Debug)]
 pub struct Heads {

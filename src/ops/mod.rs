@@ -11,6 +11,7 @@ pub mod cuda;
 mod decode;
 mod layers;
 pub mod sampling;
+pub mod scalar_loss;
 pub mod token_loss;
 pub mod train;
 
@@ -18,6 +19,7 @@ pub use batch::{BLOCK, Batch, Span};
 pub use decode::{DecodeBackend, DecoderActivations};
 pub use layers::{
     Affine, Decoder, DecoderLayer, Epilogue, Heads, LayerNorm, Linear, NormInput, ObjectId,
+    Projection,
 };
 
 use crate::error::Result;

@@ -5,6 +5,9 @@ use super::train::TrainBackend;
 use super::{Backend, Tensor};
 use crate::tensor::DType;
 
+/// Largest absolute difference of log-probabilities that an exponential is taken of.
+pub const MAX_LOG_RATIO: f32 = 20.0;
+
 /// A loss that is a sum over labels. Tensors have a number for each label: `[labels, 1]` in f32.
 pub enum TokenLoss<'a, B: Backend> {
     /// `-log_prob`.
@@ -28,6 +31,9 @@ pub enum TokenLoss<'a, B: Backend> {
 /// `r = exp(log_prob - old)` and `d = log_prob - reference`, a label adds
 ///
 /// `-min(r A, clip(r, 1 - clip, 1 + clip) A) + kl (exp(-d) - 1 + d) - entropy H`.
+///
+/// Both differences of log-probabilities are clamped to ±[`MAX_LOG_RATIO`], beyond which they have
+/// no gradient.
 pub struct ClippedPpo<'a, B: Backend> {
     /// Of the policy that sampled the labels.
     pub old_log_probs: &'a Tensor<B>,
@@ -63,8 +69,8 @@ impl<B: Backend> Default for TokenStats<B> {
 pub struct LossGradients<'a, B: TrainBackend> {
     /// Of the hidden states: written.
     pub dx: &'a mut Tensor<B>,
-    /// Of the parameters: added to.
-    pub grads: &'a mut B::Flat,
+    /// Of the parameters: added to, unless the LM head is not trained.
+    pub grads: Option<&'a mut B::Flat>,
 }
 
 /// What is wanted of a loss, with gradients going to a `G`.

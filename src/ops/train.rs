@@ -5,8 +5,9 @@
 //! gradients are written (`=`) unless said otherwise. Sums run in an order that depends on the
 //! shapes alone, so that runs repeat bit for bit.
 
+use super::scalar_loss::ScalarLoss;
 use super::token_loss::{LossGradients, LossOutput, TokenLoss};
-use super::{Affine, Backend, Heads, Tensor};
+use super::{Affine, Backend, Heads, Projection, Tensor};
 use crate::error::{Error, Result};
 use std::borrow::Cow;
 use std::ops::Range;
@@ -106,6 +107,17 @@ pub struct LinearBackward<'a, B: Backend> {
     pub x: &'a Tensor<B>,
     /// If the input is `gelu(u)`: `u`, whose gradient is then written instead of the input's.
     pub before_gelu: Option<&'a Tensor<B>>,
+}
+
+/// What the backward pass of a projection to one number a row reads.
+pub struct ProjectionBackward<'a, B: Backend> {
+    /// Gradient of the output, `[rows, 1]`.
+    pub dy: &'a Tensor<B>,
+    /// The input, `[rows, width]`.
+    pub x: &'a Tensor<B>,
+    /// Whether the input is a `max(u, 0)`: the gradient of `u` is then written instead of the
+    /// input's.
+    pub after_relu: bool,
 }
 
 /// What the backward pass of a layer norm reads.
@@ -249,6 +261,9 @@ pub trait TrainBackend: Backend {
     /// What has failed since results were last taken.
     fn read<'a>(&self, flat: &'a Self::Flat, range: Range<usize>) -> Result<Cow<'a, [f32]>>;
 
+    /// Exchanges the values from `first` on with all of `other`.
+    fn swap(&self, flat: &mut Self::Flat, first: usize, other: &mut Self::Flat);
+
     /// Writes all values from the host.
     ///
     /// # Errors
@@ -355,6 +370,37 @@ pub trait TrainBackend: Backend {
     /// Writes `gelu(x)`, tanh form, to `y`.
     fn gelu_forward(&self, y: &mut Tensor<Self>, x: &Tensor<Self>);
 
+    /// Turns `x` into `max(x, 0)`.
+    fn relu(&self, x: &mut Tensor<Self>);
+
+    /// Writes `x w + bias`, one number for each row of `x`, to `y` = `[rows, 1]` in f32.
+    fn projection_forward(
+        &self,
+        y: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        projection: ParamsAt<Self, Projection<Range<usize>>>,
+    );
+
+    /// Writes the gradient of the input, or of what it is the ReLU of, to `dx`, in the type of
+    /// activations; adds those of the parameters to `grads`.
+    fn projection_backward(
+        &self,
+        dx: &mut Tensor<Self>,
+        grads: &mut Self::Flat,
+        backward: ProjectionBackward<Self>,
+        projection: ParamsAt<Self, Projection<Range<usize>>>,
+    );
+
+    /// Adds the loss of the rows of `y` = `[rows, 1]` to that of `sums`; writes its gradient to
+    /// `dy`, if that is wanted.
+    fn scalar_loss(
+        &self,
+        dy: Option<&mut Tensor<Self>>,
+        y: &Tensor<Self>,
+        loss: &ScalarLoss<Self>,
+        sums: &mut Self::Sums,
+    );
+
     /// Causal attention with ALiBi inside each sequence of `qkv` = `[tokens, head, 3, head size]`.
     fn attention_forward(
         &self,
@@ -403,7 +449,7 @@ pub trait TrainBackend: Backend {
     /// Writes the rows of `x` to these of the `count` rows of `y`, and zeros to the others.
     fn scatter_rows(&self, y: &mut Tensor<Self>, x: &Tensor<Self>, rows: &[usize], count: usize);
 
-    /// Adds `x` to `y`.
+    /// Adds `x`, a residual stream's gradient or activations, to the activations `y`.
     fn add(&self, y: &mut Tensor<Self>, x: &Tensor<Self>);
 
     /// Adds the squares of these parameters' gradients, in a fixed order, to the squared norm of

@@ -56,7 +56,7 @@ impl<B: TrainBackend> Labels<'_, B> {
     fn losses(&self, loss: &TokenLoss<B>) -> Result<Losses<B>> {
         let (mut dx, mut logits, mut stats) = Default::default();
         let (mut grads, mut sums) = (self.b.zeros(self.lm_head.len())?, self.b.new_sums()?);
-        let gradients = Some(LossGradients { dx: &mut dx, grads: &mut grads });
+        let gradients = Some(LossGradients { dx: &mut dx, grads: Some(&mut grads) });
         let to = LossOutput { sums: &mut sums, stats: Some(&mut stats), gradients };
         let x = (&self.x, &mut logits);
         self.b.lm_head_loss(x, self.targets, (self.p, self.lm_head), loss, to);

@@ -1,10 +1,13 @@
 //! Training loops and what they are made of.
 
+pub mod agreement;
 pub mod examples;
 pub mod memory;
 pub mod optimizer;
 pub mod parallel;
 pub mod report;
+pub mod reward;
+pub mod run;
 pub mod schedule;
 pub mod sft;
 pub mod state;

@@ -149,7 +149,7 @@ pub fn load<B: TrainBackend>(
 ) -> Result<RunState> {
     let state = read_state(folder)?;
     let checkpoint = BloomCheckpoint::open(folder)?;
-    let count = model.config.parameter_count();
+    let count = model.parameter_count();
     if checkpoint.config.parameter_count() != count {
         return Err(Error::file(folder, "holds a model of another size than this run's"));
     }

@@ -83,7 +83,7 @@ impl<B: TrainBackend> Run<'_, B> {
         let (mut dx, mut logits, mut stats) = Default::default();
         let mut grads = self.b.zeros(at.len()).unwrap();
         let mut sums = self.b.new_sums().unwrap();
-        let gradients = LossGradients { dx: &mut dx, grads: &mut grads };
+        let gradients = LossGradients { dx: &mut dx, grads: Some(&mut grads) };
         let gradients = differentiate.then_some(gradients);
         let to = LossOutput { sums: &mut sums, stats: Some(&mut stats), gradients };
         let p = Params { values: &self.values, precision: self.precision };

@@ -14,8 +14,9 @@ use beautiful_prompt::train::examples::Example;
 use beautiful_prompt::train::optimizer::{AdamW, AdamWOptions, StepSize};
 use beautiful_prompt::train::parallel::Alone;
 use beautiful_prompt::train::report::StepMetrics;
+use beautiful_prompt::train::run::{Observer, Outcome, Run, RunOptions, Validation};
 use beautiful_prompt::train::schedule::Schedule;
-use beautiful_prompt::train::sft::{Observer, Outcome, Sft, SftOptions};
+use beautiful_prompt::train::sft::Sft;
 use serde::Deserialize;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -196,8 +197,8 @@ pub fn examples(starts: std::ops::Range<u32>) -> Vec<Example> {
     starts.map(|start| Example { ids: ids(start), loss_from: 3 }).collect()
 }
 
-pub fn options(output: &Path) -> SftOptions {
-    SftOptions {
+pub fn options(output: &Path) -> RunOptions {
+    RunOptions {
         optimizer: AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.01 },
         learning_rate: 1e-2,
         schedule: Schedule::Cosine,
@@ -218,15 +219,14 @@ pub fn options(output: &Path) -> SftOptions {
     }
 }
 
-fn sft<'a>(backend: &'a Cuda<Emulated>, output: &Path) -> Sft<'a, Cuda<Emulated>> {
+fn sft<'a>(backend: &'a Cuda<Emulated>, output: &Path) -> Run<'a, Cuda<Emulated>, Sft> {
     let model = TrainModel::random(BloomConfig::new(44, 32, 1, 1), 1).place(backend).unwrap();
-    Sft {
+    Run {
         backend,
         communicator: &Alone,
         model,
         companions: Companions::default(),
-        train: examples(0..20),
-        validation: examples(20..23),
+        task: Sft { train: examples(0..20), validation: examples(20..23) },
         options: options(output),
     }
 }
@@ -254,7 +254,9 @@ fn a_run_learns_and_an_interrupted_one_ends_with_the_same_bits() {
         (outcome, backend.values(&sft.model.values).unwrap().into_owned())
     };
     let (whole, values) = run("whole", false, u64::MAX);
-    let Outcome::Finished { validation_loss: Some(loss) } = whole else { panic!("{whole:?}") };
+    let Outcome::Finished { validation: Some(Validation { loss, .. }) } = whole else {
+        panic!("{whole:?}")
+    };
     // ln(44) is 3.8
     assert!(loss < 3.0, "{loss}");
     let (first, _) = run("parts", false, 3);

@@ -10,7 +10,8 @@ use beautiful_prompt::tensor::DType;
 use beautiful_prompt::train::parallel::host::HostCommunicator;
 use beautiful_prompt::train::parallel::mesh::Mesh;
 use beautiful_prompt::train::report::StepMetrics;
-use beautiful_prompt::train::sft::{Observer, Sft};
+use beautiful_prompt::train::run::{Observer, Run};
+use beautiful_prompt::train::sft::Sft;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -29,13 +30,12 @@ fn rank(mesh: Mesh, output: &Path) -> (Vec<f64>, Vec<f32>) {
     let config = BloomConfig::new(44, 32, 1, 1);
     let mut options = crate::model::options(output);
     options.max_steps = 4;
-    let mut sft = Sft {
+    let mut sft = Run {
         backend: &backend,
         communicator: &communicator,
         model: TrainModel::random(config, 1).place(&backend).unwrap(),
         companions: Companions::default(),
-        train: crate::model::examples(0..20),
-        validation: vec![],
+        task: Sft { train: crate::model::examples(0..20), validation: vec![] },
         options,
     };
     let mut losses = Losses(vec![]);

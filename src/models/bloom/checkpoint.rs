@@ -49,7 +49,7 @@ impl BloomCheckpoint {
     /// Names the first that is not.
     pub fn new(config: BloomConfig, weights: Checkpoint) -> Result<BloomCheckpoint> {
         let weights = weights.renamed(|name| {
-            let whole = name.starts_with("transformer.") || name.starts_with("lm_head.");
+            let whole = ["transformer.", "lm_head.", "score."].iter().any(|p| name.starts_with(p));
             if whole { name } else { format!("transformer.{name}") }
         });
         for p in config.parameters() {

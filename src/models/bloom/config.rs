@@ -7,9 +7,22 @@ use crate::ops::Heads;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
+/// What is behind the layers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Architecture {
+    /// An LM head: `BloomForCausalLM`.
+    #[default]
+    CausalLm,
+    /// A score of the whole text, read off its last token: `BloomForSequenceClassification` with
+    /// one label, which is how reward models are stored.
+    SequenceClassification,
+}
+
 /// Sizes and switches that change what the model computes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BloomConfig {
+    /// What is behind the layers.
+    pub architecture: Architecture,
     /// Rows of the embedding.
     pub vocab_size: usize,
     /// Width of the hidden states.
@@ -54,6 +67,7 @@ impl BloomConfig {
     /// A model of the given sizes with BLOOM's usual switches.
     pub fn new(vocab_size: usize, hidden_size: usize, layers: usize, heads: usize) -> BloomConfig {
         BloomConfig {
+            architecture: Architecture::CausalLm,
             vocab_size,
             hidden_size,
             layers,
@@ -118,6 +132,7 @@ impl BloomConfig {
         }
         let hidden_size = size(object, &["hidden_size", "n_embed"], None, MAX_HIDDEN)?;
         let config = BloomConfig {
+            architecture: architecture(object)?,
             vocab_size: size(object, &["vocab_size"], None, MAX_VOCABULARY)?,
             hidden_size,
             layers: size(object, &["n_layer", "num_hidden_layers"], None, MAX_LAYERS)?,
@@ -173,8 +188,38 @@ impl BloomConfig {
         Ok(config)
     }
 
+    /// Fails if the model has not the architecture that a use of it takes.
+    ///
+    /// # Errors
+    /// With `of`, what was given, and what else it would be good for.
+    pub fn expect(&self, architecture: Architecture, of: &Path) -> Result<()> {
+        let text = match (self.architecture, architecture) {
+            (found, expected) if found == expected => return Ok(()),
+            (Architecture::SequenceClassification, _) => {
+                "is a reward model, which scores texts and cannot write any; expected a language \
+                model (BloomForCausalLM)"
+            }
+            _ => {
+                "is a language model; expected a reward model (BloomForSequenceClassification), as \
+                `bprompt train reward` makes"
+            }
+        };
+        Err(Error::file(of, text))
+    }
+
     /// `config.json` as Hugging Face writes it.
     pub fn to_json(&self, dtype: &str) -> Value {
+        let mut json = self.json_of_sizes(dtype);
+        if self.architecture == Architecture::SequenceClassification {
+            json["architectures"] = json!(["BloomForSequenceClassification"]);
+            json["id2label"] = json!({ "0": "LABEL_0" });
+            json["label2id"] = json!({ "LABEL_0": 0 });
+            json["problem_type"] = json!("regression");
+        }
+        json
+    }
+
+    fn json_of_sizes(&self, dtype: &str) -> Value {
         json!({
             "architectures": ["BloomForCausalLM"],
             "model_type": "bloom",
@@ -225,6 +270,27 @@ fn size(
         }
     }
     default.ok_or_else(|| format!("{} is missing", keys.join(" or ")))
+}
+
+/// Reads which architecture it is; a score of several labels is none.
+fn architecture(object: &Map<String, Value>) -> std::result::Result<Architecture, String> {
+    let named =
+        |name: &str| object.get("architectures").is_some_and(|a| a.to_string().contains(name));
+    if !named("ForSequenceClassification") {
+        return match named("ForTokenClassification") || named("ForQuestionAnswering") {
+            true => Err("architectures has neither BloomForCausalLM nor \
+                        BloomForSequenceClassification"
+                .into()),
+            false => Ok(Architecture::CausalLm),
+        };
+    }
+    let of_ids = object.get("id2label").and_then(Value::as_object).map(Map::len);
+    // transformers has two labels where nothing is said
+    let labels = object.get("num_labels").and_then(Value::as_u64).map(|n| n as usize);
+    match of_ids.or(labels).unwrap_or(2) {
+        1 => Ok(Architecture::SequenceClassification),
+        n => Err(format!("has {n} labels (id2label); expected one, the score of a reward model")),
+    }
 }
 
 fn flag(

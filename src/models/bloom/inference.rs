@@ -16,6 +16,8 @@ pub struct Bloom<B: DecodeBackend> {
     /// Sizes and switches.
     pub config: BloomConfig,
     decoder: Decoder<B>,
+    /// Of reward models.
+    score: Option<B::Weight>,
     /// What keys and values are cached in.
     cache_dtype: DType,
 }
@@ -91,6 +93,7 @@ impl<B: DecodeBackend> Bloom<B> {
                 final_norm: loader.layer_norm(p.final_norm)?,
                 lm_head: p.lm_head.map(|h| loader.weight(h)).transpose()?,
             },
+            score: p.score.map(|s| loader.weight(s)).transpose()?,
             cache_dtype: match dtype.unwrap_or(stored) {
                 DType::Int8 => DType::Bf16,
                 plain => plain,
@@ -148,6 +151,25 @@ impl<B: DecodeBackend> Bloom<B> {
     ) -> Result<()> {
         backend.layer_norm_rows(&mut a.normed, &a.x, rows, &self.decoder.final_norm);
         backend.logits(&a.normed, self.lm_head(), out)
+    }
+
+    /// The scores that a reward model gives chosen tokens of the last forward pass.
+    ///
+    /// # Errors
+    /// If the model is none, or what has failed on the device since results were last taken.
+    pub fn scores(
+        &self,
+        backend: &B,
+        rows: &[usize],
+        a: &mut DecoderActivations<B>,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        let score = self
+            .score
+            .as_ref()
+            .ok_or_else(|| Error::Internal("a language model was asked for scores".into()))?;
+        backend.layer_norm_rows(&mut a.normed, &a.x, rows, &self.decoder.final_norm);
+        backend.logits(&a.normed, score, out)
     }
 
     /// Samples a token for each row of the last forward pass. `logits` is scratch.

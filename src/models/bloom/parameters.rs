@@ -1,6 +1,6 @@
 //! BLOOM's parameter tree: every tensor in the order of the forward pass.
 
-use super::BloomConfig;
+use super::{Architecture, BloomConfig};
 use crate::checkpoint::Parameter;
 use crate::ops::Affine;
 use std::convert::Infallible;
@@ -16,8 +16,10 @@ pub struct BloomParameters<T> {
     pub layers: Vec<BloomLayerParameters<T>>,
     /// Before the LM head.
     pub final_norm: Affine<T>,
-    /// `None` if the LM head shares the embedding's weights.
+    /// `None` if the LM head shares the embedding's weights, or there is none.
     pub lm_head: Option<T>,
+    /// Of reward models: gives a hidden state its score, `[1, hidden]`.
+    pub score: Option<T>,
 }
 
 /// The parameters of a layer.
@@ -53,9 +55,17 @@ impl BloomConfig {
             embedding_norm: Affine::layer_norm("transformer.word_embeddings_layernorm", h, make)?,
             layers: (0..self.layers).map(|i| self.layer(i, make)).collect::<Result<_, E>>()?,
             final_norm: Affine::layer_norm("transformer.ln_f", h, make)?,
-            lm_head: match self.tied {
-                true => None,
-                false => Some(make(Parameter::new("lm_head.weight", &table))?),
+            lm_head: match (self.architecture, self.tied) {
+                (Architecture::CausalLm, false) => {
+                    Some(make(Parameter::new("lm_head.weight", &table))?)
+                }
+                _ => None,
+            },
+            score: match self.architecture {
+                Architecture::CausalLm => None,
+                Architecture::SequenceClassification => {
+                    Some(make(Parameter::new("score.weight", &[1, h]))?)
+                }
             },
         })
     }

@@ -1,199 +1,42 @@
 //! BLOOM with its gradients: the forward pass and its hand-written backward pass, over
 //! packed sequences.
 
-use super::{BloomConfig, BloomLayerParameters, BloomParameters};
+pub use super::workspace::{Recompute, Workspace, training_bytes_per_token};
+
+use super::workspace::{Gradients, HeadActivations, LayerView};
+use super::{Architecture, BloomConfig, BloomLayerParameters, BloomParameters, ScalarHead};
+use crate::checkpoint::Parameter;
 use crate::error::Result;
 use crate::models::params::flat_ranges;
+use crate::ops::scalar_loss::ScalarLoss;
 use crate::ops::token_loss::{LossGradients, LossOutput, TokenLoss, TokenStats};
 use crate::ops::train::{
-    AttentionOutput, LinearBackward, NormBackward, NormOutput, PackedBatch, Params, Precision,
-    TrainBackend,
+    LinearBackward, NormBackward, PackedBatch, Params, Precision, ProjectionBackward, TrainBackend,
 };
-use crate::ops::{Heads, Tensor};
+use crate::ops::{Heads, Projection, Tensor};
 use std::ops::Range;
 
-/// A model's parameters in one flat buffer, in the order of [`BloomConfig::parameters`].
+/// A model's parameters in one flat buffer, in the order of [`TrainModel::parameters`].
 pub struct TrainModel<F = Vec<f32>> {
     /// Sizes and switches.
     pub config: BloomConfig,
     /// The parameters.
     pub values: F,
     layout: BloomParameters<Range<usize>>,
+    /// What gives the labelled positions one number each, if anything does.
+    head: Option<ScalarHead<Range<usize>>>,
+    has_value_head: bool,
+    /// First layers that are not trained; with them goes the embedding.
+    frozen: usize,
     heads: Heads,
 }
 
-/// What the backward pass computes again instead of reading what the forward pass has kept.
-/// Gradients have the same bits whatever is chosen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Recompute {
-    /// Nothing.
-    #[default]
-    None,
-    /// Attention, layer norms and GELU: a third less memory for a twentieth of the work.
-    Attention,
-    /// Everything between a layer's input and its output, for a third of the work.
-    Layer,
-}
-
-/// What the GEMMs of a layer's forward pass gave, but for the last one.
-struct LinearOutputs<B: TrainBackend> {
-    qkv: Tensor<B>,
-    x2: Tensor<B>,
-    up: Tensor<B>,
-}
-
-impl<B: TrainBackend> Default for LinearOutputs<B> {
-    fn default() -> Self {
-        let (qkv, x2, up) = (Tensor::default(), Tensor::default(), Tensor::default());
-        LinearOutputs { qkv, x2, up }
-    }
-}
-
-/// What came of these by operations that take little work.
-struct CheapOutputs<B: TrainBackend> {
-    norm1: NormOutput<B>,
-    attention: AttentionOutput<B>,
-    norm2: NormOutput<B>,
-    gelu: Tensor<B>,
-}
-
-impl<B: TrainBackend> Default for CheapOutputs<B> {
-    fn default() -> Self {
-        CheapOutputs {
-            norm1: NormOutput::default(),
-            attention: AttentionOutput::default(),
-            norm2: NormOutput::default(),
-            gelu: Tensor::default(),
-        }
-    }
-}
-
-/// What the forward pass keeps of the layers for the backward pass.
-struct LayerActivations<B: TrainBackend> {
-    /// Of each layer its output.
-    out: Vec<Tensor<B>>,
-    /// Of each layer, or of one layer at a time.
-    linear: Vec<LinearOutputs<B>>,
-    cheap: Vec<CheapOutputs<B>>,
-}
-
-/// What is kept of one layer, and its input.
-struct LayerView<'a, B: TrainBackend> {
-    x: &'a Tensor<B>,
-    linear: &'a mut LinearOutputs<B>,
-    cheap: &'a mut CheapOutputs<B>,
-}
-
-impl<B: TrainBackend> LayerActivations<B> {
-    fn new() -> Self {
-        LayerActivations { out: Vec::new(), linear: Vec::new(), cheap: Vec::new() }
-    }
-
-    fn resize(&mut self, layers: usize, recompute: Recompute) {
-        let one = layers.min(1);
-        let (linear, cheap) = match recompute {
-            Recompute::None => (layers, layers),
-            Recompute::Attention => (layers, one),
-            Recompute::Layer => (one, one),
-        };
-        self.out.resize_with(layers, Tensor::default);
-        self.linear.resize_with(linear, LinearOutputs::default);
-        self.cheap.resize_with(cheap, CheapOutputs::default);
-    }
-
-    /// What is kept of layer `i`, and its output; `first` is the input of the first layer.
-    fn layer<'a>(
-        &'a mut self,
-        i: usize,
-        first: &'a Tensor<B>,
-    ) -> (LayerView<'a, B>, &'a mut Tensor<B>) {
-        let (before, out) = self.out.split_at_mut(i);
-        let (linear, cheap) = (i % self.linear.len(), i % self.cheap.len());
-        let view = LayerView {
-            x: before.last().unwrap_or(first),
-            linear: &mut self.linear[linear],
-            cheap: &mut self.cheap[cheap],
-        };
-        (view, &mut out[0])
-    }
-}
-
-/// Gradients of activations, one layer's at a time.
-struct Gradients<B: TrainBackend> {
-    x: Tensor<B>,
-    normed: Tensor<B>,
-    residual: Tensor<B>,
-    wide: Tensor<B>,
-    qkv: Tensor<B>,
-    attention: Tensor<B>,
-    labelled: Tensor<B>,
-}
-
-/// Activations and their gradients, kept from step to step.
-pub struct Workspace<B: TrainBackend> {
-    embedded: Tensor<B>,
-    embedding_norm: NormOutput<B>,
-    layers: LayerActivations<B>,
-    recompute: Recompute,
-    final_norm: NormOutput<B>,
-    labelled: Tensor<B>,
-    logits: Tensor<B>,
-    d: Gradients<B>,
-}
-
-impl<B: TrainBackend> Default for Workspace<B> {
-    fn default() -> Self {
-        Workspace {
-            embedded: Tensor::default(),
-            embedding_norm: NormOutput::default(),
-            layers: LayerActivations::new(),
-            recompute: Recompute::None,
-            final_norm: NormOutput::default(),
-            labelled: Tensor::default(),
-            logits: Tensor::default(),
-            d: Gradients {
-                x: Tensor::default(),
-                normed: Tensor::default(),
-                residual: Tensor::default(),
-                wide: Tensor::default(),
-                qkv: Tensor::default(),
-                attention: Tensor::default(),
-                labelled: Tensor::default(),
-            },
-        }
-    }
-}
-
-impl<B: TrainBackend> Workspace<B> {
-    /// Room for passes that compute some of their activations again.
-    pub fn with_recompute(recompute: Recompute) -> Self {
-        Workspace { recompute, ..Workspace::default() }
-    }
-}
-
-/// Bytes that training takes for each token of a pass, on a backend whose activations have
-/// `activation` bytes an element: what [`Workspace`] keeps of every layer, and what one layer needs
-/// at a time.
-pub fn training_bytes_per_token(
-    config: &BloomConfig,
-    recompute: Recompute,
-    activation: usize,
-) -> f64 {
-    let (h, heads, layers) = (config.hidden_size as f64, config.heads as f64, config.layers as f64);
-    let (narrow, f32) = (activation as f64, 4.0);
-    let out = f32 * h;
-    let linear = narrow * (3.0 + 4.0) * h + f32 * h;
-    let cheap = narrow * (1.0 + 1.0 + 1.0 + 4.0) * h + f32 * (4.0 + heads);
-    let kept = match recompute {
-        Recompute::None => layers * (out + linear + cheap),
-        Recompute::Attention => layers * (out + linear) + cheap,
-        Recompute::Layer => layers * out + linear + cheap,
-    };
-    // embedding, final norm, labelled rows; gradients; operands in the type that they are
-    // multiplied in
-    let shared = f32 * (2.0 * h + 4.0) + narrow * 2.0 * h;
-    let gradients = f32 * 2.0 * h + narrow * (1.0 + 4.0 + 3.0 + 1.0 + 1.0) * h;
-    kept + shared + gradients + f32 * 8.0 * h
+/// Which loss the labelled positions have: either, or both beside each other.
+pub struct Objective<'a, B: TrainBackend> {
+    /// Of what the LM head says of the labels.
+    pub tokens: Option<&'a TokenLoss<'a, B>>,
+    /// Of the numbers that the scalar head gives them.
+    pub scalars: Option<&'a ScalarLoss<'a, B>>,
 }
 
 impl TrainModel<Vec<f32>> {
@@ -222,8 +65,39 @@ impl TrainModel<Vec<f32>> {
     /// # Errors
     /// If there is no memory for them.
     pub fn place<B: TrainBackend>(self, b: &B) -> Result<TrainModel<B::Flat>> {
-        let TrainModel { config, values, layout, heads } = self;
-        Ok(TrainModel { config, values: b.parameters(values)?, layout, heads })
+        let TrainModel { config, values, layout, head, has_value_head, frozen, heads } = self;
+        let values = b.parameters(values)?;
+        Ok(TrainModel { config, values, layout, head, has_value_head, frozen, heads })
+    }
+
+    /// The model as a reward model: without an LM head, and with a score if it has none yet.
+    pub fn into_reward_model(self, seed: u64) -> TrainModel {
+        let TrainModel { mut config, mut values, layout, .. } = self;
+        if config.architecture == Architecture::SequenceClassification {
+            return TrainModel::new(config, values);
+        }
+        if let Some(lm_head) = layout.lm_head {
+            values.truncate(lm_head.start);
+        }
+        config.architecture = Architecture::SequenceClassification;
+        config.tied = true;
+        // as openai/lm-human-preferences begins its heads
+        let std = 1.0 / (config.hidden_size as f32 + 1.0).sqrt();
+        let mut normal = crate::random::Normal::new(seed, u64::MAX);
+        values.extend((0..config.hidden_size).map(|_| normal.sample() * std));
+        TrainModel::new(config, values)
+    }
+
+    /// The model with a value head behind its other parameters: its output begins as zero, so that
+    /// nothing is expected of any state.
+    pub fn with_value_head(mut self, seed: u64) -> TrainModel {
+        for (index, p) in self.config.value_head_parameters().into_iter().enumerate() {
+            let mut normal = crate::random::Normal::new(seed, u64::MAX - index as u64);
+            let hidden = p.name == "v_head.0.weight";
+            let std = if hidden { 1.0 / (self.config.hidden_size as f32).sqrt() } else { 0.0 };
+            self.values.extend((0..p.len()).map(|_| normal.sample() * std));
+        }
+        TrainModel::new_with_value_head(self.config, self.values)
     }
 }
 
@@ -232,7 +106,53 @@ impl<F> TrainModel<F> {
     pub fn new(config: BloomConfig, values: F) -> TrainModel<F> {
         let Ok(layout) = config.parameter_tree(flat_ranges());
         let heads = config.attention_heads();
-        TrainModel { config, values, layout, heads }
+        let head = layout.score.clone().map(|weight| {
+            let output = Projection { weight, bias: None };
+            ScalarHead { hidden: None, output }
+        });
+        TrainModel { config, values, layout, head, has_value_head: false, frozen: 0, heads }
+    }
+
+    /// A model with a value head, whose parameters are the last of `values`.
+    pub fn new_with_value_head(config: BloomConfig, values: F) -> TrainModel<F> {
+        let mut ranges = flat_ranges();
+        let (Ok(_), Ok(head)) = (config.parameter_tree(&mut ranges), config.value_head(ranges));
+        TrainModel { head: Some(head), has_value_head: true, ..TrainModel::new(config, values) }
+    }
+
+    /// Leaves the embedding and the first `layers` layers as they are: they get no gradients. With
+    /// none, everything is trained.
+    pub fn frozen(self, layers: usize) -> TrainModel<F> {
+        TrainModel { frozen: layers.min(self.config.layers), ..self }
+    }
+
+    /// How many layers are not trained.
+    pub fn frozen_layers(&self) -> usize {
+        self.frozen
+    }
+
+    /// All parameters, the value head's last.
+    pub fn parameters(&self) -> Vec<Parameter> {
+        let mut all = self.config.parameters();
+        if self.has_value_head {
+            all.extend(self.config.value_head_parameters());
+        }
+        all
+    }
+
+    /// Elements of all parameters.
+    pub fn parameter_count(&self) -> usize {
+        self.parameters().iter().map(Parameter::len).sum()
+    }
+
+    /// The parameters that are trained, which are the last ones.
+    pub fn trained(&self) -> Range<usize> {
+        let first = match self.layout.layers.get(self.frozen) {
+            _ if self.frozen == 0 => 0,
+            Some(layer) => layer.input_norm.weight.start,
+            None => self.layout.final_norm.weight.start,
+        };
+        first..self.parameter_count()
     }
 
     /// Adds the cross-entropy of all labels of `batch` to the loss of `sums`. With `gradients`,
@@ -256,13 +176,28 @@ impl<F> TrainModel<F> {
     pub fn token_loss<B: TrainBackend<Flat = F>>(
         &self,
         b: &B,
-        (precision, batch): (Precision, &PackedBatch),
+        batch: (Precision, &PackedBatch),
         space: &mut Workspace<B>,
         loss: &TokenLoss<B>,
         to: LossOutput<B, Backward<F>>,
     ) {
-        let LossOutput { sums, stats, gradients } = to;
+        self.objective(b, batch, space, &Objective { tokens: Some(loss), scalars: None }, to);
+    }
+
+    /// The losses of all labels of `batch`, one after the other from one forward pass. What the
+    /// scalar head gives the labels stays in `space` ([`Workspace::scalars`]), also where nothing
+    /// is said of its loss.
+    pub fn objective<B: TrainBackend<Flat = F>>(
+        &self,
+        b: &B,
+        (precision, batch): (Precision, &PackedBatch),
+        space: &mut Workspace<B>,
+        objective: &Objective<B>,
+        to: LossOutput<B, Backward<F>>,
+    ) {
+        let LossOutput { sums, mut stats, gradients } = to;
         if batch.labels.is_empty() {
+            space.head.scalars = Tensor::default();
             stats.into_iter().for_each(|s| *s = TokenStats::default());
             return;
         }
@@ -270,20 +205,28 @@ impl<F> TrainModel<F> {
         let pass = Pass { b, p, batch, model: self };
         pass.forward(space);
         let (rows, targets): (Vec<usize>, Vec<u32>) = batch.labels.iter().copied().unzip();
-        let lm_head = self.layout.lm_head.as_ref().unwrap_or(&self.layout.embedding);
-        let Workspace { labelled, logits, final_norm, d, .. } = space;
-        b.gather_rows(labelled, &final_norm.y, &rows);
-        let rows_of = (&*labelled, &mut *logits);
-        let Some(Backward { grads, finished }) = gradients else {
-            let to = LossOutput { sums, stats, gradients: None };
-            return b.lm_head_loss(rows_of, &targets, (p, lm_head), loss, to);
-        };
-        let at_head = LossGradients { dx: &mut d.labelled, grads: &mut *grads };
-        let to = LossOutput { sums, stats, gradients: Some(at_head) };
-        b.lm_head_loss(rows_of, &targets, (p, lm_head), loss, to);
+        b.gather_rows(&mut space.labelled, &space.final_norm.y, &rows);
+        let mut grads = None;
+        let finished = gradients.map(|g| (grads.insert(g.grads), g.finished).1);
+        if let Some(loss) = objective.tokens {
+            pass.lm_head_loss(
+                space,
+                &targets,
+                loss,
+                (&mut *sums, stats.take(), grads.as_deref_mut()),
+            );
+        }
+        if let Some(head) = &self.head {
+            pass.head_forward(head, space);
+            if let Some(loss) = objective.scalars {
+                let alone = objective.tokens.is_none();
+                pass.head_loss(head, space, loss, (sums, grads.as_deref_mut(), alone));
+            }
+        }
+        let Some(grads) = grads else { return };
         // the gradient of the final norm's output is zero but at labelled positions
-        b.scatter_rows(&mut d.normed, &d.labelled, &rows, batch.ids.len());
-        pass.backward(space, (grads, finished.unwrap_or(&mut |_, _| {})));
+        b.scatter_rows(&mut space.d.normed, &space.d.labelled, &rows, batch.ids.len());
+        pass.backward(space, (grads, finished.flatten().unwrap_or(&mut |_, _| {})));
     }
 }
 
@@ -318,16 +261,21 @@ struct Pass<'a, B: TrainBackend> {
 }
 
 impl<B: TrainBackend> Pass<'_, B> {
-    /// From the ids to the final norm's output.
+    /// From the ids, or from the output of the frozen layers where that is there, to the final
+    /// norm's output.
     fn forward(&self, space: &mut Workspace<B>) {
         let (b, p, c, l) = (self.b, self.p, &self.model.config, &self.model.layout);
         let (eps, post_norm) = (c.layer_norm_epsilon, c.residual_post_layer_norm);
         let Workspace { embedded, embedding_norm, layers, final_norm, .. } = space;
-        let table = (p, &l.embedding);
-        let out = (&mut *embedding_norm, embedded);
-        b.embedding_norm_forward(out, &self.batch.ids, table, &l.embedding_norm, eps);
-        layers.resize(c.layers, space.recompute);
-        for (i, l) in l.layers.iter().enumerate() {
+        let first = if space.trunk_is_there { self.model.frozen } else { 0 };
+        if first == 0 {
+            let table = (p, &l.embedding);
+            let out = (&mut *embedding_norm, embedded);
+            b.embedding_norm_forward(out, &self.batch.ids, table, &l.embedding_norm, eps);
+        }
+        space.trunk_is_there = false;
+        layers.resize(c.layers, c.layers - self.model.frozen, space.recompute);
+        for (i, l) in l.layers.iter().enumerate().skip(first) {
             let (mut a, out) = layers.layer(i, &embedding_norm.y);
             self.activations(l, &mut a, true);
             let residual = if post_norm { &a.cheap.norm2.y } else { &a.linear.x2 };
@@ -368,6 +316,71 @@ impl<B: TrainBackend> Pass<'_, B> {
         b.gelu_forward(&mut cheap.gelu, &linear.up);
     }
 
+    /// A loss of the labelled rows through the LM head, which has gradients of its own unless it is
+    /// frozen with the embedding.
+    fn lm_head_loss(
+        &self,
+        space: &mut Workspace<B>,
+        targets: &[u32],
+        loss: &TokenLoss<B>,
+        (sums, stats, grads): (&mut B::Sums, Option<&mut TokenStats<B>>, Option<&mut B::Flat>),
+    ) {
+        let layout = &self.model.layout;
+        let trained = self.model.frozen == 0 || layout.lm_head.is_some();
+        let lm_head = layout.lm_head.as_ref().unwrap_or(&layout.embedding);
+        let Workspace { labelled, logits, d, .. } = space;
+        let dx = &mut d.labelled;
+        let gradients = grads.map(|grads| LossGradients { dx, grads: trained.then_some(grads) });
+        let to = LossOutput { sums, stats, gradients };
+        self.b.lm_head_loss((labelled, logits), targets, (self.p, lm_head), loss, to);
+    }
+
+    /// What the head gives the labelled rows.
+    fn head_forward(&self, head: &ScalarHead<Range<usize>>, space: &mut Workspace<B>) {
+        let (b, p) = (self.b, self.p);
+        let HeadActivations { hidden, scalars, .. } = &mut space.head;
+        let mut x = &space.labelled;
+        if let Some(linear) = &head.hidden {
+            b.linear_forward(hidden, x, (p, linear), None);
+            b.relu(hidden);
+            x = hidden;
+        }
+        b.projection_forward(scalars, x, (p, &head.output));
+    }
+
+    /// The loss of what the head gave; its share of the gradient of the labelled rows is all of it
+    /// if it is `alone`, and else added to what is there.
+    fn head_loss(
+        &self,
+        head: &ScalarHead<Range<usize>>,
+        space: &mut Workspace<B>,
+        loss: &ScalarLoss<B>,
+        (sums, grads, alone): (&mut B::Sums, Option<&mut B::Flat>, bool),
+    ) {
+        let (b, p) = (self.b, self.p);
+        let Workspace { head: a, labelled, d, .. } = space;
+        let Some(grads) = grads else { return b.scalar_loss(None, &a.scalars, loss, sums) };
+        b.scalar_loss(Some(&mut d.head.scalars), &a.scalars, loss, sums);
+        let dx = if alone { &mut d.labelled } else { &mut d.head.labelled };
+        let dy = &d.head.scalars;
+        match &head.hidden {
+            Some(linear) => {
+                let backward = ProjectionBackward { dy, x: &a.hidden, after_relu: true };
+                b.projection_backward(&mut d.head.hidden, grads, backward, (p, &head.output));
+                let backward =
+                    LinearBackward { dy: &d.head.hidden, x: labelled, before_gelu: None };
+                b.linear_backward(dx, grads, backward, (p, linear));
+            }
+            None => {
+                let backward = ProjectionBackward { dy, x: labelled, after_relu: false };
+                b.projection_backward(dx, grads, backward, (p, &head.output));
+            }
+        }
+        if !alone {
+            b.add(&mut d.labelled, &d.head.labelled);
+        }
+    }
+
     /// From the gradient of the final norm's output in `space.d.normed`.
     fn backward(
         &self,
@@ -381,7 +394,7 @@ impl<B: TrainBackend> Pass<'_, B> {
             NormBackward { dy: &d.normed, x: last, output: final_norm, residual: None };
         b.layer_norm_backward(&mut d.x, grads, final_norm, (p, &l.final_norm));
         finished(grads, l.final_norm.weight.start);
-        for (i, l) in l.layers.iter().enumerate().rev() {
+        for (i, l) in l.layers.iter().enumerate().skip(self.model.frozen).rev() {
             let (mut a, _) = layers.layer(i, &embedding_norm.y);
             // what is there of a single layer is that of the last one
             if space.recompute != Recompute::None && i + 1 < self.model.config.layers {
@@ -389,6 +402,9 @@ impl<B: TrainBackend> Pass<'_, B> {
             }
             self.layer_backward(l, &a, d, grads);
             finished(grads, l.input_norm.weight.start);
+        }
+        if self.model.frozen > 0 {
+            return finished(grads, 0);
         }
         let norm = NormBackward { dy: &d.x, x: embedded, output: embedding_norm, residual: None };
         b.layer_norm_backward(&mut d.residual, grads, norm, (p, &l.embedding_norm));

@@ -6,7 +6,7 @@ use super::matrix_view::MatrixView;
 use super::rows::exp_sum;
 use super::simd::Isa;
 use super::threads::Disjoint;
-use crate::ops::token_loss::{ClippedPpo, TokenLoss};
+use crate::ops::token_loss::{ClippedPpo, MAX_LOG_RATIO, TokenLoss};
 use crate::ops::train::Precision;
 use crate::simd_fn;
 
@@ -30,14 +30,15 @@ pub(super) struct Labels<'a> {
 
 /// A loss of the labels, in chunks that never hold more than [`LOGITS`] logits. Returns its sum.
 /// Log-probabilities and entropies go to `stats`. With `gradients`, writes those of the hidden
-/// states to the first and adds that of the head to the second. `logits` is scratch.
+/// states to the first and adds that of the head to the second, if there is one. `logits` is
+/// scratch.
 pub(super) fn token_loss(
     cpu: &Cpu,
     labels: &Labels,
     loss: &TokenLoss<Cpu>,
     logits: &mut Vec<f32>,
     stats: Option<(&mut [f32], &mut [f32])>,
-    mut gradients: Option<(&mut [f32], &mut [f32])>,
+    mut gradients: Option<(&mut [f32], Option<&mut [f32]>)>,
 ) -> f64 {
     let &Labels { x, head, precision, targets } = labels;
     let rows = targets.len();
@@ -78,7 +79,9 @@ pub(super) fn token_loss(
             let g = MatrixView::new(logits, n, vocab);
             let dx = &mut dx[start * h..(start + n) * h];
             matmul(cpu, precision, (dx, h), g, head_view, false);
-            matmul(cpu, precision, (dhead, h), g.t(), x, true);
+            if let Some(dhead) = dhead {
+                matmul(cpu, precision, (dhead, h), g.t(), x, true);
+            }
         }
     }
     losses.iter().sum()
@@ -170,16 +173,23 @@ impl Row<'_> {
 /// See [`ClippedPpo`].
 fn clipped_ppo(ppo: &ClippedPpo<Cpu>, label: usize, known: &RowStats) -> LabelLoss {
     let advantage = ppo.advantages.buffer()[label];
-    let ratio = (known.log_prob - ppo.old_log_probs.buffer()[label]).exp();
+    let moved = known.log_prob - ppo.old_log_probs.buffer()[label];
+    let ratio = moved.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp();
     let plain = ratio * advantage;
     let clipped = ratio.max(1.0 - ppo.clip).min(1.0 + ppo.clip) * advantage;
     // a ratio that is no number makes the loss none, so that the step is not taken
     let (mut loss, mut g) = if clipped < plain { (-clipped, 0.0) } else { (-plain, -plain) };
+    if moved.abs() > MAX_LOG_RATIO {
+        g = 0.0;
+    }
     if let Some(reference) = ppo.reference_log_probs {
-        let log_ratio = known.log_prob - reference.buffer()[label];
+        let moved = known.log_prob - reference.buffer()[label];
+        let log_ratio = moved.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO);
         let inverse = (-log_ratio).exp_m1();
         loss += ppo.kl * (inverse + log_ratio);
-        g -= ppo.kl * inverse;
+        if log_ratio == moved {
+            g -= ppo.kl * inverse;
+        }
     }
     loss -= ppo.entropy * known.entropy;
     LabelLoss { loss: loss as f64, log_prob: ppo.scale * g, entropy: -ppo.scale * ppo.entropy }

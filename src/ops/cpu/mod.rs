@@ -20,6 +20,7 @@ mod norm_train;
 mod optimizer;
 pub mod rows;
 pub mod sampling;
+mod scalar_train;
 pub mod simd;
 pub mod threads;
 mod train;

@@ -3,15 +3,16 @@
 use super::attention_train::{AttentionBackward, PackedAttention};
 use super::linear_train::LinearParams;
 use super::norm_train::NormParams;
-use super::{Cpu, embedding_train, linear_train, loss, norm_train, optimizer};
+use super::{Cpu, embedding_train, linear_train, loss, norm_train, optimizer, scalar_train};
 use crate::error::Result;
 use crate::memory;
+use crate::ops::scalar_loss::ScalarLoss;
 use crate::ops::token_loss::{LossGradients, LossOutput, TokenLoss};
 use crate::ops::train::{
     AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, NormBackward, NormOutput,
-    OptimizerGroup, Params, ParamsAt, Precision, StepSums, TrainBackend,
+    OptimizerGroup, Params, ParamsAt, Precision, ProjectionBackward, StepSums, TrainBackend,
 };
-use crate::ops::{Affine, Heads, Tensor};
+use crate::ops::{Affine, Heads, Projection, Tensor};
 use crate::tensor::DType;
 use std::borrow::Cow;
 use std::ops::Range;
@@ -74,6 +75,10 @@ impl TrainBackend for Cpu {
 
     fn read<'a>(&self, flat: &'a Vec<f32>, range: Range<usize>) -> Result<Cow<'a, [f32]>> {
         Ok(Cow::Borrowed(&flat[range]))
+    }
+
+    fn swap(&self, flat: &mut Vec<f32>, first: usize, other: &mut Vec<f32>) {
+        flat[first..first + other.len()].swap_with_slice(other);
     }
 
     fn new_sums(&self) -> Result<StepSums> {
@@ -197,6 +202,56 @@ impl TrainBackend for Cpu {
         linear_train::gelu(self, x.buffer(), self.room(y, x.shape()));
     }
 
+    fn relu(&self, x: &mut Tensor<Cpu>) {
+        scalar_train::relu(self, &mut x.buffer);
+    }
+
+    fn projection_forward(
+        &self,
+        y: &mut Tensor<Cpu>,
+        x: &Tensor<Cpu>,
+        (p, at): ParamsAt<Cpu, Projection<Range<usize>>>,
+    ) {
+        let rows = x.shape()[0];
+        x.expect("projection_forward", [rows, at.weight.len()], DType::F32);
+        let bias = at.bias.as_ref().map_or(0.0, |b| p.values[b.start]);
+        let weight = &p.values[at.weight.clone()];
+        scalar_train::project(self, x.buffer(), weight, bias, self.room(y, [rows, 1]));
+    }
+
+    fn projection_backward(
+        &self,
+        dx: &mut Tensor<Cpu>,
+        grads: &mut Vec<f32>,
+        ProjectionBackward { dy, x, after_relu }: ProjectionBackward<Cpu>,
+        (p, at): ParamsAt<Cpu, Projection<Range<usize>>>,
+    ) {
+        let rows = x.shape()[0];
+        x.expect("projection_backward's input", [rows, at.weight.len()], DType::F32);
+        dy.expect("projection_backward", [rows, 1], DType::F32);
+        let weight = &p.values[at.weight.clone()];
+        let (out, dw) = (self.room(dx, x.shape()), &mut grads[at.weight.clone()]);
+        let forward = (&dy.buffer()[..], &x.buffer()[..]);
+        scalar_train::project_backward(self, forward, (weight, after_relu), out, dw);
+        if let Some(bias) = &at.bias {
+            grads[bias.start] += dy.buffer().iter().sum::<f32>();
+        }
+    }
+
+    fn scalar_loss(
+        &self,
+        dy: Option<&mut Tensor<Cpu>>,
+        y: &Tensor<Cpu>,
+        loss: &ScalarLoss<Cpu>,
+        sums: &mut StepSums,
+    ) {
+        let rows = y.shape()[0];
+        y.expect("scalar_loss", [rows, 1], DType::F32);
+        loss.expect(rows);
+        let dy = dy.map(|dy| &mut self.room(dy, [rows, 1])[..]);
+        sums.loss += scalar_train::scalar_loss(y.buffer(), loss, dy);
+    }
+
     fn attention_forward(
         &self,
         y: &mut AttentionOutput<Cpu>,
@@ -251,7 +306,7 @@ impl TrainBackend for Cpu {
         });
         let gradients = to.gradients.map(|g| {
             let dx = self.room(g.dx, x.shape());
-            (&mut dx[..], &mut g.grads[at.clone()])
+            (&mut dx[..], g.grads.map(|grads| &mut grads[at.clone()]))
         });
         let logits = &mut logits.buffer;
         to.sums.loss += loss::token_loss(self, &labels, loss, logits, stats, gradients);

@@ -6,3 +6,4 @@
 include!(concat!(env!("OUT_DIR"), "/abi.rs"));
 
 const _: () = assert!(CACHE_BLOCK == crate::ops::BLOCK);
+const _: () = assert!(MAX_LOG_RATIO as f32 == crate::ops::token_loss::MAX_LOG_RATIO);

@@ -72,10 +72,12 @@ impl<L: Launcher> Cuda<L> {
             self.launch("logit_stats_bf16", grid, THREADS, shared, Args::new().with(chunk))?;
             let room = (from(kept(4)), from(kept(5)));
             let coefficients = self.launch_token_loss(loss, (chunk, first), sums.at, room)?;
-            let Some(g) = &gradients else { continue };
+            let Some(g) = &mut gradients else { continue };
             self.launch_logit_gradients(chunk, coefficients)?;
             self.gemm_nn(row(g.dx.at()), z, weight, None)?;
-            self.gemm_tn_add(g.grads.at(lm_head.start), z, row(x.at()), 0)?;
+            if let Some(grads) = &g.grads {
+                self.gemm_tn_add(grads.at(lm_head.start), z, row(x.at()), 0)?;
+            }
         }
         Ok(())
     }

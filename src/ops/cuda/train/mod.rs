@@ -10,17 +10,19 @@ mod gemm;
 mod loss;
 mod optimizer;
 mod rows;
+mod scalar_head;
 
 use super::abi::TrainSums;
 use super::{CachedUpload, Cuda, DeviceWeight, LinearInput};
-use crate::device::{Launcher, Memory};
+use crate::device::{Args, Launcher, Memory};
 use crate::error::{Error, Result};
+use crate::ops::scalar_loss::ScalarLoss;
 use crate::ops::token_loss::{LossGradients, LossOutput, TokenLoss};
 use crate::ops::train::{
     AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, NormBackward, NormOutput,
-    OptimizerGroup, ParamsAt, Precision, StepSums, TrainBackend,
+    OptimizerGroup, ParamsAt, Precision, ProjectionBackward, StepSums, TrainBackend,
 };
-use crate::ops::{Affine, Epilogue, Heads, Linear, Tensor};
+use crate::ops::{Affine, Epilogue, Heads, Linear, Projection, Tensor};
 use crate::tensor::DType;
 pub use attention::TrainSequences;
 use gemm::Matrix;
@@ -152,6 +154,11 @@ impl<L: Launcher> Cuda<L> {
     }
 }
 
+/// Elements that there is memory for: kernels take eight at a time.
+fn padded(count: usize) -> usize {
+    count.next_multiple_of(8)
+}
+
 /// Words as the device reads them.
 fn words(numbers: impl IntoIterator<Item = usize>) -> Vec<u32> {
     numbers.into_iter().map(|n| n as u32).collect()
@@ -183,15 +190,15 @@ impl<L: Launcher> TrainBackend for Cuda<L> {
     }
 
     fn parameters(&self, values: Vec<f32>) -> Result<Flat<L>> {
-        let half = Some(Memory::new(&self.launcher, values.len() * 2)?);
-        let memory = Memory::new(&self.launcher, values.len() * 4)?;
+        let half = Some(Memory::zeroed(&self.launcher, padded(values.len()) * 2)?);
+        let memory = Memory::zeroed(&self.launcher, padded(values.len()) * 4)?;
         let mut flat = Flat { values: memory, half, count: values.len() };
         self.write(&mut flat, 0, &values)?;
         Ok(flat)
     }
 
     fn zeros(&self, count: usize) -> Result<Flat<L>> {
-        Ok(Flat { values: Memory::zeroed(&self.launcher, count * 4)?, half: None, count })
+        Ok(Flat { values: Memory::zeroed(&self.launcher, padded(count) * 4)?, half: None, count })
     }
 
     fn clear(&self, flat: &mut Flat<L>) {
@@ -214,6 +221,17 @@ impl<L: Launcher> TrainBackend for Cuda<L> {
         let mut values = vec![0f32; range.len()];
         self.launcher.read(flat.at(range.start), bytemuck::cast_slice_mut(&mut values))?;
         Ok(Cow::Owned(values))
+    }
+
+    fn swap(&self, flat: &mut Flat<L>, first: usize, other: &mut Flat<L>) {
+        self.defer_error(|| {
+            let count = other.count;
+            assert!(first + count <= flat.count, "values are exchanged within the buffer");
+            let args = Args::new().with(flat.at(first)).with(other.at(0)).with(count as u64);
+            let grid = [count.div_ceil(super::abi::ELEMENTWISE_BLOCK), 1, 1];
+            self.launch("swap", grid, super::abi::TRAIN_THREADS as u32, 0, args)?;
+            self.refresh_half(flat, first..first + count)
+        });
     }
 
     fn new_sums(&self) -> Result<Memory<L>> {
@@ -313,6 +331,43 @@ impl<L: Launcher> TrainBackend for Cuda<L> {
         });
     }
 
+    fn relu(&self, x: &mut Tensor<Self>) {
+        self.defer_error(|| {
+            let [rows, width] = x.shape();
+            x.expect("relu", [rows, width], self.half);
+            self.elementwise("relu", (x.at(), x.at()), rows * width)
+        });
+    }
+
+    fn projection_forward(
+        &self,
+        y: &mut Tensor<Self>,
+        x: &Tensor<Self>,
+        projection: ParamsAt<Self, Projection<Range<usize>>>,
+    ) {
+        self.defer_error(|| self.launch_projection(y, x, projection));
+    }
+
+    fn projection_backward(
+        &self,
+        dx: &mut Tensor<Self>,
+        grads: &mut Flat<L>,
+        backward: ProjectionBackward<Self>,
+        projection: ParamsAt<Self, Projection<Range<usize>>>,
+    ) {
+        self.defer_error(|| self.launch_projection_backward(dx, grads, backward, projection));
+    }
+
+    fn scalar_loss(
+        &self,
+        dy: Option<&mut Tensor<Self>>,
+        y: &Tensor<Self>,
+        loss: &ScalarLoss<Self>,
+        sums: &mut Memory<L>,
+    ) {
+        self.defer_error(|| self.launch_scalar_loss(dy, y, loss, sums.at));
+    }
+
     fn attention_forward(
         &self,
         y: &mut AttentionOutput<Self>,
@@ -379,10 +434,11 @@ impl<L: Launcher> TrainBackend for Cuda<L> {
 
     fn add(&self, y: &mut Tensor<Self>, x: &Tensor<Self>) {
         self.defer_error(|| {
-            x.expect("add", y.shape(), DType::F32);
-            y.expect("add's sum", x.shape(), self.half);
             let [rows, width] = y.shape();
-            self.elementwise("add", (y.at(), x.at()), rows * width)
+            x.expect("add", [rows, width], x.dtype());
+            y.expect("add's sum", [rows, width], self.half);
+            let kernel = if x.is_half() { "add_half" } else { "add" };
+            self.elementwise(kernel, (y.at(), x.at()), rows * width)
         });
     }
 
