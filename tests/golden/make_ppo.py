@@ -283,8 +283,9 @@ def score_scaling():
     batches = [b.float() for b in batches]
     batches[1][4], batches[2][0] = 14.0, -25.0
     out = {
-        "source": "trl 0.11.4 RunningMoments, scaled and clipped as PPOTrainer.step does, in "
-        "float32; trlX by its formula in float64",
+        "source": "trl 0.11.4 RunningMoments, scaled and clipped as the text of PPOTrainer.step "
+        "says (running it raises an error, it takes the deviation for a tensor), in float32; trlX "
+        "by its formula in float64",
         "batches": lists(batches),
         "trl": [],
         "trlx": [],
