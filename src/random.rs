@@ -59,6 +59,8 @@ pub enum Derived {
     Style = 3,
     /// The phrases that `--variety` leaves out.
     Variety = 4,
+    /// A round of rollouts, from 0.
+    Rollout = 5,
 }
 
 /// The seed of the `n`-th thing of its kind under `seed`: the first two words, w0 and w1, of Philox

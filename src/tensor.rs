@@ -122,6 +122,13 @@ impl Bytes {
     }
 }
 
+impl From<Vec<u8>> for Bytes {
+    fn from(bytes: Vec<u8>) -> Bytes {
+        let all = 0..bytes.len();
+        Bytes::Owned(Arc::new(bytes), all)
+    }
+}
+
 /// A dense row-major tensor as a checkpoint stores it.
 #[derive(Clone)]
 pub struct HostTensor {

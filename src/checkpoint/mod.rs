@@ -10,7 +10,7 @@ mod save;
 pub use atomic::{write_atomic, write_atomic_at, write_folder};
 pub use companions::{Companions, MODEL_FILES, TOKENIZER_FILES};
 pub use parameter::Parameter;
-pub use save::save_tensors;
+pub use save::{save_tensors, save_tensors_as};
 
 use crate::error::{Error, Result};
 use crate::files;

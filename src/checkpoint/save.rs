@@ -55,6 +55,19 @@ pub fn save_tensors(
     values: &[f32],
     dtype: DType,
 ) -> Result<()> {
+    save_tensors_as(&folder.join("model.safetensors"), parameters, values, dtype)
+}
+
+/// [`save_tensors`] under another name.
+///
+/// # Errors
+/// As there.
+pub fn save_tensors_as(
+    path: &Path,
+    parameters: Vec<Parameter>,
+    values: &[f32],
+    dtype: DType,
+) -> Result<()> {
     assert_eq!(values.len(), parameters.iter().map(Parameter::len).sum::<usize>());
     let mut start = 0;
     let tensors: Vec<(String, Stored)> = parameters
@@ -66,7 +79,7 @@ pub fn save_tensors(
         })
         .collect();
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    write_atomic_at(&folder.join("model.safetensors"), |file| {
+    write_atomic_at(path, |file| {
         safetensors::serialize_to_file(tensors, Some(metadata), file).map_err(std::io::Error::other)
     })
 }

@@ -1,7 +1,7 @@
 //! The operations that models are written in.
 //!
 //! [`Backend`] has what every model needs, [`DecodeBackend`] what generation needs,
-//! [`train::TrainBackend`] what training needs. Fusion is the backend's affair: a model calls whole
+//! [`train::TrainBackend`] what training needs, and [`RolloutBackend`] both at once. Fusion is the backend's affair: a model calls whole
 //! operations, and a backend does several of them in one kernel where that is faster. There is no
 //! tape and no graph of operations.
 
@@ -10,6 +10,7 @@ pub mod cpu;
 pub mod cuda;
 mod decode;
 mod layers;
+mod rollout;
 pub mod sampling;
 pub mod scalar_loss;
 pub mod token_loss;
@@ -21,6 +22,8 @@ pub use layers::{
     Affine, Decoder, DecoderLayer, Epilogue, Heads, LayerNorm, Linear, NormInput, ObjectId,
     Projection,
 };
+
+pub use rollout::RolloutBackend;
 
 use crate::error::Result;
 use crate::memory::MemoryPlan;

@@ -5,6 +5,7 @@ pub mod examples;
 pub mod memory;
 pub mod optimizer;
 pub mod parallel;
+pub mod ppo;
 pub mod report;
 pub mod reward;
 pub mod run;

@@ -13,6 +13,7 @@ use crate::tensor::DType;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
 use std::borrow::Cow;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// `state.json`: the step, and the settings that must be the same when the run goes on.
@@ -91,20 +92,31 @@ pub fn save(checkpoints: &Path, run: &Saved, state: &RunState, keep: usize) -> R
     write_folder(&folder, |folder| {
         run.companions.write(folder)?;
         save_model(folder, run.config, &run.values, DType::F32)?;
-        let (first, second) = (tensor(&run.first), tensor(&run.second));
-        write_atomic_at(&folder.join("optimizer.safetensors"), |file| {
-            let tensors = [("first", first), ("second", second)];
-            safetensors::serialize_to_file(tensors, None, file).map_err(std::io::Error::other)
-        })?;
+        write_moments(folder, &run.first, &run.second)?;
         let text = serde_json::to_string_pretty(state).expect("settings are JSON");
         write_atomic(&folder.join("state.json"), |w| writeln!(w, "{text}"))
     })?;
+    remove_old(checkpoints, keep)?;
+    Ok(folder)
+}
+
+/// Writes AdamW's moments into a checkpoint's folder.
+pub(super) fn write_moments(folder: &Path, first: &[f32], second: &[f32]) -> Result<()> {
+    let (first, second) = (tensor(first), tensor(second));
+    write_atomic_at(&folder.join("optimizer.safetensors"), |file| {
+        let tensors = [("first", first), ("second", second)];
+        safetensors::serialize_to_file(tensors, None, file).map_err(std::io::Error::other)
+    })
+}
+
+/// Removes all checkpoints but the newest `keep`.
+pub(super) fn remove_old(checkpoints: &Path, keep: usize) -> Result<()> {
     let mut old = list(checkpoints)?;
     old.truncate(old.len().saturating_sub(keep.max(1)));
     for (_, folder) in old {
         let _ = std::fs::remove_dir_all(folder);
     }
-    Ok(folder)
+    Ok(())
 }
 
 fn tensor(values: &[f32]) -> TensorView<'_> {
@@ -154,11 +166,23 @@ pub fn load<B: TrainBackend>(
         return Err(Error::file(folder, "holds a model of another size than this run's"));
     }
     backend.set_values(&mut model.values, &checkpoint.to_f32()?)?;
+    let shard = optimizer.shard().to_vec();
+    read_moments(folder, backend, optimizer, (count, &shard))?;
+    optimizer.steps = state.step;
+    Ok(state)
+}
+
+/// Reads those of `count` moments of a checkpoint's folder that lie in some ranges.
+pub(super) fn read_moments<B: TrainBackend>(
+    folder: &Path,
+    backend: &B,
+    optimizer: &mut AdamW<B::Flat>,
+    (count, ranges): (usize, &[Range<usize>]),
+) -> Result<()> {
     let path = folder.join("optimizer.safetensors");
     let bytes = std::fs::read(&path).map_err(Error::io(&path, "read"))?;
     let file = safetensors::SafeTensors::deserialize(&bytes)
         .map_err(|e| Error::file(&path, format!("not a whole safetensors file: {e}")))?;
-    let shard = optimizer.shard().to_vec();
     for (name, to) in [("first", &mut optimizer.first), ("second", &mut optimizer.second)] {
         let tensor = file
             .tensor(name)
@@ -166,10 +190,9 @@ pub fn load<B: TrainBackend>(
         if tensor.dtype() != Dtype::F32 || tensor.data().len() != count * 4 {
             return Err(Error::file(&path, format!("tensor {name} does not fit the model")));
         }
-        let shard = shard.iter().map(|r| &tensor.data()[4 * r.start..4 * r.end]);
-        let values: Vec<f32> = shard.flat_map(bytemuck::pod_collect_to_vec::<u8, f32>).collect();
+        let parts = ranges.iter().map(|r| &tensor.data()[4 * r.start..4 * r.end]);
+        let values: Vec<f32> = parts.flat_map(bytemuck::pod_collect_to_vec::<u8, f32>).collect();
         backend.set_values(to, &values)?;
     }
-    optimizer.steps = state.step;
-    Ok(state)
+    Ok(())
 }

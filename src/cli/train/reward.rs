@@ -7,7 +7,7 @@ use super::start::{Start, StartArgs};
 use crate::data::scored::{ScoredRecords, read_scored};
 use crate::models::bloom::Architecture;
 use crate::ops::train::TrainBackend;
-use crate::text::Tokenizer;
+use crate::rewards::reward_ids;
 use crate::text::template::RewardTemplate;
 use crate::train::parallel::Communicator;
 use crate::train::report::draw_calibration;
@@ -43,18 +43,6 @@ pub struct RewardArgs {
     input: Option<String>,
     #[command(flatten)]
     run: RunArgs,
-}
-
-/// A text in a template as token ids, ended by `eos` and cut on the left to `max_tokens`.
-pub fn reward_ids(
-    (tokenizer, eos): (&Tokenizer, u32),
-    text: &str,
-    max_tokens: usize,
-) -> crate::error::Result<Vec<u32>> {
-    let mut ids = tokenizer.encode_literal(text)?;
-    ids.push(eos);
-    ids.drain(..ids.len().saturating_sub(max_tokens));
-    Ok(ids)
 }
 
 impl RewardArgs {

@@ -1,14 +1,19 @@
 //! BLOOM for inference, over any [`DecodeBackend`].
 
-use super::{BloomCheckpoint, BloomConfig, BloomLayerParameters};
+use super::{BloomCheckpoint, BloomConfig, BloomLayerParameters, BloomParameters};
+use crate::checkpoint::Parameter;
 use crate::error::{Error, Result};
+use crate::models::params::flat_ranges;
 use crate::ops::cpu::finite;
 use crate::ops::cpu::simd::Isa;
 use crate::ops::sampling::{SampledToken, SamplingRow};
 use crate::ops::{
     Affine, Batch, DecodeBackend, Decoder, DecoderActivations, DecoderLayer, LayerNorm, Linear,
+    RolloutBackend,
 };
 use crate::tensor::{DType, HostTensor};
+use std::convert::Infallible;
+use std::ops::Range;
 use std::path::Path;
 
 /// A model's weights on a backend.
@@ -22,38 +27,26 @@ pub struct Bloom<B: DecodeBackend> {
     cache_dtype: DType,
 }
 
-/// A parameter that was taken from a checkpoint, and its name.
-type Taken = (String, HostTensor);
-
-/// Makes a backend's weights of tensors.
-struct Loader<'a, B: DecodeBackend> {
-    backend: &'a B,
-    dtype: Option<DType>,
+/// Makes a backend's weights of what stands for a model's parameters.
+struct Loader<'a, B: DecodeBackend, T> {
+    /// Of a matrix.
+    weight: &'a dyn Fn(T) -> Result<B::Weight>,
+    /// Of a vector.
+    vector: &'a dyn Fn(T) -> Result<B::Vector>,
     eps: f32,
-    /// What errors name.
-    path: &'a Path,
 }
 
-impl<B: DecodeBackend> Loader<'_, B> {
-    fn weight(&self, (name, tensor): Taken) -> Result<B::Weight> {
-        self.backend.weight(tensor, self.dtype).map_err(|e| e.of_tensor(self.path, &name))
+impl<B: DecodeBackend, T> Loader<'_, B, T> {
+    fn layer_norm(&self, p: Affine<T>) -> Result<LayerNorm<B>> {
+        let (weight, bias) = ((self.vector)(p.weight)?, (self.vector)(p.bias)?);
+        Ok(LayerNorm { weight, bias, eps: self.eps })
     }
 
-    fn vector(&self, (name, tensor): Taken) -> Result<B::Vector> {
-        finite::check(Isa::detect(), &tensor)
-            .and_then(|()| self.backend.vector(&tensor))
-            .map_err(|e| e.of_tensor(self.path, &name))
+    fn linear(&self, p: Affine<T>) -> Result<Linear<B>> {
+        Ok(Linear { weight: (self.weight)(p.weight)?, bias: (self.vector)(p.bias)? })
     }
 
-    fn layer_norm(&self, p: Affine<Taken>) -> Result<LayerNorm<B>> {
-        Ok(LayerNorm { weight: self.vector(p.weight)?, bias: self.vector(p.bias)?, eps: self.eps })
-    }
-
-    fn linear(&self, p: Affine<Taken>) -> Result<Linear<B>> {
-        Ok(Linear { weight: self.weight(p.weight)?, bias: self.vector(p.bias)? })
-    }
-
-    fn layer(&self, p: BloomLayerParameters<Taken>) -> Result<DecoderLayer<B>> {
+    fn layer(&self, p: BloomLayerParameters<T>) -> Result<DecoderLayer<B>> {
         Ok(DecoderLayer {
             input_norm: self.layer_norm(p.input_norm)?,
             qkv: self.linear(p.qkv)?,
@@ -63,6 +56,35 @@ impl<B: DecodeBackend> Loader<'_, B> {
             down: self.linear(p.down)?,
         })
     }
+
+    /// The whole model, with keys and values cached in `cache_dtype`.
+    fn model(
+        &self,
+        config: BloomConfig,
+        p: BloomParameters<T>,
+        cache_dtype: DType,
+    ) -> Result<Bloom<B>> {
+        Ok(Bloom {
+            decoder: Decoder {
+                id: Default::default(),
+                embedding: (self.weight)(p.embedding)?,
+                embedding_norm: self.layer_norm(p.embedding_norm)?,
+                layers: p.layers.into_iter().map(|l| self.layer(l)).collect::<Result<_>>()?,
+                heads: config.attention_heads(),
+                residual_post_norm: config.residual_post_layer_norm,
+                final_norm: self.layer_norm(p.final_norm)?,
+                lm_head: p.lm_head.map(self.weight).transpose()?,
+            },
+            score: p.score.map(self.weight).transpose()?,
+            cache_dtype,
+            config,
+        })
+    }
+}
+
+/// What keys and values are cached in beside weights of this type.
+fn cache_dtype(weights: DType) -> DType {
+    if weights == DType::Int8 { DType::Bf16 } else { weights }
 }
 
 impl<B: DecodeBackend> Bloom<B> {
@@ -76,30 +98,21 @@ impl<B: DecodeBackend> Bloom<B> {
         dtype: Option<DType>,
     ) -> Result<Bloom<B>> {
         let BloomCheckpoint { config, mut weights } = checkpoint;
-        let p =
-            config.parameter_tree(|p| Ok::<Taken, Error>((p.name.clone(), weights.take(&p)?)))?;
+        let take = |p: Parameter| Ok::<_, Error>((p.name.clone(), weights.take(&p)?));
+        let p = config.parameter_tree(take)?;
         let stored = p.embedding.1.dtype;
+        let path = weights.path.clone();
+        let weight = |(name, tensor): (String, HostTensor)| {
+            backend.weight(tensor, dtype).map_err(|e| e.of_tensor(&path, &name))
+        };
+        let vector = |(name, tensor): (String, HostTensor)| {
+            finite::check(Isa::detect(), &tensor)
+                .and_then(|()| backend.vector(&tensor))
+                .map_err(|e| e.of_tensor(&path, &name))
+        };
         let eps = config.layer_norm_epsilon;
-        let loader = Loader { backend, dtype, eps, path: &weights.path };
-        let embedding = loader.weight(p.embedding)?;
-        Ok(Bloom {
-            decoder: Decoder {
-                id: Default::default(),
-                embedding,
-                embedding_norm: loader.layer_norm(p.embedding_norm)?,
-                layers: p.layers.into_iter().map(|l| loader.layer(l)).collect::<Result<_>>()?,
-                heads: config.attention_heads(),
-                residual_post_norm: config.residual_post_layer_norm,
-                final_norm: loader.layer_norm(p.final_norm)?,
-                lm_head: p.lm_head.map(|h| loader.weight(h)).transpose()?,
-            },
-            score: p.score.map(|s| loader.weight(s)).transpose()?,
-            cache_dtype: match dtype.unwrap_or(stored) {
-                DType::Int8 => DType::Bf16,
-                plain => plain,
-            },
-            config,
-        })
+        let loader = Loader { weight: &weight, vector: &vector, eps };
+        loader.model(config, p, cache_dtype(dtype.unwrap_or(stored)))
     }
 
     /// A KV cache of `blocks` blocks.
@@ -220,4 +233,78 @@ impl<B: DecodeBackend> Bloom<B> {
         backend.layer_norm_rows(&mut a.normed, &a.x, &tokens, &self.decoder.final_norm);
         rows.iter().map(|r| (at(r), r)).collect()
     }
+}
+
+/// A parameter, and where it is among flat ones.
+type Placed = (Parameter, Range<usize>);
+
+impl<B: RolloutBackend> Bloom<B> {
+    /// A model that generates by parameters in training, as weights in `dtype`.
+    ///
+    /// # Errors
+    /// A tensor that holds what is no number is named.
+    pub fn of_parameters(
+        backend: &B,
+        config: &BloomConfig,
+        flat: &B::Flat,
+        dtype: DType,
+    ) -> Result<Bloom<B>> {
+        with_loader(backend, (config, flat, dtype), |loader, tree| {
+            loader.model(config.clone(), tree, cache_dtype(dtype))
+        })
+    }
+
+    /// Takes up the parameters of [`Bloom::of_parameters`] after they have changed; those of the
+    /// embedding and of the first `frozen` layers have not.
+    ///
+    /// # Errors
+    /// As for [`Bloom::of_parameters`].
+    pub fn refresh(
+        &mut self,
+        backend: &B,
+        flat: &B::Flat,
+        (dtype, frozen): (DType, usize),
+    ) -> Result<()> {
+        if backend.shares_weights(dtype) {
+            return Ok(());
+        }
+        let config = self.config.clone();
+        if frozen == 0 {
+            *self = Bloom::of_parameters(backend, &config, flat, dtype)?;
+            return Ok(());
+        }
+        let decoder = &mut self.decoder;
+        with_loader(backend, (&config, flat, dtype), |loader, tree| {
+            let layers = decoder.layers.iter_mut().zip(tree.layers).skip(frozen);
+            layers.into_iter().try_for_each(|(layer, p)| {
+                *layer = loader.layer(p)?;
+                Ok::<_, Error>(())
+            })?;
+            decoder.final_norm = loader.layer_norm(tree.final_norm)?;
+            decoder.lm_head = tree.lm_head.map(loader.weight).transpose()?;
+            decoder.id = Default::default();
+            Ok(())
+        })
+    }
+}
+
+/// Does something with a loader of flat parameters, and where they are.
+fn with_loader<B: RolloutBackend, R>(
+    backend: &B,
+    (config, flat, dtype): (&BloomConfig, &B::Flat, DType),
+    work: impl FnOnce(&Loader<B, Placed>, BloomParameters<Placed>) -> Result<R>,
+) -> Result<R> {
+    let mut ranges = flat_ranges();
+    let Ok(tree) = config.parameter_tree(|p| {
+        let Ok(range) = ranges(p.clone());
+        Ok::<Placed, Infallible>((p, range))
+    });
+    let of = Path::new("the parameters in training");
+    let weight = |(p, at): Placed| {
+        let shape = [p.shape[0], p.shape[1]];
+        backend.weight_of(flat, at, shape, dtype).map_err(|e| e.of_tensor(of, &p.name))
+    };
+    let vector = |(_, at): Placed| backend.vector_of(flat, at);
+    let eps = config.layer_norm_epsilon;
+    work(&Loader { weight: &weight, vector: &vector, eps }, tree)
 }

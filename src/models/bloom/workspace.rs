@@ -183,6 +183,11 @@ impl<B: TrainBackend> Workspace<B> {
         &self.head.scalars
     }
 
+    /// [`Workspace::scalars`], which are not here any more.
+    pub fn take_scalars(&mut self) -> Tensor<B> {
+        std::mem::take(&mut self.head.scalars)
+    }
+
     /// Takes the output that the first `frozen` layers had in the last pass, at least one of them.
     /// [`Workspace::put_trunk`] spares later passes over the same batch these layers.
     pub fn take_trunk(&mut self, frozen: usize) -> Tensor<B> {

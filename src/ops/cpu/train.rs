@@ -1,6 +1,7 @@
 //! Training on the CPU: [`TrainBackend`] over flat f32 buffers.
 
 use super::attention_train::{AttentionBackward, PackedAttention};
+use super::linear::CpuWeight;
 use super::linear_train::LinearParams;
 use super::norm_train::NormParams;
 use super::{Cpu, embedding_train, linear_train, loss, norm_train, optimizer, scalar_train};
@@ -12,8 +13,8 @@ use crate::ops::train::{
     AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, NormBackward, NormOutput,
     OptimizerGroup, Params, ParamsAt, Precision, ProjectionBackward, StepSums, TrainBackend,
 };
-use crate::ops::{Affine, Heads, Projection, Tensor};
-use crate::tensor::DType;
+use crate::ops::{Affine, Backend, Heads, Projection, RolloutBackend, Tensor};
+use crate::tensor::{DType, HostTensor};
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -363,5 +364,28 @@ impl TrainBackend for Cpu {
             let factor = sums.clip_factor(step.max_norm);
             groups.iter().for_each(|group| optimizer::adamw(self, buffers, group, (step, factor)));
         }
+    }
+}
+
+impl RolloutBackend for Cpu {
+    /// Training multiplies by the f32 parameters themselves, generation by a packed copy.
+    fn shares_weights(&self, _: DType) -> bool {
+        false
+    }
+
+    fn weight_of(
+        &self,
+        flat: &Vec<f32>,
+        at: Range<usize>,
+        shape: [usize; 2],
+        dtype: DType,
+    ) -> Result<CpuWeight> {
+        let bytes = bytemuck::cast_slice(&flat[at]).to_vec().into();
+        let tensor = HostTensor { dtype: DType::F32, shape: shape.to_vec(), bytes };
+        self.weight(tensor, Some(dtype))
+    }
+
+    fn vector_of(&self, flat: &Vec<f32>, at: Range<usize>) -> Result<Vec<f32>> {
+        Ok(flat[at].to_vec())
     }
 }

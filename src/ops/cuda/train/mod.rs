@@ -22,8 +22,8 @@ use crate::ops::train::{
     AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, NormBackward, NormOutput,
     OptimizerGroup, ParamsAt, Precision, ProjectionBackward, StepSums, TrainBackend,
 };
-use crate::ops::{Affine, Epilogue, Heads, Linear, Projection, Tensor};
-use crate::tensor::DType;
+use crate::ops::{Affine, Backend, Epilogue, Heads, Linear, Projection, RolloutBackend, Tensor};
+use crate::tensor::{DType, HostTensor};
 pub use attention::TrainSequences;
 use gemm::Matrix;
 use std::borrow::Cow;
@@ -454,5 +454,36 @@ impl<L: Launcher> TrainBackend for Cuda<L> {
         sums: &Memory<L>,
     ) {
         self.defer_error(|| self.launch_adamw(buffers, groups, step, sums));
+    }
+}
+
+impl<L: Launcher> RolloutBackend for Cuda<L> {
+    /// The 16-bit copy of the parameters that AdamW refreshes serves training and generation.
+    fn shares_weights(&self, dtype: DType) -> bool {
+        dtype == self.half
+    }
+
+    fn weight_of(
+        &self,
+        flat: &Flat<L>,
+        at: Range<usize>,
+        shape: [usize; 2],
+        dtype: DType,
+    ) -> Result<DeviceWeight<L>> {
+        if self.shares_weights(dtype) {
+            return Ok(DeviceWeight::view(
+                &self.launcher,
+                flat.half_at(at.start),
+                shape,
+                self.half,
+            ));
+        }
+        let bytes = bytemuck::cast_slice(&self.read(flat, at)?).to_vec().into();
+        let tensor = HostTensor { dtype: DType::F32, shape: shape.to_vec(), bytes };
+        self.weight(tensor, Some(dtype))
+    }
+
+    fn vector_of(&self, flat: &Flat<L>, at: Range<usize>) -> Result<Memory<L>> {
+        Ok(Memory::view(&self.launcher, flat.at(at.start), 4 * at.len()))
     }
 }
