@@ -2,6 +2,7 @@
 
 pub mod examples;
 pub mod memory;
+pub mod monitors;
 pub mod optimizer;
 pub mod parallel;
 pub mod report;
