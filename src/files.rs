@@ -72,3 +72,24 @@ pub fn instead(bytes: &[u8]) -> Option<String> {
 pub fn as_read(settings: &Value) -> Value {
     serde_json::from_str(&settings.to_string()).unwrap_or_else(|_| settings.clone())
 }
+
+/// For `#[serde(with = "exact")]`: a finite number as text that reads back with the same bits,
+/// which a number in JSON may not do.
+pub mod exact {
+    use serde::de::Error as _;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    /// Writes the number in as few digits as tell it from its neighbours.
+    pub fn serialize<S: Serializer>(number: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{number:?}"))
+    }
+
+    /// Reads what [`serialize`] wrote, and nothing that is not finite.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        match text.parse::<f64>() {
+            Ok(number) if number.is_finite() => Ok(number),
+            _ => Err(D::Error::custom(format!("{text:?} is no finite number"))),
+        }
+    }
+}

@@ -30,8 +30,9 @@
 //! From the bottom up: [`tensor`] and [`error`]; [`device`], where memory lives and kernels are
 //! launched; [`checkpoint`], tensors by name; [`ops`], the operations that models are written in,
 //! on the CPU and on CUDA; [`models`]; [`engine`], which schedules requests; [`generate`], texts in
-//! and out; [`rewrite`], what keeps the meaning; [`train`], [`serve`], [`eval`] and [`mod@bench`]
-//! on top. `examples/custom_model.rs` writes a model of its own in the operations.
+//! and out; [`rewrite`], what keeps the meaning; [`rewards`], what rates it; [`train`], [`serve`],
+//! [`eval`] and [`mod@bench`] on top. `examples/custom_model.rs` writes a model of its own in the
+//! operations.
 
 #![warn(missing_docs)]
 #![warn(clippy::print_stdout, clippy::print_stderr)] // they panic; see `cli::print`
@@ -50,6 +51,7 @@ pub mod memory;
 pub mod models;
 pub mod ops;
 pub mod random;
+pub mod rewards;
 pub mod rewrite;
 pub mod selftest;
 pub mod serve;

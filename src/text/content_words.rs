@@ -142,6 +142,16 @@ pub fn most_repeated(text: &str, n: usize) -> usize {
         .unwrap_or(0)
 }
 
+/// The share of the runs of `n` words in `text` that occurred in it before: 0 if none repeats.
+pub fn repeated_share(text: &str, n: usize) -> f64 {
+    let words = words(text);
+    let distinct: HashSet<&[String]> = words.windows(n).collect();
+    match words.windows(n).len() {
+        0 => 0.0,
+        all => (all - distinct.len()) as f64 / all as f64,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,5 +183,8 @@ mod tests {
     fn repeated_runs_are_counted() {
         assert_eq!(most_repeated("a b c d a b c d, A B C D", 4), 3);
         assert_eq!(most_repeated("a b c", 4), 0);
+        // abc bca cab abc bca: three different ones of five
+        assert_eq!(repeated_share("a b c A B, c a", 3), 0.4);
+        assert_eq!((repeated_share("a b c d", 3), repeated_share("a b", 3)), (0.0, 0.0));
     }
 }

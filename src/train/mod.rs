@@ -3,6 +3,7 @@
 pub mod agreement;
 pub mod examples;
 pub mod memory;
+pub mod monitors;
 pub mod optimizer;
 pub mod parallel;
 pub mod ppo;
