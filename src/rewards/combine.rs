@@ -105,20 +105,32 @@ impl<'a> CombinedReward<'a> {
         self.parts.iter().map(|p| p.reward.name())
     }
 
-    /// Scores a batch.
+    /// The rewards' weights, in order.
+    pub fn weights(&self) -> impl Iterator<Item = f64> {
+        self.parts.iter().map(|p| p.weight)
+    }
+
+    /// Each reward's own scores of a batch, neither weighted nor normalized:
+    /// `[reward][rewrite]`.
     ///
     /// # Errors
-    /// If a reward fails, or gives anything but a finite number for each rewrite. Statistics are
-    /// then those before the batch.
-    pub fn score(&mut self, rewrites: &[ScoredText]) -> Result<CombinedScores> {
-        let mut parts = Vec::with_capacity(self.parts.len());
-        for part in &mut self.parts {
+    /// If a reward fails, or gives anything but a finite number for each rewrite.
+    pub fn parts(&mut self, rewrites: &[ScoredText]) -> Result<Vec<Vec<f64>>> {
+        let score = |part: &mut Part| {
             let scores = part.reward.score(rewrites)?;
             check_scores(part.reward.name(), &scores, rewrites.len())?;
-            parts.push(scores);
-        }
+            Ok(scores)
+        };
+        self.parts.iter_mut().map(score).collect()
+    }
+
+    /// Adds up what [`CombinedReward::parts`] gave, or what has become of it.
+    ///
+    /// # Errors
+    /// If a sum is too large. Statistics are then those before the batch.
+    pub fn combine(&mut self, parts: Vec<Vec<f64>>) -> Result<CombinedScores> {
         let mut moments: Vec<RunningMoments> = self.parts.iter().map(|p| p.moments).collect();
-        let mut total = vec![0.0; rewrites.len()];
+        let mut total = vec![0.0; parts.first().map_or(0, Vec::len)];
         for ((part, moments), scores) in self.parts.iter().zip(&mut moments).zip(&parts) {
             scores.iter().for_each(|score| moments.push(*score));
             for (sum, score) in total.iter_mut().zip(scores) {
@@ -134,6 +146,15 @@ impl<'a> CombinedReward<'a> {
         }
         self.parts.iter_mut().zip(moments).for_each(|(part, moments)| part.moments = moments);
         Ok(CombinedScores { total, parts })
+    }
+
+    /// [`CombinedReward::parts`], added up.
+    ///
+    /// # Errors
+    /// As for the two.
+    pub fn score(&mut self, rewrites: &[ScoredText]) -> Result<CombinedScores> {
+        let parts = self.parts(rewrites)?;
+        self.combine(parts)
     }
 
     /// Where the statistics stand.

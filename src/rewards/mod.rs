@@ -10,12 +10,14 @@ mod combine;
 mod command;
 mod http;
 mod spec;
+mod text_model;
 
 pub use built_in::{ClipTokensReward, FidelityReward, RepetitionReward};
 pub use combine::{CombinedReward, CombinedScores, CombinedState, PartState, RunningMoments};
 pub use command::CommandReward;
 pub use http::HttpReward;
 pub use spec::{RewardKind, RewardSpec};
+pub use text_model::{TextRewardModel, TextRewardOptions, reward_ids};
 
 use crate::error::{Error, Result};
 use std::time::Duration;
