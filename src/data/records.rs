@@ -122,6 +122,44 @@ pub fn read_prompts(path: &Path) -> Result<Vec<String>> {
         .collect()
 }
 
+/// Where it stands, a plain prompt, and its rich one where the record has that.
+pub type PolicyRecord = (String, String, Option<String>);
+
+/// Plain prompts for a policy to continue: records with `raw_prompt` and maybe `prompt`, records
+/// with `prompt` alone, texts, or a text file with one a line.
+///
+/// # Errors
+/// Names the first that is none, or is empty.
+pub fn read_policy_prompts(path: &Path) -> Result<Vec<PolicyRecord>> {
+    let json = path.extension().is_some_and(|e| e == "json" || e == "jsonl");
+    let records = if json {
+        let of = |(place, value): (String, Value)| {
+            let text = |name: &str| value.get(name).and_then(Value::as_str).map(str::to_owned);
+            let (raw, prompt) = (text("raw_prompt"), text("prompt"));
+            let found = match (value.as_str(), raw, prompt) {
+                (Some(text), _, _) => (text.to_owned(), None),
+                (None, Some(raw), prompt) => (raw, prompt),
+                (None, None, Some(prompt)) => (prompt, None),
+                (None, None, None) => {
+                    let what = "has neither \"raw_prompt\" nor \"prompt\"";
+                    return Err(Error::file(path, format!("{place} {what}")));
+                }
+            };
+            Ok((place, found.0, found.1))
+        };
+        values(path)?.into_iter().map(of).collect::<Result<Vec<_>>>()?
+    } else {
+        let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
+        let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+        lines.map(|(i, line)| (format!("line {}", i + 1), line.trim().to_owned(), None)).collect()
+    };
+    match records.iter().find(|(_, raw, _)| raw.trim().is_empty()) {
+        Some((place, ..)) => Err(Error::file(path, format!("{place} has an empty prompt"))),
+        None if records.is_empty() => Err(Error::file(path, "holds no prompts")),
+        None => Ok(records),
+    }
+}
+
 /// Writes a JSON array if the name ends in `.json`, else JSON lines.
 pub fn write_pairs(path: &Path, pairs: &[Pair]) -> Result<()> {
     write_atomic(path, |w| {

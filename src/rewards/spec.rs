@@ -161,10 +161,14 @@ fn is_port(text: &str, before: &str, tail: &str) -> bool {
     if !is_url(text) {
         return false;
     }
-    let Some((_, host)) = before.split_once("://") else { return true };
+    let Some((_, place)) = before.split_once("://") else { return true };
+    if place.contains(['/', '?', '#']) {
+        return false;
+    }
+    let host = place.rsplit_once('@').map_or(place, |(_, host)| host);
     let open = host.contains('[') && !host.contains(']');
     let ported = host.rsplit_once(']').map_or(host, |(_, rest)| rest).contains(':');
-    open || (!host.contains(['/', '?', '@']) && !ported && tail.parse::<u16>().is_ok())
+    open || (!ported && tail.parse::<u16>().is_ok())
 }
 
 #[cfg(test)]
@@ -205,6 +209,9 @@ mod tests {
             ("http://[::1]:8000", http("http://[::1]:8000"), 1.0),
             ("http://[::1]", http("http://[::1]"), 1.0),
             ("http://[::1]:8000/x:2", http("http://[::1]:8000/x"), 2.0),
+            ("http://me:pw@host:80", http("http://me:pw@host:80"), 1.0),
+            ("http://me:pw@host:80:2", http("http://me:pw@host:80"), 2.0),
+            ("http://host/[:2", http("http://host/["), 2.0),
             ("http://[::1]:8000:2", http("http://[::1]:8000"), 2.0),
         ] {
             let read = RewardSpec::parse(text).unwrap();

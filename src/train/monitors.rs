@@ -483,7 +483,7 @@ impl Monitors {
             Monitor::Length => {
                 let (side, remedy) = match reading.value < reading.limit {
                     true => ("below", "add --reward fidelity or another that pays for content"),
-                    false => ("above", "add --reward clip-tokens or lower --max-tokens"),
+                    false => ("above", "add --reward clip-tokens or lower --max-new-tokens"),
                 };
                 format!(
                     "{name} is {value} tokens, {side} {limit}, from {} at its \

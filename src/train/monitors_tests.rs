@@ -244,6 +244,20 @@ fn numbers_that_are_not_finite_are_named_and_left_out() {
 }
 
 #[test]
+fn one_odd_update_is_no_alarm() {
+    let mut noise = Normal::new(3, 8);
+    let updates = (1..=300).map(|update| {
+        let stats = healthy(update, &mut noise);
+        // few rollouts at first, and later returns that hardly differ
+        let repeated = if update == 1 { 0.4 } else { stats.repeated };
+        let odd = update == 100;
+        let explained_variance = if odd { -200.0 } else { stats.explained_variance };
+        UpdateStats { repeated, explained_variance, ..stats }
+    });
+    assert_eq!(alarms(MonitorLimits::default(), updates), []);
+}
+
+#[test]
 fn a_run_of_zeros_is_no_division_by_zero() {
     let updates = (1..=300).map(|update| UpdateStats {
         update,

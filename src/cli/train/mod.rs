@@ -1,5 +1,6 @@
 //! `bprompt train`: vocabularies and models.
 
+mod ppo;
 mod reward;
 mod run;
 mod sft;
@@ -18,6 +19,8 @@ pub enum TrainCommand {
     Sft(Box<sft::SftArgs>),
     /// Fit a reward model to scores of texts, or to preferences among them.
     Reward(Box<reward::RewardArgs>),
+    /// Have a policy learn from rewards: PPO, GRPO or RLOO, with rollouts by the engine.
+    Ppo(Box<ppo::PpoArgs>),
 }
 
 impl TrainCommand {
@@ -26,6 +29,7 @@ impl TrainCommand {
             TrainCommand::Tokenizer(args) => args.run(),
             TrainCommand::Sft(args) => args.run(),
             TrainCommand::Reward(args) => args.run(),
+            TrainCommand::Ppo(args) => args.run(),
         }
     }
 }

@@ -69,6 +69,16 @@ pub enum SaveDtype {
     Bf16,
 }
 
+impl SaveDtype {
+    pub fn dtype(self) -> DType {
+        match self {
+            SaveDtype::F32 => DType::F32,
+            SaveDtype::F16 => DType::F16,
+            SaveDtype::Bf16 => DType::Bf16,
+        }
+    }
+}
+
 /// How a run goes, whatever it learns.
 #[derive(Args)]
 pub struct RunArgs {
@@ -148,8 +158,29 @@ pub struct RunArgs {
 }
 
 /// Numbers above 0, up to the largest that makes sense for a rate or a norm.
-fn positive(most: f64) -> (std::ops::Bound<f64>, std::ops::Bound<f64>) {
+pub fn positive(most: f64) -> (std::ops::Bound<f64>, std::ops::Bound<f64>) {
     (std::ops::Bound::Excluded(0.0), std::ops::Bound::Included(most))
+}
+
+/// Where a model is to be trained: on this rank's GPU, or its share of the cores.
+pub fn training_device(
+    (choice, precision): (DeviceChoice, PrecisionChoice),
+    device: &DeviceArgs,
+    config: &BloomConfig,
+    ranks: &Ranks,
+) -> anyhow::Result<Device> {
+    let driver = driver(choice, ranks.local_rank(), || {
+        if precision == PrecisionChoice::F32 {
+            return Err(Error::Unsupported(
+                "the CUDA kernels train with bf16 operands; use --precision bf16".into(),
+            ));
+        }
+        Cuda::<Driver>::supports(config.hidden_size, config.heads)
+    })?;
+    Ok(match driver {
+        Some(driver) => Device::Cuda(driver),
+        None => Device::Cpu(device.cpu_among(ranks.local_count())?),
+    })
 }
 
 /// A supervised command: its examples, and what it does on either device.
@@ -261,18 +292,7 @@ impl RunArgs {
 
     /// Where a model is to be trained: on this rank's GPU, or its share of the cores.
     pub fn device_for(&self, config: &BloomConfig, ranks: &Ranks) -> anyhow::Result<Device> {
-        let driver = driver(self.device_choice, ranks.local_rank(), || {
-            if self.precision == PrecisionChoice::F32 {
-                return Err(Error::Unsupported(
-                    "the CUDA kernels train with bf16 operands; use --precision bf16".into(),
-                ));
-            }
-            Cuda::<Driver>::supports(config.hidden_size, config.heads)
-        })?;
-        Ok(match driver {
-            Some(driver) => Device::Cuda(driver),
-            None => Device::Cpu(self.device.cpu_among(ranks.local_count())?),
-        })
+        training_device((self.device_choice, self.precision), &self.device, config, ranks)
     }
 
     /// The maximum tokens of a pass: as wanted, as in the run that goes on, or as many as there is
@@ -469,11 +489,7 @@ impl RunArgs {
         run: &Run<B, T>,
         values: &[f32],
     ) -> anyhow::Result<()> {
-        let dtype = match self.save_dtype {
-            SaveDtype::F32 => DType::F32,
-            SaveDtype::F16 => DType::F16,
-            SaveDtype::Bf16 => DType::Bf16,
-        };
+        let dtype = self.save_dtype.dtype();
         // the weights come last: a folder that has them has all else
         run.companions.write(&self.output)?;
         Ok(save_model(&self.output, &run.model.config, values, dtype)?)
