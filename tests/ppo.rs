@@ -1,23 +1,35 @@
 //! Policy-gradient training: its arithmetic against TRL's functions (tests/golden/make_ppo.py), a
 //! policy with a value head against PyTorch (tests/golden/make_ppo_model.py), and whole runs.
 
+use beautiful_prompt::checkpoint::Companions;
+use beautiful_prompt::error::Result;
 use beautiful_prompt::models::bloom::BloomCheckpoint;
 use beautiful_prompt::models::bloom::training::{Backward, Objective, TrainModel, Workspace};
+use beautiful_prompt::models::embedded;
 use beautiful_prompt::ops::Tensor;
 use beautiful_prompt::ops::cpu::Cpu;
 use beautiful_prompt::ops::cpu::simd::Isa;
 use beautiful_prompt::ops::scalar_loss::{ClippedValue, ScalarLoss};
 use beautiful_prompt::ops::token_loss::{ClippedPpo, LossOutput, TokenLoss, TokenStats};
 use beautiful_prompt::ops::train::{PackedBatch, Precision, StepSums, TrainBackend};
+use beautiful_prompt::rewards::{CombinedReward, Reward, ScoredText};
+use beautiful_prompt::rewrite::Prompter;
+use beautiful_prompt::train::monitors::{Action, Threshold};
 use beautiful_prompt::train::optimizer::{AdamW, AdamWOptions, StepSize};
 use beautiful_prompt::train::ppo::estimates::{
     KlController, KlEstimator, RunningMoments, ScoreScaling, Whitening, gae, grpo, rloo,
     token_rewards,
 };
 use beautiful_prompt::train::ppo::experience::{LossStats, TokenTerms};
+use beautiful_prompt::train::ppo::rollout::PolicyPrompt;
+use beautiful_prompt::train::ppo::{
+    Algorithm, Ppo, PpoObserver, PpoOptions, PpoOutcome, RoundMetrics,
+};
 use serde::Deserialize;
 use serde_json::Value;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 fn golden() -> Value {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/ppo.json");
@@ -472,4 +484,255 @@ fn a_trunk_that_is_kept_gives_the_same_bits() {
         assert_eq!((a.loss, a.log_probs, a.values), (b.loss, b.log_probs, b.values));
         assert!(first == second, "{frozen} frozen layers");
     }
+}
+
+/// The share of commas among an output's characters, which a policy learns to raise in a few
+/// rounds.
+struct Commas;
+
+impl Reward for Commas {
+    fn name(&self) -> &str {
+        "commas"
+    }
+
+    fn score(&mut self, rewrites: &[ScoredText]) -> Result<Vec<f64>> {
+        let share = |text: &str| {
+            let commas = text.chars().filter(|c| *c == ',').count();
+            10.0 * commas as f64 / text.chars().count().max(20) as f64
+        };
+        Ok(rewrites.iter().map(|r| share(r.output)).collect())
+    }
+}
+
+/// A reward that turns into NaN's neighbour: large numbers that no update survives.
+struct Scale(f64);
+
+impl Reward for Scale {
+    fn name(&self) -> &str {
+        "commas"
+    }
+
+    fn score(&mut self, rewrites: &[ScoredText]) -> Result<Vec<f64>> {
+        Ok((0..rewrites.len()).map(|i| self.0 * (i % 2) as f64).collect())
+    }
+}
+
+/// Keeps what a run says, and raises the flag after so many rounds.
+struct Watch<'a> {
+    rounds: Vec<RoundMetrics>,
+    warnings: Vec<String>,
+    stop: &'a AtomicBool,
+    stop_after: u64,
+}
+
+impl PpoObserver for Watch<'_> {
+    fn round(&mut self, _: u64, metrics: &RoundMetrics) {
+        self.rounds.push(metrics.clone());
+        if metrics.round() == self.stop_after {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn warn(&mut self, message: &str) {
+        self.warnings.push(message.to_owned());
+    }
+}
+
+const PROMPTS: [&str; 5] = [
+    "a cat in the rain",
+    "an old house by the sea",
+    "two dogs",
+    "portrait of a queen",
+    "a red car",
+];
+
+fn options(output: &Path) -> PpoOptions {
+    let mut options = PpoOptions {
+        rounds: 4,
+        rollouts: 8,
+        epochs: 2,
+        minibatch: 4,
+        learning_rate: 1e-4,
+        save_every: 1,
+        sample_every: 0,
+        settings: serde_json::json!({ "of": "tests" }),
+        ..PpoOptions::recipe(2, output.into())
+    };
+    options.sampling.max_new = 12;
+    options
+}
+
+struct Ended {
+    outcome: Result<PpoOutcome>,
+    rounds: Vec<RoundMetrics>,
+    warnings: Vec<String>,
+    values: Vec<f32>,
+}
+
+/// A run of the embedded model.
+fn run(options: PpoOptions, reward: Box<dyn Reward>, resume: bool, stop_after: u64) -> Ended {
+    let cpu = Cpu::new(2, Isa::detect());
+    let tokenizer = Arc::new(embedded::tokenizer());
+    let prompter = Prompter { tokenizer: tokenizer.clone(), template: embedded::template() };
+    let prompt = |raw: &str| PolicyPrompt {
+        raw: raw.into(),
+        reference: Some(format!("{raw}, detailed")),
+        ids: prompter.encode(raw).unwrap(),
+    };
+    let prompts = PROMPTS.map(prompt).to_vec();
+    let checkpoint = embedded::checkpoint();
+    let model = TrainModel::new(checkpoint.config.clone(), checkpoint.to_f32().unwrap());
+    let model = match options.algorithm {
+        Algorithm::Ppo => model.with_value_head(1),
+        _ => model,
+    };
+    std::fs::create_dir_all(&options.output).unwrap();
+    let mut ppo = Ppo {
+        backend: &cpu,
+        model: model.frozen(4),
+        companions: Companions::default(),
+        tokenizer: &tokenizer,
+        samples: prompts[..2].to_vec(),
+        prompts,
+        reward: CombinedReward::new(vec![(reward, 1.0)], false),
+        watch: None,
+        options,
+    };
+    let stop = AtomicBool::new(false);
+    let mut watch = Watch { rounds: vec![], warnings: vec![], stop: &stop, stop_after };
+    let outcome = ppo.run(resume, &stop, &mut watch);
+    let Watch { rounds, warnings, .. } = watch;
+    Ended { outcome, rounds, warnings, values: ppo.model.values }
+}
+
+/// The lines of a run's metrics without what depends on the clock.
+fn lines(output: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(output.join("metrics.jsonl")).unwrap();
+    text.lines()
+        .map(|line| {
+            let mut value: Value = serde_json::from_str(line).unwrap();
+            let map = value.as_object_mut().unwrap();
+            map.retain(|name, _| !name.starts_with("time/") && !name.starts_with("perf/"));
+            value
+        })
+        .collect()
+}
+
+#[test]
+fn a_run_that_stops_and_goes_on_is_the_uninterrupted_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, cut) = (folder.path().join("whole"), folder.path().join("cut"));
+    for algorithm in [Algorithm::Ppo, Algorithm::Grpo] {
+        let group = if algorithm == Algorithm::Ppo { 1 } else { 4 };
+        let of = |output: &Path| PpoOptions { algorithm, group, ..options(output) };
+        let expected = run(of(&whole), Box::new(Commas), false, u64::MAX);
+        assert_eq!(expected.outcome.unwrap(), PpoOutcome::Finished);
+        let first = run(of(&cut), Box::new(Commas), false, 2);
+        assert!(matches!(first.outcome.unwrap(), PpoOutcome::Stopped(_)));
+        // a crash may leave a line of a round that no checkpoint has, cut in the middle
+        let metrics = cut.join("metrics.jsonl");
+        let mut text = std::fs::read_to_string(&metrics).unwrap();
+        text.push_str("{\"round\":3,\"objective/kl\":0.5}\n{\"round\":4,");
+        std::fs::write(&metrics, text).unwrap();
+        let second = run(of(&cut), Box::new(Commas), true, u64::MAX);
+        assert_eq!(second.outcome.unwrap(), PpoOutcome::Finished);
+        assert_eq!(second.rounds.len(), 2);
+        assert_eq!(lines(&cut), lines(&whole), "{algorithm:?}");
+        assert!(second.values == expected.values, "{algorithm:?}");
+        // other settings are refused
+        let mut other = of(&cut);
+        other.settings = serde_json::json!({ "of": "others" });
+        let e = run(other, Box::new(Commas), true, u64::MAX).outcome.unwrap_err().to_string();
+        assert!(e.contains("other settings (of)"), "{e}");
+        let saved = BloomCheckpoint::open(&cut.join("checkpoints/step-0000004")).unwrap();
+        assert!(saved.to_f32().unwrap() == second.values[..saved.config.parameter_count()]);
+        std::fs::remove_dir_all(&cut).unwrap();
+        std::fs::remove_dir_all(&whole).unwrap();
+    }
+}
+
+#[test]
+fn the_first_round_has_no_divergence_and_ratios_of_one_whatever_is_sampled() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut options = PpoOptions { rounds: 1, epochs: 1, minibatch: 8, ..options(folder.path()) };
+    options.sampling.sampling.temperature = 0.7;
+    options.sampling.sampling.top_k = 50;
+    options.sampling.sampling.repetition_penalty = 1.2;
+    let ended = run(options, Box::new(Commas), false, u64::MAX);
+    ended.outcome.unwrap();
+    let m = &ended.rounds[0];
+    assert_eq!(m.get("objective/kl"), 0.0);
+    assert_eq!(m.get("objective/non_score_reward"), 0.0);
+    assert_eq!((m.get("val/ratio"), m.get("val/ratio_var")), (1.0, 0.0));
+    assert_eq!(m.get("policy/clipfrac_avg"), 0.0);
+    assert_eq!(m.get("policy/approxkl_avg"), 0.0);
+}
+
+#[test]
+fn every_algorithm_raises_its_reward() {
+    for (algorithm, group) in [(Algorithm::Ppo, 1), (Algorithm::Grpo, 4), (Algorithm::Rloo, 4)] {
+        let folder = tempfile::tempdir().unwrap();
+        let options = PpoOptions {
+            algorithm,
+            group,
+            rounds: 12,
+            rollouts: 16,
+            learning_rate: 5e-4,
+            save_every: 0,
+            kl_coefficient: 0.01,
+            ..options(folder.path())
+        };
+        let ended = run(options, Box::new(Commas), false, u64::MAX);
+        ended.outcome.unwrap();
+        let mean = |rounds: &[RoundMetrics]| {
+            rounds.iter().map(|m| m.get("objective/scores")).sum::<f64>() / rounds.len() as f64
+        };
+        let (first, last) = (mean(&ended.rounds[..3]), mean(&ended.rounds[9..]));
+        assert!(last > 1.3 * first, "{algorithm:?}: {first} to {last}");
+        for file in ["curves.svg", "metrics.jsonl", "samples/round-0000000.txt"] {
+            assert!(folder.path().join(file).metadata().unwrap().len() > 50, "{file}");
+        }
+    }
+}
+
+#[test]
+fn groups_of_one_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for algorithm in [Algorithm::Grpo, Algorithm::Rloo] {
+        let options = PpoOptions { algorithm, group: 1, ..options(folder.path()) };
+        let e = options.check().unwrap_err().to_string();
+        assert!(e.contains("--group 1") && e.contains("at least 2"), "{e}");
+    }
+    let e = PpoOptions { rollouts: 10, group: 4, ..options(folder.path()) }.check().unwrap_err();
+    assert!(e.to_string().contains("no multiple"), "{e}");
+}
+
+#[test]
+fn what_is_no_number_names_the_step_and_the_tensor_and_leaves_the_last_good_state() {
+    let folder = tempfile::tempdir().unwrap();
+    let good = run(PpoOptions { rounds: 1, ..options(folder.path()) }, Box::new(Commas), false, 9);
+    good.outcome.unwrap();
+    // squares of returns overflow in f32
+    let options =
+        PpoOptions { rounds: 2, reward_clip: None, scale_reward: false, ..options(folder.path()) };
+    let bad = run(options, Box::new(Scale(1e30)), true, u64::MAX);
+    let e = bad.outcome.unwrap_err().to_string();
+    assert!(e.contains("round 2, update 1") && e.contains("v_head"), "{e}");
+    assert!(e.contains("step-0000001"), "{e}");
+    assert!(bad.values == good.values, "the step was not taken");
+}
+
+#[test]
+fn a_monitor_stops_a_run_and_leaves_a_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut options = PpoOptions { save_every: 0, ..options(folder.path()) };
+    options.monitors.start_updates = 2;
+    options.monitors.repeated = Threshold { limit: 1e-9, action: Action::Stop };
+    options.monitors.kl = Threshold { limit: 1e-9, action: Action::Stop };
+    let ended = run(options, Box::new(Commas), false, u64::MAX);
+    let PpoOutcome::Alarmed { folder, message } = ended.outcome.unwrap() else {
+        panic!("no alarm was raised")
+    };
+    assert!(folder.join("state.json").is_file() && !message.contains('\n'), "{message}");
+    assert!(ended.warnings.contains(&message));
 }

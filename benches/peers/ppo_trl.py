@@ -162,8 +162,9 @@ def main():
         return {a.precision: a.rollouts / seconds[-1]["total"]}
 
     def ours():
-        flags = []
-        for name in [*shape, *work, "precision", "threads"]:
+        flags = ["--minibatch", str(a.minibatch * a.accumulation)]
+        work_of_ours = [name for name in work if name not in ("chunk", "minibatch", "accumulation")]
+        for name in [*shape, *work_of_ours, "precision", "threads"]:
             flags += [f"--{name.replace('_', '-')}", str(getattr(a, name))]
         return {a.precision: bprompt(a.bprompt, "ppo", *flags)["rollouts_per_second"]}
 

@@ -37,6 +37,8 @@ pub enum BenchCommand {
     Kernels(KernelArgs),
     /// A training step: forward, backward, AdamW.
     Train(TrainArgs),
+    /// Rounds of PPO: rollouts and training.
+    Ppo(super::bench_ppo::PpoBenchArgs),
     /// Load on a server of OpenAI's API: throughput and latencies.
     Serve(super::bench_serve::ServeBenchArgs),
 }
@@ -272,6 +274,7 @@ impl BenchCommand {
             BenchCommand::Llm(args) => args.run(),
             BenchCommand::Kernels(args) => args.run(),
             BenchCommand::Train(args) => args.run(),
+            BenchCommand::Ppo(args) => args.run(),
             BenchCommand::Serve(args) => args.run(),
         }
     }
@@ -371,7 +374,7 @@ impl LlmArgs {
 }
 
 /// Says what the labels in a table mean, of those that are in it.
-fn explain(bounds: impl Iterator<Item = Bound> + Clone) -> std::io::Result<()> {
+pub fn explain(bounds: impl Iterator<Item = Bound> + Clone) -> std::io::Result<()> {
     if bounds.clone().any(|b| b == Bound::Cache) {
         print_line!(
             "from cache: all that is read fits into the last cache, so memory's bandwidth is no \

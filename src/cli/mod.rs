@@ -3,6 +3,7 @@
 mod additions;
 mod batch;
 mod bench;
+mod bench_ppo;
 mod bench_serve;
 mod data;
 mod engine;

@@ -1,9 +1,9 @@
 //! The operations that models are written in.
 //!
 //! [`Backend`] has what every model needs, [`DecodeBackend`] what generation needs,
-//! [`train::TrainBackend`] what training needs, and [`RolloutBackend`] both at once. Fusion is the backend's affair: a model calls whole
-//! operations, and a backend does several of them in one kernel where that is faster. There is no
-//! tape and no graph of operations.
+//! [`train::TrainBackend`] what training needs, and [`RolloutBackend`] both of these at once.
+//! Fusion is the backend's affair: a model calls whole operations, and a backend does several of
+//! them in one kernel where that is faster. There is no tape and no graph of operations.
 
 mod batch;
 pub mod cpu;

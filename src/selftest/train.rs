@@ -6,12 +6,13 @@ use crate::error::Result;
 use crate::models::bloom::alibi_slopes;
 use crate::ops::cpu::Cpu;
 use crate::ops::cuda::{Cuda, Flat};
+use crate::ops::scalar_loss::{ClippedValue, ScalarLoss};
 use crate::ops::token_loss::{ClippedPpo, LossGradients, LossOutput, TokenLoss, TokenStats};
 use crate::ops::train::{
     AdamWBuffers, AdamWStep, AttentionOutput, LinearBackward, NormBackward, NormOutput,
-    OptimizerGroup, Params, Precision, TrainBackend,
+    OptimizerGroup, Params, Precision, ProjectionBackward, TrainBackend,
 };
-use crate::ops::{Affine, Heads, Tensor};
+use crate::ops::{Affine, Heads, Projection, Tensor};
 use crate::tensor::DType;
 use std::ops::Range;
 
@@ -105,6 +106,7 @@ impl<L: Launcher> Test<'_, L> {
             self.train_linear(tokens, outputs, inputs)?;
             self.train_rows(tokens, inputs)?;
             self.train_norm(tokens, inputs)?;
+            self.train_head(tokens, inputs)?;
         }
         for &(count, size) in &shapes.heads {
             self.train_attention(count, size, &shapes.lengths)?;
@@ -233,6 +235,80 @@ impl<L: Launcher> Test<'_, L> {
         self.cuda.embedding_backward(&mut grads.0, &dx.0, &ids, &table);
         self.cpu.embedding_backward(&mut grads.1, &dx.1, &ids, &table);
         self.compare_flats("embedding_backward", &case, &grads, 1e-6)
+    }
+
+    /// A head that gives one number a row, its losses, and an exchange of parameters.
+    fn train_head(&mut self, rows: usize, width: usize) -> Result<()> {
+        let case = format!("{rows} x {width}");
+        let at = Projection { weight: 0..width, bias: Some(width..width + 1) };
+        let mut values = self.parameters(width + 1)?;
+        let mut x = self.tensors(rows, width, self.half)?;
+        self.cuda.relu(&mut x.0);
+        self.cpu.relu(&mut x.1);
+        self.compare("relu", &case, &x, 0.0)?;
+        let more = self.tensors(rows, width, self.half)?;
+        let mut sum = self.tensors(rows, width, self.half)?;
+        self.cuda.add(&mut sum.0, &more.0);
+        self.cpu.add(&mut sum.1, &more.1);
+        self.compare("add in 16 bits", &case, &sum, self.rounding())?;
+        let p = Params { values: &values.0, precision: Precision::Bf16 };
+        let cpu_p = Params { values: &values.1, precision: Precision::F32 };
+        let mut y: Tensors<L> = Default::default();
+        self.cuda.projection_forward(&mut y.0, &x.0, (p, &at));
+        self.cpu.projection_forward(&mut y.1, &x.1, (cpu_p, &at));
+        self.compare("projection_forward", &case, &y, Self::sums(width))?;
+        let (mut grads, dy) = (self.gradients(width + 1)?, self.tensors(rows, 1, DType::F32)?);
+        for after_relu in [false, true] {
+            let mut dx: Tensors<L> = Default::default();
+            let ours = ProjectionBackward { dy: &dy.0, x: &x.0, after_relu };
+            self.cuda.projection_backward(&mut dx.0, &mut grads.0, ours, (p, &at));
+            let theirs = ProjectionBackward { dy: &dy.1, x: &x.1, after_relu };
+            self.cpu.projection_backward(&mut dx.1, &mut grads.1, theirs, (cpu_p, &at));
+            self.compare("projection_backward", &case, &dx, self.rounding())?;
+        }
+        self.compare_flats("gradients of a projection", &case, &grads, Self::sums(rows))?;
+        let mut other = self.parameters(width)?;
+        let first = values.1.len() - other.1.len();
+        self.cuda.swap(&mut values.0, first, &mut other.0);
+        self.cpu.swap(&mut values.1, first, &mut other.1);
+        self.compare_flats("swap", &case, &values, 0.0)?;
+        self.compare_flats("swap", &case, &other, 0.0)?;
+        self.scalar_losses(rows.next_multiple_of(2), &case)
+    }
+
+    fn scalar_losses(&mut self, rows: usize, case: &str) -> Result<()> {
+        let y = self.tensors(rows, 1, DType::F32)?;
+        let old = self.tensors(rows, 1, DType::F32)?;
+        let targets = self.tensors(rows, 1, DType::F32)?;
+        let (scale, clip, coefficient) = (0.3, 0.4, 0.5);
+        let clipped =
+            ClippedValue { old_values: &old.0, returns: &targets.0, clip, coefficient, scale };
+        let cpu_clipped =
+            ClippedValue { old_values: &old.1, returns: &targets.1, clip, coefficient, scale };
+        let losses = [
+            ScalarLoss::Squared { targets: &targets.0, scale },
+            ScalarLoss::Pairwise { scale },
+            ScalarLoss::ClippedValue(clipped),
+        ];
+        let cpu_losses = [
+            ScalarLoss::Squared { targets: &targets.1, scale },
+            ScalarLoss::Pairwise { scale },
+            ScalarLoss::ClippedValue(cpu_clipped),
+        ];
+        let names = ["squared_loss", "pairwise_loss", "clipped_value_loss"];
+        for ((loss, cpu_loss), name) in losses.iter().zip(&cpu_losses).zip(names) {
+            let (mut sums, mut cpu_sums) = (self.cuda.new_sums()?, self.cpu.new_sums()?);
+            let mut dy: Tensors<L> = Default::default();
+            // with and without gradients: the loss is there twice
+            self.cuda.scalar_loss(None, &y.0, loss, &mut sums);
+            self.cuda.scalar_loss(Some(&mut dy.0), &y.0, loss, &mut sums);
+            self.cpu.scalar_loss(None, &y.1, cpu_loss, &mut cpu_sums);
+            self.cpu.scalar_loss(Some(&mut dy.1), &y.1, cpu_loss, &mut cpu_sums);
+            self.compare(name, case, &dy, 1e-6)?;
+            let off = (self.cuda.sums(&sums)?.loss / cpu_sums.loss - 1.0).abs() as f32;
+            self.report(name, case.to_owned(), off, 1e-6);
+        }
+        Ok(())
     }
 
     fn train_norm(&mut self, tokens: usize, width: usize) -> Result<()> {

@@ -7,3 +7,4 @@ mod gemm;
 mod losses;
 mod model;
 mod parallel;
+mod ppo;

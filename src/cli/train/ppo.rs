@@ -560,7 +560,8 @@ impl PpoArgs {
             "clip": [o.clip, o.value_clip, o.clip_norm],
             "gae": [o.gamma, o.lambda],
             "coefficients": [o.value_coefficient, o.entropy_coefficient],
-            "kl": json!([o.kl_coefficient, o.kl_target, o.kl_horizon, o.kl_estimator, o.kl_in_loss]),
+            "kl": json!([o.kl_coefficient, o.kl_target, o.kl_horizon]),
+            "kl_penalty": json!([o.kl_estimator, o.kl_in_loss]),
             "whitening": o.whitening,
             "reward_scaling": json!([o.reward_clip, o.scale_reward, o.delta_reward]),
             "precision": format!("{:?}", o.precision),
@@ -637,11 +638,11 @@ impl PpoArgs {
         start: Start,
         options: PpoOptions,
     ) -> anyhow::Result<()> {
-        self.plan(backend, &start, &options)?;
         let parts = self.reward.iter().map(|spec| Ok((self.open(backend, spec)?, spec.weight)));
         let parts = parts.collect::<anyhow::Result<Vec<_>>>()?;
         let reward = CombinedReward::new(parts, self.losses.normalize_rewards);
         let watch = self.watch.as_ref().map(|spec| self.open(backend, spec)).transpose()?;
+        self.plan(backend, &start, &options)?;
         let Start { model, tokenizer, companions, prompts } = start;
         std::fs::create_dir_all(&self.output)
             .with_context(|| format!("{}: cannot create", self.output.display()))?;

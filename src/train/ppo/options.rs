@@ -2,6 +2,7 @@
 
 use super::estimates::{KlEstimator, Whitening};
 use super::rollout::RolloutOptions;
+use crate::engine::Sampling;
 use crate::error::{Error, Result};
 use crate::models::bloom::training::Recompute;
 use crate::ops::train::Precision;
@@ -125,6 +126,60 @@ pub struct PpoOptions {
 }
 
 impl PpoOptions {
+    /// The reference's settings for a policy whose texts end with `eos`, with TRL's habits, for a
+    /// run in the folder `output`.
+    pub fn recipe(eos: u32, output: PathBuf) -> PpoOptions {
+        PpoOptions {
+            algorithm: Algorithm::Ppo,
+            rounds: 312,
+            rollouts: 64,
+            group: 1,
+            sampling: RolloutOptions {
+                sampling: Sampling { temperature: 1.0, seed: 42, ..Sampling::default() },
+                max_new: 256,
+                min_new: 0,
+                eos,
+                ignore_eos: false,
+            },
+            rollout_dtype: DType::Bf16,
+            importance_cap: 2.0,
+            epochs: 4,
+            minibatch: 32,
+            repeat_minibatch: false,
+            micro_tokens: 8192,
+            optimizer: AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 1e-6 },
+            learning_rate: 5e-6,
+            schedule: Schedule::Constant,
+            warmup: 0.0,
+            clip_norm: 1.0,
+            gamma: 1.0,
+            lambda: 0.95,
+            clip: 0.2,
+            value_clip: 0.2,
+            value_coefficient: 0.5,
+            entropy_coefficient: 0.0,
+            kl_coefficient: 0.05,
+            kl_target: Some(6.0),
+            kl_horizon: 10_000.0,
+            kl_estimator: KlEstimator::K1,
+            kl_in_loss: false,
+            whitening: Whitening::Masked,
+            reward_clip: Some(10.0),
+            scale_reward: true,
+            delta_reward: false,
+            reference_quirks: false,
+            precision: Precision::Bf16,
+            recompute: Recompute::None,
+            seed: 42,
+            save_every: 20,
+            keep: 2,
+            sample_every: 20,
+            monitors: MonitorLimits::default(),
+            output,
+            settings: serde_json::Value::Null,
+        }
+    }
+
     /// Prompts of a round.
     pub fn prompts_per_round(&self) -> usize {
         self.rollouts / self.group
