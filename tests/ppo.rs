@@ -504,16 +504,18 @@ impl Reward for Commas {
     }
 }
 
-/// A reward that turns into NaN's neighbour: large numbers that no update survives.
-struct Scale(f64);
+/// As `Commas` in the first round, then so large that squares overflow in f32.
+struct Overflow(u32);
 
-impl Reward for Scale {
+impl Reward for Overflow {
     fn name(&self) -> &str {
         "commas"
     }
 
     fn score(&mut self, rewrites: &[ScoredText]) -> Result<Vec<f64>> {
-        Ok((0..rewrites.len()).map(|i| self.0 * (i % 2) as f64).collect())
+        self.0 += 1;
+        let scores = Commas.score(rewrites)?;
+        Ok(scores.into_iter().map(|s| if self.0 > 1 { 1e30 * (s + 1.0) } else { s }).collect())
     }
 }
 
@@ -710,14 +712,17 @@ fn groups_of_one_are_refused() {
 #[test]
 fn what_is_no_number_names_the_step_and_the_tensor_and_leaves_the_last_good_state() {
     let folder = tempfile::tempdir().unwrap();
-    let good = run(PpoOptions { rounds: 1, ..options(folder.path()) }, Box::new(Commas), false, 9);
+    let of = |name: &str, rounds| PpoOptions {
+        rounds,
+        reward_clip: None,
+        scale_reward: false,
+        ..options(&folder.path().join(name))
+    };
+    let good = run(of("good", 1), Box::new(Commas), false, u64::MAX);
     good.outcome.unwrap();
-    // squares of returns overflow in f32
-    let options =
-        PpoOptions { rounds: 2, reward_clip: None, scale_reward: false, ..options(folder.path()) };
-    let bad = run(options, Box::new(Scale(1e30)), true, u64::MAX);
+    let bad = run(of("bad", 3), Box::new(Overflow(0)), false, u64::MAX);
     let e = bad.outcome.unwrap_err().to_string();
-    assert!(e.contains("round 2, update 1") && e.contains("v_head"), "{e}");
+    assert!(e.contains("round 2, update 1") && e.contains("no number"), "{e}");
     assert!(e.contains("step-0000001"), "{e}");
     assert!(bad.values == good.values, "the step was not taken");
 }
@@ -727,8 +732,7 @@ fn a_monitor_stops_a_run_and_leaves_a_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     let mut options = PpoOptions { save_every: 0, ..options(folder.path()) };
     options.monitors.start_updates = 2;
-    options.monitors.repeated = Threshold { limit: 1e-9, action: Action::Stop };
-    options.monitors.kl = Threshold { limit: 1e-9, action: Action::Stop };
+    options.monitors.length = Threshold { limit: 1.000001, action: Action::Stop };
     let ended = run(options, Box::new(Commas), false, u64::MAX);
     let PpoOutcome::Alarmed { folder, message } = ended.outcome.unwrap() else {
         panic!("no alarm was raised")

@@ -114,8 +114,8 @@ fn show(r: &PpoReport) -> anyhow::Result<()> {
         r.rollouts_per_second
     )?;
     print_line!(
-        "rollouts {rollout:.2} s, scoring {reward:.2} s, training {train:.2} s, the rest {other:.3} \
-        s ({:.1} %)",
+        "rollouts {rollout:.2} s, scoring {reward:.2} s, training {train:.2} s, the rest \
+        {other:.3} s ({:.1} %)",
         100.0 * r.other_share
     )?;
     print_line!(

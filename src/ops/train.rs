@@ -205,8 +205,8 @@ impl StepSums {
 /// A backend that trains.
 ///
 /// Activations have the type that the backend's GEMMs multiply in; the residual stream and its
-/// gradient are f32. Nothing waits for the device but [`TrainBackend::sums`],
-/// [`TrainBackend::read`] and [`TrainBackend::download_column`].
+/// gradient are f32. Nothing waits for the device but what copies to or from the host, and
+/// [`TrainBackend::swap`].
 pub trait TrainBackend: Backend {
     /// Parameters or gradients of a whole model, or moments of it or of a part, in f32. Parameters
     /// may be there in the type of the activations too, which the operations that change them keep
@@ -261,7 +261,7 @@ pub trait TrainBackend: Backend {
     /// What has failed since results were last taken.
     fn read<'a>(&self, flat: &'a Self::Flat, range: Range<usize>) -> Result<Cow<'a, [f32]>>;
 
-    /// Exchanges the values from `first` on with all of `other`.
+    /// Exchanges the values from `first` on with all of `other`, and waits for it.
     fn swap(&self, flat: &mut Self::Flat, first: usize, other: &mut Self::Flat);
 
     /// Writes all values from the host.

@@ -70,6 +70,11 @@ impl<B: RolloutBackend> Ppo<'_, B> {
         let mut m = RoundMetrics::new(round + 1);
         m.scores(&scores, self.reward.names(), watched.as_deref());
         m.text(&text, &rollouts);
+        if self.options.group > 1 {
+            let groups = scores.total.chunks_exact(self.options.group);
+            let equal = |group: &[f64]| f64::from(group.iter().all(|s| *s == group[0]));
+            m.set("frac_reward_zero_std", mean(&groups.map(equal).collect::<Vec<_>>()));
+        }
         m.set("objective/kl", divergence);
         m.set("objective/entropy", entropy_of_responses(&numbers));
         m.set("objective/non_score_reward", mean(&estimates.penalties));

@@ -105,6 +105,15 @@ impl<L: Launcher> Cuda<L> {
         self.elementwise("narrow", (half, values), range.len())
     }
 
+    /// Waits until nothing writes parameters any more: GEMMs ask for weights before they wait for
+    /// the kernels before them. After a step, reading its sums is such a wait.
+    fn settle(&self, flat: &Flat<L>) -> Result<()> {
+        if flat.half.is_none() {
+            return Ok(());
+        }
+        self.launcher.read(flat.values.at, &mut [0; 4])
+    }
+
     /// Where the elements of `x` are in 16 bits, for which `narrowed` is room if they are f32.
     fn narrow(&self, x: &Tensor<Self>, narrowed: &mut Option<Memory<L>>) -> Result<u64> {
         if x.is_half() {
@@ -212,7 +221,8 @@ impl<L: Launcher> TrainBackend for Cuda<L> {
     fn write(&self, flat: &mut Flat<L>, first: usize, values: &[f32]) -> Result<()> {
         assert!(first + values.len() <= flat.count, "values are written within the buffer");
         self.launcher.write(flat.at(first), bytemuck::cast_slice(values))?;
-        self.refresh_half(flat, first..first + values.len())
+        self.refresh_half(flat, first..first + values.len())?;
+        self.settle(flat)
     }
 
     fn read<'a>(&self, flat: &'a Flat<L>, range: Range<usize>) -> Result<Cow<'a, [f32]>> {
@@ -230,7 +240,8 @@ impl<L: Launcher> TrainBackend for Cuda<L> {
             let args = Args::new().with(flat.at(first)).with(other.at(0)).with(count as u64);
             let grid = [count.div_ceil(super::abi::ELEMENTWISE_BLOCK), 1, 1];
             self.launch("swap", grid, super::abi::TRAIN_THREADS as u32, 0, args)?;
-            self.refresh_half(flat, first..first + count)
+            self.refresh_half(flat, first..first + count)?;
+            self.settle(flat)
         });
     }
 
