@@ -1,4 +1,4 @@
-//! Texts scored by a reward model through the program: alone and in files, interrupted and in parts.
+//! Texts that the program scores by a reward model: alone, in files, interrupted and in parts.
 
 mod program;
 
