@@ -19,6 +19,7 @@ mod print;
 mod ranks;
 mod rewrite;
 mod rewriter;
+mod score;
 mod selftest;
 mod serve;
 mod shell;
@@ -56,6 +57,9 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Measure rewrites on held-out prompts: words kept, words added, repetition, time.
     Eval(Box<eval::EvalArgs>),
+    /// Score texts by a reward model.
+    #[command(subcommand)]
+    Score(score::ScoreCommand),
     /// Measure speed beside the machine's floors.
     #[command(subcommand)]
     Bench(Box<bench::BenchCommand>),
@@ -199,7 +203,8 @@ pub fn command() -> clap::Command {
         };
         command.mut_args(arg).mut_subcommands(adapted)
     }
-    adapted(Cli::command().mut_subcommand("train", train::with_defaults))
+    let command = Cli::command().mut_subcommand("train", train::with_defaults);
+    adapted(command.mut_subcommand("score", score::with_help))
 }
 
 impl Cli {
@@ -223,6 +228,7 @@ impl Command {
             Command::Serve(c) => c.run(),
             Command::Inspect(c) => c.run(),
             Command::Eval(c) => c.run(),
+            Command::Score(c) => c.run(),
             Command::Bench(c) => c.run(),
             Command::Selftest(args) => args.run(),
             Command::Data(c) => c.run(),

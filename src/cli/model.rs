@@ -110,6 +110,12 @@ pub enum Device {
     Cuda(Driver),
 }
 
+/// A device's operations, ready for a model.
+pub enum ModelBackend {
+    Cpu(Cpu),
+    Cuda(Box<Cuda<Driver>>),
+}
+
 /// A model on its device.
 pub enum Placed {
     Cpu(Cpu, Bloom<Cpu>),
@@ -209,21 +215,35 @@ impl ModelArgs {
         checkpoint: BloomCheckpoint,
         dtype: Option<DType>,
     ) -> anyhow::Result<Placed> {
-        let stored = checkpoint.weights.tensors.values().next().map(|t| t.dtype);
-        Ok(match self.device(&checkpoint.config)? {
-            Device::Cpu(cpu) => {
-                weights_plan(&cpu, &checkpoint, dtype)
-                    .check()
-                    .with_context(|| checkpoint.weights.path.display().to_string())?;
+        Ok(match self.backend(&checkpoint, dtype)? {
+            ModelBackend::Cpu(cpu) => {
                 let model = Bloom::load(&cpu, checkpoint, dtype)?;
                 Placed::Cpu(cpu, model)
             }
+            ModelBackend::Cuda(cuda) => {
+                let model = Bloom::load(&*cuda, checkpoint, dtype)?;
+                Placed::Cuda(cuda, model)
+            }
+        })
+    }
+
+    /// The backend that a checkpoint is to run on, which has room for its weights in `dtype`.
+    pub fn backend(
+        &self,
+        checkpoint: &BloomCheckpoint,
+        dtype: Option<DType>,
+    ) -> anyhow::Result<ModelBackend> {
+        Ok(match self.device(&checkpoint.config)? {
+            Device::Cpu(cpu) => {
+                weights_plan(&cpu, checkpoint, dtype)
+                    .check()
+                    .with_context(|| checkpoint.weights.path.display().to_string())?;
+                ModelBackend::Cpu(cpu)
+            }
             Device::Cuda(driver) => {
-                let dtype_of =
-                    dtype.filter(|d| *d != DType::Int8).or(stored).unwrap_or(DType::Bf16);
-                let cuda = self.cuda(driver, dtype_of, &checkpoint.config)?;
-                let model = Bloom::load(&cuda, checkpoint, dtype)?;
-                Placed::Cuda(Box::new(cuda), model)
+                let stored = checkpoint.weights.tensors.values().next().map(|t| t.dtype);
+                let dtype = dtype.filter(|d| *d != DType::Int8).or(stored).unwrap_or(DType::Bf16);
+                ModelBackend::Cuda(Box::new(self.cuda(driver, dtype, &checkpoint.config)?))
             }
         })
     }
@@ -302,7 +322,7 @@ pub fn driver(
 
 /// A checksum of every tensor's name, shape and type, and of parts of its values: all of them would
 /// take long to read.
-fn fingerprint(checkpoint: &BloomCheckpoint) -> String {
+pub fn fingerprint(checkpoint: &BloomCheckpoint) -> String {
     /// Bytes of a tensor at either end.
     const PART: usize = 1024;
     let mut sum = crc32fast::Hasher::new();

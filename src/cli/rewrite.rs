@@ -22,6 +22,13 @@ pub struct RewriteArgs {
     prompts: Vec<String>,
     #[command(flatten)]
     files: FileArgs,
+    /// How lines are read and results written; by default JSON lines, or text if the output's name
+    /// ends in .txt.
+    #[arg(long, value_enum, help_heading = "Files")]
+    format: Option<Format>,
+    /// With --format openai, what requests call the model; its folder's name if not given.
+    #[arg(long, value_name = "NAME", requires = "input", help_heading = "Files")]
+    served_model_name: Option<String>,
     #[command(flatten)]
     rewriter: RewriterArgs,
     /// One JSON object a prompt: id, prompt, candidates, seed.
@@ -35,12 +42,10 @@ pub struct RewriteArgs {
 impl RewriteArgs {
     /// How results are written.
     fn format(&self) -> Format {
-        let name = self.files.output.to_string_lossy().to_lowercase();
-        let name = name.strip_suffix(".gz").or(name.strip_suffix(".zst")).unwrap_or(&name);
         // prompts that came without a file are answered as those on the command line are
-        let text = name.ends_with(".txt")
+        let text = self.files.writes_text()
             || (self.files.input.is_empty() && !self.json && is_stdout(&self.files.output));
-        self.files.format.unwrap_or(if text { Format::Text } else { Format::Jsonl })
+        self.format.unwrap_or(if text { Format::Text } else { Format::Jsonl })
     }
 
     /// Whether this is work for files rather than for a few prompts and a terminal.
@@ -50,17 +55,8 @@ impl RewriteArgs {
             || self.prompts.is_empty()
             || f.resume
             || f.force
-            || f.format.is_some()
+            || self.format.is_some()
             || f.output.as_os_str() != "-"
-    }
-
-    /// Where prompts come from.
-    fn source(&self) -> batch::PromptSource<'_> {
-        match (self.prompts.is_empty(), self.files.input.is_empty()) {
-            (false, _) => batch::PromptSource::Prompts(&self.prompts),
-            (true, false) => batch::PromptSource::Files(&self.files.input),
-            (true, true) => batch::PromptSource::Stdin,
-        }
     }
 
     pub fn run(self) -> anyhow::Result<()> {
@@ -76,8 +72,9 @@ impl RewriteArgs {
             let args = BatchArgs {
                 files: &self.files,
                 rewriter: &self.rewriter,
-                source: self.source(),
+                source: self.files.source(&self.prompts),
                 format: self.format(),
+                served_model_name: self.served_model_name.as_deref(),
                 max_prompt_bytes: self.max_prompt_bytes,
             };
             return batch::run(&args);

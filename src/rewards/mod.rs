@@ -17,7 +17,9 @@ pub use combine::{CombinedReward, CombinedScores, CombinedState, PartState, Runn
 pub use command::CommandReward;
 pub use http::HttpReward;
 pub use spec::{RewardKind, RewardSpec};
-pub use text_model::{TextRewardModel, TextRewardOptions, reward_ids};
+pub use text_model::{
+    RewardTokens, TextRewardModel, TextRewardOptions, TextRewardParts, reward_ids,
+};
 
 use crate::error::{Error, Result};
 use std::time::Duration;

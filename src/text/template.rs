@@ -113,7 +113,7 @@ impl RewardTemplate {
     pub fn read(path: &Path) -> Result<RewardTemplate> {
         let bytes = crate::files::read(
             path,
-            "does not exist; --input takes aesthetic, pickscore or a file with {prompt} in it",
+            "does not exist; expected aesthetic, pickscore or a file with {prompt} in it",
         )?;
         let text = String::from_utf8(bytes).map_err(|_| Error::file(path, "is not UTF-8 text"))?;
         let text = text.strip_suffix('\n').unwrap_or(&text);

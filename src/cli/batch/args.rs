@@ -1,11 +1,12 @@
 //! What a run over files is asked to do.
 
-use super::input::Shard;
+use super::input::{LineOptions, Shard};
+use super::target::Begin;
 use crate::cli::rewriter::{Format, RewriterArgs};
 use clap::Args;
 use std::path::PathBuf;
 
-/// Files of prompts, and where their results go.
+/// Files of lines, and where their results go.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Files")]
 pub struct FileArgs {
@@ -17,10 +18,6 @@ pub struct FileArgs {
     /// Where results go, `-` for standard output; compressed if the name ends in .gz or .zst.
     #[arg(short, long, value_name = "FILE", default_value = "-")]
     pub output: PathBuf,
-    /// How lines are read and results written; by default JSON lines, or text if the output's name
-    /// ends in .txt.
-    #[arg(long, value_enum)]
-    pub format: Option<Format>,
     /// Take every n-th line alone, from the i-th on: one of n parts for n machines.
     #[arg(long, value_name = "I/N", requires = "input")]
     pub shard: Option<Shard>,
@@ -30,12 +27,41 @@ pub struct FileArgs {
     /// Replace an existing output file, once the results are whole.
     #[arg(long, conflicts_with = "resume")]
     pub force: bool,
-    /// Leave out input lines that cannot be rewritten, and count them.
+    /// Leave out bad input lines, and count them.
     #[arg(long)]
     pub skip_bad_lines: bool,
-    /// With --format openai, what requests call the model; its folder's name if not given.
-    #[arg(long, value_name = "NAME", requires = "input")]
-    pub served_model_name: Option<String>,
+}
+
+impl FileArgs {
+    /// Where lines come from, if these are on the command line.
+    pub fn source<'a>(&'a self, prompts: &'a [String]) -> PromptSource<'a> {
+        match (prompts.is_empty(), self.input.is_empty()) {
+            (false, _) => PromptSource::Prompts(prompts),
+            (true, false) => PromptSource::Files(&self.input),
+            (true, true) => PromptSource::Stdin,
+        }
+    }
+
+    /// Whether the output's name says that results are text.
+    pub fn writes_text(&self) -> bool {
+        let name = self.output.to_string_lossy().to_lowercase();
+        let name = name.strip_suffix(".gz").or(name.strip_suffix(".zst")).unwrap_or(&name);
+        name.ends_with(".txt")
+    }
+
+    /// How lines are read: of at most `longest` bytes, as text or as their files' names say.
+    pub fn line_options(&self, longest: usize, text: bool) -> LineOptions {
+        LineOptions { shard: self.shard.unwrap_or_default(), longest, text }
+    }
+
+    /// How the run meets what is there.
+    pub fn begin(&self) -> Begin {
+        match (self.resume, self.force) {
+            (true, _) => Begin::Resume,
+            (_, true) => Begin::Replace,
+            _ => Begin::New,
+        }
+    }
 }
 
 /// Where prompts come from.
@@ -54,5 +80,7 @@ pub struct BatchArgs<'a> {
     pub rewriter: &'a RewriterArgs,
     pub source: PromptSource<'a>,
     pub format: Format,
+    /// What requests of OpenAI's batch files call the model.
+    pub served_model_name: Option<&'a str>,
     pub max_prompt_bytes: usize,
 }

@@ -1,11 +1,10 @@
 //! Lines that the engine works on.
 
+use super::bad_lines::guarded;
 use super::record::Line;
 use crate::generate::{Completed, Generate};
 use crate::rewrite::{Rewriting, Work};
-use anyhow::anyhow;
 use std::collections::{BTreeMap, HashMap};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// A line on its way.
 pub struct Job {
@@ -145,19 +144,4 @@ impl<'s> Flight<'s> {
             }
         }
     }
-}
-
-/// Turns a panic into an error: one prompt that the program fails at must not take the others with
-/// it.
-pub fn guarded<T>(work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
-        let message = panic
-            .downcast_ref::<String>()
-            .map(String::as_str)
-            .or(panic.downcast_ref::<&str>().copied());
-        Err(anyhow!(
-            "the program failed at it, please report it: {}",
-            message.unwrap_or("no message").replace('\n', " ")
-        ))
-    })
 }

@@ -5,8 +5,10 @@
 //! off what a killed run left unfinished: nothing is lost or written twice.
 
 mod args;
+mod bad_lines;
+mod begin;
 mod flight;
-mod input;
+pub mod input;
 mod openai;
 mod output;
 mod progress;
@@ -15,33 +17,34 @@ mod settings;
 mod target;
 
 pub use args::{BatchArgs, FileArgs, PromptSource};
-pub use record::{check_length, check_lengths};
+pub use bad_lines::{BadLines, guarded};
+pub use begin::{Begun, complete, note_interrupted, write_finished};
+pub use output::Output;
+pub use progress::Progress;
+pub use record::{check_length, check_lengths, line_text, object};
+pub use settings::Settings;
 
-use super::files::check_distinct;
 use super::print::note;
 use super::rewriter::{Format, Rewriter, one_line, record};
 use crate::engine::EngineOptions;
 use crate::generate::{Generate, Length};
 use crate::rewrite::{DEFAULT_MIN_KEPT, Prompter, Rewrite, Rewriting, Source};
-use anyhow::{Context, anyhow, ensure};
-use flight::{Flight, Job, guarded};
-use input::{LineOptions, Lines, RawLine};
-use output::{Output, Written};
-use progress::Progress;
+use anyhow::{Context, ensure};
+use flight::{Flight, Job};
+use input::{Lines, RawLine};
+use output::Written;
 use record::{Common, Line};
 use serde_json::{Value, json};
-use settings::Settings;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::Duration;
-use target::{Begin, Target};
+use target::Target;
 
 /// Results that may wait for an earlier one: they take memory.
-const PENDING: usize = 4096;
+pub const PENDING: usize = 4096;
 
 /// Bytes that a line of JSON may have besides its prompt.
-const BESIDE_PROMPT: usize = 1 << 20;
+pub const BESIDE_PROMPT: usize = 1 << 20;
 
 pub fn run(args: &BatchArgs) -> anyhow::Result<()> {
     if !rewrite(args)? {
@@ -50,82 +53,13 @@ pub fn run(args: &BatchArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How an output was begun, and what was there.
-struct Begun {
-    target: Target,
-    lines: Lines,
-    /// The settings that the output was begun with.
-    earlier: Option<Settings>,
-    begin: Begin,
-}
-
+/// Opens the input and the output of a run.
 fn begin(args: &BatchArgs) -> anyhow::Result<Begun> {
     let format = args.format;
     let prompts = if format == Format::Openai { 16 } else { 1 };
     let longest = args.max_prompt_bytes.saturating_mul(prompts).saturating_add(BESIDE_PROMPT);
-    let shard = args.files.shard.unwrap_or_default();
-    let options = LineOptions { shard, longest, text: format == Format::Text };
-    let lines = match args.source {
-        PromptSource::Files(files) => Lines::open(files, options)?,
-        PromptSource::Stdin => Lines::open(&["-".to_owned()], options)?,
-        PromptSource::Prompts(prompts) => Lines::of_prompts(prompts, options),
-    };
-    let mut reads: Vec<&Path> = lines.files().collect();
-    let others = args.rewriter.files();
-    reads.extend(others.iter().map(|p| p.as_path()));
-    let output = &args.files.output;
-    check_distinct(&[output, &target::partial(output), &target::settings_path(output)], &reads)?;
-    let begin = match (args.files.resume, args.files.force) {
-        (true, _) => Begin::Resume,
-        (_, true) => Begin::Replace,
-        _ => Begin::New,
-    };
-    let mut target = Target::open(&args.files.output, begin)?;
-    let earlier = match target.file() {
-        Some((file, path)) if begin == Begin::Resume => {
-            let holds_something = file.metadata().is_ok_and(|m| m.len() > 0);
-            let earlier = Settings::read(path)?.filter(|_| holds_something);
-            if earlier.is_none() && holds_something {
-                note!(
-                    "{}: is missing, so it cannot be checked that {} was begun with these settings",
-                    target::settings_path(path).display(),
-                    path.display()
-                );
-            }
-            earlier
-        }
-        _ => None,
-    };
-    Ok(Begun { target, lines, earlier, begin })
-}
-
-impl Begun {
-    /// Compares this run's settings with those that the output was begun with, and keeps them
-    /// beside it.
-    fn settle(&mut self, mut settings: Settings) -> anyhow::Result<()> {
-        let earlier = self.earlier.take();
-        let known = earlier.as_ref().map_or(&Value::Null, |e| e.get("input"));
-        settings.0.insert("input".into(), self.lines.identity(known)?);
-        if let Some(earlier) = &earlier {
-            settings.check(earlier, self.target.name())?;
-        }
-        match self.target.file() {
-            Some((_, path)) => settings.write(path),
-            None => Ok(()),
-        }
-    }
-
-    /// What an interrupted run has written, in results of `each` lines.
-    fn written(&mut self, each: u64) -> anyhow::Result<Written> {
-        let packing = self.target.packing;
-        let name = self.target.name().to_owned();
-        match self.target.file() {
-            Some((file, _)) if self.begin == Begin::Resume => {
-                Written::read(file, &name, packing, each)
-            }
-            _ => Ok(Written::default()),
-        }
-    }
+    let options = args.files.line_options(longest, format == Format::Text);
+    Begun::open(args.files, args.source, options, &args.rewriter.files())
 }
 
 /// Rewrites files; `false` if somebody interrupted.
@@ -141,7 +75,7 @@ fn rewrite(args: &BatchArgs) -> anyhow::Result<bool> {
     {
         rewriter.options.sampling.seed = seed;
     }
-    begun.settle(Settings::of(args, &rewriter)?)?;
+    begun.settle(settings(args, &rewriter)?)?;
     let each = if format == Format::Text { rewriter.options.candidates as u64 } else { 1 };
     let written = begun.written(each)?;
     let Begun { target, mut lines, begin, .. } = begun;
@@ -152,48 +86,57 @@ fn rewrite(args: &BatchArgs) -> anyhow::Result<bool> {
         skip_written(&mut lines, &common(args, &rewriter), &written, target.name())?;
     }
     let stop = super::interrupt_flag()?;
-    let mut progress = Progress::new(written.results, total);
+    let mut progress = Progress::new(written.results, total, "prompts");
     let session = rewriter.session(engine_options(args, &rewriter)?)?;
     let mut run = Run::new(args, &rewriter, target);
     let result = run.all(lines.read_ahead()?, session, &stop, &mut progress);
-    run.out.flush()?;
-    progress.clear();
-    note_partial(&run.out, begin, !matches!(result, Ok(true)));
-    let done = result?;
+    let done = write_finished(result, &mut run.out, begin, &progress)?;
     run.report();
     progress.summary(run.out.written);
     if !done {
-        note!("interrupted; the same command with --resume goes on");
+        note_interrupted();
         return Ok(false);
     }
     ensure!(
         args.source != PromptSource::Stdin
             || run.out.finished > 0
-            || !run.bad.is_empty()
+            || !run.bad.lines.is_empty()
             || written.results > 0,
         "standard input holds no prompts; give a PROMPT, --input FILES, or prompts on standard \
         input"
     );
-    ensure!(
-        begin != Begin::Replace || run.out.written > 0 || run.bad.is_empty(),
-        "{}: stays as it was, because all {} lines are bad",
-        run.out.target.name(),
-        run.bad.len()
-    );
-    run.out.target.complete()?;
+    complete(run.out, &run.bad, begin)?;
     Ok(true)
 }
 
-/// Says where the results of a run are that did not get to its end.
-fn note_partial(out: &Output, begin: Begin, ended_early: bool) {
-    if let (true, Begin::Replace, 1.., Some(partial)) =
-        (ended_early, begin, out.written, out.target.partial())
-    {
-        note!(
-            "the results so far are in {}; --resume instead of --force goes on there",
-            partial.display()
-        );
-    }
+/// What the results depend on, under the names of the flags.
+fn settings(args: &BatchArgs, rewriter: &Rewriter) -> anyhow::Result<Settings> {
+    let Rewriter { loaded, template, options, guard } = rewriter;
+    let values = json!({
+        "model": loaded.fingerprint,
+        "dtype": format!("{:?}", args.rewriter.model.dtype).to_lowercase(),
+        "template": template.text(),
+        "format": format!("{:?}", args.format).to_lowercase(),
+        "shard": args.files.shard.unwrap_or_default().to_string(),
+        "candidates": options.candidates,
+        "seed": options.sampling.seed,
+        "logit-bias": options.bias,
+        "stop": options.stops,
+        "ignore-eos": options.ignore_eos,
+        "keep": options.keep.iter().collect::<Vec<_>>(),
+        "ban": args.rewriter.guard.banned()?,
+        "min-kept": guard.min_kept,
+        "rounds": guard.rounds,
+        "max-clip-tokens": guard.max_clip_tokens,
+        "style": guard.additions.style.as_ref().map(|s| s.to_string()),
+        "no-artists": guard.additions.no_artists,
+        "any-medium": guard.additions.any_medium,
+        "variety": guard.additions.variety,
+    });
+    let Value::Object(values) = values else { unreachable!("an object was written above") };
+    let mut settings = Settings(values);
+    settings.add_sampling(&options.sampling, options.length);
+    Ok(settings)
 }
 
 /// What holds for all lines.
@@ -215,11 +158,7 @@ fn skip_written(
     written: &Written,
     output: &str,
 ) -> anyhow::Result<()> {
-    let last: Value = serde_json::from_slice(&written.last).unwrap_or_default();
-    let number = last.get("line").and_then(Value::as_u64);
-    let number = number.with_context(|| {
-        format!("{output}: its last line names no input line; it was not written by this command")
-    })?;
+    let (number, last) = written.last_record(output)?;
     let line = lines.skip_to(number)?;
     let prompt = line.and_then(|raw| common.parse(raw).ok()).map(|l| l.prompt);
     ensure!(
@@ -249,14 +188,10 @@ struct Run<'a> {
     common: Common<'a>,
     prompter: Prompter,
     format: Format,
-    skip_bad_lines: bool,
     /// Sequences that the engine runs at once.
     sequences: usize,
     out: Output,
-    /// Lines that cannot be rewritten.
-    bad: Vec<u64>,
-    /// The first line that ends the run, and why.
-    failure: Option<(u64, anyhow::Error)>,
+    bad: BadLines,
     /// Candidates, the sum of what they keep, those that keep little, and those whose text is not
     /// the model's.
     candidates: u64,
@@ -265,7 +200,8 @@ struct Run<'a> {
     fallbacks: u64,
 }
 
-type Input = Receiver<anyhow::Result<RawLine>>;
+/// Lines as they are read.
+pub type Input = Receiver<anyhow::Result<RawLine>>;
 
 impl<'a> Run<'a> {
     fn new(args: &BatchArgs, rewriter: &'a Rewriter, target: Target) -> Run<'a> {
@@ -273,11 +209,9 @@ impl<'a> Run<'a> {
             common: common(args, rewriter),
             prompter: rewriter.prompter(),
             format: args.format,
-            skip_bad_lines: args.files.skip_bad_lines,
             sequences: args.rewriter.engine.sequences,
             out: Output::new(target),
-            bad: vec![],
-            failure: None,
+            bad: BadLines::new(args.files.skip_bad_lines),
             candidates: 0,
             kept: 0.0,
             low: 0,
@@ -310,15 +244,15 @@ impl<'a> Run<'a> {
                     );
                 }
             }
-            if !end && !interrupted && self.failure.is_none() {
+            if !end && !interrupted && self.bad.failure.is_none() {
                 self.read(&input, &mut flight, &mut end)?;
             }
-            if let Some((line, _)) = self.failure {
+            if let Some((line, _)) = self.bad.failure {
                 flight.cancel_from(line);
             }
             self.out.write_ready()?;
             if flight.session.is_idle() {
-                if let Some((_, e)) = self.failure.take() {
+                if let Some((_, e)) = self.bad.failure.take() {
                     return Err(e);
                 }
                 if interrupted || end {
@@ -340,7 +274,7 @@ impl<'a> Run<'a> {
 
     /// Reads lines until the engine has enough to do; waits for one only if it has nothing.
     fn read(&mut self, input: &Input, flight: &mut Flight, end: &mut bool) -> anyhow::Result<()> {
-        while self.failure.is_none() && flight.has_room() && self.out.pending() < PENDING {
+        while self.bad.failure.is_none() && flight.has_room() && self.out.pending() < PENDING {
             let line = if flight.session.is_idle() {
                 input.recv_timeout(Duration::from_millis(100))
             } else {
@@ -361,7 +295,7 @@ impl<'a> Run<'a> {
                 Ok(raw) => raw,
                 Err(e) => {
                     // a file that cannot be read on: what was read of it is still finished
-                    self.failure = Some((u64::MAX, e));
+                    self.bad.failure = Some((u64::MAX, e));
                     return Ok(());
                 }
             };
@@ -406,7 +340,7 @@ impl<'a> Run<'a> {
         let mut jobs = flight.empty().with_context(|| format!("after {cause:#}"))?;
         let mut failures = 0;
         while let Some((_, mut job)) = jobs.pop_first() {
-            if self.failure.as_ref().is_some_and(|(line, _)| *line < job.line.number)
+            if self.bad.failure.as_ref().is_some_and(|(line, _)| *line < job.line.number)
                 || stop.load(Ordering::Relaxed)
             {
                 break;
@@ -434,13 +368,9 @@ impl<'a> Run<'a> {
 
     /// Counts a line that cannot be rewritten, or has it end the run.
     fn bad_line(&mut self, place: &str, number: u64, e: anyhow::Error) {
-        if !self.skip_bad_lines {
-            if self.failure.as_ref().is_none_or(|(line, _)| number < *line) {
-                self.failure = Some((number, anyhow!("{place}: {e:#}; --skip-bad-lines goes on")));
-            }
+        if !self.bad.skips(place, number, e) {
             return;
         }
-        self.bad.push(number);
         // in text as many empty lines as keep the count
         let blank = match self.format {
             Format::Text => "\n".repeat(self.common.options.candidates as usize),
@@ -480,12 +410,7 @@ impl<'a> Run<'a> {
 
     /// Says what was left out, and what does not keep its prompt.
     fn report(&mut self) {
-        if !self.bad.is_empty() {
-            self.bad.sort_unstable();
-            let shown: Vec<String> = self.bad.iter().take(10).map(u64::to_string).collect();
-            let more = if self.bad.len() > 10 { ", …" } else { "" };
-            note!("skipped {} bad lines: {}{more}", self.bad.len(), shown.join(", "));
-        }
+        self.bad.report();
         if self.low + self.fallbacks > 0 {
             let kept = 100.0 * self.kept / self.candidates as f64;
             note!(
@@ -507,9 +432,10 @@ mod tests {
     use crate::error::Result;
     use crate::generate::{GenerateOptions, PromptResult, Update};
     use clap::Parser;
-    use input::Shard;
+    use input::{LineOptions, Shard};
     use std::collections::BTreeMap;
     use std::sync::atomic::AtomicUsize;
+    use target::Begin;
 
     /// Token ids by request.
     type Prompts = BTreeMap<u64, Vec<u32>>;
@@ -616,6 +542,7 @@ mod tests {
             rewriter: &program.rewriter,
             source: PromptSource::Prompts(&prompts),
             format: Format::Jsonl,
+            served_model_name: None,
             max_prompt_bytes: 1000,
         };
         let rewriter = args.rewriter.load(false).unwrap();
@@ -628,9 +555,13 @@ mod tests {
         let inner = rewriter.session(engine_options(&args, &rewriter).unwrap()).unwrap();
         let session = Box::new(Watched { inner, prompts: BTreeMap::new(), before: &before, after });
         let mut run = Run::new(&args, &rewriter, target);
-        let result =
-            run.all(lines.read_ahead().unwrap(), session, stop, &mut Progress::new(0, None));
-        (result, run.bad, std::fs::read_to_string(&path).unwrap())
+        let result = run.all(
+            lines.read_ahead().unwrap(),
+            session,
+            stop,
+            &mut Progress::new(0, None, "prompts"),
+        );
+        (result, run.bad.lines, std::fs::read_to_string(&path).unwrap())
     }
 
     fn prompt(line: usize) -> String {

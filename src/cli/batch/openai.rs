@@ -1,11 +1,12 @@
 //! OpenAI's batch files: each line a request with `custom_id`, `method`, `url` and `body`, each
 //! result the answer that the server would give.
 
+use super::begin::{Begun, note_interrupted, note_partial};
 use super::input::{Lines, RawLine};
 use super::output::Output;
 use super::progress::Progress;
 use super::settings::Settings;
-use super::{BatchArgs, Begun, PENDING, record};
+use super::{BatchArgs, PENDING, record};
 use crate::cli::hosted::{HostOptions, Hosted};
 use crate::cli::print::note;
 use crate::random::{Derived, derived_seed};
@@ -28,7 +29,7 @@ pub fn run(args: &BatchArgs, mut begun: Begun) -> anyhow::Result<bool> {
     let engine = args.rewriter.engine.options()?;
     let host = HostOptions {
         model: args.rewriter.model.clone(),
-        name: args.files.served_model_name.clone(),
+        name: args.served_model_name.map(str::to_owned),
         template: args.rewriter.template.clone(),
         engine,
         // a request may hold hundreds of prompts
@@ -49,7 +50,7 @@ pub fn run(args: &BatchArgs, mut begun: Begun) -> anyhow::Result<bool> {
     let limit = args.max_prompt_bytes.saturating_mul(16).saturating_add(super::BESIDE_PROMPT);
     let router = app(shared, &HttpOptions { body_limit: limit, ..HttpOptions::default() })?;
     let stop = crate::cli::interrupt_flag()?;
-    let mut progress = Progress::new(written.results, total);
+    let mut progress = Progress::new(written.results, total, "prompts");
     let mut run = Run {
         router,
         model,
@@ -69,12 +70,12 @@ pub fn run(args: &BatchArgs, mut begun: Begun) -> anyhow::Result<bool> {
     run.out.flush()?;
     progress.summary(run.out.written);
     run.report();
-    super::note_partial(&run.out, begin, !matches!(result, Ok(true)));
+    note_partial(&run.out, begin, !matches!(result, Ok(true)));
     let Run { router, out, failures, first_failure, .. } = run;
     drop((router, runtime));
     let done = result?;
     if !done {
-        note!("interrupted; the same command with --resume goes on");
+        note_interrupted();
         return Ok(false);
     }
     thread.join().map_err(|_| anyhow!("the engine panicked"))?.context("the engine stopped")?;

@@ -2,6 +2,7 @@
 
 use super::target::{Packing, Target};
 use anyhow::Context;
+use serde_json::Value;
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
@@ -113,6 +114,18 @@ pub struct Written {
 }
 
 impl Written {
+    /// The last record, and the number of its input line.
+    pub fn last_record(&self, output: &str) -> anyhow::Result<(u64, Value)> {
+        let last: Value = serde_json::from_slice(&self.last).unwrap_or_default();
+        let number = last.get("line").and_then(Value::as_u64).filter(|n| *n > 0);
+        let number = number.with_context(|| {
+            format!(
+                "{output}: its last line names no input line; it was not written by this command"
+            )
+        })?;
+        Ok((number, last))
+    }
+
     /// Reads an output, and cuts off what is no whole result of `lines` lines.
     pub fn read(
         file: &mut File,

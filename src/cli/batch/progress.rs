@@ -13,20 +13,22 @@ pub struct Progress {
     bar: Option<ProgressBar>,
     started: Instant,
     said: Instant,
-    /// Prompts done by earlier runs, and all there are, where that is known.
+    /// What earlier runs did, and all there are, where that is known.
     before: u64,
     total: Option<u64>,
+    /// What is counted, in the plural.
+    noun: &'static str,
 }
 
 impl Progress {
-    pub fn new(before: u64, total: Option<u64>) -> Progress {
+    pub fn new(before: u64, total: Option<u64>, noun: &'static str) -> Progress {
         let style = ProgressStyle::with_template("{spinner} {msg}").expect("a fixed template");
         let bar =
             std::io::stderr().is_terminal().then(|| ProgressBar::new_spinner().with_style(style));
-        Progress { bar, started: Instant::now(), said: Instant::now(), before, total }
+        Progress { bar, started: Instant::now(), said: Instant::now(), before, total, noun }
     }
 
-    /// Says how many prompts this run has done, and how many tokens.
+    /// Says how much this run has done, and in how many tokens.
     pub fn update(&mut self, finished: u64, tokens: u64) {
         let elapsed = self.started.elapsed();
         match &self.bar {
@@ -46,8 +48,8 @@ impl Progress {
         let rate = |n: u64| n as f64 / elapsed.as_secs_f64().max(1e-9);
         let done = self.before + finished;
         let mut line = match self.total {
-            Some(total) => format!("{done} of {total} prompts"),
-            None => format!("{done} prompts"),
+            Some(total) => format!("{done} of {total} {}", self.noun),
+            None => format!("{done} {}", self.noun),
         };
         line += &format!(", {:.1} a second", rate(finished));
         if tokens > 0 {
@@ -74,7 +76,8 @@ impl Progress {
         self.clear();
         if self.bar.is_some() {
             let seconds = self.started.elapsed().as_secs_f64();
-            note!("{written} prompts in {seconds:.1} s ({:.1} a second)", written as f64 / seconds);
+            let rate = written as f64 / seconds;
+            note!("{written} {} in {seconds:.1} s ({rate:.1} a second)", self.noun);
         }
     }
 }
@@ -85,7 +88,7 @@ mod tests {
 
     #[test]
     fn lines_tell_what_is_done_and_what_is_left() {
-        let of = |before, total| Progress { bar: None, ..Progress::new(before, total) };
+        let of = |before, total| Progress { bar: None, ..Progress::new(before, total, "prompts") };
         let ten = Duration::from_secs(10);
         assert_eq!(
             of(100, Some(400)).line(100, 5000, ten),

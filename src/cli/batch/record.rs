@@ -37,11 +37,10 @@ pub struct Common<'a> {
 
 impl Common<'_> {
     pub fn parse(&self, raw: RawLine) -> anyhow::Result<Line> {
-        ensure!(!raw.too_long, too_long(self.longest, None));
-        let text = text(&raw.bytes)?;
+        let text = line_text(&raw, self.longest)?;
         let mut line = Line {
             number: raw.number,
-            place: raw.place,
+            place: raw.place.clone(),
             id: json!(raw.number - 1),
             prompt: String::new(),
             options: self.options.clone(),
@@ -115,6 +114,12 @@ impl Common<'_> {
         }
         Ok(())
     }
+}
+
+/// A line's text, if it is text and not far longer than `longest` bytes.
+pub fn line_text(raw: &RawLine, longest: usize) -> anyhow::Result<&str> {
+    ensure!(!raw.too_long, too_long(longest, None));
+    text(&raw.bytes)
 }
 
 /// A line's text, if it is text.

@@ -1,10 +1,8 @@
 //! The settings that an output was made with, kept beside it as `NAME.settings.json`, so that
 //! `--resume` mixes nothing.
 
-use super::args::BatchArgs;
 use super::target::settings_path;
 use crate::checkpoint::write_atomic;
-use crate::cli::rewriter::Rewriter;
 use crate::engine::Sampling;
 use crate::files::as_read;
 use crate::generate::Length;
@@ -17,36 +15,6 @@ use std::path::Path;
 pub struct Settings(pub Map<String, Value>);
 
 impl Settings {
-    /// What the results depend on, under the names of the flags.
-    pub fn of(args: &BatchArgs, rewriter: &Rewriter) -> anyhow::Result<Settings> {
-        let Rewriter { loaded, template, options, guard } = rewriter;
-        let values = json!({
-            "model": loaded.fingerprint,
-            "dtype": format!("{:?}", args.rewriter.model.dtype).to_lowercase(),
-            "template": template.text(),
-            "format": format!("{:?}", args.format).to_lowercase(),
-            "shard": args.files.shard.unwrap_or_default().to_string(),
-            "candidates": options.candidates,
-            "seed": options.sampling.seed,
-            "logit-bias": options.bias,
-            "stop": options.stops,
-            "ignore-eos": options.ignore_eos,
-            "keep": options.keep.iter().collect::<Vec<_>>(),
-            "ban": args.rewriter.guard.banned()?,
-            "min-kept": guard.min_kept,
-            "rounds": guard.rounds,
-            "max-clip-tokens": guard.max_clip_tokens,
-            "style": guard.additions.style.as_ref().map(|s| s.to_string()),
-            "no-artists": guard.additions.no_artists,
-            "any-medium": guard.additions.any_medium,
-            "variety": guard.additions.variety,
-        });
-        let Value::Object(values) = values else { unreachable!("an object was written above") };
-        let mut settings = Settings(values);
-        settings.add_sampling(&options.sampling, options.length);
-        Ok(settings)
-    }
-
     /// What an output was made with, if that is known.
     pub fn read(output: &Path) -> anyhow::Result<Option<Settings>> {
         let path = settings_path(output);

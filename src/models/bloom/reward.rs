@@ -2,6 +2,7 @@
 
 use super::{Architecture, Bloom, BloomCheckpoint};
 use crate::error::{Error, Result};
+use crate::memory::MemoryPlan;
 use crate::ops::{BLOCK, Batch, DecodeBackend, DecoderActivations};
 use crate::tensor::DType;
 
@@ -30,6 +31,18 @@ impl<B: DecodeBackend> RewardModel<B> {
         checkpoint.config.expect(Architecture::SequenceClassification, &checkpoint.weights.path)?;
         let bloom = Bloom::load(backend, checkpoint, dtype)?;
         let blocks = tokens.div_ceil(BLOCK).max(1);
+        // the keys and values of a pass, and its activations in f32 with the inputs of GEMMs
+        let activation = (11 * 4 + 4 * 4) * bloom.config.hidden_size;
+        let positions = (blocks * BLOCK) as f64;
+        backend.fits(
+            &MemoryPlan::new()
+                .with(
+                    "KV cache",
+                    positions * bloom.cache_bytes_per_token() as f64,
+                    "--batch-tokens",
+                )
+                .with("activations", positions * activation as f64, "--batch-tokens"),
+        )?;
         let cache = bloom.cache(backend, blocks)?;
         Ok(RewardModel {
             bloom,
