@@ -450,6 +450,24 @@ impl PpoArgs {
         Ok(self.losses.delta_reward.unwrap_or(missing == 0))
     }
 
+    fn sampling(&self, eos: u32) -> RolloutOptions {
+        let r = &self.rollouts;
+        RolloutOptions {
+            sampling: Sampling {
+                temperature: r.temperature,
+                top_k: r.top_k,
+                top_p: r.top_p,
+                repetition_penalty: r.repetition_penalty,
+                seed: self.seed,
+                ..Sampling::default()
+            },
+            max_new: r.max_new_tokens,
+            min_new: 0,
+            eos,
+            ignore_eos: false,
+        }
+    }
+
     fn options(&self, start: &Start) -> anyhow::Result<PpoOptions> {
         let (r, l, u, compat) = (&self.rollouts, &self.losses, &self.updates, self.compat);
         let deepspeed = compat == Compat::Deepspeed;
@@ -467,20 +485,7 @@ impl PpoArgs {
             rounds: r.rounds,
             rollouts: r.rollouts,
             group: r.group.unwrap_or(if alone { 1 } else { 8 }),
-            sampling: RolloutOptions {
-                sampling: Sampling {
-                    temperature: r.temperature,
-                    top_k: r.top_k,
-                    top_p: r.top_p,
-                    repetition_penalty: r.repetition_penalty,
-                    seed: self.seed,
-                    ..Sampling::default()
-                },
-                max_new: r.max_new_tokens,
-                min_new: 0,
-                eos: start.model.config.eos_token_id,
-                ignore_eos: false,
-            },
+            sampling: self.sampling(start.model.config.eos_token_id),
             rollout_dtype: match (r.rollout_dtype, u.precision) {
                 (RolloutDtype::Int8, _) => DType::Int8,
                 (RolloutDtype::Train, PrecisionChoice::F32) => DType::F32,

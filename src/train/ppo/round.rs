@@ -425,7 +425,7 @@ impl<B: RolloutBackend> Ppo<'_, B> {
                 Err(e) => return e,
             }
         }
-        Error::invalid(format!("loss {loss}; lower --learning-rate"))
+        Error::invalid(format!("loss {loss}; lower --learning-rate or --reward-clip"))
     }
 
     /// Adds up what a minibatch's last pass found.
