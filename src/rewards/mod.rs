@@ -18,7 +18,7 @@ pub use command::CommandReward;
 pub use http::HttpReward;
 pub use spec::{RewardKind, RewardSpec};
 pub use text_model::{
-    RewardTokens, TextRewardModel, TextRewardOptions, TextRewardParts, reward_ids,
+    RewardTokens, TextRewardModel, TextRewardOptions, TextRewardParts, reward_tokens,
 };
 
 use crate::error::{Error, Result};

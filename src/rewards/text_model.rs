@@ -114,10 +114,7 @@ impl<'a, B: DecodeBackend> TextRewardModel<'a, B> {
     /// If it cannot be encoded.
     pub fn encode(&self, text: ScoredText) -> Result<RewardTokens> {
         let text = self.template.apply(text.raw_prompt, text.output);
-        let mut ids = reward_ids((&self.tokenizer, self.eos), &text, usize::MAX)?;
-        let excess = ids.len().saturating_sub(self.max_tokens);
-        ids.drain(..excess);
-        Ok(RewardTokens { ids, cut: excess > 0 })
+        reward_tokens((&self.tokenizer, self.eos), &text, self.max_tokens)
     }
 
     /// The score of each text that was encoded.
@@ -139,15 +136,16 @@ impl<'a, B: DecodeBackend> TextRewardModel<'a, B> {
 ///
 /// # Errors
 /// If the text cannot be encoded.
-pub fn reward_ids(
+pub fn reward_tokens(
     (tokenizer, eos): (&Tokenizer, u32),
     text: &str,
     max_tokens: usize,
-) -> Result<Vec<u32>> {
+) -> Result<RewardTokens> {
     let mut ids = tokenizer.encode_literal(text)?;
     ids.push(eos);
-    ids.drain(..ids.len().saturating_sub(max_tokens));
-    Ok(ids)
+    let excess = ids.len().saturating_sub(max_tokens);
+    ids.drain(..excess);
+    Ok(RewardTokens { ids, cut: excess > 0 })
 }
 
 impl<B: DecodeBackend> Reward for TextRewardModel<'_, B> {

@@ -7,7 +7,7 @@ use super::start::{Start, StartArgs};
 use crate::data::scored::{ScoredRecords, read_scored};
 use crate::models::bloom::Architecture;
 use crate::ops::train::TrainBackend;
-use crate::rewards::reward_ids;
+use crate::rewards::reward_tokens;
 use crate::text::template::RewardTemplate;
 use crate::train::parallel::Communicator;
 use crate::train::report::draw_calibration;
@@ -76,10 +76,9 @@ impl RewardArgs {
             );
             let text = template.apply(raw.as_deref().unwrap_or_default(), prompt);
             let vocabulary = (&start.tokenizer, start.model.config.eos_token_id);
-            let ids = reward_ids(vocabulary, &text, usize::MAX)?;
-            let first = ids.len().saturating_sub(self.run.max_tokens);
-            cut += usize::from(first > 0);
-            Ok(ids[first..].to_vec())
+            let tokens = reward_tokens(vocabulary, &text, self.run.max_tokens)?;
+            cut += usize::from(tokens.cut);
+            Ok(tokens.ids)
         };
         let examples = match &records {
             ScoredRecords::Labelled(list) => {

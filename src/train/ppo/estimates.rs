@@ -6,6 +6,7 @@
 //! 2402.03300), RLOO (arXiv 2402.14740).
 
 use crate::ops::token_loss::MAX_LOG_RATIO;
+use crate::rewards::RunningMoments;
 use serde::{Deserialize, Serialize};
 
 /// How the KL divergence from the reference policy is estimated from one sampled token, whose
@@ -92,7 +93,7 @@ impl Whitening {
 }
 
 /// The factor of the penalty for moving away from the reference policy.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct KlController {
     /// The factor.
     pub coefficient: f64,
@@ -113,38 +114,8 @@ impl KlController {
     }
 }
 
-/// Mean and variance of all numbers so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct RunningMoments {
-    /// How many there were.
-    pub count: f64,
-    /// Their mean.
-    pub mean: f64,
-    /// The sum of their squared distances from it.
-    pub squares: f64,
-}
-
-impl RunningMoments {
-    /// Takes up some numbers.
-    pub fn update(&mut self, numbers: &[f64]) {
-        for x in numbers {
-            self.count += 1.0;
-            let from = x - self.mean;
-            self.mean += from / self.count;
-            self.squares += from * (x - self.mean);
-        }
-    }
-
-    /// The standard deviation, with Bessel's correction; 1 of fewer than two numbers, and where
-    /// they do not vary.
-    pub fn std(&self) -> f64 {
-        let std = (self.squares / (self.count - 1.0).max(1.0)).sqrt();
-        if self.count >= 2.0 && std > 0.0 { std } else { 1.0 }
-    }
-}
-
 /// What scores become before they are rewards.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct ScoreScaling {
     /// Largest absolute score.
     pub clip: Option<f64>,
@@ -161,9 +132,10 @@ impl ScoreScaling {
             scores.iter_mut().for_each(|s| *s = s.clamp(-clip, clip));
         }
         if self.running {
-            self.moments.update(scores);
+            scores.iter().for_each(|s| self.moments.push(*s));
+            // scores that have never differed have nothing to be scaled by
             let std = self.moments.std();
-            scores.iter_mut().for_each(|s| *s /= std);
+            scores.iter_mut().for_each(|s| *s /= if std > 0.0 { std } else { 1.0 });
         }
     }
 }

@@ -9,10 +9,11 @@ use crate::checkpoint::{write_atomic, write_atomic_at};
 use crate::error::{Error, Result};
 use crate::rewards::CombinedScores;
 use crate::rewrite::Fidelity;
+use crate::text::content_words::repeated_share;
 use crate::train::monitors::UpdateStats;
 use plotters::prelude::*;
 use serde_json::{Map, Value};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -146,20 +147,14 @@ impl TextStats {
         let kept = |r: &Rollout| fidelity.score(&prompts[r.prompt].raw, &r.text).0;
         let (mut pairs, mut all_pairs) = (HashSet::new(), 0);
         let mut repetitions = Vec::with_capacity(rollouts.len());
-        let mut first_of: std::collections::HashMap<&str, (usize, bool)> = Default::default();
+        let mut first_of: HashMap<&str, (usize, bool)> = HashMap::new();
         for r in rollouts {
             let words: Vec<&str> = r.text.split_whitespace().collect();
             for pair in words.windows(2) {
                 pairs.insert((pair[0], pair[1]));
                 all_pairs += 1;
             }
-            let distinct: HashSet<&[&str]> = words.windows(3).collect();
-            let triples = words.len().saturating_sub(2);
-            repetitions.push(1.0 - distinct.len() as f64 / triples.max(1) as f64);
-            if triples == 0 {
-                repetitions.pop();
-                repetitions.push(0.0);
-            }
+            repetitions.push(repeated_share(&r.text, 3));
             let (prompt, shared) = first_of.entry(&r.text).or_insert((r.prompt, false));
             *shared |= *prompt != r.prompt;
         }

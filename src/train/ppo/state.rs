@@ -1,14 +1,13 @@
 //! Checkpoints of a run: the policy, its value head, the optimizer, and where all else stands. A
 //! folder appears whole or not at all.
 
-use super::estimates::{KlController, ScoreScaling};
 use super::{Ppo, Trainer};
 use crate::checkpoint::{save_tensors_as, write_atomic, write_folder};
 use crate::error::{Error, Result};
-use crate::files::as_read;
+use crate::files::{as_read, exact};
 use crate::models::bloom::{BloomCheckpoint, save_model};
 use crate::ops::RolloutBackend;
-use crate::rewards::CombinedState;
+use crate::rewards::{CombinedState, RunningMoments};
 use crate::tensor::DType;
 use crate::train::monitors::{MonitorState, Monitors};
 use crate::train::run::difference;
@@ -27,8 +26,10 @@ struct PpoState {
     round: u64,
     /// Optimizer steps taken.
     steps: u64,
-    controller: KlController,
-    scaling: ScoreScaling,
+    #[serde(with = "exact")]
+    kl_coefficient: f64,
+    /// All scores so far.
+    scores: RunningMoments,
     rewards: CombinedState,
     monitors: MonitorState,
     skipped: u64,
@@ -47,8 +48,8 @@ impl<B: RolloutBackend> Ppo<'_, B> {
         let state = PpoState {
             round,
             steps: t.optimizer.steps,
-            controller: t.controller,
-            scaling: t.scaling,
+            kl_coefficient: t.controller.coefficient,
+            scores: t.scaling.moments,
             rewards: self.reward.state(),
             monitors: t.monitors.state().clone(),
             skipped: t.skipped,
@@ -108,8 +109,8 @@ impl<B: RolloutBackend> Ppo<'_, B> {
         let all = std::iter::once(0..moments).collect::<Vec<_>>();
         read_moments(&folder, b, &mut t.optimizer, (moments, &all))?;
         t.optimizer.steps = state.steps;
-        t.controller = state.controller;
-        t.scaling = state.scaling;
+        t.controller.coefficient = state.kl_coefficient;
+        t.scaling.moments = state.scores;
         t.skipped = state.skipped;
         self.reward.restore(&state.rewards)?;
         t.monitors = Monitors::resume(self.options.monitors.clone(), state.monitors)?;
