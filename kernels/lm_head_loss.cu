@@ -92,9 +92,10 @@ KERNEL(cross_entropy, TRAIN_THREADS)
 }
 EXPORT(cross_entropy)
 
-// What is no number stays so.
+// What is no finite number stays so: it comes of log-probabilities that are none.
 DEVICE float clamp_log_ratio(float x) {
     constexpr float MAX = MAX_LOG_RATIO;
+    if (fabsf(x) == INFINITY) return x;
     return x > MAX ? MAX : x < -MAX ? -MAX : x;
 }
 

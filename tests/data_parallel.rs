@@ -351,7 +351,7 @@ fn ranks_with_other_settings_are_refused() {
     for (flag, values, name) in [
         ("--seed", ["42", "7"], "seed"),
         ("--save-every", ["3", "0"], "save_every"),
-        ("--template", ["v1", "v2"], "train"),
+        ("--template", ["v1", "v2"], "data"),
     ] {
         for out in launch(folder.path(), 2, |rank| vec![flag, values[rank]]) {
             let line = text(&out.stderr);

@@ -425,3 +425,43 @@ fn whole_models_have_the_gradients_of_finite_differences() {
         assert!(worst < 2e-3 * largest.max(1.0), "{name}: {worst}, of {largest}");
     }
 }
+
+/// Policies that are far apart have a loss and gradients all the same; log-probabilities that are
+/// no numbers have none.
+#[test]
+fn log_ratios_of_fifty_stay_finite() {
+    let cpu = Cpu::new(1, Isa::detect());
+    let (values, at) = (vec![0.1f32, -0.2, 0.3, 0.4, 0.0, -0.1], 0..6);
+    let x = cpu.upload(&[0.5, -1.0], 2);
+    let column = |value: f32| cpu.upload(&[value], 1);
+    let loss = |old: f32, reference: f32, advantage: f32| {
+        let (old, reference, advantages) = (column(old), column(reference), column(advantage));
+        let ppo = TokenLoss::ClippedPpo(ClippedPpo {
+            old_log_probs: &old,
+            advantages: &advantages,
+            reference_log_probs: Some(&reference),
+            clip: 0.2,
+            kl: 0.1,
+            entropy: 0.0,
+            scale: 1.0,
+        });
+        let (mut dx, mut logits, mut sums) = Default::default();
+        let mut grads = vec![0f32; 6];
+        let gradients = Some(LossGradients { dx: &mut dx, grads: Some(&mut grads) });
+        let to = LossOutput { sums: &mut sums, stats: None, gradients };
+        let p = Params { values: &values, precision: Precision::F32 };
+        cpu.lm_head_loss((&x, &mut logits), &[1], (p, &at), &ppo, to);
+        let finite = grads.iter().chain(dx.buffer()).all(|g| g.is_finite());
+        (sums.loss, finite)
+    };
+    for old in [-51.0, 49.0] {
+        for reference in [-51.0, 49.0] {
+            for advantage in [-1.0, 1.0] {
+                let (sum, finite) = loss(old, reference, advantage);
+                assert!(sum.is_finite() && finite, "{old} {reference} {advantage}: {sum}");
+            }
+        }
+    }
+    assert!(!loss(f32::NEG_INFINITY, -1.0, -1.0).0.is_finite());
+    assert!(!loss(f32::NAN, -1.0, 1.0).0.is_finite());
+}

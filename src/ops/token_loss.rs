@@ -32,8 +32,8 @@ pub enum TokenLoss<'a, B: Backend> {
 ///
 /// `-min(r A, clip(r, 1 - clip, 1 + clip) A) + kl (exp(-d) - 1 + d) - entropy H`.
 ///
-/// Both differences of log-probabilities are clamped to ±[`MAX_LOG_RATIO`], beyond which they have
-/// no gradient.
+/// Both differences of log-probabilities are clamped to ±[`MAX_LOG_RATIO`] if they are finite, and
+/// have no gradient beyond.
 pub struct ClippedPpo<'a, B: Backend> {
     /// Of the policy that sampled the labels.
     pub old_log_probs: &'a Tensor<B>,

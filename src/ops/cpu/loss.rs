@@ -170,21 +170,26 @@ impl Row<'_> {
     }
 }
 
+/// What is no finite number stays so: it comes of log-probabilities that are none.
+fn clamp_log_ratio(x: f32) -> f32 {
+    if x.is_infinite() { x } else { x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO) }
+}
+
 /// See [`ClippedPpo`].
 fn clipped_ppo(ppo: &ClippedPpo<Cpu>, label: usize, known: &RowStats) -> LabelLoss {
     let advantage = ppo.advantages.buffer()[label];
     let moved = known.log_prob - ppo.old_log_probs.buffer()[label];
-    let ratio = moved.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp();
+    let ratio = clamp_log_ratio(moved).exp();
     let plain = ratio * advantage;
     let clipped = ratio.max(1.0 - ppo.clip).min(1.0 + ppo.clip) * advantage;
     // a ratio that is no number makes the loss none, so that the step is not taken
     let (mut loss, mut g) = if clipped < plain { (-clipped, 0.0) } else { (-plain, -plain) };
-    if moved.abs() > MAX_LOG_RATIO {
+    if clamp_log_ratio(moved) != moved {
         g = 0.0;
     }
     if let Some(reference) = ppo.reference_log_probs {
         let moved = known.log_prob - reference.buffer()[label];
-        let log_ratio = moved.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO);
+        let log_ratio = clamp_log_ratio(moved);
         let inverse = (-log_ratio).exp_m1();
         loss += ppo.kl * (inverse + log_ratio);
         if log_ratio == moved {
