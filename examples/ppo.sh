@@ -33,6 +33,7 @@ for seed in 1 2 3; do
     # shellcheck disable=SC2086
     "$bprompt" train ppo --policy embedded --prompts "$prompts" --output "$output/policy_$seed" \
         $rewards --reward fidelity:0.5 --watch "$models/held_out" --seed "$seed" \
-        --max-new-tokens 64 --unfrozen-layers 3 --learning-rate 2e-4 --rounds 40
+        --max-new-tokens 64 --unfrozen-layers 3 --minibatch 32 --learning-rate 2e-4 --rounds 24 \
+        --kl-target 10 --kl-coefficient 0.1 --kl-horizon 1000 --entropy-coefficient 0.02
     measure "$output/policy_$seed" "$output/measured_$seed"
 done
